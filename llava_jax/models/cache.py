@@ -1,0 +1,43 @@
+"""The key/value cache of decoding: an argument and a result, one entry for each layer.
+
+Slot s of a row holds position s, so prompts are padded on the right: what padding left in a slot is written over
+when decoding reaches that position, and no query looks beyond its own position.
+"""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+class LayerCache(NamedTuple):
+    """Rotated keys and values of one layer."""
+
+    k: Float[Array, "B S K H"]
+    v: Float[Array, "B S K H"]
+
+
+def write(
+    cache: LayerCache, k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], positions: Int[Array, "B T"]
+) -> LayerCache:
+    """The cache with new keys and values in the slots `positions`."""
+    rows = jnp.arange(k.shape[0])[:, None]
+    return LayerCache(
+        cache.k.at[rows, positions].set(k.astype(cache.k.dtype)),
+        cache.v.at[rows, positions].set(v.astype(cache.v.dtype)),
+    )
+
+
+def from_prefill(
+    k: Float[Array, "L B T K H"], v: Float[Array, "L B T K H"], cache_tokens: int
+) -> tuple[LayerCache, ...]:
+    """The cache after a prompt of T tokens, with room for `cache_tokens` >= T.
+
+    Raises:
+      ValueError: the prompt is longer than the cache.
+    """
+    room = cache_tokens - k.shape[2]
+    if room < 0:
+        raise ValueError(f"cache_tokens={cache_tokens} is shorter than the prompt of {k.shape[2]} tokens")
+    pad = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
+    return tuple(LayerCache(*layer) for layer in zip(jnp.pad(k, pad), jnp.pad(v, pad)))

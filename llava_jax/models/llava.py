@@ -1,0 +1,112 @@
+"""LLaVA: the tower's features go through the projector and take the places that `image_slots` names."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, UInt8
+
+from llava_jax.models.cache import LayerCache
+from llava_jax.models.llama import Llama
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.projectors import Projector
+from llava_jax.models.vit import VisionTower
+from llava_jax.sharding import constrain
+
+
+class Llava(nn.Module):
+    """Vision tower, projector and decoder; fields of a `Batch` in, hidden states out.
+
+    dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
+    remat: rematerialisation of the decoder's blocks (`layers.REMAT`); the frozen tower never needs any.
+    """
+
+    config: LlavaConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self) -> None:
+        config = self.config
+        self.vision = VisionTower(config.vision, self.dtype)
+        self.projector = Projector(config.projector, config.llm.width, self.dtype)
+        self.llm = Llama(config.llm, self.dtype, self.remat)
+        if config.image_newline:
+            # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).
+            init = nn.initializers.normal(config.llm.width**-0.5)
+            self.newline = self.param("image_newline", init, (config.llm.width,))
+
+    def __call__(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"],
+        pixels: UInt8[Array, "G I Side Side 3"],
+    ) -> Float[Array, "B T D"]:
+        """Hidden states of a training batch; `head` makes logits of those that are wanted."""
+        x = self.embed(tokens, image_slots, self.encode_images(pixels))
+        return self.llm(x, positions, segments)
+
+    def encode_images(self, pixels: UInt8[Array, "G I Side Side 3"]) -> Float[Array, "G Slots D"]:
+        """Projected features of each group's pictures: row i * N + p, and `image_newline` last where there is one."""
+        groups, images = pixels.shape[:2]
+        flat = constrain(pixels.reshape(groups * images, *pixels.shape[2:]), "batch")
+        features = self.projector(self.vision(flat))
+        features = features.reshape(groups, images * features.shape[1], features.shape[2])
+        if not self.config.image_newline:
+            return features
+        newline = jnp.broadcast_to(self.newline.astype(self.dtype), (groups, 1, features.shape[-1]))
+        return jnp.concatenate([features, newline], axis=1)
+
+    def embed(
+        self, tokens: Int[Array, "B T"], image_slots: Int[Array, "B T"], features: Float[Array, "G Slots D"]
+    ) -> Float[Array, "B T D"]:
+        """Token embeddings, with feature `image_slots` of the row's group wherever that is not -1.
+
+        The gather stays inside a group: an index across the batch would cost collectives on a mesh.
+        """
+        groups = features.shape[0]
+        slots = image_slots.reshape(groups, -1)
+        gathered = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
+        gathered = gathered.reshape(*tokens.shape, -1)
+        x = jnp.where((image_slots >= 0)[..., None], gathered, self.llm.embed(tokens))
+        return constrain(x, "batch", "tokens")
+
+    def prefill(
+        self,
+        tokens: Int[Array, "B T"],
+        positions: Int[Array, "B T"],
+        image_slots: Int[Array, "B T"],
+        pixels: UInt8[Array, "G I Side Side 3"] | None,
+        cache_tokens: int,
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        """Hidden states of prompts padded on the right, and the cache; `pixels` None for text alone."""
+        if pixels is None:
+            x = self.llm.embed(tokens)
+        else:
+            x = self.embed(tokens, image_slots, self.encode_images(pixels))
+        return self.llm.prefill(x, positions, cache_tokens)
+
+    def decode(
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        """Hidden states of new tokens at `positions`, and the cache with them in it."""
+        return self.llm.decode(self.llm.embed(tokens), positions, cache)
+
+    def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+        """float32 logits of hidden states."""
+        return self.llm.head(hidden)
+
+
+def init_params(config: LlavaConfig, key: Array) -> dict[str, Any]:
+    """Random float32 parameters of a whole model: `{"vision": ..., "projector": ..., "llm": ...}`."""
+    side = config.vision.image_size
+    row = jnp.zeros((1, 1), jnp.int32)
+    pixels = jnp.zeros((1, 1, side, side, 3), jnp.uint8)
+    return Llava(config).init(key, row, row, row, row, pixels)["params"]
+
+
+def abstract_params(config: LlavaConfig) -> dict[str, Any]:
+    """Names, shapes and dtypes of `init_params` without any array."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))

@@ -1,0 +1,94 @@
+"""CLIP's vision transformer, as far as the selected layer needs it. Source: openai/CLIP; LLaVA's clip_encoder.py."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, UInt8
+
+from llava_jax.models.attention import attention
+from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
+from llava_jax.models.presets import VisionConfig
+
+ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
+
+
+class VisionBlock(nn.Module):
+    """Pre-norm transformer block with biases; every patch sees every patch."""
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "Img P C"]) -> Float[Array, "Img P C"]:
+        config = self.config
+        heads = (*x.shape[:2], config.heads, config.width // config.heads)
+        y = LayerNorm(config.eps, self.dtype, name="ln1")(x)
+        q, k, v = (Dense(config.width, True, self.dtype, name=name)(y).reshape(heads) for name in ("q", "k", "v"))
+        y = attention(q, k, v).reshape(x.shape)
+        x = x + Dense(config.width, True, self.dtype, name="o")(y)
+        y = LayerNorm(config.eps, self.dtype, name="ln2")(x)
+        y = ACTIVATIONS[config.act](Dense(config.mlp_width, True, self.dtype, name="fc1")(y))
+        return x + Dense(config.width, True, self.dtype, name="fc2")(y)
+
+
+class VisionTower(nn.Module):
+    """Pixels to the hidden state `select_layer`; `vision/tail` holds what CLIP has after it and never runs here."""
+
+    config: VisionConfig
+    dtype: Any = jnp.float32
+
+    def setup(self) -> None:
+        config = self.config
+        normal = nn.initializers.normal(0.02)
+        self.cls = self.param("cls", normal, (config.width,))
+        self.pos = self.param("pos", normal, (config.patches + 1, config.width))
+        self.patch = self.param("patch", lambda key, shape: {"kernel": normal(key, shape)},
+                                (config.patch_size, config.patch_size, 3, config.width))  # fmt: skip
+        self.pre_ln = LayerNorm(config.eps, self.dtype)
+        self.block = VisionBlock(config, self.dtype, parent=None)
+        example = jnp.zeros((1, 1, config.width), self.dtype)
+        self.blocks = stacked(self, "blocks", self.block, config.run_layers, example)
+        if self.is_initializing():
+            self.param("tail", self._init_tail, example)
+
+    def _init_tail(self, key: Array, example: Array) -> Params:
+        after = self.config.layers - self.config.run_layers
+        tail: dict[str, Any] = {
+            "post_ln": {"scale": jnp.ones(self.config.width), "bias": jnp.zeros(self.config.width)}
+        }
+        if after:
+            tail["blocks"] = jax.vmap(lambda k: self.block.init(k, example)["params"])(jax.random.split(key, after))
+        return tail
+
+    def __call__(self, pixels: UInt8[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
+        """uint8 pictures -> features: [.., patches, C], with the class token first for "cls_patch"."""
+        states = self.hidden_states(pixels, every=False)
+        return states[-1][:, 1:] if self.config.select_feature == "patch" else states[-1]
+
+    def hidden_states(self, pixels: UInt8[Array, "Img Side Side 3"], every: bool = True) -> list[Array]:
+        """Hidden states [Img, 1 + patches, C]: after `pre_ln` and after each block that runs (or the last only)."""
+        x = self.pre_ln(self._embed(normalise(pixels, self.config).astype(self.dtype)))
+
+        def body(x: Array, layer: Params) -> tuple[Array, Array | None]:
+            y = self.block.apply({"params": layer}, x)
+            return y, y if every else None
+
+        last, all_states = jax.lax.scan(body, x, self.blocks)
+        return [x, *all_states] if every else [last]
+
+    def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
+        size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
+        images = x.shape[0]
+        # A stride-sized convolution is a matmul over patches flattened as (row, column, channel).
+        x = x.reshape(images, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5).reshape(images, side * side, -1)
+        x = x @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
+        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (images, 1, self.config.width))
+        return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)
+
+
+def normalise(pixels: UInt8[Array, "*Img Side Side 3"], config: VisionConfig) -> Float[Array, "*Img Side Side 3"]:
+    """(pixels / 255 - mean) / std in float32, on the device, so that the host sends a quarter of the bytes."""
+    scaled = pixels.astype(jnp.float32) * jnp.float32(1 / 255)
+    return (scaled - jnp.asarray(config.mean, jnp.float32)) / jnp.asarray(config.std, jnp.float32)

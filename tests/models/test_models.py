@@ -1,0 +1,151 @@
+"""What the models promise beside parity: shapes of the released ones, the cache, the merge, packing, refusals."""
+
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llava_jax import params as names
+from llava_jax.models import presets
+from llava_jax.models.llava import Llava, abstract_params, init_params
+from llava_jax.models.presets import LlavaConfig, RopeScaling, VisionConfig
+from llava_jax.models.projectors import depth
+from llava_jax.models.vit import normalise
+
+TINY = presets.get("tiny")
+FEATURES = TINY.vision.features
+
+
+def batch(rows: int, tokens: int, groups: int, images: int, config: LlavaConfig = TINY) -> dict[str, jax.Array]:
+    rng = np.random.default_rng(0)
+    side = config.vision.image_size
+    return {
+        "tokens": jnp.asarray(rng.integers(0, config.llm.vocab, (rows, tokens)), jnp.int32),
+        "positions": jnp.tile(jnp.arange(tokens), (rows, 1)),
+        "segments": jnp.ones((rows, tokens), jnp.int32),
+        "image_slots": jnp.full((rows, tokens), -1).at[:, 2 : 2 + config.vision.features].set(
+            jnp.arange(config.vision.features)),
+        "pixels": jnp.asarray(rng.integers(0, 256, (groups, images, side, side, 3)), jnp.uint8),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return init_params(TINY, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"), [("llava10_7b", 7_045_793_792), ("llava10_13b", 13_324_292_096),
+                          ("llava15_7b", 7_062_902_784), ("llava15_13b", 13_350_839_296)])  # fmt: skip
+def test_full_size_presets_have_the_published_number_of_parameters(preset, count):
+    # LLaVA-1.5's hub files hold 7,063,427,072 and 13,351,494,656: ours plus 64 padded rows in table and head.
+    tree = abstract_params(presets.get(preset))
+    assert names.count(tree) == count
+
+
+@pytest.mark.parametrize(("layer", "run"), [(-2, 23), (-1, 24), (0, 0), (5, 5), (-25, 0)])
+def test_the_tower_stacks_only_the_blocks_that_run(layer, run):
+    config = replace(presets.get("llava15_7b"), vision=replace(presets.CLIP_L14_336, select_layer=layer))
+    flat = names.flatten(abstract_params(config)["vision"])
+    assert flat["blocks/q/kernel"].shape[0] == run
+    assert flat["tail/blocks/q/kernel"].shape[0] == 24 - run if run < 24 else "tail/blocks/q/kernel" not in flat
+
+
+def test_cache_equals_no_cache_at_every_position(tiny):
+    fields = batch(2, 12, 2, 1)
+    model = Llava(TINY)
+    whole = model.apply({"params": tiny}, **fields)
+    prompt = {name: fields[name][:, :8] for name in ("tokens", "positions", "image_slots")}
+    hidden, cache = model.apply({"params": tiny}, **prompt, pixels=fields["pixels"], cache_tokens=16, method="prefill")
+    np.testing.assert_allclose(hidden, whole[:, :8], atol=2e-6)
+    for t in range(8, 12):
+        step = (fields["tokens"][:, t : t + 1], fields["positions"][:, t : t + 1])
+        hidden, cache = model.apply({"params": tiny}, *step, cache, method="decode")
+        np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-6)
+
+
+def test_two_samples_in_one_row_see_nothing_of_each_other(tiny):
+    fields = batch(2, 10, 1, 2)
+    rows = {name: fields[name] for name in ("tokens", "positions", "segments", "image_slots")}
+    rows["image_slots"] = rows["image_slots"].at[1, 2 : 2 + FEATURES].add(FEATURES)
+    packed = {name: array.reshape(1, -1) for name, array in rows.items()}
+    packed["segments"] = jnp.repeat(jnp.array([[1, 2]]), 10, axis=1)
+    model = Llava(TINY)
+    apart = model.apply({"params": tiny}, **rows, pixels=fields["pixels"])
+    together = model.apply({"params": tiny}, **packed, pixels=fields["pixels"])
+    np.testing.assert_allclose(together.reshape(apart.shape), apart, atol=2e-6)
+
+
+def test_each_group_reads_its_own_pictures_and_a_row_without_slots_none(tiny):
+    fields = batch(2, 8, 2, 1)
+    fields["image_slots"] = fields["image_slots"].at[1].set(-1)
+    model = Llava(TINY)
+    before = model.apply({"params": tiny}, **fields)
+    other = model.apply({"params": tiny}, **fields | {"pixels": fields["pixels"].at[1].set(0)})
+    np.testing.assert_array_equal(before, other)
+    other = model.apply({"params": tiny}, **fields | {"pixels": fields["pixels"].at[0].set(0)})
+    assert float(jnp.abs(before[0] - other[0]).max()) > 1e-3
+    np.testing.assert_array_equal(before[1], other[1])
+
+
+def test_image_newline_is_the_last_slot_of_the_pool():
+    config = replace(TINY, image_newline=True)
+    tree = init_params(config, jax.random.key(0))
+    features = Llava(config).apply({"params": tree}, batch(1, 8, 1, 2)["pixels"], method="encode_images")
+    assert features.shape == (1, 2 * FEATURES + 1, config.llm.width)
+    np.testing.assert_array_equal(features[0, -1], tree["image_newline"])
+
+
+def test_rows_added_to_the_vocabulary_are_leaves_of_their_own_and_used():
+    config = replace(TINY, llm=replace(TINY.llm, added_tokens=2))
+    tree = init_params(config, jax.random.key(0))
+    fields = batch(1, 8, 1, 1) | {"tokens": jnp.array([[1, 2, 3, 4, 5, 6, 960, 961]])}
+    rows = Llava(config).apply({"params": tree}, fields["tokens"], jnp.full((1, 8), -1),
+                               jnp.zeros((1, 1, config.llm.width)), method="embed")  # fmt: skip
+    np.testing.assert_array_equal(rows[0, -2:], tree["llm"]["embed"]["added"])
+    hidden = Llava(config).apply({"params": tree}, **fields)
+    logits = Llava(config).apply({"params": tree}, hidden, method="head")
+    assert logits.shape[-1] == 962 and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits[0, 0, 960:], hidden[0, 0] @ tree["llm"]["head"]["added"], rtol=1e-5)
+
+
+def test_remat_gives_the_same_gradients(tiny):
+    fields = batch(2, 8, 2, 1)
+
+    def gradients(policy):
+        model = Llava(TINY, remat=policy)
+        return jax.grad(lambda p: jnp.sum(model.apply({"params": p}, **fields) ** 2))(tiny)["llm"]
+
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), gradients("none"), gradients("full"))
+    with pytest.raises(ValueError, match="unknown remat policy 'some'"):
+        gradients("some")
+
+
+def test_pixels_are_normalised_as_the_reference_does():
+    """numpy, in the order that CLIP's processor uses: float64 rescale, then float32."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3)).astype(np.uint8)
+    config = presets.CLIP_L14_336
+    wanted = ((pixels * (1 / 255)).astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
+    np.testing.assert_allclose(normalise(jnp.asarray(pixels), config), wanted, atol=1e-6)
+
+
+def test_the_projector_starts_as_torch_linear_does():
+    kernel = np.asarray(init_params(TINY, jax.random.key(3))["projector"]["0"]["kernel"])
+    bound = TINY.vision.width**-0.5
+    assert np.abs(kernel).max() <= bound and kernel.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_configs_survive_json_and_refuse_what_no_model_has():
+    config = replace(TINY, llm=replace(TINY.llm, rope_scaling=RopeScaling("linear", 2.0)))
+    data = presets.config_to_json(config)
+    assert presets.config_from_json(data) == config
+    with pytest.raises(ValueError, match="depth"):
+        presets.config_from_json(data | {"depth": 3})
+    with pytest.raises(ValueError, match="did you mean 'llava15_7b'"):
+        presets.get("llava15_7B")
+    with pytest.raises(ValueError, match="multiple of patch_size=14"):
+        VisionConfig(image_size=225, patch_size=14, width=8, mlp_width=8, layers=1, heads=1)
+    with pytest.raises(ValueError, match="unknown projector 'mlp'"):
+        depth("mlp")
