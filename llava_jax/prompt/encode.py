@@ -1,0 +1,255 @@
+"""A conversation in, an `Example` out: training records and chat messages take this one road.
+
+Each piece of text knows whether it is learned at the moment it is written down, and its tokens inherit that through
+their character ranges; nothing is recounted afterwards.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+
+from llava_jax.batch import Example, Span
+from llava_jax.prompt.conversation import Conversation, Turn, check_text
+from llava_jax.prompt.images import open_image, to_pixels
+from llava_jax.prompt.templates import Frame, Template
+from llava_jax.prompt.tokenizer import Tokenizer
+
+IMAGE_MARKER = "<image>"
+IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
+IMAGE_LABEL = -200  # one of these stands for an image in LLaVA's input_ids
+IGNORED_LABEL = -100  # a token that is not learned, in LLaVA's labels
+
+
+@dataclass(frozen=True)
+class Format:
+    """How a model wants its words and pictures.
+
+    image_size: pixels a side. image_features: N, the positions that one image takes.
+    image_mode: "square" (centre crop), "pad" or "squash", see `images.to_pixels`.
+    image_start_end: each image stands between <im_start> and <im_end>.
+    """
+
+    template: Template
+    tokenizer: Tokenizer
+    image_size: int
+    image_features: int
+    image_mode: str
+    image_start_end: bool = False
+
+
+class Piece(NamedTuple):
+    """A stretch of the prompt. typed: it comes from a message, so special tokens in it are only letters."""
+
+    text: str
+    learned: bool = False
+    typed: bool = False
+
+
+_IMAGE = Piece(IMAGE_MARKER)  # compared by identity: here an image's features go
+
+
+def encode(
+    conversation: Conversation,
+    format: Format,
+    image_root: epath.PathLike | None = None,
+    reply: bool = False,
+    open_images: bool = True,
+) -> Example:
+    """The conversation's tokens, what of them is learned, where images go, and the images' pixels.
+
+    image_root: folder that image paths are relative to and may not leave; None takes paths as they are.
+    reply: end with an open assistant turn, as generation wants it.
+    open_images: False leaves `images` empty and does not compare their number with the markers'.
+
+    Raises:
+      ValueError: the turns do not fit the template, markers and images differ in number, or an image cannot be
+        read; names the record.
+    """
+    name = f"record {conversation.id!r}"
+    chunks = _chunks(_pieces(conversation, format, reply, name))
+    markers = len(chunks) - 1
+    if (open_images or conversation.images_in_place) and markers != len(conversation.images):
+        raise ValueError(
+            f"{name}: {len(conversation.images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text: "
+            f"write one {IMAGE_MARKER} for each image"
+        )
+    tokenizer, width = format.tokenizer, format.image_features
+    ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
+    learned, spans = [False] * len(ids), []
+    for number, chunk in enumerate(chunks):
+        if number:
+            spans.append(Span(len(ids), width))
+            ids += [0] * width
+            learned += [False] * width
+        chunk_ids, chunk_learned = _tokenized(chunk, tokenizer)
+        ids += chunk_ids
+        learned += chunk_learned
+    images = _pixels(conversation, format, image_root, name) if open_images else ()
+    return Example(np.array(ids, np.int32), np.array(learned, bool), tuple(spans), images, conversation.id)
+
+
+def with_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
+    """(input_ids, labels) as LLaVA writes them: one -200 for each image, -100 for a token that is not learned."""
+    ids, labels = example.tokens.copy(), np.where(example.learned, example.tokens, IGNORED_LABEL)
+    keep = np.ones(len(ids), bool)
+    for start, length in example.image_spans:
+        ids[start] = IMAGE_LABEL
+        keep[start + 1 : start + length] = False
+    return ids[keep], labels[keep]
+
+
+def marked(example: Example, tokenizer: Tokenizer) -> str:
+    """The tokens for people to read, learned runs between ⟦ and ⟧, images as <image>.
+
+    <s> ▁A ▁chat ... ▁US ER : ▁ <image> ▁ <0x0A> What ▁is ▁it ? ▁A SS IST ANT : ⟦ ▁A ▁cat . </s> ⟧
+    """
+    words, inside = [], False
+    for token, label in zip(*with_labels(example), strict=True):
+        if (label != IGNORED_LABEL) != inside:
+            inside = not inside
+            words.append("⟦" if inside else "⟧")
+        words.append(IMAGE_MARKER if token == IMAGE_LABEL else tokenizer.piece(int(token)))
+    return " ".join(words + ["⟧"] * inside)
+
+
+def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) -> Iterable[Piece]:
+    """The whole prompt, in order."""
+    template = format.template
+    system = _system(conversation, template, name)
+    if not template.system_inside:
+        yield from system
+    for turn in template.examples:
+        yield from (piece._replace(learned=False) for piece in _turn(turn, template, [Piece(turn.text)]))
+    first = True
+    for turn in _arranged(conversation, template, reply, name):
+        message = list(_message(turn, conversation, format))
+        if turn.role == "user" and message:
+            if first and template.system_inside:
+                message = system + message
+            if not first:
+                yield Piece(template.between)
+            first = False
+        yield from _turn(turn, template, message)
+    if reply:
+        yield Piece(template.assistant.before[0].text)
+    else:
+        yield from (Piece(*part) for part in template.ending)
+
+
+def _system(conversation: Conversation, template: Template, name: str) -> list[Piece]:
+    text = template.system if conversation.system is None else conversation.system
+    check_text(text, f"{name}: system")
+    if not text:
+        return []
+    before, after = template.system_frame
+    return [Piece(before), Piece(text, typed=conversation.system is not None), Piece(after)]
+
+
+def _arranged(conversation: Conversation, template: Template, reply: bool, name: str) -> list[Turn]:
+    """The turns that the template writes down, checked against what it can write."""
+    turns = list(conversation.turns)
+    for index, turn in enumerate(turns):
+        check_text(turn.text, f"{name}: turn {index}")
+    if template.alternates and turns and turns[0].role == "assistant":
+        turns = turns[1:]  # as LLaVA does: a greeting before the first question is not part of these formats
+    roles = [turn.role for turn in turns]
+    wanted = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2)
+    if template.alternates and (not turns or roles != wanted):
+        raise ValueError(
+            f"{name}: roles {roles} do not fit template {template.name!r}: want user, assistant, user, ... in turn"
+        )
+    if reply and (not turns or roles[-1] != "user"):
+        raise ValueError(f"{name}: roles {roles}: a reply wants the last turn to be the user's; drop what follows it")
+    if template.images_only:
+        _check_images_only(conversation, turns, reply, name)
+    if template.system_inside and not turns[0].text:
+        raise ValueError(f"{name}: the first turn is empty: template {template.name!r} wants a question there")
+    return turns
+
+
+def _check_images_only(conversation: Conversation, turns: list[Turn], reply: bool, name: str) -> None:
+    wanted = 1 if reply else 2
+    if len(turns) != wanted or not conversation.images or IMAGE_MARKER not in turns[0].text:
+        raise ValueError(
+            f"{name}: {len(turns)} turn(s), {len(conversation.images)} image(s): template 'plain' wants one "
+            f"question with {IMAGE_MARKER} and its image, and one caption"
+        )
+
+
+def _turn(turn: Turn, template: Template, message: list[Piece]) -> list[Piece]:
+    frame: Frame = template.user if turn.role == "user" else template.assistant
+    if not message and template.open_when_empty:
+        return [Piece(frame.before[0].text)]
+    before = [Piece(*part) for part in frame.before]
+    return before + message + [Piece(*part) for part in frame.after]
+
+
+def _message(turn: Turn, conversation: Conversation, format: Format) -> Iterable[Piece]:
+    """The turn's own text, cut at its images; nothing if it is empty."""
+    template, learned = format.template, turn.role == "assistant"
+    text = turn.text
+    if conversation.images and not conversation.images_in_place:
+        text = _collapsed(text)
+    # Without an image the marker's letters are letters.
+    parts = text.split(IMAGE_MARKER) if conversation.images or conversation.images_in_place else [text]
+    bare = template.images_only and turn.role == "user"
+    before, after = template.image_frame
+    if format.image_start_end and not template.images_only:
+        before, after = before + IMAGE_START, IMAGE_END + after
+    for index, part in enumerate(parts):
+        if index:
+            yield from (Piece(before, learned), _IMAGE, Piece(after, learned))
+        if part and not bare:
+            yield Piece(part, learned, typed=True)
+
+
+def _collapsed(text: str) -> str:
+    """LLaVA's rule for one image: all markers of a turn become one at its front."""
+    if IMAGE_MARKER not in text:
+        return text
+    return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+
+
+def _chunks(pieces: Iterable[Piece]) -> list[list[Piece]]:
+    """The pieces between images: k images make k + 1 chunks."""
+    chunks: list[list[Piece]] = [[]]
+    for piece in pieces:
+        if piece is _IMAGE:
+            chunks.append([])
+        else:
+            chunks[-1].append(piece)
+    return chunks
+
+
+def _tokenized(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], list[bool]]:
+    """Ids of one chunk, tokenised as a whole like LLaVA does, and which of them hold a learned character."""
+    text = "".join(piece.text for piece in chunk)
+    learned_before = np.zeros(len(text) + 1, np.int64)  # [c]: learned characters before character c
+    fixed, at = [], 0
+    for piece in chunk:
+        end = at + len(piece.text)
+        learned_before[at + 1 : end + 1] = piece.learned
+        if not piece.typed:
+            fixed.append((at, end))
+        at = end
+    learned_before = np.cumsum(learned_before)
+    tokens = tokenizer.tokenize(text, fixed)
+    starts = np.array([token.start for token in tokens], np.int64)
+    ends = np.array([token.end for token in tokens], np.int64)
+    # A token without a character of its own (a dummy "▁", the first bytes of a character) belongs to the next one.
+    ends = np.minimum(np.maximum(ends, starts + 1), len(text))
+    return [token.id for token in tokens], (learned_before[ends] > learned_before[starts]).tolist()
+
+
+def _pixels(
+    conversation: Conversation, format: Format, root: epath.PathLike | None, name: str
+) -> tuple[np.ndarray, ...]:
+    try:
+        return tuple(
+            to_pixels(open_image(image, root), format.image_size, format.image_mode) for image in conversation.images
+        )
+    except (ValueError, FileNotFoundError) as error:
+        raise ValueError(f"{name}: {error}") from error

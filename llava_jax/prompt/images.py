@@ -1,0 +1,165 @@
+"""Picture files to uint8 pixels, as CLIP's processor and LLaVA make them, and no file that could hurt us.
+
+Everything up to the resize happens here, on uint8; scaling and normalising happen on the device.
+"""
+
+import io
+import os
+import struct
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from etils import epath
+from PIL import Image
+
+MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
+MAX_ASPECT = 200  # a 1 x 5000 picture of 99 bytes would be resized to 336 x 1,680,000: 2.3 GB
+MAX_FILE_BYTES = 256_000_000
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # PIL's other readers may start programs
+# CLIP's mean times 255, cut to integers. Source: haotian-liu/LLaVA llava/train/train.py:702-716 @ c121f04.
+BORDER = (122, 116, 104)
+
+# What PIL's readers raise on damaged files.
+_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, IndexError, struct.error,
+           Image.DecompressionBombError)  # fmt: skip
+_STRIP_ROWS = 256
+
+
+def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
+    """The picture, decoded, as RGB.
+
+    As in LLaVA's training, transparency is dropped (hidden colours appear) and EXIF rotation is not applied.
+    Differs from LLaVA: 16-bit grey is scaled by 1/257 where PIL would clip it to white.
+
+    ref: path, encoded bytes or a PIL image. root: the folder that a path is relative to and may not leave.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ValueError: not a picture, damaged, too large, too long, or outside of `root`; names the file.
+    """
+    if isinstance(ref, Image.Image):
+        return _rgb(ref, "image given as an object")
+    if isinstance(ref, bytes):
+        return _decoded(ref, f"image given as {len(ref)} bytes")
+    path = _located(os.fspath(ref), root)
+    name = f"image {str(path)!r}"
+    # Plain pathlib for local paths: epath's is_file() is true for a pipe, and reading one would wait for ever.
+    if not (Path(path) if _is_local(path) else path).is_file():
+        raise ValueError(f"{name}: not a regular file")
+    size = path.stat().length
+    if size > MAX_FILE_BYTES:
+        raise ValueError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are read: make it smaller")
+    return _decoded(path.read_bytes(), name)
+
+
+def to_pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
+    """uint8 [size, size, 3] of an RGB picture.
+
+    mode: "square" resizes the shorter side to `size` and cuts the middle out, as transformers' CLIPImageProcessorPil;
+      "pad" first centres the picture on a square of LLaVA's border colour; "squash" changes the aspect.
+
+    Raises:
+      ValueError: the mode is unknown.
+    """
+    modes = {"square": _square, "pad": _pad, "squash": _squash}
+    if mode not in modes:
+        raise ValueError(f"image_mode {mode!r} is unknown: choose one of {', '.join(modes)}")
+    return np.asarray(modes[mode](image, size))
+
+
+def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
+    """A JPEG file of uint8 [H, W, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def _square(image: Image.Image, size: int) -> Image.Image:
+    width, height = image.size
+    longer = int(size * max(width, height) / min(width, height))
+    image = image.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def _pad(image: Image.Image, size: int) -> Image.Image:
+    """As padding to the full square and resizing that, without ever holding the square.
+
+    PIL resizes the rows of a picture first, each by itself, and then the columns; so the rows can be padded and
+    resized in strips. 20000 x 100 pixels would fill 1.6 GB as a square.
+    """
+    side = max(image.size)
+    left, top = (side - image.width) // 2, (side - image.height) // 2
+    narrow = Image.new("RGB", (size, side), BORDER)
+    for row in range(0, image.height, _STRIP_ROWS):
+        rows = min(_STRIP_ROWS, image.height - row)
+        strip = Image.new("RGB", (side, rows), BORDER)
+        strip.paste(image.crop((0, row, image.width, row + rows)), (left, 0))
+        narrow.paste(strip.resize((size, rows), Image.Resampling.BICUBIC), (0, top + row))
+    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _squash(image: Image.Image, size: int) -> Image.Image:
+    return image.resize((size, size), Image.Resampling.BICUBIC)
+
+
+def _located(ref: str, root: epath.PathLike | None) -> epath.Path:
+    """The existing path that `ref` means, under `root` if there is one."""
+    parts = ref.replace("\\", "/").split("/")
+    if root is not None and ("://" in ref or ref.startswith(("/", "\\")) or ".." in parts):
+        raise ValueError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
+    if not ref or "\0" in ref:
+        raise ValueError(f"image {ref!r}: not a path")
+    # macOS writes é as two characters where Linux data sets write one: try as given, then both spellings.
+    for spelling in dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref))):
+        path = epath.Path(spelling) if root is None else epath.Path(root) / spelling
+        if path.exists():
+            break
+    else:
+        raise FileNotFoundError(f"image {str(path)!r}: no such file")
+    if root is None or not _is_local(path):  # object stores have no links
+        return path
+    if not Path(path).resolve().is_relative_to(Path(root).resolve()):
+        raise ValueError(
+            f"image {str(path)!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
+            "folder that really holds the images, or copy them"
+        )
+    return path
+
+
+def _is_local(path: epath.Path) -> bool:
+    return "://" not in os.fspath(path)
+
+
+def _decoded(content: bytes, name: str) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+    except _DAMAGE as error:
+        raise ValueError(f"{name}: {_reason(content, error)}: replace the file or drop the record") from error
+    return _rgb(image, name)
+
+
+def _reason(content: bytes, error: BaseException) -> str:
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS} pixels"
+    return f"not a picture that can be read ({len(content)} bytes that start with {content[:16]!r})"
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes `image`, after its header has been found harmless."""
+    width, height = image.size
+    if min(width, height) < 1 or width * height > MAX_PIXELS:
+        raise ValueError(f"{name}: {width} x {height} pixels, want 1 to {MAX_PIXELS} in all: resize it")
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise ValueError(f"{name}: {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut it")
+    if image.mode in ("I", "F"):
+        raise ValueError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
+    try:
+        if image.mode.startswith("I;16"):
+            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
+            image = Image.fromarray(grey.astype(np.uint8))
+        return image.convert("RGB")
+    except _DAMAGE as error:
+        raise ValueError(f"{name}: damaged picture ({error}): replace the file or drop the record") from error

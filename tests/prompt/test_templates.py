@@ -1,0 +1,24 @@
+"""Templates are data, found by name only."""
+
+import pytest
+
+from llava_jax.prompt import templates
+
+
+def test_all_templates_of_the_reference_are_there():
+    assert set(templates.TEMPLATES) == {
+        "v0", "llava_v0", "v0_mmtag", "v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct",
+        "mpt", "chatml_direct", "plain",
+    }  # fmt: skip
+    assert all(templates.get(name).name == name for name in templates.TEMPLATES)
+
+
+def test_an_unknown_template_names_the_nearest_and_all():
+    with pytest.raises(ValueError, match="'lava_v1' is unknown: did you mean 'llava_v1'.*choose one of v0, .*plain"):
+        templates.get("lava_v1")
+
+
+def test_every_stop_is_learned_text():
+    for template in templates.TEMPLATES.values():
+        learned = [part.text for part in (*template.assistant.after, *template.ending) if part.learned]
+        assert any(stop in text for stop in template.stops for text in learned), template.name
