@@ -1,0 +1,205 @@
+"""`python -m llava_jax.data show | validate | index | prepare`: look at records before anything is trained on them."""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterable
+from typing import NoReturn
+
+import numpy as np
+from etils import epath
+
+from llava_jax.data import index
+from llava_jax.data.sources import DataError, JsonSource, open_source
+from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.encode import Format, encode, marked, with_labels
+
+_USAGE, _DATA = 64, 65
+_NOTES_SHOWN = 20
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("llava_jax").setLevel(logging.INFO)
+    try:
+        return options.run(options)
+    except BrokenPipeError:  # `show ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 0
+    except DataError as error:
+        print(f"data: {error}", file=sys.stderr)
+        return _DATA
+    except (ValueError, FileNotFoundError) as error:
+        print(f"data: {error}", file=sys.stderr)
+        return _USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m llava_jax.data", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    verbs_help = {
+        "show": (_show, "print each record's tokens, with what is learned marked"),
+        "validate": (_validate, "list every bad record; exit 65 if there is one"),
+        "index": (_index, "measure the records' lengths and print their histogram"),
+        "prepare": (_prepare, "write the records and their images as a TFDS data set"),
+    }
+    for verb, (run, text) in verbs_help.items():
+        sub = verbs.add_parser(verb, help=text, description=text)
+        sub.set_defaults(run=run)
+        sub.add_argument("records", metavar="RECORDS", help=".json list, .jsonl, or a TFDS directory")
+        sub.add_argument("--split", default="train", help="of a TFDS directory")
+        if verb != "show":
+            sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
+        if verb == "prepare":
+            sub.add_argument("--out", metavar="DIR", required=True, help="where to write llava_instruct/1.0.0")
+            continue
+        sub.add_argument("--json", action="store_true", help="one JSON object a line")
+        _add_format(sub, verb)
+    return parser
+
+
+def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
+    sub.add_argument("--template", default="v1", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
+    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show", help="tokenizer.model or a directory")
+    sub.add_argument("--legacy", choices=("true", "false"), help="LLaMA tokenizer mode; default: what its files say")
+    sub.add_argument("--image-start-end", action="store_true",
+                     help="<im_start> and <im_end> around each image, tokens if the tokenizer has them")  # fmt: skip
+    if verb == "show":
+        return
+    sub.add_argument("--row-tokens", type=int, default=2048, metavar="N", help="longest row; default 2048")
+    sub.add_argument("--image-features", type=int, default=576, metavar="N", help="tokens of an image; default 576")
+    if verb == "validate":
+        sub.add_argument("--open-images", action="store_true", help="decode every image too")
+    if verb == "index":
+        sub.add_argument("--cache", metavar="DIR", help="keep the lengths there (a run's data.cache_dir)")
+
+
+def _format(options: argparse.Namespace, image_features: int) -> Format | None:
+    template = templates.get(options.template)
+    if not options.tokenizer:
+        return None
+    legacy = None if options.legacy is None else options.legacy == "true"
+    loaded = tokenizer.load(options.tokenizer, legacy=legacy)
+    return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
+
+
+def _show(options: argparse.Namespace) -> int:
+    format, code = _format(options, image_features=1), 0
+    for record in open_source(options.records, split=options.split):
+        try:
+            example = encode(record.conversation, format, open_images=False)
+        except ValueError as error:
+            print(f"data: {record.where}: {error}", file=sys.stderr)
+            code = _DATA
+            continue
+        if options.json:
+            ids, labels = with_labels(example)
+            print(json.dumps({"id": record.id, "input_ids": ids.tolist(), "labels": labels.tolist()}))
+        else:
+            print(f"{record.where} id={brief(record.id)}: {len(example.tokens)} tokens (an image as one), "
+                  f"{example.learned.sum()} learned\n{marked(example, format.tokenizer)}\n")  # fmt: skip
+    return code
+
+
+def _validate(options: argparse.Namespace) -> int:
+    format, start = _format(options, options.image_features), time.monotonic()
+    limits = rules(templates.get(options.template), format.tokenizer if format else None)
+    try:
+        source = open_source(options.records, options.images, split=options.split, keep_broken=True)
+    except DataError as error:
+        return _report(options, 0, [Finding(options.records, 0, None, "", "malformed_json", str(error))], start)
+    broken = source.broken if isinstance(source, JsonSource) else ()
+    findings = (Finding(source.path, i, line, "", "malformed_json", detail) for i, line, detail in broken)
+    sound = validate(source, limits, format, options.row_tokens, options.open_images)
+    return _report(options, len(source) + len(broken), itertools.chain(findings, sound), start)
+
+
+def _report(options: argparse.Namespace, records: int, findings: Iterable[Finding], start: float) -> int:
+    """Prints findings as they come, then counts; the exit code."""
+    counts: collections.Counter[str] = collections.Counter()
+    bad = set()
+    for finding in findings:
+        counts[finding.reason] += 1
+        if finding.fatal:
+            bad.add((finding.index, finding.line))
+        if options.json:
+            print(json.dumps(dataclasses.asdict(finding) | {"refused": finding.fatal}))
+        elif finding.fatal or counts[finding.reason] <= _NOTES_SHOWN:
+            print(finding)
+    secs = time.monotonic() - start
+    if options.json:
+        print(json.dumps({"records": records, "bad": len(bad), "counts": counts, "secs": round(secs, 3)}))
+        return _DATA if bad else 0
+    for reason, count in counts.most_common():
+        refused, meaning = REASONS[reason]
+        print(f"{count:9,} {reason:22} {'refused' if refused else 'used   '} {meaning}")
+    print(f"{options.records}: {records:,} records, {len(bad):,} bad, in {secs:.1f} s ({records / secs:,.0f}/s)"
+          + _unchecked(options))  # fmt: skip
+    return _DATA if bad else 0
+
+
+def _unchecked(options: argparse.Namespace) -> str:
+    skipped = []
+    if not options.images and not epath.Path(options.records).is_dir():
+        skipped.append("image files (--images DIR)")
+    if not options.open_images:
+        skipped.append("pictures (--open-images)")
+    if not options.tokenizer:
+        skipped.append("token counts (--tokenizer PATH)")
+    return f"; not checked: {', '.join(skipped)}" if skipped else ""
+
+
+def _index(options: argparse.Namespace) -> int:
+    format = _format(options, options.image_features)
+    templates.get(options.template)
+    source = open_source(options.records, options.images, split=options.split)
+    words = index.word_lengths(source, options.cache)
+    lengths = np.abs(words) if format is None else index.token_lengths(source, format, options.cache)
+    unit = "words" if format is None else "tokens"
+    refused = int((lengths == 0).sum())
+    lengths = np.sort(lengths[lengths > 0])
+    if not len(lengths):
+        raise DataError(f"{options.records}: none of its {refused} records is sound: see `validate`")
+    quantiles = {f"p{part}": int(lengths[(len(lengths) - 1) * part // 100]) for part in (0, 5, 50, 95, 99, 100)}
+    summary = {
+        "records": len(source), "with_image": int((words > 0).sum()), "refused": refused, "unit": unit,
+        "total": int(lengths.sum()), "longer_than_row": int((lengths > options.row_tokens).sum()), **quantiles,
+    }  # fmt: skip
+    edges = [0, *(2**power for power in range(4, 1 + max(4, int(lengths[-1] - 1).bit_length())))]
+    counts = np.histogram(lengths, np.asarray(edges) + 1)[0].tolist()
+    bins = [{"from": low + 1, "to": high, "records": count} for low, high, count in zip(edges, edges[1:], counts)]
+    if options.json:
+        print(json.dumps(summary | {"histogram": bins}))
+        return 0
+    print("  ".join(f"{key}={value}" for key, value in summary.items()))
+    for row in bins:
+        bar = "#" * (60 * row["records"] // max(counts))
+        print(f"{row['from']:7,} to {row['to']:7,} {unit} {row['records']:9,} {bar}")
+    return 0
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    from llava_jax.data.builders import llava_instruct  # here only: the other verbs need no tensorflow_datasets
+
+    source = open_source(options.records, options.images, split=options.split)
+    place = llava_instruct.write(source, options.out)
+    print(f"wrote {len(source):,} records to {place}: give this directory as a source's path")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""TFDS builders of this project's own data sets."""

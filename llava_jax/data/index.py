@@ -1,0 +1,111 @@
+"""How long records are, in words and in tokens, measured once and kept by fingerprint for all hosts and later runs."""
+
+import hashlib
+import io
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from etils import epath
+
+from llava_jax.data.sources import Record, Source
+from llava_jax.data.validate import REASONS, check, rules
+from llava_jax.prompt.encode import Format, encode
+
+_log = logging.getLogger(__name__)
+
+
+def word_lengths(source: Source, cache_dir: epath.PathLike | None = None) -> np.ndarray:
+    """int32 [n]: words of all turns of each record, positive with an image, negative without; never 0.
+
+    Words are what blanks separate, headers and image features not counted, as the reference's sampler counts.
+    Source: haotian-liu/LLaVA llava/train/train.py:683-690@c121f04 (`modality_lengths`).
+    """
+    return _kept(source, "words", _words, cache_dir)
+
+
+def token_lengths(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
+    """int32 [n]: tokens of each record in this format, image features counted; 0 for a record that is refused."""
+
+    fit = rules(format.template)
+
+    def tokens(record: Record) -> int:
+        if any(REASONS[problem.reason][0] for problem in check(record, fit)):
+            return 0
+        try:
+            return len(encode(record.conversation, format, open_images=False).tokens)
+        except ValueError:
+            return 0  # what is wrong is said when the record is read for training
+
+    return _kept(source, f"tokens-{_fingerprint(format)}", tokens, cache_dir)
+
+
+def _words(record: Record) -> int:
+    raw = record.raw
+    rows = raw.get("conversations") if isinstance(raw, dict) else None
+    texts = [row.get("value") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    count = sum(len(text.split()) for text in texts if isinstance(text, str))
+    # Differs from LLaVA: it asserts that no record is empty; here a bad record must not stop the others' order.
+    return max(count, 1) * (1 if isinstance(raw, dict) and "image" in raw else -1)
+
+
+def _fingerprint(format: Format) -> str:
+    parts = [repr(format.template), repr(format.tokenizer.legacy), repr(format.tokenizer.size),
+             repr(format.image_features), repr(format.image_start_end)]  # fmt: skip
+    files = [part for name, data in sorted(format.tokenizer.files().items()) for part in (name.encode(), data)]
+    digest = hashlib.sha256()
+    for part in [*(part.encode() for part in parts), *files]:
+        digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
+def _kept(
+    source: Source, kind: str, measure: Callable[[Record], int], cache_dir: epath.PathLike | None
+) -> np.ndarray:
+    """The measure of every record, from the cache if it holds it.
+
+    A file is written under another name and then renamed, so hosts that measure at once do not disturb each other.
+    """
+    if not cache_dir:
+        return _measured(source, kind, measure)
+    key = hashlib.sha256(f"{source.fingerprint} {kind}".encode()).hexdigest()[:32]
+    place = epath.Path(cache_dir) / f"lengths-{key}.npy"
+    lengths = _load(place, len(source))
+    if lengths is None:
+        lengths = _measured(source, kind, measure)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        buffer = io.BytesIO()
+        np.save(buffer, lengths, allow_pickle=False)
+        partial = place.with_name(f"{place.name}.{os.getpid()}-{time.time_ns()}.partial")
+        partial.write_bytes(buffer.getvalue())
+        partial.replace(place)
+    return lengths
+
+
+def _load(place: epath.Path, records: int) -> np.ndarray | None:
+    """What the cache holds, or None where it holds nothing whole: it is then measured again."""
+    if not place.exists():
+        return None
+    try:
+        lengths = np.load(io.BytesIO(place.read_bytes()), allow_pickle=False)
+    except (ValueError, EOFError):
+        return None
+    return lengths if lengths.dtype == np.int32 and lengths.shape == (records,) else None
+
+
+def _measured(source: Source, kind: str, measure: Callable[[Record], int]) -> np.ndarray:
+    return np.fromiter((measure(record) for record in _watched(source, kind)), np.int32, len(source))
+
+
+def _watched(source: Source, kind: str) -> Iterator[Record]:
+    """The records, with a line of progress every ten seconds."""
+    start = last = time.monotonic()
+    for done, record in enumerate(source):
+        yield record
+        now = time.monotonic()
+        if now - last > 10:
+            last, rate = now, done / (now - start)
+            _log.info("counts %s of %s: %d of %d records, %.0f/s, ETA %.0f s", kind.split("-")[0], source.name, done,
+                      len(source), rate, (len(source) - done) / rate)  # fmt: skip

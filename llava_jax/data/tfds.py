@@ -1,0 +1,95 @@
+"""Reads LLaVA-style instruction data from a TFDS directory (array_record), without TensorFlow.
+
+    features   conversations: Sequence({from: Text, value: Text}); optional: id: Text,
+               image: Image or images: Sequence(Image), images_in_place: bool (see `Conversation`)
+"""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from llava_jax.data.sources import DataError, Record, Source
+
+_KNOWN = {"id", "conversations", "image", "images", "images_in_place"}
+
+
+class _Encoded(tfds.decode.SkipDecoding):
+    """Leaves images as encoded bytes; tfds has this for a single image only."""
+
+    def decode_batch_example_np(self, example: Any) -> Any:
+        return example
+
+
+@dataclass(frozen=True)
+class TfdsSource(Source):
+    """examples: tfds' random-access view of the split, images still encoded."""
+
+    examples: Any
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Record:
+        try:
+            example = self.examples[index]
+        except (RuntimeError, IndexError) as error:  # what array_record raises for damaged shards
+            raise DataError(f"{self.path}[{index}]: unreadable ({error}): write the data set again") from None
+        turns = example["conversations"]
+        raw: dict[str, Any] = {
+            "conversations": [
+                {"from": speaker.decode(), "value": text.decode()}
+                for speaker, text in zip(turns["from"], turns["value"], strict=True)
+            ]
+        }
+        if "id" in example:
+            raw["id"] = example["id"].decode()
+        pictures = (*example.get("images", ()), *([example["image"]] if example.get("image") else ()))
+        names = [f"picture {i}" for i in range(len(pictures))]
+        if pictures:
+            raw["image"] = names if example.get("images_in_place", len(names) > 1) else names[0]
+        return Record(self.path, index, None, raw, tuple(bytes(picture) for picture in pictures))
+
+
+def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> TfdsSource:
+    """The records of one split.
+
+    place: a version's directory (with features.json), or the one above it if it holds a single version.
+
+    The fingerprint covers the data set's description and the names and sizes of its shards, not their content.
+
+    Raises:
+      DataError: no TFDS data set, another file format than array_record, or other features.
+      ValueError: the split does not exist, or there are several versions.
+    """
+    place = _version(place)
+    builder = tfds.builder_from_directory(place)
+    features, splits = builder.info.features, builder.info.splits
+    if split not in splits:
+        raise ValueError(f"{place}: split {split!r} does not exist: choose one of {', '.join(sorted(splits))}")
+    if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
+        raise DataError(f"{place}: file format is {builder.info.file_format}, want array_record: write it again with "
+                        "`python -m llava_jax.data prepare`")  # fmt: skip
+    keys = set(features.keys())
+    if "conversations" not in keys or keys - _KNOWN:
+        raise DataError(f"{place}: features are {', '.join(sorted(keys))}: want conversations (Sequence of from and "
+                        f"value) and of {', '.join(sorted(_KNOWN))} what applies")  # fmt: skip
+    decoders = {key: _Encoded() for key in ("image", "images") if key in keys}
+    examples = builder.as_data_source(split=split, decoders=decoders)
+    digest = hashlib.sha256((place / "dataset_info.json").read_bytes() + split.encode())
+    for shard in sorted(splits[split].filepaths, key=str):
+        digest.update(f"{shard.name} {epath.Path(shard).stat().length}\n".encode())
+    return TfdsSource(name, str(place), None, weight, digest.hexdigest(), examples)
+
+
+def _version(place: epath.Path) -> epath.Path:
+    if (place / "features.json").exists():
+        return place
+    versions = sorted(child for child in place.iterdir() if (child / "features.json").exists())
+    if not versions:
+        raise DataError(f"{place}: no TFDS data set (no features.json, here or one level down)")
+    if len(versions) > 1:
+        raise ValueError(f"{place}: holds several versions ({', '.join(v.name for v in versions)}): name one of them")
+    return versions[0]

@@ -1,0 +1,98 @@
+"""Files to records, and messages that say where."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+
+from llava_jax.data.index import token_lengths, word_lengths
+from llava_jax.data.sources import DataError, open_source
+
+
+def test_a_list_and_lines_hold_the_same_records(make, tmp_path):
+    listed, lined = make(9), make(9, "a.jsonl")
+    assert [r.raw for r in listed] == [r.raw for r in lined]
+    assert [r.conversation for r in listed] == [r.conversation for r in lined]
+    assert listed[3].where == f"{tmp_path}/a.json[3]" and lined[3].where == f"{tmp_path}/a.jsonl:4"
+    assert listed[3].id == lined[3].id == "r3"
+
+
+def test_offsets_hold_for_text_beyond_ascii_and_odd_spacing(tmp_path):
+    rows = [{"id": "é"}, {"id": "猫🐈", "x": "]},[{"}, {"id": "\ud83d\ude00"}]
+    path = tmp_path / "u.json"
+    path.write_bytes(b"\xef\xbb\xbf \n[\n" + ",\n ".join(json.dumps(r, ensure_ascii=False) for r in rows[:2]).encode()
+                     + b" , " + json.dumps(rows[2]).encode() + b"\r\n ]\n")  # fmt: skip
+    assert [r.raw for r in open_source(path)] == [{"id": "é"}, {"id": "猫🐈", "x": "]},[{"}, {"id": "😀"}]
+
+
+def test_lines_count_blank_ones(tmp_path):
+    (tmp_path / "b.jsonl").write_text('{"id": 1}\r\n\n  \n{"id": 2}')
+    assert [(r.line, r.id) for r in open_source(tmp_path / "b.jsonl")] == [(1, "1"), (4, "2")]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.json", b'[{"id": 1},\n {"id": }]', r"a\.json:2:9: no valid JSON"),
+        ("a.json", b'[{"id": 1},\n {"id": 2}', r"a\.json:2:11: no valid JSON.*cut short"),
+        ("a.json", b'[{"id": 1}, {"conv', r"a\.json:1:14: no valid JSON"),
+        ("a.json", b'{"id": 1}', r"a\.json:1:1: want one JSON list"),
+        ("a.json", b"", r"a\.json:1:1: want one JSON list"),
+        ("a.json", b"[1] x", r"a\.json:1:4: .*after the list's end"),
+        ("a.json", b"[" * 100000, r"a\.json:1:2: no valid JSON"),
+        ("a.json", b"[]", "holds no records"),
+        ("a.json", b'["\xff"]', r"a\.json:1: byte 0xff is no UTF-8"),
+        ("a.jsonl", b'{"id": 1}\n{"id": \n', r"a\.jsonl:2: no valid JSON.*it begins"),
+        ("a.jsonl", b"\n", "holds no records"),
+    ],
+)
+def test_a_file_that_is_no_json_is_refused_with_its_place(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_source(tmp_path / name)
+
+
+def test_what_is_not_there_is_said(tmp_path, make):
+    with pytest.raises(FileNotFoundError, match="nope.json"):
+        open_source(tmp_path / "nope.json")
+    with pytest.raises(ValueError, match=r"want \.json"):
+        (tmp_path / "a.txt").write_text("")
+        open_source(tmp_path / "a.txt")
+    with pytest.raises(FileNotFoundError, match="image folder"):
+        make(2)
+        open_source(tmp_path / "a.json", tmp_path / "pictures")
+    with pytest.raises(ValueError, match="weight=0.1 shows none of its 2"):
+        open_source(tmp_path / "a.json", weight=0.1)
+
+
+def test_the_fingerprint_is_of_the_content_only(make):
+    assert make(3).fingerprint == make(3, "b.json").fingerprint != make(4).fingerprint
+
+
+def test_word_lengths_count_as_the_reference_s_sampler(make):
+    assert word_lengths(make(4)).tolist() == [-5, 8, 10, -11]
+    odd = [{}, 3, {"image": "x", "conversations": []}, {"conversations": [{"value": 4}, 5]}]
+    assert word_lengths(make(odd, "odd.json")).tolist() == [-1, -1, 1, -1]
+
+
+def test_lengths_are_kept_by_fingerprint_and_a_broken_file_is_measured_again(make, v1, tmp_path):
+    source, cache = make(4), tmp_path / "cache"
+    fresh = token_lengths(source, v1, cache)
+    (kept,) = cache.iterdir()
+    kept.write_bytes(_npy(np.array([9, 9, 9, 9], np.int32)))
+    assert token_lengths(source, v1, cache).tolist() == [9, 9, 9, 9]
+    kept.write_bytes(kept.read_bytes()[:-3])
+    assert token_lengths(source, v1, cache).tolist() == fresh.tolist()
+    word_lengths(source, cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+def _npy(array):
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def test_a_refused_record_has_token_length_0(make, v1):
+    assert token_lengths(make([{"id": "bad", "conversations": []}]), v1).tolist() == [0]

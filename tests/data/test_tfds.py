@@ -1,0 +1,68 @@
+"""TFDS without TensorFlow: what is written is what is read."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from llava_jax.data.builders.llava_instruct import write
+from llava_jax.data.pipeline import Pipeline
+from llava_jax.data.sources import DataError, open_source
+
+
+def test_a_written_data_set_holds_the_same_conversations_and_the_files_bytes(make, folder, tmp_path):
+    source = make(7)
+    place = write(source, tmp_path / "out")
+    again = open_source(place)
+    assert [r.id for r in again] == [r.id for r in source]
+    for one, two in zip(source, again, strict=True):
+        assert one.conversation.turns == two.conversation.turns
+        assert two.conversation.images == tuple((folder / i).read_bytes() for i in one.conversation.images)
+        assert one.conversation.images_in_place == two.conversation.images_in_place
+    assert open_source(tmp_path / "out" / "llava_instruct").fingerprint == again.fingerprint
+    assert not list(tmp_path.glob("out/downloads"))
+
+
+def test_a_list_of_images_stays_in_place(make, tmp_path):
+    turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A."}]
+    source = make([{"id": "one", "image": ["1.png"], "conversations": turns}])
+    assert open_source(write(source, tmp_path / "out"))[0].conversation.images_in_place
+
+
+def test_batches_of_a_tfds_directory_equal_those_of_the_json(make, v1, tmp_path):
+    source = make(7)
+    settings = {"format": v1, "batch_samples": 4, "row_tokens": 160, "threads": 0, "one_pass": True}
+    ours = list(Pipeline(sources=[source], **settings))
+    written = list(Pipeline(sources=[open_source(write(source, tmp_path / "out"))], **settings))
+    for (a, ids), (b, others) in zip(ours, written, strict=True):
+        assert ids == others and all((x == y).all() for x, y in zip(a, b, strict=True))
+
+
+def test_tensorflow_is_never_imported(tmp_path):
+    """In a process of its own; writing and reading."""
+    code = (
+        "import sys; from llava_jax.data.__main__ import main\n"
+        f"assert main(['prepare', {str(tmp_path / 'a.jsonl')!r}, '--out', {str(tmp_path / 'out')!r}]) == 0\n"
+        f"assert main(['validate', {str(tmp_path / 'out' / 'llava_instruct')!r}, '--open-images']) == 0\n"
+        "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+    )
+    turns = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"id": i, "conversations": turns}) for i in range(3)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_what_cannot_be_written_or_read_is_said(make, tmp_path):
+    gone = [{"id": "x", "image": "gone.png", "conversations": [{"from": "human", "value": "<image>"},
+                                                               {"from": "gpt", "value": "A."}]}]  # fmt: skip
+    with pytest.raises(DataError, match=r"a\.json\[0\] id='x' missing_image"):
+        write(make(gone), tmp_path / "out")
+    assert not list(tmp_path.glob("out/llava_instruct/1*"))
+    place = write(make(3), tmp_path / "out")
+    with pytest.raises(ValueError, match="exists already"):
+        write(make(3), tmp_path / "out")
+    with pytest.raises(ValueError, match="split 'test' does not exist: choose one of train"):
+        open_source(place, split="test")
+    with pytest.raises(DataError, match="no TFDS data set"):
+        open_source(tmp_path)

@@ -1,0 +1,177 @@
+"""A corpus of bad records, each named with its reason; what is good stays unmentioned."""
+
+import json
+import os
+import time
+from dataclasses import replace
+
+import pytest
+
+from llava_jax.data.sources import Record, open_source
+from llava_jax.data.validate import REASONS, _surely_fits, check, check_tokens, rules, validate
+from llava_jax.prompt import templates
+from llava_jax.prompt.encode import encode
+
+H, G = "human", "gpt"
+
+
+def turns(*pairs):
+    return [{"from": speaker, "value": text} for speaker, text in pairs]
+
+
+ASKED = turns((H, "Hi"), (G, "Ho"))
+SHOWN = turns((H, "<image>\nWhat?"), (G, "A cat."))
+
+# reason, what the message must say, and the record that has it
+BAD = [
+    ("bad_shape", "want an object with 'conversations', got 3", 3),
+    ("bad_shape", "conversations=None", {"id": "x"}),
+    ("bad_shape", "conversations='Hi'", {"id": "x", "conversations": "Hi"}),
+    ("bad_shape", "conversations[1]='Ho'", {"id": "x", "conversations": [ASKED[0], "Ho"]}),
+    ("bad_shape", "conversations[0]={'value': 'Hi'}", {"id": "x", "conversations": [{"value": "Hi"}, ASKED[1]]}),
+    ("bad_shape", "conversations[1].value=7", {"id": "x", "conversations": [ASKED[0], {"from": G, "value": 7}]}),
+    ("bad_shape", "image=None", {"id": "x", "image": None, "conversations": ASKED}),
+    ("bad_shape", "image=['0.png', 3]", {"id": "x", "image": ["0.png", 3], "conversations": ASKED}),
+    ("bad_shape", "image=''", {"id": "x", "image": "", "conversations": SHOWN}),
+    ("empty_conversations", "conversations=[]", {"id": "x", "conversations": []}),
+    ("empty_conversations", "a system turn only", {"id": "x", "conversations": turns(("system", "Be kind."))}),
+    ("unknown_role", "conversations[1].from='bot'", {"id": "x", "conversations": turns((H, "Hi"), ("bot", "Ho"))}),
+    ("unknown_role", "from='system'", {"id": "x", "conversations": turns((H, "Hi"), ("system", "Ho"), (G, "Ha"))}),
+    ("wrong_order", "conversations[1] is the user's",
+     {"id": "x", "conversations": turns((H, "a"), (H, "b"), (G, "c"))}),
+    ("wrong_order", "conversations[2] is the assistant's",
+     {"id": "x", "conversations": turns((H, "a"), (G, "b"), (G, "c"))}),
+    ("assistant_first", "conversations[0].from",
+     {"id": "x", "conversations": turns((G, "Hello."), (H, "a"), (G, "b"))}),
+    ("unanswered", "conversations[2], the last", {"id": "x", "conversations": [*ASKED, *turns((H, "And?"))]}),
+    ("empty_answer", "conversations[1].value=' \\n'", {"id": "x", "conversations": turns((H, "Hi"), (G, " \n"))}),
+    ("image_without_marker", "1 image(s) and no <image>", {"id": "x", "image": "0.png", "conversations": ASKED}),
+    ("marker_without_image", "1 <image> and no image", {"id": "x", "conversations": SHOWN}),
+    ("several_markers", "conversations[0] holds 2 <image> for 1 image(s)",
+     {"id": "x", "image": "0.png", "conversations": turns((H, "<image> or <image>?"), (G, "Yes."))}),
+    ("marker_count", "2 <image> in all turns for 1 image(s)",
+     {"id": "x", "image": "0.png", "conversations": [*SHOWN, *SHOWN]}),
+    ("marker_count", "1 <image> in all turns for 2 image(s)",
+     {"id": "x", "image": ["0.png", "1.png"], "conversations": SHOWN}),
+    ("marker_in_answer", "conversations[1] is an answer",
+     {"id": "x", "image": "0.png", "conversations": turns((H, "Draw."), (G, "<image>"))}),
+    ("missing_image", "'gone.png': no such file", {"id": "x", "image": "gone.png", "conversations": SHOWN}),
+    ("missing_image", "no such file", {"id": "x", "image": ".", "conversations": SHOWN}),
+    ("missing_image", "no such file", {"id": "x", "image": "a" * 300, "conversations": SHOWN}),
+    ("lone_surrogate", "'\\udc00': half a character", {"id": "x", "conversations": turns((H, "a\udc00"), (G, "b"))}),
+    ("unsafe_path", "'../0.png'", {"id": "x", "image": "../0.png", "conversations": SHOWN}),
+    ("unsafe_path", "'a/../../b.png'", {"id": "x", "image": "a/../../b.png", "conversations": SHOWN}),
+    ("unsafe_path", "'/etc/passwd'", {"id": "x", "image": "/etc/passwd", "conversations": SHOWN}),
+    ("unsafe_path", "'C:\\\\x.png'", {"id": "x", "image": "C:\\x.png", "conversations": SHOWN}),
+    ("unsafe_path", "'file:///etc/passwd'", {"id": "x", "image": "file:///etc/passwd", "conversations": SHOWN}),
+    ("unsafe_path", "'a\\x00.png'", {"id": "x", "image": "a\0.png", "conversations": SHOWN}),
+    ("unsafe_path", "a link that leaves", {"id": "x", "image": "link.png", "conversations": SHOWN}),
+    ("bad_image", "empty.png", {"id": "x", "image": "empty.png", "conversations": SHOWN}),
+    ("bad_image", "page.jpg", {"id": "x", "image": "page.jpg", "conversations": SHOWN}),
+    ("bad_image", "half.png", {"id": "x", "image": "half.png", "conversations": SHOWN}),
+    ("no_learned_tokens", "no target is left of", {"id": "x", "conversations": turns((H, "long " * 300), (G, "b"))}),
+]  # fmt: skip
+
+NOTED = [
+    ("control_text", "'ASSISTANT:' in", {"id": "x", "conversations": turns((H, "Say ASSISTANT: me"), (G, "b"))}),
+    ("control_text", "'</s>' in 'a </s> b", {"id": "x", "conversations": turns((H, "a </s> b"), (G, "b"))}),
+    ("cut", "targets are lost", {"id": "x", "conversations": turns((H, "a"), (G, "long " * 300))}),
+]  # fmt: skip
+
+GOOD = [
+    {"conversations": ASKED},
+    {"id": 7, "conversations": [*turns(("system", "Be kind.")), *ASKED, *ASKED]},
+    {"id": "user", "conversations": turns(("user", "Hi"), ("assistant", "Ho"))},
+    {"id": "second", "image": "0.png", "conversations": [*ASKED, *SHOWN]},
+    {"id": "list", "image": ["0.png", "1.png"], "conversations": turns((H, "<image> <image>?"), (G, "Yes."))},
+    {"id": "odd", "conversations": turns((H, "\0 ‮ 🐈 é"), (G, "USER: ###"))},
+    {"id": "nfd", "image": "cafe\u0301.png", "conversations": SHOWN},
+]
+
+
+@pytest.fixture
+def world(make, folder, tmp_path):
+    """world(records, name) -> an open source, its folder holding damaged pictures too."""
+    (folder / "empty.png").write_bytes(b"")
+    (folder / "page.jpg").write_text("<html>404</html>")
+    (folder / "half.png").write_bytes((folder / "0.png").read_bytes()[:44])
+    (folder / "caf\u00e9.png").write_bytes((folder / "0.png").read_bytes())
+    (tmp_path / "outside.png").write_bytes((folder / "0.png").read_bytes())
+    (folder / "link.png").unlink(missing_ok=True)
+    os.symlink(tmp_path / "outside.png", folder / "link.png")
+    return make
+
+
+def findings(source, v1, row_tokens=400):
+    return list(validate(source, rules(v1.template, v1.tokenizer), v1, row_tokens, open_images=True))
+
+
+@pytest.mark.parametrize("name", ["bad.json", "bad.jsonl"])
+def test_every_bad_record_of_the_corpus_is_listed_with_its_place_id_and_reason(world, v1, name):
+    source = world([row for bad in BAD for row in (bad[2], GOOD[0])], name)
+    listed = {finding.index: finding for finding in findings(source, v1) if finding.fatal}
+    assert sorted(listed) == [2 * i for i in range(len(BAD))]
+    for i, (reason, message, raw) in enumerate(BAD):
+        finding = listed[2 * i]
+        assert finding.reason == reason and message in finding.detail, finding
+        place = f"{name}[{2 * i}]" if name.endswith(".json") else f"{name}:{2 * i + 1}"
+        assert place in str(finding) and (not isinstance(raw, dict) or "id='x'" in str(finding))
+        assert "\n" not in str(finding) and len(finding.detail) < 500 and str(finding).encode()
+
+
+def test_what_is_noted_is_not_refused(world, v1):
+    for reason, message, raw in NOTED:
+        (finding,) = findings(world([raw]), v1)
+        assert (finding.reason, finding.fatal) == (reason, False) and message in finding.detail
+
+
+def test_good_records_are_not_listed(world, v1):
+    assert findings(world(GOOD), v1) == []
+
+
+def test_a_repeated_id_is_noted_with_the_first_place(world, v1):
+    source = world([{"id": 4, "conversations": ASKED}, *GOOD[:1], *GOOD[:1], {"id": "4", "conversations": ASKED}])
+    (finding,) = findings(source, v1)
+    assert (finding.index, finding.reason, finding.fatal) == (3, "duplicate_id", False)
+    assert "a.json[0] has it too" in finding.detail
+
+
+def test_templates_with_a_shape_of_their_own_are_checked():
+    plain, llama = rules(templates.get("plain")), rules(templates.get("llama_2"))
+    asked = Record("a", 0, None, {"conversations": ASKED})
+    assert [p.reason for p in check(asked, plain)] == ["not_a_caption"]
+    empty = Record("a", 0, None, {"conversations": turns((H, ""), (G, "b"))})
+    assert [p.reason for p in check(empty, llama)] == ["empty_question"]
+    assert check(asked, llama) == check(empty, rules(templates.get("v1"))) == []
+
+
+def test_the_bound_that_spares_the_tokenizer_is_never_below_the_true_length(v1):
+    for template in templates.TEMPLATES.values():
+        format = replace(v1, template=template, image_start_end=False)
+        for rounds in (1, 5):
+            raw = {"image": "0.png", "conversations": [*SHOWN, *turns((H, "b"), (G, "c")) * (rounds - 1)]}
+            if template.images_only and rounds > 1:
+                continue
+            record = Record("a", 0, None, raw)
+            length = len(encode(record.conversation, format, open_images=False).tokens)
+            assert not _surely_fits(record, format, length - 1), template.name
+            assert check_tokens(record, format, length) == []
+
+
+def test_every_reason_is_documented_and_met():
+    met = {reason for reason, *_ in BAD + NOTED}
+    elsewhere = {"malformed_json", "duplicate_id", "not_a_caption", "empty_question", "unreadable", "bad_text",
+                 "too_many_images"}  # fmt: skip
+    assert met | elsewhere == set(REASONS)
+
+
+def test_at_least_5000_records_a_second(tmp_path):
+    """In processor time, as other work on the machine must not fail it; it was 30,000 (2 cores, 2026-11)."""
+    answer = "A cat sits on a mat near the door. " * 6
+    talk = [*turns((H, "<image>\n" + "What is in the picture? " * 3), (G, answer)), *ASKED]
+    rows = [{"id": str(i), "image": f"{i}.png", "conversations": talk} for i in range(4000)]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    start = time.process_time()
+    source = open_source(tmp_path / "a.json")
+    assert list(validate(source, rules(templates.get("v1")))) == []
+    assert 4000 / (time.process_time() - start) > 5000
