@@ -35,7 +35,9 @@ def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def lookup(names: Iterable[str], table: Sequence[tuple[str, Any]], what: str, every_row: bool = False) -> dict[str, Any]:
+def lookup(
+    names: Iterable[str], table: Sequence[tuple[str, Any]], what: str, every_row: bool = False
+) -> dict[str, Any]:
     """The value of the first row whose pattern matches the whole name, for every name.
 
     Args:

@@ -4,6 +4,7 @@ Slot s of a row holds position s, so prompts are padded on the right: what paddi
 when decoding reaches that position, and no query looks beyond its own position.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -28,16 +29,14 @@ def write(
     )
 
 
-def from_prefill(
-    k: Float[Array, "L B T K H"], v: Float[Array, "L B T K H"], cache_tokens: int
-) -> tuple[LayerCache, ...]:
+def from_prefill(prompt: Sequence[LayerCache], cache_tokens: int) -> tuple[LayerCache, ...]:
     """The cache after a prompt of T tokens, with room for `cache_tokens` >= T.
 
     Raises:
       ValueError: the prompt is longer than the cache.
     """
-    room = cache_tokens - k.shape[2]
+    room = cache_tokens - prompt[0].k.shape[1]
     if room < 0:
-        raise ValueError(f"cache_tokens={cache_tokens} is shorter than the prompt of {k.shape[2]} tokens")
-    pad = [(0, 0), (0, 0), (0, room), (0, 0), (0, 0)]
-    return tuple(LayerCache(*layer) for layer in zip(jnp.pad(k, pad), jnp.pad(v, pad)))
+        raise ValueError(f"cache_tokens={cache_tokens} is shorter than the prompt of {prompt[0].k.shape[1]} tokens")
+    pad = [(0, 0), (0, room), (0, 0), (0, 0)]
+    return tuple(LayerCache(jnp.pad(layer.k, pad), jnp.pad(layer.v, pad)) for layer in prompt)

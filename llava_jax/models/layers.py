@@ -110,8 +110,8 @@ def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *exampl
 
 
 def take_layer(stack: Params, index: int) -> Params:
-    """One block's parameters out of a stack."""
-    return jax.tree.map(lambda leaf: leaf[index], stack)
+    """One block's parameters out of a stack; each leaf is an array [L, ...], or a tuple of its L parts."""
+    return jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {

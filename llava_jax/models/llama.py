@@ -1,4 +1,4 @@
-"""The LLaMA decoder: one scan over the stacked blocks in training and prefill, unrolled for one-token decoding."""
+"""The LLaMA decoder: one scan over the stacked blocks in training, unrolled in prefill and decoding."""
 
 from typing import Any
 
@@ -111,11 +111,11 @@ class Llama(nn.Module):
         """Forward of prompts padded on the right (`positions` = 0 .. T-1), keeping keys and values."""
         rotation = rotary(positions, self.config)
 
-        def body(x: Array, layer: Params) -> tuple[Array, LayerCache]:
-            return self.block.apply({"params": layer}, x, rotation, positions)
-
-        x, kept = jax.lax.scan(body, x, self.blocks)
-        return self.norm(x), from_prefill(kept.k, kept.v, cache_tokens)
+        kept = []
+        for index in range(self.config.layers):  # a scan wants stacks, which decoding would copy whole
+            x, pair = self.block.apply({"params": take_layer(self.blocks, index)}, x, rotation, positions)
+            kept.append(pair)
+        return self.norm(x), from_prefill(kept, cache_tokens)
 
     def decode(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]

@@ -129,7 +129,8 @@ PRESETS: dict[str, LlavaConfig] = {
     # Small enough for a unit test: 4 features an image, grouped query heads, the 960-piece test tokenizer.
     "tiny": LlavaConfig(
         VisionConfig(image_size=28, patch_size=14, width=32, mlp_width=64, layers=3, heads=2), "mlp2x_gelu",
-        LlamaConfig(vocab=960, width=48, mlp_width=96, layers=3, heads=4, kv_heads=2, head_width=12, max_positions=1024),
+        LlamaConfig(vocab=960, width=48, mlp_width=96, layers=3, heads=4, kv_heads=2, head_width=12,
+                    max_positions=1024),
     ),
 }  # fmt: skip
 

@@ -43,8 +43,9 @@ RENAMES = (
 def hf_model(config: LlavaConfig = CONFIG, seed: int = 0, **text):
     """A random LlavaForConditionalGeneration of these sizes; every weight redrawn so that none is zero or one."""
     import torch
-    from transformers import CLIPVisionConfig, LlavaConfig as HFConfig, LlavaForConditionalGeneration
+    from transformers import CLIPVisionConfig, LlavaForConditionalGeneration
     from transformers import LlamaConfig as HFLlama
+    from transformers import LlavaConfig as HFConfig
 
     v, t = config.vision, config.llm
     vision = CLIPVisionConfig(

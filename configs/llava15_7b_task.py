@@ -1,0 +1,46 @@
+"""Fine-tunes a released LLaVA-1.5 on your own LLaVA JSON.
+
+    python -m llava_jax.convert import llava-v1.5-7b checkpoints/llava15_7b --vision clip-vit-large-patch14-336
+    python -m llava_jax.data validate my.json --images my_pictures --open-images
+    python -m llava_jax.train --config configs/llava15_7b_task.py --workdir runs/task \
+        --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
+
+Any imported LLaVA-1.5 will do (`--config.model.base=DIR`): sizes, template and tokenizer are its own.
+Numbers: haotian-liu/LLaVA scripts/v1_5/finetune_task.sh. Differs from LLaVA: the loss is the mean over all supervised
+  tokens of a step, which does not depend on how many devices share it.
+With fewer than some 10,000 records, take a smaller batch (`--config.data.batch_samples=32`) and more epochs.
+Expected: the loss on the training data falls within the first epoch; judge by `config.data.validation`, not by it.
+"""
+
+from ml_collections import ConfigDict
+
+from llava_jax.config import Source, default
+
+
+def get_config() -> ConfigDict:
+    config = default()
+    config.model.update(base="checkpoints/llava15_7b")
+    config.prompt.update(template="v1", image_mode="pad")
+    config.data.update(
+        sources=(Source("my.json", "my_pictures"),),
+        order="modality_length",
+        batch_samples=128,
+        row_tokens=2048,
+        skip_budget=0.0,  # strict: your own data can be repaired
+    )
+    config.train.update(
+        epochs=1,
+        lr=2e-5,
+        warmup_ratio=0.03,
+        schedule="cosine",
+        weight_decay=0.0,
+        clip_norm=None,
+        loss="token_mean",
+    )
+    config.rates = (
+        ("vision/.*", None),
+        ("projector/.*", config.train.get_ref("projector_lr")),
+        ("llm/.*", config.train.get_ref("lr")),
+    )
+    config.init = ((".*", config.model.get_ref("base")),)
+    return config

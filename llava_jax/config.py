@@ -1,0 +1,398 @@
+"""One experiment's settings: a Python file's `get_config()` and command-line overrides become frozen dataclasses.
+
+ml_collections ends here: a room receives its own branch (`config.train`, `config.data`, ...) and can neither change
+it nor find a key that nobody declared. A config file begins with `default()` or with `start_from` another file.
+"""
+
+import dataclasses
+import difflib
+import sys
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
+
+
+def _in_range(branch: Any, name: str, **bounds: tuple[int, int | None]) -> None:
+    for key, (low, high) in bounds.items():
+        value = vars(branch)[key]
+        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
+            wish = f"a finite number, at least {low}" if high is None else f"{low} to {high}"
+            raise ValueError(f"{name}.{key}={value}: want {wish}")
+
+
+@dataclass(frozen=True)
+class Model:
+    preset: str = ""  # a name of models.presets; "": what the card of `base` says
+    base: str = ""  # checkpoint directory of the starting weights; "": random
+    start: str = ""  # checkpoint directory that for part of the model: stage 1's, or an imported projector
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute and frozen weights; trainable ones are float32
+    remat: Literal["none", "full"] = "full"
+
+
+@dataclass(frozen=True)
+class Prompt:
+    template: str = "v1"
+    image_mode: Literal["square", "pad", "squash"] = "pad"
+    image_start_end: bool = False
+    legacy: bool | None = None  # the SentencePiece prefix rule; None: what the tokenizer's own files say
+    tokenizer: str = ""  # directory or file; "": the one in `model.base`
+
+
+@dataclass(frozen=True)
+class Source:
+    path: str  # .json, .jsonl or a TFDS directory
+    images: str = ""  # root of the pictures
+    weight: float = 1.0  # share in the mixture relative to its own size
+    name: str = ""  # for messages; "": the path
+
+
+@dataclass(frozen=True)
+class Data:
+    sources: tuple[Source, ...] = ()
+    validation: tuple[Source, ...] = ()
+    order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
+    batch_samples: int = 128
+    row_tokens: int = 2048
+    lengths: tuple[int, ...] = ()  # shorter row lengths (buckets) that a batch may take, in tokens
+    images_per_row: int = 1
+    skip_budget: float = 0.0  # share of records that may be bad, each replaced by a zero-weight placeholder
+    threads: int = 8
+
+    def __post_init__(self) -> None:
+        _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_row=(1, None))
+        _in_range(self, "data", skip_budget=(0, 1), threads=(1, None))
+        if not self.sources:
+            raise ValueError("data.sources is empty: want at least one Source(path, images)")
+        for i, source in enumerate(self.sources):
+            _in_range(source, f"data.sources.{i}", weight=(0, None))
+        if any(not 1 <= length <= self.row_tokens for length in self.lengths):
+            raise ValueError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
+
+
+@dataclass(frozen=True)
+class Train:
+    lr: float
+    projector_lr: float | None = None  # None: lr
+    steps: int | None = None  # exactly one of steps and epochs
+    epochs: float | None = None
+    seed: int = 42
+    warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
+    schedule: Literal["cosine", "constant"] = "cosine"
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = None  # None: gradients are not clipped
+    loss: Literal["token_mean", "group_mean"] = "token_mean"
+    group_samples: int = 16  # a device's share in the reference: group_mean averages over such groups' token means
+    accumulate: int = 1  # micro-batches in a step
+    max_nonfinite: int = 3  # so many non-finite losses in a row end the run
+    eval_every: int = 0  # steps; 0: never
+    sample_every: int = 0  # steps; 0: never
+
+    def __post_init__(self) -> None:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
+        _in_range(self, "train", lr=(0, None), projector_lr=(0, None), steps=(1, None), epochs=(0, None))
+        _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
+        _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
+        _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
+
+
+@dataclass(frozen=True)
+class Mesh:
+    data: int = 1
+    fsdp: int = -1  # -1 (one axis at most): all devices that the other axes leave
+    tensor: int = 1
+    context: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = dataclasses.asdict(self)
+        if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"mesh={sizes}: want sizes of at least 1, or -1 for at most one of them")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = 500  # steps
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        _in_range(self, "checkpoint", every=(1, None), keep=(1, None))
+
+
+@dataclass(frozen=True)
+class Log:
+    every: int = 10  # steps
+    tensorboard: bool = True
+    wandb: str = ""  # project name; "": off
+
+    def __post_init__(self) -> None:
+        _in_range(self, "log", every=(1, None))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run is told. `rates` and `init` are the user's tables, read by `params.lookup`."""
+
+    data: Data
+    train: Train
+    rates: tuple[tuple[str, Rate], ...]  # (pattern over parameter names, learning rate or None: frozen)
+    init: tuple[tuple[str, str], ...]  # (pattern, checkpoint directory or "random")
+    model: Model = Model()
+    prompt: Prompt = Prompt()
+    mesh: Mesh = Mesh()
+    checkpoint: Checkpoint = Checkpoint()
+    log: Log = Log()
+
+    def __post_init__(self) -> None:
+        divisors = {"accumulate": self.train.accumulate}
+        if self.train.loss == "group_mean" or self.data.order == "modality_length":
+            divisors["group_samples"] = self.train.group_samples
+        for key, size in divisors.items():
+            if self.data.batch_samples % size:
+                raise ValueError(f"train.{key}={size} does not divide data.batch_samples={self.data.batch_samples}")
+
+
+BRANCHES = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+
+
+def default() -> ConfigDict:
+    """Every key at its default, for a config file to change; `train.projector_lr` is `train.lr` until it is set.
+
+    A table takes its scalars by reference, so that a command-line override reaches it:
+    `config.rates = (("projector/.*", config.train.get_ref("lr")), (".*", None))`.
+    """
+    config = ConfigDict(type_safe=False)
+    for name, branch in BRANCHES.items():
+        config[name] = {f.name: f.default for f in dataclasses.fields(branch) if f.default is not dataclasses.MISSING}
+    config.train.lr = config_dict.placeholder(float)
+    config.train.projector_lr = config.train.get_oneway_ref("lr")
+    config.rates, config.init = (), ()
+    return config
+
+
+def start_from(file: str, sibling: str) -> ConfigDict:
+    """The config of another file of the same directory, to change: `start_from(__file__, "tiny_pretrain.py")`."""
+    return _run(Path(file).parent / sibling)
+
+
+def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
+    """The config of a file, with overrides such as {"train.lr": "1e-4", "data.sources.0.path": "my.json"}.
+
+    In `init` the value "" reads "random", so `config.model.get_ref("base")` serves both.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: an unknown key, a wrong type or value, a missing key, or a scalar that no table reads; it names
+        the file and the key.
+    """
+    path, overrides = Path(path), dict(overrides or {})
+    try:
+        config = _build(Config, _plain(_overridden(_run(path), overrides)), "")
+        _refuse_idle_scalars(path, overrides, config)
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+    return dataclasses.replace(config, init=tuple((pattern, place or "random") for pattern, place in config.init))
+
+
+def _run(path: Path) -> ConfigDict:
+    if not path.is_file():
+        hint = _near(path.name, [file.name for file in path.parent.glob("*.py")])
+        raise FileNotFoundError(f"config {path}: no such file{hint}; want a Python file with get_config()")
+    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
+    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
+    if "get_config" not in names:
+        raise ValueError("it has no function get_config()")
+    config = names["get_config"]()
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"get_config() returns {type(config).__name__}: want the ConfigDict that default() made")
+    return config
+
+
+def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
+    for key, text in overrides.items():
+        branch, _, rest = key.partition(".")
+        if key.startswith(("data.sources.", "data.validation.")):
+            _override_source(config, rest, text)
+        else:
+            config[branch][rest] = _parse(text, _hint(branch, rest, key), key)
+    return config
+
+
+def _hint(branch: str, name: str, key: str) -> Any:
+    """The type of a branch's field, if both exist."""
+    if branch in BRANCHES and name in typing.get_type_hints(BRANCHES[branch]):
+        return typing.get_type_hints(BRANCHES[branch])[name]
+    if branch in ("rates", "init"):
+        raise ValueError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
+    known = [f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls)]
+    raise ValueError(f"unknown key {key!r}{_near(key, known)}")
+
+
+def _override_source(config: ConfigDict, rest: str, text: str) -> None:
+    """Sets one scalar of one source: `sources.0.path`."""
+    name, _, place = rest.partition(".")
+    index, _, scalar = place.partition(".")
+    sources = list(config.data[name])
+    if not index.isdigit() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
+        keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
+        raise ValueError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
+    value = _parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
+    sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
+    config.data[name] = tuple(sources)
+
+
+def _parse(text: str, hint: Any, key: str) -> Any:
+    """A command-line text as a scalar of the type that the key has."""
+    words = {"true": True, "false": False, "none": None}
+    for read in (words.__getitem__, int, float):
+        try:
+            return _typed(read(text.lower()), hint, key)
+        except (KeyError, ValueError):
+            continue
+    return _typed(text, hint, key)
+
+
+def _plain(value: Any) -> Any:
+    """ConfigDicts as dicts, with every reference replaced by its value, inside tuples too."""
+    if isinstance(value, FieldReference):
+        return _plain(value.get())
+    if isinstance(value, ConfigDict):
+        return {key: _plain(value[key]) for key in value}
+    if isinstance(value, tuple | list):
+        return tuple(_plain(item) for item in value)
+    return value
+
+
+def _build(cls: Any, tree: Any, prefix: str) -> Any:
+    """A frozen dataclass from a dict; `prefix` is the path so far, "train."."""
+    if not isinstance(tree, dict):
+        raise ValueError(f"{prefix.rstrip('.')}={tree!r}: want keys of {cls.__name__}")
+    hints = typing.get_type_hints(cls)
+    for key in tree:
+        if key not in hints:
+            raise ValueError(f"unknown key {prefix + key!r}{_near(prefix + key, [prefix + name for name in hints])}")
+    return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in tree.items()})
+
+
+def _typed(value: Any, hint: Any, key: str) -> Any:
+    """The value as the type wants it (int -> float, list -> tuple, dict -> dataclass), or ValueError."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, vars(value) if isinstance(value, hint) else value, key + ".")
+    if origin is Literal:
+        if value not in args:
+            raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}{_near(str(value), args)}")
+        return value
+    if origin in (types.UnionType, typing.Union):
+        return _typed_union(value, hint, key)
+    if origin is tuple and isinstance(value, tuple):
+        wanted = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(wanted) == len(value):
+            return tuple(_typed(v, h, f"{key}.{i}") for i, (v, h) in enumerate(zip(value, wanted)))
+    elif hint is float and type(value) is int:
+        return float(value)
+    elif type(value) is hint:
+        return value
+    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
+
+
+def _typed_union(value: Any, hint: Any, key: str) -> Any:
+    for option in typing.get_args(hint):
+        try:
+            return _typed(value, option, key)
+        except ValueError:
+            continue
+    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
+
+
+def _describe_type(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    return hint.__name__ if isinstance(hint, type) else str(hint)
+
+
+def _near(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {near[0]!r}?" if near else ""
+
+
+def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Config) -> None:
+    """A scalar that only tables can read must change a table when it changes: else it was set in vain."""
+    in_use = {"train.projector_lr": config.train.projector_lr != config.train.lr, "train.lr": True,
+              "model.base": config.model.base != "", "model.start": config.model.start != ""}  # fmt: skip
+    for key in (key for key, used in in_use.items() if used):
+        branch, name = key.split(".")
+        probe = _overridden(_run(path), overrides)
+        before = _plain((probe.rates, probe.init))
+        probe[branch][name] = 1e9 if branch == "train" else "another/directory"
+        if _plain((probe.rates, probe.init)) == before:
+            raise ValueError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
+
+
+def describe(config: Config) -> dict[str, Any]:
+    """{"train.lr": 1e-3, "data.sources.0.path": ..., "rates": [[pattern, rate], ...]}: flat, of JSON values."""
+    return {name: leaf for key, value in vars(config).items() for name, leaf in _flat(value, key).items()}
+
+
+def _flat(value: Any, key: str) -> dict[str, Any]:
+    if dataclasses.is_dataclass(value):
+        children = vars(value).items()
+    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(child) for child in value):
+        children = enumerate(value)
+    else:
+        return {key: _listed(value)}
+    return {name: leaf for place, child in children for name, leaf in _flat(child, f"{key}.{place}").items()}
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(item) for item in value] if isinstance(value, tuple) else value
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """One line for each key whose value differs between two `describe`s: "train.lr: 0.001 -> 0.002"."""
+    lines: list[str] = []
+    for key in sorted(set(old) | set(new)):
+        before, after = (repr(one[key]) if key in one else "(no such key)" for one in (old, new))
+        if before != after:
+            lines.append(f"{key}: {before} -> {after}")
+    return lines
+
+
+class Command(NamedTuple):
+    config: str
+    workdir: str
+    overrides: dict[str, str]
+
+
+def command(argv: Sequence[str], program: str, description: str = "") -> Command:
+    """Reads `--config FILE --workdir DIR --config.train.lr=1e-4` (or `--config.train.lr 1e-4`) in any order.
+
+    Raises:
+      ValueError: an argument that is none of these, or one of the first two is missing. SystemExit: after `--help`.
+    """
+    usage = f"usage: {program} --config FILE --workdir DIR [--config.BRANCH.KEY=VALUE ...]"
+    told, words = dict[str, str](), iter(argv)
+    for word in words:
+        option, equals, text = word.partition("=")
+        if word in ("-h", "--help"):
+            print(f"{description}\n{usage}")
+            raise SystemExit(0)
+        if option not in ("--config", "--workdir") and not option.startswith("--config."):
+            raise ValueError(f"unknown argument {word!r}; {usage}")
+        told[option] = text if equals else next(words, "")
+        if not told[option] and not equals:
+            raise ValueError(f"{option} wants a value; {usage}")
+    for option in ("--config", "--workdir"):
+        if not told.get(option):
+            raise ValueError(f"{option} is missing; {usage}")
+    overrides = {option.removeprefix("--config."): text for option, text in told.items() if "." in option}
+    return Command(told["--config"], told["--workdir"], overrides)

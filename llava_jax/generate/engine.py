@@ -1,0 +1,225 @@
+"""Prompts in, ids out: a jitted prefill and a jitted loop of decode steps over a fixed number of slots.
+
+What is compiled depends on the slots and on a request's own length and pictures, never on its neighbours; so an
+answer is the same, bit for bit, alone or in any batch, in any slot, and whenever it comes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int, UInt8
+
+from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, stack
+from llava_jax.models.cache import LayerCache
+from llava_jax.models.llava import Llava
+from llava_jax.models.presets import LlamaConfig
+from llava_jax.sharding import constrain
+
+NOTHING = -1  # in an output row: no id was made here
+STEPS = 16  # decode steps of one dispatch at most: one wait for the device in 16 tokens
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt and how to go on from it.
+
+    tokens: int32 [n]; image_slots: int32 [n], as in `Batch`; pixels: uint8 [i, H, W, 3], i may be 0.
+    max_new_tokens: ids to make at most.
+    """
+
+    tokens: np.ndarray
+    image_slots: np.ndarray
+    pixels: np.ndarray
+    max_new_tokens: int
+    sampling: Sampling = Sampling()
+
+
+class Shape(NamedTuple):
+    """What a request needs compiled: the padded prompt, the slots of its cache, the pictures (0 runs no tower)."""
+
+    prompt_tokens: int
+    cache_tokens: int
+    images: int
+
+
+class State(NamedTuple):
+    """All that decoding carries from step to step; B is the number of slots."""
+
+    cache: tuple[LayerCache, ...]
+    token: Int[Array, "B"]  # the last id of each row, not yet in the cache
+    position: Int[Array, "B"]  # its position
+    last: Int[Array, "B"]  # the last position that may be filled
+    done: Bool[Array, "B"]
+    sampling: SamplingRows
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A model with its slots; parameters are arguments, so new ones of the same shapes compile nothing.
+
+    slots: rows of every compiled batch.
+    vocabulary: ids that may be said; rows of the head beyond the tokenizer's size never are.
+    ends: ids that end an answer.
+    """
+
+    model: Llava
+    slots: int
+    vocabulary: int
+    ends: tuple[int, ...]
+
+    def start(self, params: Any, requests: Sequence[Request], shape: Shape) -> tuple[State, np.ndarray]:
+        """Reads the prompts of 1 to `slots` requests, all of one `shape`.
+
+        Returns: the state, and the first id of every request, int32 [len(requests), 1].
+        """
+        assert 0 < len(requests) <= self.slots, (len(requests), self.slots)
+        state, first = _start(self, params, _padded(requests, shape, self.slots), shape.cache_tokens)
+        return state, np.asarray(first)[: len(requests), None]
+
+    def advance(
+        self, params: Any, state: State, stopped: Sequence[bool], steps: int = STEPS
+    ) -> tuple[State, np.ndarray]:
+        """Up to `steps` <= STEPS more ids for every row that is neither done nor `stopped`; ends early if none is.
+
+        The given state is used up (its cache is donated).
+
+        Returns: the state, and int32 [len(stopped), steps] ids, `NOTHING` where a row made none.
+        """
+        assert 1 <= steps <= STEPS, steps
+        stop = np.ones(self.slots, bool)
+        stop[: len(stopped)] = stopped
+        state, ids = _advance(self, params, state, stop, np.int32(steps))
+        return state, np.asarray(ids)[: len(stopped), :steps]
+
+
+def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions: int) -> Shape:
+    """The compiled shape that serves a request, from its own sizes alone.
+
+    Raises:
+      ValueError: the prompt and the answer do not fit in the model's positions, or nothing is asked for.
+    """
+    total = prompt_tokens + max_new_tokens
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: want at least 1")
+    if total > max_positions:
+        # Differs from LLaVA: there such a prompt is cut without a word (llava_arch.py, tokenizer_model_max_length).
+        raise ValueError(
+            f"the prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {total} positions, the "
+            f"model has {max_positions}: shorten the conversation or lower max_new_tokens"
+        )
+    return Shape(
+        prompt_tokens=bucket(prompt_tokens, max_positions),
+        cache_tokens=bucket(total, max_positions),
+        images=2 ** (images - 1).bit_length() if images else 0,
+    )
+
+
+def max_positions(config: LlamaConfig) -> int:
+    """Positions that prompt and answer may fill together: those of training, times the factor of a stretched rope."""
+    factor = config.rope_scaling.factor if config.rope_scaling else 1
+    return int(config.max_positions * factor)
+
+
+def bucket(tokens: int, largest: int) -> int:
+    """The smallest of 32, 48, 64, 96, 128, 192, ... that holds `tokens` (at most `largest`, which always does)."""
+    size = 32
+    while size < tokens:
+        size = size * 3 // 2 if size & (size - 1) == 0 else size * 4 // 3
+    return min(size, largest)
+
+
+class _Prompts(NamedTuple):
+    """A batch of requests as the device reads it: every row padded, free slots filled with a one-token prompt."""
+
+    tokens: Int[np.ndarray | Array, "B T"]
+    image_slots: Int[np.ndarray | Array, "B T"]
+    pixels: UInt8[np.ndarray | Array, "B I Side Side 3"] | None
+    length: Int[np.ndarray | Array, "B"]
+    new: Int[np.ndarray | Array, "B"]  # ids to make at most; 0 in a free slot
+    sampling: SamplingRows
+
+
+def _padded(requests: Sequence[Request], shape: Shape, slots: int) -> _Prompts:
+    tokens = np.zeros((slots, shape.prompt_tokens), np.int32)
+    image_slots = np.full((slots, shape.prompt_tokens), -1, np.int32)
+    pixels = None
+    if shape.images:
+        pixels = np.zeros((slots, shape.images, *requests[0].pixels.shape[1:]), np.uint8)
+    for row, request in enumerate(requests):
+        tokens[row, : len(request.tokens)] = request.tokens
+        image_slots[row, : len(request.tokens)] = request.image_slots
+        if pixels is not None:
+            pixels[row, : len(request.pixels)] = request.pixels
+    free = slots - len(requests)
+    length = np.array([len(request.tokens) for request in requests] + [1] * free, np.int32)
+    new = np.array([request.max_new_tokens for request in requests] + [0] * free, np.int32)
+    sampling = stack([request.sampling for request in requests] + [Sampling()] * free)
+    return _Prompts(tokens, image_slots, pixels, length, new, sampling)
+
+
+@partial(jax.jit, static_argnames=("engine", "cache_tokens"))
+def _start(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> tuple[State, Int[Array, "B"]]:
+    # Padding repeats the last position: a rope that stretches with the row's length must not see the padded one.
+    positions = jnp.minimum(jnp.arange(prompts.tokens.shape[1]), prompts.length[:, None] - 1)
+    hidden, cache = engine.model.apply(
+        {"params": params}, prompts.tokens, positions, prompts.image_slots, prompts.pixels, cache_tokens,
+        method="prefill",
+    )  # fmt: skip
+    end = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
+    position = prompts.length
+    last = position + prompts.new - 1
+    token = _choose(engine, params, end, position, prompts.sampling)
+    done = _is_end(engine, token) | (position >= last)
+    return State(cache, token, position, last, done, prompts.sampling), constrain(token, None)
+
+
+@partial(jax.jit, static_argnames=("engine",), donate_argnames=("state",))
+def _advance(
+    engine: Engine, params: Any, state: State, stopped: Bool[np.ndarray | Array, "B"], steps: Int[Any, ""]
+) -> tuple[State, Int[Array, "B Steps"]]:
+    def wanted(carry: tuple[Array, State, Array]) -> Array:
+        step, state, _ = carry
+        return (step < steps) & ~jnp.all(state.done)
+
+    def body(carry: tuple[Array, State, Array]) -> tuple[Array, State, Array]:
+        step, state, ids = carry
+        state, new = _step(engine, params, state)
+        return step + 1, state, ids.at[:, step].set(new)
+
+    state = state._replace(done=state.done | stopped)
+    ids = jnp.full((engine.slots, STEPS), NOTHING, jnp.int32)
+    _, state, ids = jax.lax.while_loop(wanted, body, (jnp.int32(0), state, ids))
+    return state, constrain(ids, None, None)  # whole on every process, which all read it
+
+
+def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, "B"]]:
+    """One more id for every row; a row that is done repeats its last step and makes `NOTHING`."""
+    hidden, cache = engine.model.apply(
+        {"params": params}, state.token[:, None], state.position[:, None], state.cache, method="decode"
+    )
+    position = state.position + 1
+    token = _choose(engine, params, hidden[:, 0], position, state.sampling)
+    done = state.done | _is_end(engine, token) | (position >= state.last)
+    after = state._replace(
+        cache=cache,
+        token=jnp.where(state.done, state.token, token),
+        position=jnp.where(state.done, state.position, position),
+        done=done,
+    )
+    return after, jnp.where(state.done, NOTHING, token)
+
+
+def _choose(
+    engine: Engine, params: Any, hidden: Array, position: Int[Array, "B"], sampling: SamplingRows
+) -> Int[Array, "B"]:
+    logits = engine.model.apply({"params": params}, hidden, method="head")
+    return next_ids(logits[:, : engine.vocabulary], position, sampling)
+
+
+def _is_end(engine: Engine, token: Int[Array, "B"]) -> Bool[Array, "B"]:
+    return jnp.isin(token, jnp.array(engine.ends, jnp.int32))

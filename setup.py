@@ -1,0 +1,50 @@
+"""Packaging. The lower bounds are the versions that the suite ran with on Python 3.11 (README, "What runs where")."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+GCS = ["etils[epath-gcs]>=1.15.0"]  # gs:// paths
+
+setup(
+    name="llava_jax",
+    version="0.1.0",
+    description="LLaVA in JAX: visual instruction tuning from weights to answers",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    packages=find_packages(include=["llava_jax", "llava_jax.*"]),
+    package_data={"llava_jax.demo": ["assets/**"]},
+    python_requires=">=3.11",
+    install_requires=[
+        "jax>=0.10.2",
+        "flax>=0.12.8",
+        "optax>=0.2.8",
+        "orbax-checkpoint>=0.12.8",
+        "ml_collections>=1.1.0",
+        "absl-py>=2.5.1",
+        "etils[epath]>=1.15.0",
+        "jaxtyping>=0.3.11",
+        "numpy>=2.4.6",
+        "ml_dtypes>=0.6.0",
+        "transformers>=5.23.0",
+        "sentencepiece>=0.2.3",
+        "safetensors>=0.8.0",
+        "pillow>=13.0.0",
+        "grain>=0.2.18",
+        "array-record>=0.8.6",
+        "tensorflow-datasets>=4.9.10",
+        "importlib_resources>=7.1.0",  # tensorflow-datasets imports it on every Python and declares it for old ones
+        "tensorboardX>=2.6.5",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10.2", *GCS],
+        "cuda": ["jax[cuda12]>=0.10.2"],
+        "gcs": GCS,
+        "wandb": ["wandb"],
+        # Live parity with the reference's framework; the version that tests/golden was recorded with.
+        "torch": ["torch==2.13.0"],
+        "test": ["pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6"],
+    },
+)

@@ -1,0 +1,90 @@
+"""The chat door: one answer or a talk, streamed, with its history; one clear line for what is wrong."""
+
+import io
+
+import pytest
+
+from llava_jax import chat
+from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt.conversation import Conversation, Turn
+from tests.generate import tiny
+
+NEW = "12"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a checkpoint and a picture."""
+    folder = tmp_path_factory.mktemp("chat")
+    tiny.save(folder / "model")
+    tiny.picture().save(folder / "it.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def assistant(place) -> Assistant:
+    return Assistant.open(place / "model")
+
+
+def run(place, *arguments: str) -> int:
+    return chat.main(["--checkpoint", str(place / "model"), "--max-new-tokens", NEW, *arguments])
+
+
+def test_a_prompt_is_answered_once(place, assistant, capsys):
+    assert run(place, "--image", str(place / "it.png"), "--prompt", "What is it?") == 0
+    wanted = assistant.reply(tiny.question("What is it?"), int(NEW))
+    assert capsys.readouterr().out == wanted.text + "\n"
+
+
+def test_without_a_prompt_it_talks_and_remembers(place, assistant, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nWhere is it?\n\nnever read\n"))
+    assert run(place, "--image", str(place / "it.png")) == 0
+    turns = (Turn("user", "<image>\nWhat is it?"),)
+    first = assistant.reply(Conversation(turns, (tiny.picture(),)), int(NEW))
+    turns += (Turn("assistant", first.text), Turn("user", "Where is it?"))
+    second = assistant.reply(Conversation(turns, (tiny.picture(),)), int(NEW))
+    assert capsys.readouterr().out == f"{first.text}\n{second.text}\n"
+
+
+def test_the_end_of_the_input_ends_the_talk(place, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert run(place) == 0
+    assert capsys.readouterr().out == ""
+
+
+def test_text_alone_with_a_temperature_repeats_with_its_seed(place, assistant, capsys):
+    settings = ["--prompt", "Hello", "--temperature", "1", "--top-p", "0.9", "--top-k", "40", "--seed", "3"]
+    assert run(place, *settings) == run(place, *settings) == 0
+    one = Conversation((Turn("user", "Hello"),))
+    wanted = assistant.reply(one, int(NEW), temperature=1.0, top_p=0.9, top_k=40, seed=3).text
+    assert capsys.readouterr().out == f"{wanted}\n{wanted}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--image", "nowhere.png"], 64, "nowhere.png': no such file"),
+        (["--image", "model/model.json"], 64, "not a picture that can be read"),
+        (["--temperature", "-1"], 64, "temperature=-1.0: want a number >= 0"),
+        (["--temperature", "hot"], 64, "--temperature: invalid float value: 'hot'"),
+        (["--tempo", "1"], 64, "unrecognized arguments: --tempo"),
+        (["--max-new-tokens", "5000"], 64, "the model has 1024"),
+        (["--checkpoint", "nowhere"], 66, "nowhere: no model.json here"),
+        (["--checkpoint", "."], 66, "no model.json here"),
+    ],
+)
+def test_a_fault_is_one_clear_line_and_its_exit_code(place, capsys, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(place)
+    with pytest.raises(SystemExit) as ended:
+        run(place, "--prompt", "Hello", *arguments)
+    assert ended.value.code == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert message in error
+
+
+def test_a_checkpoint_must_be_named(capsys):
+    with pytest.raises(SystemExit) as ended:
+        chat.main(["--prompt", "Hello"])
+    assert ended.value.code == 64
+    assert "--checkpoint" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""Config files and overrides: what is read, and what is refused with which words."""
+
+import dataclasses
+import json
+
+import pytest
+
+from llava_jax import config as configs
+
+TEXT = '''
+from llava_jax.config import Source, default
+
+def get_config():
+    config = default()
+    config.model.update(base="base", start="stage1")
+    config.data.sources = (Source("a.json", "pictures"), Source("b.json", weight=0.5))
+    config.train.update(lr=1e-3, epochs=1)
+    config.rates = (
+        ("vision/.*", None),
+        ("projector/.*", config.train.get_ref("projector_lr")),
+        ("llm/blocks/.*", (None, config.train.get_ref("lr"))),
+        ("llm/.*", config.train.get_ref("lr")),
+    )
+    config.init = (("projector/.*", config.model.get_ref("start")), (".*", config.model.get_ref("base")))
+    return config
+'''
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(text=TEXT, name="one.py"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+def test_a_file_becomes_frozen_dataclasses_with_defaults(write):
+    config = configs.load(write())
+    assert config.train == configs.Train(lr=1e-3, projector_lr=1e-3, epochs=1.0)
+    assert config.data.sources[1] == configs.Source("b.json", weight=0.5)
+    assert config.rates[2:] == (("llm/blocks/.*", (None, 1e-3)), ("llm/.*", 1e-3))
+    assert config.init == (("projector/.*", "stage1"), (".*", "base"))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.train.lr = 1.0
+
+
+def test_overrides_are_typed_and_reach_the_tables(write):
+    overrides = {"train.lr": "2e-3", "train.epochs": "none", "train.steps": "7", "mesh.fsdp": "-1",
+                 "prompt.legacy": "True", "data.sources.1.path": "7", "log.tensorboard": "false",
+                 "model.start": "other"}  # fmt: skip
+    config = configs.load(write(), overrides)
+    assert config.rates[1:] == (("projector/.*", 2e-3), ("llm/blocks/.*", (None, 2e-3)), ("llm/.*", 2e-3))
+    assert config.init[0] == ("projector/.*", "other")
+    assert (config.train.epochs, config.train.steps, config.mesh.fsdp) == (None, 7, -1)
+    assert (config.prompt.legacy, config.log.tensorboard, config.data.sources[1].path) == (True, False, "7")
+
+
+def test_projector_lr_follows_lr_until_it_is_set(write):
+    config = configs.load(write(), {"train.projector_lr": "2e-5"})
+    assert dict(config.rates)["projector/.*"] == 2e-5 and dict(config.rates)["llm/.*"] == 1e-3
+
+
+def test_no_base_is_random(write):
+    assert configs.load(write(), {"model.base": ""}).init[1] == (".*", "random")
+
+
+@pytest.mark.parametrize(
+    "key, text, message",
+    [
+        ("train.lrr", "1", "unknown key 'train.lrr'; did you mean 'train.lr'"),
+        ("trian.lr", "1", "unknown key 'trian.lr'; did you mean 'train.lr'"),
+        ("rates", "1", "rates: a table is set in the file"),
+        ("data.lengths", "3", "data.lengths='3': want tuple"),
+        ("data.sources.2.path", "a", "unknown key 'data.sources.2.path': want one of data.sources.0.path"),
+        ("data.validation.0.path", "a", r"want one of none \(it is empty\)"),
+        ("train.lr", "fast", "train.lr='fast': want float"),
+        ("train.lr", "none", "train.lr='none': want float"),
+        ("train.lr", "nan", "train.lr=nan: want a finite number, at least 0"),
+        ("train.seed", "1.5", "train.seed='1.5': want int"),
+        ("train.steps", "3", "train.steps=3, train.epochs=1.0: want exactly one"),
+        ("train.loss", "grop_mean", "want one of token_mean, group_mean; did you mean 'group_mean'"),
+        ("train.accumulate", "3", "train.accumulate=3 does not divide data.batch_samples=128"),
+        ("log.tensorboard", "maybe", "log.tensorboard='maybe': want bool"),
+        ("data.skip_budget", "2", "data.skip_budget=2.0: want 0 to 1"),
+        ("mesh.data", "-1", "mesh=.*: want sizes of at least 1, or -1 for at most one"),
+        ("checkpoint.every", "0", "checkpoint.every=0: want a finite number, at least 1"),
+    ],
+)
+def test_a_wrong_override_is_refused_by_file_and_key(write, key, text, message):
+    with pytest.raises(ValueError, match=message) as error:
+        configs.load(write(), {key: text})
+    assert "one.py" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ("epochs=1", "epoch=1", "unknown key 'train.epoch'; did you mean 'train.epochs'"),
+        ("config.init", "config.inits", "unknown key 'inits'; did you mean 'init'"),
+        ("lr=1e-3, ", "", "train.lr=None: want float"),
+        ("epochs=1", "steps=1.5", "train.steps=1.5: want int"),
+        ('"vision/.*", None', '"vision/.*"', "rates.0=.*: want"),
+        ("(Source(", "[(Source(", "'\\[' was never closed|does not match"),
+        ("return config", "return 1", r"get_config\(\) returns int"),
+        ("get_config", "get", r"no function get_config\(\)"),
+        ('"llm/.*", config.train.get_ref("lr")', '"llm/.*", 1.0', None),
+    ],
+)
+def test_a_wrong_file_is_refused_by_name_and_key(write, old, new, message):
+    path = write(TEXT.replace(old, new))
+    if message is None:  # the scalar still reaches another row
+        configs.load(path)
+        return
+    with pytest.raises((ValueError, SyntaxError), match=message) as error:
+        configs.load(path)
+    assert isinstance(error.value, SyntaxError) or "one.py" in str(error.value)
+
+
+def test_a_scalar_that_no_table_reads_is_refused(write):
+    path = write(TEXT.replace('config.train.get_ref("projector_lr")', 'config.train.get_ref("lr")'))
+    assert configs.load(path).train.projector_lr == 1e-3
+    with pytest.raises(ValueError, match=r"one.py: no row of rates or init reads train.projector_lr=2e-05"):
+        configs.load(path, {"train.projector_lr": "2e-5"})
+    path = write(TEXT.replace('config.model.get_ref("start")', '"elsewhere"'))
+    with pytest.raises(ValueError, match=r"no row of rates or init reads model\.start='stage1'"):
+        configs.load(path)
+
+
+def test_a_missing_file_names_its_neighbour(write, tmp_path):
+    write()
+    with pytest.raises(FileNotFoundError, match=r"ones.py: no such file; did you mean 'one.py'"):
+        configs.load(tmp_path / "ones.py")
+
+
+def test_a_file_may_start_from_its_sibling(write):
+    write()
+    text = "from llava_jax.config import start_from\ndef get_config():\n    config = start_from(__file__, 'one.py')\n"
+    path = write(text + "    config.train.lr = 5e-4\n    return config\n", "two.py")
+    config = configs.load(path, {"train.seed": "1"})
+    assert dict(config.rates)["projector/.*"] == 5e-4 and config.train.seed == 1
+
+
+def test_a_description_survives_json_and_a_difference_reads(write):
+    old = configs.describe(configs.load(write()))
+    assert json.loads(json.dumps(old)) == old
+    assert old["rates"][0] == ["vision/.*", None] and old["data.sources.1.weight"] == 0.5
+    new = configs.describe(configs.load(write(), {"train.seed": "1"})) | {"train.new": 1}
+    assert configs.difference(old, old) == []
+    assert configs.difference(old, new) == ["train.new: (no such key) -> 1", "train.seed: 42 -> 1"]
+
+
+def test_a_command_line_is_read_in_any_order():
+    argv = ["--config.mesh.fsdp", "-1", "--workdir", "w", "--config.log.wandb=", "--config=c.py"]
+    assert configs.command(argv, "program", "what it does") == ("c.py", "w", {"mesh.fsdp": "-1", "log.wandb": ""})
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config", "c"], "--workdir is missing"),
+        (["--workdir", "w"], "--config is missing"),
+        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'"),
+        (["--config", "c", "--workdir", "w", "word"], "unknown argument 'word'"),
+        (["--config", "c", "--workdir", "w", "--config.train.lr"], "--config.train.lr wants a value"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_the_usage(argv, message):
+    with pytest.raises(ValueError, match=message + "; usage: program --config FILE"):
+        configs.command(argv, "program", "what it does")
+
+
+def test_help_is_printed_and_leaves(capsys):
+    with pytest.raises(SystemExit) as left:
+        configs.command(["--help"], "program", "what it does")
+    assert left.value.code == 0 and "what it does\nusage: program" in capsys.readouterr().out

@@ -1,0 +1,147 @@
+"""The house plan as a test: which room may import which, which third party lives where, and how large files grow.
+
+A change to ROOMS, GUESTS or NO_JAX is a change of the plan: made on purpose, with its reason in the commit.
+"""
+
+import ast
+import sys
+from pathlib import Path
+
+HOUSE = Path(__file__).parent.parent
+FILES = {p.relative_to(HOUSE / "llava_jax").as_posix(): p for p in sorted((HOUSE / "llava_jax").rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
+
+# A room or one of its files -> the rooms it may import; the longest match decides.
+ROOMS = {
+    "__init__.py": (),
+    "batch": (), "config": (), "params": (), "sharding": ("params",), "openai_client": (),
+    "prompt": ("batch",),
+    "data": ("prompt", "batch"),
+    "models": ("batch", "sharding"),
+    "checkpoint": ("params",),
+    "train": ("config", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    # The door alone joins the prompt's format to the data, and sample answers to the loop.
+    "train/__main__.py": ("config", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
+                          "prompt"),
+    "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
+    "evaluate": ("generate", "prompt", "data", "openai_client"),
+    "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
+    "serve": ("generate", "prompt"),
+    "chat": ("generate", "prompt"),
+    "datagen": ("prompt", "openai_client"),
+    "datagen/curate.py": ("prompt", "openai_client", "generate"),
+    "convert": ("params", "models", "checkpoint", "prompt"),
+    "plan": ("config", "train/program", "sharding"),
+    "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
+             "evaluate", "convert", "chat"),
+}  # fmt: skip
+
+# A third party -> the rooms or files that may import it.
+EVERYWHERE = ("",)
+GUESTS = {
+    # ml_dtypes is bfloat16 for numpy: files of weights are read and written where jax may not be.
+    "ml_dtypes": ("convert", "checkpoint"),
+    "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
+    "ml_collections": ("config",),
+    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
+    "PIL": ("prompt/images",),
+    "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
+    "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),
+    "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
+    "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
+    "matplotlib": ("evaluate/report",),
+}  # fmt: skip
+NO_JAX = ("batch", "config", "prompt", "data", "openai_client", "convert/files")
+PALLAS = "models/attention"
+
+
+def _within(name: str, place: str) -> bool:
+    """'prompt/images.py' lies within 'prompt' and 'prompt/images'; every file lies within ''."""
+    return place in ("", name) or name.removesuffix(".py") == place or name.startswith(place + "/")
+
+
+def _imports(name: str) -> list[str]:
+    """Every module that a file imports, at its top or inside a function, as dotted absolute names."""
+    modules = []
+    package = ["llava_jax", *name.split("/")[:-1]]
+    for node in ast.walk(TREES[name]):
+        if isinstance(node, ast.Import):
+            modules += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            above = package[: len(package) - node.level + 1] if node.level else []
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules += [f"{base}.{alias.name}" for alias in node.names]
+    return modules
+
+
+def _nodes(kind: type) -> list[tuple[str, ast.AST]]:
+    return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
+
+
+def test_a_room_imports_only_the_rooms_below_it():
+    wrong = []
+    for name in FILES:
+        room = max((room for room in ROOMS if _within(name, room)), key=len, default=None)
+        assert room is not None, f"llava_jax/{name} belongs to no room of the plan"
+        for module in (m for m in _imports(name) if m.startswith("llava_jax.")):
+            target = module.removeprefix("llava_jax.").replace(".", "/")
+            if not any(_within(target, place) for place in (*ROOMS[room], name.removesuffix(".py").split("/")[0])):
+                wrong.append(f"llava_jax/{name} imports {module}; {room} may import {ROOMS[room]}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_third_party_is_imported_only_by_its_host():
+    wrong = []
+    for name in FILES:
+        for module in _imports(name):
+            guest = module.split(".")[0]
+            if guest in sys.stdlib_module_names or guest == "llava_jax":
+                continue
+            if not any(_within(name, host) for host in GUESTS.get(guest, ())):
+                wrong.append(f"llava_jax/{name} imports {guest}, which lives in {GUESTS.get(guest, 'no room')}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_residents_keep_to_their_rooms():
+    wrong = []
+    for name in FILES:
+        for module in _imports(name):
+            if module.split(".")[0] in ("jax", "jaxtyping") and any(_within(name, room) for room in NO_JAX):
+                wrong.append(f"llava_jax/{name} imports {module}: it runs before arrays")
+            if "pallas" in module and not _within(name, PALLAS):
+                wrong.append(f"llava_jax/{name} imports {module}: kernels live in {PALLAS}")
+            if module.startswith("etils") and not module.startswith("etils.epath"):
+                wrong.append(f"llava_jax/{name} imports {module}: only etils.epath is a resident")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_files_and_functions_stay_small():
+    python = [path for folder in ("llava_jax", "tests", "configs") for path in (HOUSE / folder).rglob("*.py")]
+    limits = [(path, 80 if path.parent.name == "configs" else 400) for path in python]
+    long = [f"{path.relative_to(HOUSE)} has over {limit} lines" for path, limit in limits
+            if len(path.read_text(encoding="utf-8").splitlines()) > limit]  # fmt: skip
+    long += [f"llava_jax/{name}: {node.name} has over 50 lines" for name, node in _nodes(ast.FunctionDef)
+             if node.end_lineno - node.lineno >= 50 + len((ast.get_docstring(node) or "").splitlines())]  # fmt: skip
+    assert not long, "\n".join(long)
+
+
+def test_there_is_no_utils_and_every_package_is_one():
+    assert not [name for name in FILES if Path(name).stem in ("utils", "util", "helpers", "common", "misc")]
+    folders = {path.parent for path in FILES.values()}
+    assert not [str(folder) for folder in folders if not (folder / "__init__.py").exists()]
+
+
+def test_nothing_is_guessed_swallowed_or_passed_through():
+    calls = [(name, node) for name, node in _nodes(ast.Call) if isinstance(node.func, ast.Name)]
+    guesses = [f"{name}:{node.lineno}" for name, node in calls
+               if node.func.id == "hasattr" or (node.func.id == "getattr" and len(node.args) == 3)]  # fmt: skip
+    lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES.values())
+    assert len(guesses) <= lines // 1000, f"getattr with a default, or hasattr: {guesses}"
+    caught = [(name, node, ast.unparse(node.type) if node.type else "everything")
+              for name, node in _nodes(ast.ExceptHandler)]  # fmt: skip
+    broad = [f"{name}:{node.lineno} catches {what}" for name, node, what in caught
+             if what in ("everything", "Exception", "BaseException")]  # fmt: skip
+    assert not broad, "\n".join(broad)
+    bags = [f"{name}:{node.lineno} {node.name}(**{node.args.kwarg.arg})" for name, node in _nodes(ast.FunctionDef)
+            if node.args.kwarg and node.args.kwarg.arg in ("kwargs", "kw", "options")]  # fmt: skip
+    assert not bags, "\n".join(bags)
