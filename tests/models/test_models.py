@@ -1,5 +1,6 @@
 """What the models promise beside parity: shapes of the released ones, the cache, the merge, packing, refusals."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -31,9 +32,18 @@ def batch(rows: int, tokens: int, groups: int, images: int, config: LlavaConfig 
     }  # fmt: skip
 
 
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("method", "cache_tokens"))
+def apply(model: Llava, tree, *args, **fields):
+    """`model.apply` compiled as a whole: op by op it takes ten times as long."""
+    return model.apply({"params": tree}, *args, **fields)
+
+
+draw = jax.jit(init_params, static_argnums=0)
+
+
 @pytest.fixture(scope="module")
 def tiny():
-    return init_params(TINY, jax.random.key(0))
+    return draw(TINY, jax.random.key(0))
 
 
 @pytest.mark.parametrize(
@@ -56,13 +66,13 @@ def test_the_tower_stacks_only_the_blocks_that_run(layer, run):
 def test_cache_equals_no_cache_at_every_position(tiny):
     fields = batch(2, 12, 2, 1)
     model = Llava(TINY)
-    whole = model.apply({"params": tiny}, **fields)
+    whole = apply(model, tiny, **fields)
     prompt = {name: fields[name][:, :8] for name in ("tokens", "positions", "image_slots")}
-    hidden, cache = model.apply({"params": tiny}, **prompt, pixels=fields["pixels"], cache_tokens=16, method="prefill")
+    hidden, cache = apply(model, tiny, **prompt, pixels=fields["pixels"], cache_tokens=16, method="prefill")
     np.testing.assert_allclose(hidden, whole[:, :8], atol=2e-6)
     for t in range(8, 12):
         step = (fields["tokens"][:, t : t + 1], fields["positions"][:, t : t + 1])
-        hidden, cache = model.apply({"params": tiny}, *step, cache, method="decode")
+        hidden, cache = apply(model, tiny, *step, cache, method="decode")
         np.testing.assert_allclose(hidden[:, 0], whole[:, t], atol=2e-6)
 
 
@@ -73,8 +83,8 @@ def test_two_samples_in_one_row_see_nothing_of_each_other(tiny):
     packed = {name: array.reshape(1, -1) for name, array in rows.items()}
     packed["segments"] = jnp.repeat(jnp.array([[1, 2]]), 10, axis=1)
     model = Llava(TINY)
-    apart = model.apply({"params": tiny}, **rows, pixels=fields["pixels"])
-    together = model.apply({"params": tiny}, **packed, pixels=fields["pixels"])
+    apart = apply(model, tiny, **rows, pixels=fields["pixels"])
+    together = apply(model, tiny, **packed, pixels=fields["pixels"])
     np.testing.assert_allclose(together.reshape(apart.shape), apart, atol=2e-6)
 
 
@@ -82,31 +92,31 @@ def test_each_group_reads_its_own_pictures_and_a_row_without_slots_none(tiny):
     fields = batch(2, 8, 2, 1)
     fields["image_slots"] = fields["image_slots"].at[1].set(-1)
     model = Llava(TINY)
-    before = model.apply({"params": tiny}, **fields)
-    other = model.apply({"params": tiny}, **fields | {"pixels": fields["pixels"].at[1].set(0)})
+    before = apply(model, tiny, **fields)
+    other = apply(model, tiny, **fields | {"pixels": fields["pixels"].at[1].set(0)})
     np.testing.assert_array_equal(before, other)
-    other = model.apply({"params": tiny}, **fields | {"pixels": fields["pixels"].at[0].set(0)})
+    other = apply(model, tiny, **fields | {"pixels": fields["pixels"].at[0].set(0)})
     assert float(jnp.abs(before[0] - other[0]).max()) > 1e-3
     np.testing.assert_array_equal(before[1], other[1])
 
 
 def test_image_newline_is_the_last_slot_of_the_pool():
     config = replace(TINY, image_newline=True)
-    tree = init_params(config, jax.random.key(0))
-    features = Llava(config).apply({"params": tree}, batch(1, 8, 1, 2)["pixels"], method="encode_images")
+    tree = draw(config, jax.random.key(0))
+    features = apply(Llava(config), tree, batch(1, 8, 1, 2)["pixels"], method="encode_images")
     assert features.shape == (1, 2 * FEATURES + 1, config.llm.width)
     np.testing.assert_array_equal(features[0, -1], tree["image_newline"])
 
 
 def test_rows_added_to_the_vocabulary_are_leaves_of_their_own_and_used():
     config = replace(TINY, llm=replace(TINY.llm, added_tokens=2))
-    tree = init_params(config, jax.random.key(0))
+    tree = draw(config, jax.random.key(0))
     fields = batch(1, 8, 1, 1) | {"tokens": jnp.array([[1, 2, 3, 4, 5, 6, 960, 961]])}
-    rows = Llava(config).apply({"params": tree}, fields["tokens"], jnp.full((1, 8), -1),
+    rows = apply(Llava(config), tree, fields["tokens"], jnp.full((1, 8), -1),
                                jnp.zeros((1, 1, config.llm.width)), method="embed")  # fmt: skip
     np.testing.assert_array_equal(rows[0, -2:], tree["llm"]["embed"]["added"])
-    hidden = Llava(config).apply({"params": tree}, **fields)
-    logits = Llava(config).apply({"params": tree}, hidden, method="head")
+    hidden = apply(Llava(config), tree, **fields)
+    logits = apply(Llava(config), tree, hidden, method="head")
     assert logits.shape[-1] == 962 and logits.dtype == jnp.float32
     np.testing.assert_allclose(logits[0, 0, 960:], hidden[0, 0] @ tree["llm"]["head"]["added"], rtol=1e-5)
 
@@ -116,7 +126,7 @@ def test_remat_gives_the_same_gradients(tiny):
 
     def gradients(policy):
         model = Llava(TINY, remat=policy)
-        return jax.grad(lambda p: jnp.sum(model.apply({"params": p}, **fields) ** 2))(tiny)["llm"]
+        return jax.jit(jax.grad(lambda p: jnp.sum(model.apply({"params": p}, **fields) ** 2)))(tiny)["llm"]
 
     for one, other in zip(jax.tree.leaves(gradients("none")), jax.tree.leaves(gradients("full"))):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
@@ -133,7 +143,7 @@ def test_pixels_are_normalised_as_the_reference_does():
 
 
 def test_the_projector_starts_as_torch_linear_does():
-    kernel = np.asarray(init_params(TINY, jax.random.key(3))["projector"]["0"]["kernel"])
+    kernel = np.asarray(draw(TINY, jax.random.key(3))["projector"]["0"]["kernel"])
     bound = TINY.vision.width**-0.5
     assert np.abs(kernel).max() <= bound and kernel.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 

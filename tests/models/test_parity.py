@@ -1,5 +1,6 @@
 """The models against transformers: recorded arrays without torch, and live on more shapes with it."""
 
+import functools
 from dataclasses import replace
 
 import jax
@@ -34,11 +35,13 @@ def loss_of(model: Llava, params, batch) -> tuple[jax.Array, jax.Array]:
 def compare(config: LlavaConfig, params, batch, expected, dtype=jnp.float32) -> None:
     """Logits, the hidden states that run, the loss and every recorded gradient."""
     model, tree = Llava(config, dtype), names.unflatten({n: jnp.asarray(a) for n, a in params.items()})
-    (loss, logits), gradients = jax.value_and_grad(lambda p: loss_of(model, p, batch), has_aux=True)(tree)
+    compute = jax.jit(jax.value_and_grad(lambda p: loss_of(model, p, batch), has_aux=True))
+    (loss, logits), gradients = compute(tree)
     assert difference(logits, expected["logits"]) < CLOSE
     assert difference(loss, expected["loss"]) < CLOSE
     tower = VisionTower(config.vision)
-    states = tower.apply({"params": tree["vision"]}, jnp.asarray(batch["pixels"])[:, 0], method="hidden_states")
+    look = jax.jit(functools.partial(tower.apply, method="hidden_states"))
+    states = look({"params": tree["vision"]}, jnp.asarray(batch["pixels"])[:, 0])
     assert len(states) == config.vision.run_layers + 1
     for index, state in enumerate(states):
         assert difference(state, expected[f"hidden/{index}"]) < CLOSE
@@ -100,8 +103,10 @@ def test_bfloat16_gives_the_same_top_token_as_transformers_in_bfloat16():
     params = golden.to_names(dict(model.named_parameters()), config)
     params = names.unflatten({n: jnp.asarray(a) for n, a in params.items() if not n.startswith("llm/head")})
     batch = golden.inputs(config, rows=64, seed=11)
-    exact = np.asarray(loss_of(Llava(config), params, batch)[1])
-    ours = np.asarray(loss_of(Llava(config, jnp.bfloat16), params, batch)[1])
+    exact, ours = (
+        np.asarray(jax.jit(functools.partial(loss_of, Llava(config, dtype)))(params, batch)[1])
+        for dtype in (jnp.float32, jnp.bfloat16)
+    )
     theirs = golden.expected(model.to(torch.bfloat16), batch, config)["logits"]
     assert (ours.argmax(-1) == theirs.argmax(-1)).mean() >= 0.99
     assert np.square(ours - exact).mean() <= 1.1 * np.square(theirs - exact).mean()

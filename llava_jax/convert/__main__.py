@@ -1,0 +1,114 @@
+"""The door `python -m llava_jax.convert`: weights of others in, weights for others out.
+
+import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code
+assemble DST --vision CLIP_DIR --llm LLAMA_DIR         a fresh LLaVA of its parts
+export --format hf|llava|projector SRC DST
+inspect DIR      verify DIR      merge DIR OUT
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import jax
+
+from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.convert import exporting, importing, reports
+from llava_jax.convert.importing import PromptOptions
+
+USAGE, NO_CHECKPOINT = 64, 66
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns the exit code: 0, 64 usage, 66 no usable checkpoint or weights."""
+    try:
+        options = _parser().parse_args(arguments)
+    except SystemExit as stop:  # argparse's own code for wrong usage is 2
+        return USAGE if stop.code else 0
+    try:
+        _run(options)
+    except (UnusableCheckpoint, OSError) as error:  # a file is not there, or a disk is full
+        print(f"convert {options.verb}: {error}", file=sys.stderr)
+        return NO_CHECKPOINT
+    except ValueError as error:
+        print(f"convert {options.verb}: {error}", file=sys.stderr)
+        return USAGE
+    return 0
+
+
+def _run(options: argparse.Namespace) -> None:
+    match options.verb:
+        case "import":
+            importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
+        case "assemble":
+            importing.assemble(
+                options.destination, options.vision, options.llm, options.projector, options.projector_type,
+                options.select_layer, options.seed, _prompt(options),
+            )  # fmt: skip
+        case "export":
+            exporting.export(options.format, options.source, options.destination, options.step)
+        case "merge":
+            reports.merge(options.source, options.destination, options.step)
+        case "verify":
+            print(reports.verify(options.source, options.step))
+        case "inspect":
+            for line in reports.inspect(options.source, options.step):
+                print(line)
+    if "destination" in options:
+        print(f"{options.verb} has written {options.destination}")
+
+
+def _prompt(options: argparse.Namespace) -> PromptOptions:
+    legacy = {None: None, "true": True, "false": False}[options.legacy]
+    return PromptOptions(options.template, options.image_mode, legacy)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m llava_jax.convert", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    verb = verbs.add_parser("import", help="a LLaVA directory into a checkpoint")
+    verb.add_argument("source", metavar="SRC")
+    verb.add_argument("destination", metavar="DST")
+    verb.add_argument("--vision", metavar="CLIP_DIR", help="the tower of a LLaVA in the original format")
+    _add_prompt(verb)
+    verb = verbs.add_parser("assemble", help="a fresh LLaVA of a CLIP, a LLaMA and a projector")
+    verb.add_argument("destination", metavar="DST")
+    verb.add_argument("--vision", metavar="CLIP_DIR", required=True)
+    verb.add_argument("--llm", metavar="LLAMA_DIR", required=True)
+    projector = verb.add_mutually_exclusive_group()
+    projector.add_argument("--projector", metavar="FILE", help="mm_projector.bin, or safetensors")
+    projector.add_argument("--projector-type", default="mlp2x_gelu", help="a new one: linear, mlp2x_gelu")
+    verb.add_argument("--select-layer", type=int, default=-2, help="hidden state of the tower, from the end")
+    verb.add_argument("--seed", type=int, default=0, help="of the new projector")
+    _add_prompt(verb)
+    verb = verbs.add_parser("export", help="a checkpoint into the files of others")
+    verb.add_argument("--format", choices=("hf", "llava", "projector"), required=True)
+    verb.add_argument("source", metavar="SRC")
+    verb.add_argument("destination", metavar="DST")
+    _add_step(verb)
+    for name, text in (("inspect", "what a checkpoint is"), ("verify", "whether every leaf is as it was written")):
+        verb = verbs.add_parser(name, help=text)
+        verb.add_argument("source", metavar="DIR")
+        _add_step(verb)
+    verb = verbs.add_parser("merge", help="a checkpoint with its bases into one that needs none")
+    verb.add_argument("source", metavar="DIR")
+    verb.add_argument("destination", metavar="OUT")
+    _add_step(verb)
+    return parser
+
+
+def _add_step(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--step", type=int, help="default: the latest")
+
+
+def _add_prompt(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--template", help="conversation template; default: what an export of ours kept, else v1")
+    verb.add_argument("--image-mode", choices=("square", "pad", "squash"), help="default: what the files say")
+    verb.add_argument("--legacy", choices=("true", "false"), help="of a LLaMA tokenizer; default: its files")
+
+
+if __name__ == "__main__":
+    # Names and shapes need no accelerator, and one that a training run holds must be left alone.
+    jax.config.update("jax_platforms", "cpu")
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""A conversation template as the Jinja text that Hugging Face readers render, to the ids of `prompt.encode`."""
+
+import json
+
+from llava_jax.prompt.templates import Frame, Template
+from llava_jax.prompt.tokenizer import Tokenizer
+
+IMAGE = "<image>"
+
+
+def render(template: Template, tokenizer: Tokenizer) -> str | None:
+    """`chat_template.jinja`, or None for a template or a tokenizer with which such a text cannot give the same ids.
+
+    <s> is in the text, because servers tokenise without adding it; `processor(text=...)` wants
+    `add_special_tokens=False`.
+
+    Args:
+      tokenizer: has `<image>` among its special tokens.
+    """
+    plain = not (template.examples or template.system_inside or template.images_only or template.between)
+    bos = tokenizer.piece(tokenizer.bos_id)
+    after_image, after_bos = _gap(tokenizer, IMAGE, "\nA"), _gap(tokenizer, bos, "A") if tokenizer.adds_bos else ""
+    if not plain or template.image_frame != ("", "") or after_image is None or after_bos is None:
+        return None
+    lines = [
+        "{%- if messages and messages[0]['role'] == 'system' -%}",
+        "  {%- set first = messages[0]['content'] -%}",
+        "  {%- set system = first if first is string else first[0]['text'] -%}",
+        "  {%- set turns = messages[1:] -%}",
+        "{%- else -%}",
+        f"  {{%- set system = {_quoted(template.system)} -%}}",
+        "  {%- set turns = messages -%}",
+        "{%- endif -%}",
+        *([_say(f"bos_token + {_quoted(after_bos)}")] if tokenizer.adds_bos else []),
+        "{%- if system -%}",
+        "  " + _say(f"{_quoted(template.system_frame[0])} + system + {_quoted(template.system_frame[1])}"),
+        "{%- endif -%}",
+        "{%- for turn in turns -%}",
+        "  {%- if turn['role'] == 'user' -%}",
+        "    " + _say(_quoted(_before(template.user))),
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
+        "      {%- for part in turn['content'] if part['type'] in ('image', 'image_url') -%}",
+        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
+        "      {%- endfor -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- endif -%}",
+        "    " + _say(_quoted(_after(template.user))),
+        "  {%- elif turn['role'] == 'assistant' -%}",
+        "    " + _say(_quoted(_before(template.assistant))),
+        "    {%- generation -%}",
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- endif -%}",
+        "    " + _say(_quoted(_after(template.assistant))),
+        "    {%- endgeneration -%}",
+        "  {%- endif -%}",
+        "{%- endfor -%}",
+        "{%- if add_generation_prompt -%}",
+        "  " + _say(_quoted(template.assistant.before[0].text)),
+        "{%- else -%}",
+        "  " + _say(_quoted("".join(part.text for part in template.ending))),
+        "{%- endif -%}",
+    ]
+    return "\n".join(lines)
+
+
+def _gap(tokenizer: Tokenizer, special: str, text: str) -> str | None:
+    """What stands after a special token so that `text` after it gives the ids that it gives by itself.
+
+    The original code tokenises what follows an image alone, so it begins with a "▁"; in one text a tokenizer gives
+    it that only where a space is written, or (`legacy`) without.
+    """
+    wanted = tokenizer.encode(text, bos=False)
+    for gap in ("", " "):
+        ids = tokenizer.encode("A" + special + gap + text, bos=False)
+        if ids[ids.index(tokenizer.specials[special]) + 1 :] == wanted:
+            return gap
+    return None
+
+
+def _say(expression: str) -> str:
+    return "{{- " + expression + " -}}"
+
+
+def _quoted(text: str) -> str:
+    return json.dumps(text)
+
+
+def _before(frame: Frame) -> str:
+    return "".join(part.text for part in frame.before)
+
+
+def _after(frame: Frame) -> str:
+    return "".join(part.text for part in frame.after)

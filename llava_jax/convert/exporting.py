@@ -1,0 +1,233 @@
+"""Our checkpoint into the files of others: the Hugging Face layout, the original code's, or the projector alone.
+
+A leaf is read whole, taken apart and written as it comes; leaves that a checkpoint takes from its base are read
+there, in the base's own dtype.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from llava_jax import params
+from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import store
+from llava_jax.checkpoint.leaves import Leaves
+from llava_jax.convert import chat_template, clip, llava, processor, readme, table, tokenizer_files, torch_zip
+from llava_jax.convert.files import Spec, write_json, write_shards
+from llava_jax.convert.importing import OURS, SIDE_TOWER
+from llava_jax.models.llava import abstract_params
+from llava_jax.models.presets import LlavaConfig, config_from_json
+from llava_jax.prompt import templates, tokenizer
+
+_VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
+
+
+class Source(NamedTuple):
+    """An opened checkpoint: its card, config, tokenizer, and where each leaf lies with its shape and dtype."""
+
+    directory: epath.Path
+    card: cards.Card
+    config: LlavaConfig
+    words: tokenizer.Tokenizer
+    places: dict[str, Leaves]
+    specs: dict[str, jax.ShapeDtypeStruct]
+
+
+def open_source(directory: epath.PathLike, step: int | None = None) -> Source:
+    """Opens a checkpoint and checks that its leaves are the model's.
+
+    Raises:
+      UnusableCheckpoint: they are not, or a base is gone or changed.
+    """
+    directory = epath.Path(directory)
+    card = cards.read_card(directory)
+    config = config_from_json(dict(card.model))
+    places = store.places(directory, step)
+    specs = {name: leaves.spec(name) for name, leaves in places.items()}
+    store.check_specs(specs, params.flatten(abstract_params(config)), str(directory))
+    words = tokenizer.load(directory / cards.TOKENIZER, card.prompt.legacy)
+    return Source(directory, card, config, words, places, specs)
+
+
+def export(format: str, source: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:
+    """Writes the checkpoint `source` as the new directory `destination`.
+
+    Args:
+      format: "hf", "llava" or "projector".
+
+    Raises:
+      UnusableCheckpoint: the checkpoint cannot be read.
+      ValueError: the format cannot hold this model, or `destination` exists or has an unfit name.
+    """
+    formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector}
+    if format not in formats:
+        raise ValueError(f"format {format!r}: wanted one of {', '.join(formats)}")
+    final = Path(destination)
+    opened = open_source(source, step)
+    with store.staged(final) as partial:
+        formats[format](opened, Path(partial), final)
+
+
+def _export_hf(source: Source, partial: Path, final: Path) -> None:
+    config, prompt = source.config, source.card.prompt
+    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, prompt.legacy)
+    rows = config.llm.vocab + config.llm.added_tokens
+    rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
+    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
+    ends = (source.words.bos_id, source.words.eos_id)
+    dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config.projector), "")
+    content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
+    write_json(partial / "config.json", content | {OURS: _kept(prompt)})
+    generation = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
+    write_json(partial / "generation_config.json", generation)
+    _write_bytes(partial, tokenizer_files.files(words, "LlavaProcessor"))
+    write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
+    write_json(partial / "processor_config.json", processor.processor_json(config.vision))
+    text = None
+    if not prompt.image_start_end:  # marks around images stand inside the text that the processor expands
+        text = chat_template.render(templates.get(prompt.template), words.tokenizer)
+    if text is not None:
+        (partial / "chat_template.jinja").write_text(text)
+        write_json(partial / "chat_template.json", {"chat_template": text})  # wins where both are read
+    (partial / "README.md").write_text(readme.hub(config, prompt, final.name, text is not None))
+
+
+def _export_llava(source: Source, partial: Path, final: Path) -> None:
+    if "llava" not in final.name.lower():
+        raise ValueError(
+            f"{final}: the original code tells a model's kind by its directory's name; wanted one with 'llava' in it, "
+            f"such as {final.parent / ('llava-' + final.name)}"
+        )
+    config, prompt = source.config, source.card.prompt
+    if prompt.image_mode == "squash":
+        raise ValueError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
+    words = tokenizer_files.without_image_token(source.words)
+    rows = tokenizer_files.kept_rows(source.words, config.llm.vocab + config.llm.added_tokens)
+    table_rows = llava.rows(llava.ORIGINAL, config.projector)
+    tower = _hub_tower(config)
+    if tower is None:
+        dtype = _write_tensors(source, partial, rows, table_rows, "llm/", "projector/")
+        _write_side_tower(source, partial / SIDE_TOWER)
+    else:
+        dtype = _write_tensors(source, partial, rows, table_rows, "")
+    name = tower or str((final / SIDE_TOWER).absolute())
+    content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
+    ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
+    pad = {"pad_token_id": words.specials.get(words.pad, 0)}
+    write_json(partial / "config.json", content | ends | pad | {OURS: _kept(prompt)})
+    write_json(partial / "generation_config.json", ends | pad)
+    _write_bytes(partial, tokenizer_files.files(words, None))
+    write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
+    (partial / "README.md").write_text(readme.original(config, prompt, final.name, tower))
+
+
+def _export_projector(source: Source, partial: Path, final: Path) -> None:
+    """`mm_projector.bin` and `config.json`, as the first stage of the original code leaves them."""
+    config = source.config
+    leaves = {name: spec for name, spec in source.specs.items() if name.startswith("projector/")}
+    if not leaves:
+        raise ValueError(f"{source.directory}: projector {config.projector!r} has no weights to export")
+    found = table.entries(leaves, llava.projector_rows(llava.ORIGINAL, config.projector), {}, "conversion")
+    tensors = {}
+    for entry in found:
+        tensors |= dict(table.their_tensors(entry, source.places[entry.ours].read(entry.ours)))
+    torch_zip.write_torch(partial / "mm_projector.bin", tensors)
+    dtype = str(next(iter(leaves.values())).dtype)
+    vocab = config.llm.vocab + config.llm.added_tokens
+    name = _hub_tower(config) or SIDE_TOWER
+    content = llava.original_config_json(config, vocab, dtype, name, False, source.card.prompt)
+    write_json(partial / "config.json", content | {OURS: _kept(source.card.prompt)})
+
+
+def _write_tensors(source: Source, partial: Path, vocab: int, rows: Sequence[table.Row], *leaves: str) -> str:
+    """Writes the shards of the leaves that begin with one of `leaves`; returns the dtype of most of the bytes."""
+    specs = _exported_specs(source, vocab)
+    specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
+    found = table.entries(specs, rows, clip.first_layers(source.config.vision), "conversion")
+    theirs = {name: Spec(e.their_shape, specs[e.ours].dtype) for e in found for name in e.theirs}
+    write_shards(partial, theirs, _tensors(source, found, specs))
+    sizes: dict[str, int] = {}
+    for spec in specs.values():
+        sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + table.nbytes(spec)
+    return max(sizes, key=lambda name: sizes[name])
+
+
+def _exported_specs(source: Source, vocab: int) -> dict[str, Spec]:
+    """Shapes and dtypes as exported: the added rows of the vocabulary joined to the others, and `vocab` of them."""
+    specs = {name: Spec(tuple(spec.shape), np.dtype(spec.dtype)) for name, spec in source.specs.items()}
+    for name, (added, axis) in _VOCABULARY.items():
+        if name not in specs:
+            continue
+        shape = list(specs[name].shape)
+        shape[axis] = vocab
+        dtypes = {specs[name].dtype, specs.pop(added, specs[name]).dtype}
+        specs[name] = Spec(tuple(shape), dtypes.pop() if len(dtypes) == 1 else np.dtype("f4"))
+    return specs
+
+
+def _tensors(
+    source: Source, found: Sequence[table.Entry], specs: Mapping[str, Spec]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Their tensors in the order of `found`, one of our leaves in memory."""
+    progress = table.Progress("exports", "leaves", [table.nbytes(specs[entry.ours]) for entry in found])
+    for entry in found:
+        # No name for the leaf here: it would live on while the next one is read.
+        yield from table.their_tensors(entry, _exported_leaf(source, entry.ours, specs[entry.ours]))
+        progress.add(table.nbytes(specs[entry.ours]))
+
+
+def _exported_leaf(source: Source, name: str, spec: Spec) -> np.ndarray:
+    """The leaf; one of the vocabulary with its added rows, and cut or filled to the exported number of rows."""
+    leaf = source.places[name].read(name)
+    if name not in _VOCABULARY:
+        return leaf
+    added, axis = _VOCABULARY[name]
+    parts = [leaf] + ([source.places[added].read(added)] if added in source.places else [])
+    return fit_axis([part.astype(spec.dtype, copy=False) for part in parts], axis, spec.shape[axis])
+
+
+def fit_axis(parts: Sequence[np.ndarray], axis: int, size: int) -> np.ndarray:
+    """The parts joined along an axis and cut or filled to `size`.
+
+    What is filled in is the mean row of the first part: no text has these ids, and the mean of all logits is never
+    the largest, so greedy decoding is that of the unpadded model (zero or random rows can win).
+    """
+    missing = size - sum(part.shape[axis] for part in parts)
+    if missing > 0:
+        mean = parts[0].mean(axis=axis, keepdims=True, dtype=np.float64).astype(parts[0].dtype)
+        parts = [*parts, np.repeat(mean, missing, axis=axis)]
+    whole = np.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
+    return whole[:size] if axis == 0 else whole[:, :size]
+
+
+def _write_side_tower(source: Source, directory: Path) -> None:
+    """A tower of unknown name as a CLIP directory of its own, which the original code loads by its path."""
+    directory.mkdir()
+    _write_tensors(source, directory, source.config.llm.vocab, clip.rows("vision_model."), "vision/")
+    content = {"architectures": ["CLIPVisionModel"], **clip.config_json(source.config.vision)}
+    write_json(directory / "config.json", content)
+    write_json(directory / "preprocessor_config.json", processor.preprocessor_json(source.config.vision, "square"))
+
+
+def _hub_tower(config: LlavaConfig) -> str | None:
+    """The name under which the original code fetches a tower of these sizes, or None."""
+    for name, tower in clip.HUB_TOWERS.items():
+        chosen = {"select_layer": config.vision.select_layer, "select_feature": config.vision.select_feature}
+        if dataclasses.replace(tower, **chosen) == config.vision:
+            return name
+    return None
+
+
+def _kept(prompt: cards.PromptCard) -> dict[str, Any]:
+    """What the formats have no key for; a later `convert import` reads it, others pass over it."""
+    return {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
+
+
+def _write_bytes(directory: Path, contents: Mapping[str, bytes]) -> None:
+    for name, content in contents.items():
+        (directory / name).write_bytes(content)

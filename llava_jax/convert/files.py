@@ -1,0 +1,232 @@
+"""Their arrays on disk: safetensors read lazily and written as a stream, `.bin` files read without torch.
+
+Nothing here knows a model; a name is a name. Memory is one tensor, whatever the size of a file.
+"""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+
+from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.convert import torch_zip
+
+INDEX = "model.safetensors.index.json"
+# In the order in which transformers prefers them.
+_ENTRIES = (INDEX, "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+_DTYPES = {"F64": "f8", "F32": "f4", "F16": "f2", "I64": "i8", "I32": "i4", "I16": "i2", "I8": "i1", "U8": "u1"}
+DTYPES = {code: np.dtype(kind) for code, kind in _DTYPES.items()} | {
+    "BOOL": np.dtype("?"),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+
+
+class Spec(NamedTuple):
+    """Shape and dtype of a tensor on disk."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+
+class TensorFiles:
+    """All tensors of a directory (or of one file) by name; a tensor is read when it is asked for.
+
+    Attributes:
+      path: where they lie, for messages.
+      specs: {name: Spec}, known without reading a tensor.
+    """
+
+    def __init__(self, path: Path, readers: Mapping[Path, "_Reader"]):
+        self.path = path
+        self.specs: dict[str, Spec] = {}
+        self._reader: dict[str, _Reader] = {}
+        for file, reader in readers.items():
+            for name, spec in reader.specs.items():
+                if name in self.specs:
+                    raise UnusableCheckpoint(f"{file}: tensor {name} is in another file too; delete one of the two")
+                self.specs[name], self._reader[name] = spec, reader
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in its own dtype. Raises UnusableCheckpoint when the file is damaged."""
+        return self._reader[name].read(name)
+
+
+class _Reader:
+    """One file: `specs` and `read`."""
+
+    specs: dict[str, Spec]
+
+    def read(self, name: str) -> np.ndarray:
+        raise NotImplementedError
+
+
+class _SafeTensors(_Reader):
+    """The library checks the header (lengths, gaps, overlaps); the bytes are read with plain reads, since the pages of
+    a mapped file count as memory in use where memory is limited."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        try:
+            with safetensors.safe_open(str(path), framework="numpy"):
+                pass
+        except safetensors.SafetensorError as error:
+            raise UnusableCheckpoint(f"{path}: no whole safetensors file ({error}); download it again") from None
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size))
+        header.pop("__metadata__", None)
+        self.specs = {name: Spec(tuple(x["shape"]), self._dtype(name, x["dtype"])) for name, x in header.items()}
+        self._begin = {name: 8 + size + x["data_offsets"][0] for name, x in header.items()}
+
+    def _dtype(self, name: str, code: str) -> np.dtype:
+        if code not in DTYPES:
+            raise UnusableCheckpoint(f"{self._path}: tensor {name} has dtype {code}; wanted one of {', '.join(DTYPES)}")
+        return DTYPES[code]
+
+    def read(self, name: str) -> np.ndarray:
+        shape, dtype = self.specs[name]
+        return np.fromfile(self._path, dtype, math.prod(shape), offset=self._begin[name]).reshape(shape)
+
+
+class _Torch(_Reader):
+    def __init__(self, path: Path):
+        self._file = torch_zip.TorchZip(path)
+        self.specs = {name: Spec(t.shape, t.dtype) for name, t in self._file.tensors.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        return self._file.read(name)
+
+
+def open_tensors(path: str | Path) -> TensorFiles:
+    """The tensors of a Hugging Face directory, sharded or not, or of one `.safetensors` or torch file.
+
+    Raises:
+      FileNotFoundError: no weights there, or a shard is missing.
+      UnusableCheckpoint: a file is damaged, unsafe or of an unknown kind, or an index does not fit its shards.
+    """
+    path = Path(path)
+    if path.is_file():
+        return TensorFiles(path, {path: _open(path)})
+    entry = next((path / name for name in _ENTRIES if (path / name).is_file()), None)
+    if entry is None:
+        raise FileNotFoundError(f"{path}: no weights here; wanted one of {', '.join(_ENTRIES)} in a local directory")
+    if entry.suffix != ".json":
+        return TensorFiles(path, {entry: _open(entry)})
+    listed = _read_index(entry)
+    files = {file: _open(file) for file in sorted({path / shard for shard in listed.values()})}
+    tensors = TensorFiles(path, files)
+    missing = [name for name in listed if name not in tensors.specs]
+    if missing:
+        raise UnusableCheckpoint(
+            f"{entry}: {missing[0]} is in the index but in no shard ({len(missing)} such); download it again"
+        )
+    return tensors
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises FileNotFoundError, or UnusableCheckpoint where the file holds something else."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; wanted a local copy of the whole directory")
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); download it again") from None
+    if not isinstance(content, dict):
+        raise UnusableCheckpoint(f"{path}: holds a {type(content).__name__}, wanted an object")
+    return content
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON as Hugging Face does: indented by two, with a line end."""
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_shards(
+    directory: Path, specs: Mapping[str, Spec], tensors: Iterator[tuple[str, np.ndarray]], shard_bytes: int = 5 * 10**9
+) -> None:
+    """Writes `model*.safetensors` and its index as the tensors come; memory is one tensor.
+
+    Args:
+      specs: every tensor that will come, in the order in which it will come.
+      shard_bytes: a new file begins where this would be passed.
+    """
+    shards = _group(specs, shard_bytes)
+    total = sum(_nbytes(spec) for spec in specs.values())
+    files = ["model.safetensors"]
+    if len(shards) > 1:
+        files = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+        weight_map = {name: file for file, shard in zip(files, shards) for name in shard}
+        content = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, content)
+    for file, shard in zip(files, shards):
+        write_safetensors(directory / file, {name: specs[name] for name in shard}, tensors)
+    assert next(tensors, None) is None, "more tensors than specs"
+
+
+def write_safetensors(path: Path, specs: Mapping[str, Spec], tensors: Iterator[tuple[str, np.ndarray]]) -> None:
+    """Writes one file, taking as many tensors as `specs` has, which come in its order.
+
+    The library wants a file's tensors all at once; the format is a length, a JSON header and bytes.
+    Source: https://huggingface.co/docs/safetensors (format).
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}  # transformers before 4.50 refuses files without it
+    end = 0
+    for name, spec in specs.items():
+        begin, end = end, end + _nbytes(spec)
+        header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for wanted, spec in specs.items():
+            name, array = next(tensors)
+            assert (name, array.shape, array.dtype) == (wanted, *spec), (name, array.shape, array.dtype, wanted, spec)
+            _write_array(file, array)
+            del array  # it may be a view that keeps the whole leaf while the next one is read
+
+
+def _write_array(file: BinaryIO, array: np.ndarray) -> None:
+    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _group(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, spec in specs.items():
+        if shards[-1] and size + _nbytes(spec) > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += _nbytes(spec)
+    return shards
+
+
+def _nbytes(spec: Spec) -> int:
+    return math.prod(spec.shape) * spec.dtype.itemsize
+
+
+def _open(path: Path) -> _Reader:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing; download the directory again, whole")
+    with path.open("rb") as file:
+        start: Sequence[int] = file.read(9)
+    # A safetensors file begins with the header's length and its brace, a torch file with a zip's signature.
+    if bytes(start[8:9]) == b"{":
+        return _SafeTensors(path)
+    return _Torch(path)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    listed = read_json(path).get("weight_map")
+    if not isinstance(listed, dict) or not listed:
+        raise UnusableCheckpoint(f"{path}: no weight_map in it; download it again")
+    for name, shard in listed.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise UnusableCheckpoint(f"{path}: {name} points to {shard!r}; wanted a file in the same directory")
+    return listed

@@ -1,0 +1,75 @@
+"""README.md of what `export` writes: what it is, how to load it, how to write a prompt for it."""
+
+from llava_jax.checkpoint.card import PromptCard
+from llava_jax.models.presets import LlavaConfig
+
+_HUB = """# {name}
+
+A LLaVA exported by llava_jax: {model}.
+
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+model = AutoModelForImageTextToText.from_pretrained("{name}")
+processor = AutoProcessor.from_pretrained("{name}")
+```
+
+Images: {images}. Use the PIL image processor (`backend="pil"`) for the very pixels of training.
+
+{prompt}
+"""
+
+_CHAT = """Prompts: the chat template writes what the model was trained on (`{template}`), `<s>` included:
+
+```python
+content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "What is this?"}}]
+inputs = processor.apply_chat_template([{{"role": "user", "content": content}}], add_generation_prompt=True,
+                                       tokenize=True, return_dict=True, return_tensors="pt")
+```
+
+With `processor(text=...)` on a text that the template made, say `add_special_tokens=False`, or `<s>` stands twice."""
+
+_NO_CHAT = """Prompts: there is no chat template, because `{template}` {reason} cannot be written as one.
+Build the token ids with `llava_jax.prompt`, or write the prompt by hand as the original code does
+(llava/conversation.py, `{template}`)."""
+
+_ORIGINAL = """# {name}
+
+A LLaVA exported by llava_jax in the format of the original code (haotian-liu/LLaVA): {model}.
+
+Conversation template: `{template}`. Images: {images}.
+
+{tower}
+"""
+_IMAGES = {
+    "pad": "padded to a square, then resized",
+    "square": "resized by the shorter side, then cropped in the middle",
+    "squash": "resized to a square, whatever their aspect",
+}
+
+
+def hub(config: LlavaConfig, prompt: PromptCard, name: str, chat: bool) -> str:
+    """README.md of the Hugging Face format; chat: there is a chat template."""
+    reason = "with marks around images" if prompt.image_start_end else "has parts that"
+    text = _CHAT if chat else _NO_CHAT
+    words = text.format(template=prompt.template, reason=reason)
+    return _HUB.format(name=name, model=_model(config), images=_IMAGES[prompt.image_mode], prompt=words)
+
+
+def original(config: LlavaConfig, prompt: PromptCard, name: str, tower: str | None) -> str:
+    """README.md of the original format; tower: its name on the hub, None where it lies in a directory beside."""
+    where = f"The vision tower's weights are in the files; its sizes come from `{tower}`."
+    if tower is None:
+        where = (
+            "The vision tower lies in `vision_tower/`. `mm_vision_tower` in config.json holds its absolute path, the "
+            "only form that the original code takes: change it when this directory moves."
+        )
+    images = _IMAGES[prompt.image_mode]
+    return _ORIGINAL.format(name=name, model=_model(config), template=prompt.template, images=images, tower=where)
+
+
+def _model(config: LlavaConfig) -> str:
+    vision, llm = config.vision, config.llm
+    return (
+        f"a CLIP tower of {vision.layers} blocks at {vision.image_size} pixels, projector {config.projector}, "
+        f"a LLaMA of {llm.layers} blocks, width {llm.width}"
+    )

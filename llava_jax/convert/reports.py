@@ -1,0 +1,79 @@
+"""`inspect`, `verify` and `merge`: what a checkpoint is, whether it is whole, and one that needs no other."""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+
+from etils import epath
+
+from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import store
+from llava_jax.convert.exporting import Source, open_source
+from llava_jax.convert.files import Spec
+from llava_jax.convert.table import Progress, nbytes
+
+
+def inspect(directory: epath.PathLike, step: int | None = None) -> Iterator[str]:
+    """Lines that tell what a checkpoint is; no array is read."""
+    source = open_source(directory, step)
+    yield f"{source.directory}: {source.card.family}, steps {', '.join(map(str, store.steps(directory)))}"
+    yield f"fingerprint {store.fingerprint(directory, step)}"
+    yield f"prompt {json.dumps(dataclasses.asdict(source.card.prompt))}"
+    for part, value in source.card.model.items():
+        yield f"model.{part} {json.dumps(value)}"
+    for key, value in source.card.source.items():
+        if key != "dtypes":
+            yield f"source.{key} {json.dumps(value)}"
+    for base in source.card.base:
+        yield f"base {base.path} step {base.step} {base.fingerprint[:15]} for {', '.join(base.patterns)}"
+    width = max(len(name) for name in source.specs)
+    own = store.own_leaves(directory, step).folder
+    for name, spec in source.specs.items():
+        shape = "x".join(map(str, spec.shape))
+        lies = "" if source.places[name].folder == own else f"  from {source.places[name].folder}"
+        yield f"{name.ljust(width)}  {shape.ljust(20)} {spec.dtype}{lies}"
+    count = sum(math.prod(spec.shape) for spec in source.specs.values())
+    size = sum(_nbytes(source, name) for name in source.specs)
+    yield f"{len(source.specs)} leaves, {count:,} parameters, {size / 1e9:.3f} GB"
+
+
+def verify(directory: epath.PathLike, step: int | None = None) -> str:
+    """Reads every leaf, bases included, and compares it with its checksum; returns one line on what was found.
+
+    Raises:
+      UnusableCheckpoint: something is missing, of the wrong shape, or changed since it was written.
+    """
+    source = open_source(directory, step)
+    progress = Progress("verifies", "leaves", [_nbytes(source, name) for name in source.specs])
+    without = 0
+    for name, leaves in source.places.items():
+        leaves.read(name)
+        without += name not in leaves.checksums
+        progress.add(_nbytes(source, name))
+    note = f"; {without} have no checksum, so only their size is known to be right" if without else ""
+    return f"{source.directory}: {len(source.specs)} leaves read, all as they were written{note}"
+
+
+def merge(directory: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:
+    """Writes a checkpoint that holds every leaf itself, in its own dtype, and names no base.
+
+    Raises:
+      UnusableCheckpoint: a base is gone or changed.
+      ValueError: `destination` exists.
+    """
+    source = open_source(directory, step)
+    number = store.latest_step(directory) if step is None else step
+    card = dataclasses.replace(source.card, base=())
+    progress = Progress("merges", "leaves", [_nbytes(source, name) for name in source.specs])
+    with store.staged(destination) as partial:
+        with store.LeafWriter(partial / str(number) / store.PARAMS) as writer:
+            for name, leaves in source.places.items():
+                writer.write(name, leaves.read(name))
+                progress.add(_nbytes(source, name))
+        cards.write_card(partial, card, cards.read_tokenizer_files(directory))
+
+
+def _nbytes(source: Source, name: str) -> int:
+    spec = source.specs[name]
+    return nbytes(Spec(tuple(spec.shape), spec.dtype))
