@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import jax
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert import exporting, importing, reports
+from llava_jax.convert import exporting, importing, reports, table
 from llava_jax.convert.importing import PromptOptions
 
 USAGE, NO_CHECKPOINT = 64, 66
@@ -46,7 +46,7 @@ def _run(options: argparse.Namespace) -> None:
                 options.select_layer, options.seed, _prompt(options),
             )  # fmt: skip
         case "export":
-            exporting.export(options.format, options.source, options.destination, options.step)
+            exporting.export(options.format, options.source, options.destination, options.step, options.dtype)
         case "merge":
             reports.merge(options.source, options.destination, options.step)
         case "verify":
@@ -84,6 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
     verb.add_argument("--format", choices=("hf", "llava", "projector"), required=True)
+    verb.add_argument("--dtype", choices=table.FLOATS, help="of all tensors; default: each its own")
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)

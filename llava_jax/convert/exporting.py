@@ -37,6 +37,17 @@ class Source(NamedTuple):
     places: dict[str, Leaves]
     specs: dict[str, jax.ShapeDtypeStruct]
 
+    def read(self, name: str) -> np.ndarray:
+        """A leaf, in the dtype of its spec."""
+        leaf, dtype = self.places[name].read(name), self.specs[name].dtype
+        if leaf.dtype == dtype:
+            return leaf
+        with np.errstate(over="ignore"):
+            cast = leaf.astype(dtype)
+        if not np.isfinite(cast.astype(np.float32)).all():
+            raise ValueError(f"{self.directory}: {name} does not fit in {dtype}; use --dtype bfloat16 or float32")
+        return cast
+
 
 def open_source(directory: epath.PathLike, step: int | None = None) -> Source:
     """Opens a checkpoint and checks that its leaves are the model's.
@@ -54,11 +65,18 @@ def open_source(directory: epath.PathLike, step: int | None = None) -> Source:
     return Source(directory, card, config, words, places, specs)
 
 
-def export(format: str, source: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:
+def export(
+    format: str,
+    source: epath.PathLike,
+    destination: epath.PathLike,
+    step: int | None = None,
+    dtype: str | None = None,
+) -> None:
     """Writes the checkpoint `source` as the new directory `destination`.
 
     Args:
       format: "hf", "llava" or "projector".
+      dtype: of all tensors ("float32", "float16", "bfloat16"); None leaves each in its own.
 
     Raises:
       UnusableCheckpoint: the checkpoint cannot be read.
@@ -69,6 +87,9 @@ def export(format: str, source: epath.PathLike, destination: epath.PathLike, ste
         raise ValueError(f"format {format!r}: wanted one of {', '.join(formats)}")
     final = Path(destination)
     opened = open_source(source, step)
+    if dtype is not None:
+        cast = {name: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for name, spec in opened.specs.items()}
+        opened = opened._replace(specs=cast)
     with store.staged(final) as partial:
         formats[format](opened, Path(partial), final)
 
@@ -135,7 +156,7 @@ def _export_projector(source: Source, partial: Path, final: Path) -> None:
     found = table.entries(leaves, llava.projector_rows(llava.ORIGINAL, config.projector), {}, "conversion")
     tensors = {}
     for entry in found:
-        tensors |= dict(table.their_tensors(entry, source.places[entry.ours].read(entry.ours)))
+        tensors |= dict(table.their_tensors(entry, source.read(entry.ours)))
     torch_zip.write_torch(partial / "mm_projector.bin", tensors)
     dtype = str(next(iter(leaves.values())).dtype)
     vocab = config.llm.vocab + config.llm.added_tokens
@@ -183,11 +204,11 @@ def _tensors(
 
 def _exported_leaf(source: Source, name: str, spec: Spec) -> np.ndarray:
     """The leaf; one of the vocabulary with its added rows, and cut or filled to the exported number of rows."""
-    leaf = source.places[name].read(name)
+    leaf = source.read(name)
     if name not in _VOCABULARY:
         return leaf
     added, axis = _VOCABULARY[name]
-    parts = [leaf] + ([source.places[added].read(added)] if added in source.places else [])
+    parts = [leaf] + ([source.read(added)] if added in source.places else [])
     return fit_axis([part.astype(spec.dtype, copy=False) for part in parts], axis, spec.shape[axis])
 
 

@@ -271,3 +271,16 @@ def test_added_rows_of_the_vocabulary_are_joined_to_the_others(tmp_path, half):
     assert not (tmp_path / "hf" / "chat_template.jinja").exists()
     assert "there is no chat template" in (tmp_path / "hf" / "README.md").read_text()
     assert load_file(tmp_path / "hf" / "model.safetensors")[EMBED].shape == (1024, 48)
+
+
+def test_export_casts_to_a_dtype_that_is_asked_for_and_refuses_what_does_not_fit(tmp_path, half):
+    _, ours = half
+    exporting.export("hf", ours, tmp_path / "out", dtype="bfloat16")
+    assert {str(tensor.dtype) for tensor in read_all(tmp_path / "out").values()} == {"bfloat16"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["torch_dtype"] == "bfloat16"
+    hub = tiny.as_dtype(tiny.hub_tensors(), "float32")
+    hub[EMBED][0, 0] = 1e6
+    importing.import_checkpoint(tiny.write_hub(tmp_path / "large", hub), tmp_path / "large_ours")
+    with pytest.raises(ValueError, match="llm/embed/table does not fit in float16"):
+        exporting.export("llava", tmp_path / "large_ours", tmp_path / "llava", dtype="float16")
+    assert not (tmp_path / "llava").exists()
