@@ -1,0 +1,252 @@
+"""Runs a program over a pipeline: logs, checkpoints, hooks, and the ways a run ends early.
+
+The host never waits for the step it has just begun. It reads the scalars of the one before, which is done or about
+to be, so the device always has work; only a checkpoint or a hook waits for the last step.
+"""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from llava_jax import config as configs
+from llava_jax.batch import Batch
+from llava_jax.checkpoint import manager
+from llava_jax.checkpoint.manager import Checkpoints, Saved
+from llava_jax.train import metrics, optimizer
+from llava_jax.train.metrics import Writer
+from llava_jax.train.program import Program
+from llava_jax.train.step import Metrics, State
+
+DONE, NONFINITE, PREEMPTED, STUCK = 0, 70, 75, 42
+
+# Longer than any compilation or validation should take; a collective whose peer hangs never comes back at all.
+WATCHDOG_SECS = 1800.0
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """What `data.pipeline.Pipeline` is to the loop: this process's rows, step after step, and where they stand."""
+
+    def __iter__(self) -> Iterator[tuple[Batch, Sequence[str]]]: ...
+
+    def state(self) -> dict[str, Any]: ...
+
+
+class NonFinite(Exception):
+    """The loss was not finite in too many updates in a row (exit code 70)."""
+
+
+class Hook(NamedTuple):
+    """`call(step, state)` after every `every` updates."""
+
+    every: int
+    call: Callable[[int, State], None]
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run works with. `writer` is None on processes other than the first."""
+
+    program: Program
+    config: configs.Config
+    frozen: Mapping[str, Any]
+    pipeline: Batches
+    checkpoints: Checkpoints
+    writer: Writer | None
+    hooks: Sequence[Hook] = ()
+
+
+class Progress(NamedTuple):
+    """What the reports so far have added up to; times in seconds."""
+
+    bad_in_row: int
+    reported: float  # when the last update was reported
+    line_time: float  # when the last line was printed
+    line_step: int | None = None  # after which update; None: there was no line yet
+
+
+class Waiting(NamedTuple):
+    """An update that the device may still be busy with."""
+
+    step: int
+    metrics: Metrics
+    ids: Sequence[str]
+
+
+def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple[int, State]:
+    """Updates from `state` to the program's last step; (DONE or PREEMPTED, the state). The state given is donated.
+
+    Where no update is left the hooks are called once, so that a finished run can still be evaluated.
+
+    Raises:
+      NonFinite: `train.max_nonfinite` updates in a row were skipped.
+      DataError: a bad record, or more of them than the budget allows.
+      SaveFailed: a checkpoint could not be written.
+    """
+    first, last = int(state.step) + 1, run.program.steps
+    rates = _highest_rate(run.program) * optimizer.schedule(run.config.train, last)
+    now = time.monotonic()
+    progress, waiting = Progress(0, now, now), None
+    batches = iter(run.pipeline)
+    with _preemption() as preempted, _watchdog(watchdog_secs) as beat:
+        for step in range(first, last + 1):
+            batch, ids = next(batches)
+            state, scalars = run.program.step(state, run.frozen, run.program.put(batch))
+            if waiting is not None:
+                progress = _report(run, rates, progress, waiting)
+                beat()
+            waiting = Waiting(step, scalars, ids)
+            stop = preempted(step)
+            if stop or step == last or _is_due(run, step):
+                progress, waiting = _report(run, rates, progress, waiting), None
+                _save(run, step, state, stop or step == last)
+                if stop and step < last:  # the time left may be short: no hooks
+                    manager.wait(run.checkpoints)
+                    _say(f"step {step}: preempted and saved; the same command goes on from here")
+                    return PREEMPTED, state
+                _call_hooks(run, step, state)
+                beat()
+                progress = _without(progress, time.monotonic() - progress.reported)
+    if first > last:
+        for hook in run.hooks:
+            hook.call(last, state)
+    return DONE, state
+
+
+def validate(
+    program: Program, trainable: Mapping[str, Any], frozen: Mapping[str, Any], held_out: Iterable[Any]
+) -> float:
+    """The mean loss over all supervised tokens of one pass over held-out data."""
+    total = tokens = 0.0
+    for batch, _ in held_out:
+        sums = jax.device_get(program.evaluate(trainable, frozen, program.put(batch)))
+        total, tokens = total + float(sums[0]), tokens + float(sums[1])
+    return total / max(1.0, tokens)
+
+
+def _is_due(run: Run, step: int) -> bool:
+    """Whether anything wants the state after this update."""
+    return step % run.config.checkpoint.every == 0 or any(step % hook.every == 0 for hook in run.hooks)
+
+
+def _save(run: Run, step: int, state: State, forced: bool) -> None:
+    if not forced and step % run.config.checkpoint.every:
+        return
+    rest = {"step": state.step, "opt_state": state.opt_state}
+    manager.save(run.checkpoints, Saved(step, state.params, rest, run.pipeline.state()))
+    if run.writer is not None:
+        metrics.flush(run.writer)
+
+
+def _call_hooks(run: Run, step: int, state: State) -> None:
+    for hook in run.hooks:
+        if step % hook.every == 0:
+            hook.call(step, state)
+
+
+def _report(run: Run, rates: np.ndarray, progress: Progress, done: Waiting) -> Progress:
+    """Writes down one update, waiting for it if need be. Raises NonFinite."""
+    scalars = Metrics(*(x.item() for x in jax.device_get(done.metrics)))
+    now = time.monotonic()
+    row = {"step": done.step, "loss": scalars.loss, "grad_norm": scalars.grad_norm, "tokens": scalars.tokens,
+           "rate": float(rates[done.step - 1]), "secs": round(now - progress.reported, 4)}  # fmt: skip
+    progress = progress._replace(reported=now, bad_in_row=0 if scalars.finite else progress.bad_in_row + 1)
+    if not scalars.finite:
+        row |= {"skipped": True, "ids": list(done.ids)}
+        records = ", ".join(map(repr, done.ids))
+        print(f"step {done.step}: loss {scalars.loss}, gradient {scalars.grad_norm}: one of them or the update is not "
+              f"finite, so it is skipped; records: {records}", file=sys.stderr, flush=True)  # fmt: skip
+    if run.writer is not None:
+        metrics.write(run.writer, metrics.STEPS, row)
+    if progress.bad_in_row >= run.config.train.max_nonfinite:
+        raise NonFinite(
+            f"step {done.step}: {progress.bad_in_row} updates in a row were not finite (train.max_nonfinite); "
+            f"{run.checkpoints.directory} holds none of them. Look at the records named above, or lower train.lr"
+        )
+    if done.step % run.config.log.every == 0 or done.step == run.program.steps or progress.line_step is None:
+        return _show(run, progress, row)
+    return progress
+
+
+def _without(progress: Progress, secs: float) -> Progress:
+    """Progress with the seconds that a checkpoint and hooks took left out of the speed."""
+    return progress._replace(reported=progress.reported + secs, line_time=progress.line_time + secs)
+
+
+def _show(run: Run, progress: Progress, row: Mapping[str, Any]) -> Progress:
+    """Prints the line of progress; the first has no speed, as compiling is in its time."""
+    passed = progress.reported - progress.line_time
+    if progress.line_step is None:
+        speed = f"after {passed:.1f} s of compiling and computing"
+    else:
+        rate = (row["step"] - progress.line_step) / max(1e-9, passed)
+        left = int((run.program.steps - row["step"]) / rate)
+        speed = f"{rate:.3g} steps/s  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+    _say(f"step {row['step']}/{run.program.steps}  loss {row['loss']:.4f}  gradient {row['grad_norm']:.3g}  "
+         f"rate {row['rate']:.3g}  {speed}")  # fmt: skip
+    return progress._replace(line_step=row["step"], line_time=progress.reported)
+
+
+def _highest_rate(program: Program) -> float:
+    rows = [rate if isinstance(rate, tuple) else (rate,) for rate in program.rates.values()]
+    return max(rate or 0.0 for row in rows for rate in row)
+
+
+def _say(line: str) -> None:
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+@contextlib.contextmanager
+def _preemption() -> Iterator[Callable[[int], bool]]:
+    """`preempted(step)`, to be asked after every step: whether this is the step to stop at after a SIGTERM.
+
+    Many processes must stop at the same step, wherever the signal came: JAX agrees on one (its notifier lives in
+    `jax.distributed`, and a handler of ours would disable it). A single process has no such notifier and its own.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    told = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
+    try:
+        yield lambda step: told.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextlib.contextmanager
+def _watchdog(limit_secs: float) -> Iterator[Callable[[], None]]:
+    """`beat()`, to be called as updates finish. After `limit_secs` without one all stacks are dumped, and that is it.
+
+    A process that hangs while its heartbeat thread lives is noticed by nobody else, JAX included (issue 38503).
+    """
+    last = [time.monotonic()]
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(min(1.0, limit_secs / 4)):
+            if time.monotonic() - last[0] > limit_secs:
+                print(f"no update has finished for {limit_secs:.0f} s: all threads' stacks follow", file=sys.stderr)
+                faulthandler.dump_traceback(all_threads=True)
+                os._exit(STUCK)
+
+    def beat() -> None:
+        last[0] = time.monotonic()
+
+    threading.Thread(target=watch, daemon=True, name="watchdog").start()
+    try:
+        yield beat
+    finally:
+        over.set()

@@ -1,0 +1,66 @@
+"""What moves a parameter and how fast: AdamW, its rate schedule and its tables. A name without a rate is not here."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from llava_jax import config, params
+
+# Norm scales and biases do not decay. Source: LLaVA llava/train/llava_trainer.py:162-209 (LayerNorm types, "bias").
+DECAY = ((r".*/(scale|bias)", False), (".*", True))
+
+
+def schedule(train: config.Train, steps: int) -> np.ndarray:
+    """float64 [steps]: the share of its peak rate that each update uses; the first uses 0 if there is a warm-up.
+
+    Linear over ceil(warmup_ratio * steps) updates, then a cosine to 0, or constant.
+    Source: transformers' get_cosine_schedule_with_warmup; update k (from 1) uses its value k - 1.
+    """
+    warmup = math.ceil(train.warmup_ratio * steps)
+    update = np.arange(steps, dtype=np.float64)
+    progress = (update - warmup) / max(1, steps - warmup)
+    falling = 0.5 * (1 + np.cos(np.pi * progress)) if train.schedule == "cosine" else np.ones(steps)
+    return np.where(update < warmup, update / max(1, warmup), falling)
+
+
+def build(train: config.Train, rates: Mapping[str, config.Rate], steps: int) -> optax.GradientTransformationExtraArgs:
+    """AdamW over the names of `rates` (peak rates; a tuple has one a layer); `update` also takes `step`, an int32.
+
+    The schedule follows `step` and not the optimizer's own count, so an update that is skipped takes its rate
+    with it. Moments have the dtype of the parameters, float32.
+    """
+    parts = [] if train.clip_norm is None else [optax.clip_by_global_norm(train.clip_norm)]
+    parts.append(optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps))
+    if train.weight_decay:
+        decay = params.unflatten(params.lookup(rates, DECAY, "decay"))
+        parts.append(optax.add_decayed_weights(train.weight_decay, mask=decay))
+    return optax.chain(*parts, _scale_by_rates(rates, schedule(train, steps)))
+
+
+def _scale_by_rates(rates: Mapping[str, config.Rate], shares: np.ndarray) -> optax.GradientTransformationExtraArgs:
+    """Multiplies every update by minus its rate at `step`."""
+
+    def update(updates: Any, state: Any, params_: Any = None, *, step: jax.Array) -> tuple[Any, Any]:
+        share = jnp.asarray(shares, jnp.float32)[step]
+        flat = params.flatten(updates)
+        return params.unflatten({n: -share * _as_array(rates[n], x.ndim) * x for n, x in flat.items()}), state
+
+    return optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update)
+
+
+def _as_array(rate: config.Rate, dims: int) -> np.ndarray:
+    """A rate as float32 that broadcasts against a leaf; None in a tuple is a layer that stays where it is."""
+    values = np.asarray([r or 0.0 for r in rate] if isinstance(rate, tuple) else rate, np.float32)
+    return values.reshape(values.shape + (1,) * (dims - 1)) if values.ndim else values
+
+
+def state_shardings(optimizer: optax.GradientTransformation, state: Any, shardings: Any, other: Any) -> Any:
+    """Shardings of an (abstract) optimizer state: moments lie as their parameters do, everything else as `other`."""
+    return optax.tree_utils.tree_map_params(
+        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: other
+    )

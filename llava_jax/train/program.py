@@ -1,0 +1,148 @@
+"""Everything about a run that is known without a device or a data set.
+
+`build` gives the model, the optimizer, abstract state with shardings and the jitted steps. `loop` runs it; the
+same program compiles for a topology that is not there: `program.step.lower(program.state, program.frozen,
+program.batch).compile()`.
+"""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from llava_jax import batch as batches
+from llava_jax import config as configs
+from llava_jax import params, sharding
+from llava_jax.batch import Batch
+from llava_jax.models.llava import Llava, abstract_params
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.train import optimizer as optimizers
+from llava_jax.train import step as steps_of
+from llava_jax.train.step import State
+
+FIELDS = {"pixels": ("batch",)}  # how each field of a batch is cut, by logical names
+ROW = ("batch", "tokens")  # the other fields
+
+
+@dataclass(frozen=True)
+class Program:
+    """A run, compiled or not. `state`, `frozen` and `batch` hold ShapeDtypeStructs with shardings."""
+
+    model: Llava
+    optimizer: optax.GradientTransformationExtraArgs
+    mesh: Mesh
+    steps: int
+    rates: Mapping[str, configs.Rate]  # of every name; None is frozen
+    state: State
+    frozen: Mapping[str, Any]  # in the compute dtype
+    batch: Batch
+    step: Callable[..., Any]  # (state, frozen, batch) -> (state, Metrics); donates the state
+    evaluate: Callable[..., Any]  # (state.params, frozen, batch) -> (sum of losses, supervised tokens)
+
+    def put(self, local: Batch) -> Batch:
+        """This process's rows of a batch, on the devices of the mesh."""
+        placed = {}
+        for name, x in local._asdict().items():
+            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
+            cut = _field_sharding(self.mesh, name, shape)
+            placed[name] = jax.make_array_from_process_local_data(cut, x, shape)
+        return Batch(**placed)
+
+
+def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: Mesh | None = None) -> Program:
+    """The program of a config. `mesh`: None makes it of this machine's devices; no array is made.
+
+    Raises:
+      ValueError: a name that `rates` does not cover, an idle row, no trainable name, a tuple of rates that does
+        not fit its stack, or a batch that the mesh or the micro-batches do not divide.
+    """
+    mesh = sharding.make_mesh(asdict(config.mesh)) if mesh is None else mesh
+    dtype = jnp.dtype(config.model.dtype)
+    model = Llava(model_config, dtype, config.model.remat)
+    shapes = abstract_params(model_config)
+    rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
+    moving = _trainable(rates, shapes)
+    trainable, frozen = params.split(shapes, moving)
+    trainable = _placed(trainable, jnp.float32, mesh)
+    optimizer = optimizers.build(config.train, moving, steps)
+    state = _state(optimizer, trainable, mesh)
+
+    train_step = functools.partial(steps_of.train_step, model, optimizer, config.train)
+    evaluate = functools.partial(steps_of.eval_step, model)
+    whole = sharding.replicated(mesh)
+    return Program(
+        model=model, optimizer=optimizer, mesh=mesh, steps=steps, rates=rates, state=state,
+        frozen=_placed(frozen, dtype, mesh), batch=_batch(config, model_config, mesh),
+        step=jax.jit(
+            _on(mesh, train_step), donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole)
+        ),
+        evaluate=jax.jit(_on(mesh, evaluate), out_shardings=whole),
+    )  # fmt: skip
+
+
+def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function traced with the mesh in use, so that `sharding.constrain` finds it."""
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
+
+
+def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> dict[str, configs.Rate]:
+    moving = {name: rate for name, rate in rates.items() if rate is not None}
+    if not moving:
+        raise ValueError("table `rates` gives every parameter None: nothing would move; give one pattern a rate")
+    flat = params.flatten(shapes)
+    for name, rate in moving.items():
+        if isinstance(rate, tuple) and flat[name].shape[:1] != (len(rate),):
+            raise ValueError(
+                f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
+                "each layer of a stack (its first dimension)"
+            )
+    return moving
+
+
+def _placed(shapes: Mapping[str, Any], dtype: Any, mesh: Mesh) -> Any:
+    cut = sharding.of_parameters(shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, cut)
+
+
+def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mesh: Mesh) -> State:
+    whole = sharding.replicated(mesh)
+    moments = jax.eval_shape(optimizer.init, trainable)
+    cut = optimizers.state_shardings(optimizer, moments, jax.tree.map(lambda x: x.sharding, trainable), whole)
+    moments = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moments, cut)
+    return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, moments)
+
+
+def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Batch:
+    rows, parts = config.data.batch_samples, config.train.accumulate * sharding.shards(mesh, "batch")
+    if rows % parts:
+        raise ValueError(
+            f"data.batch_samples={rows} is not divisible by train.accumulate={config.train.accumulate} x "
+            f"mesh.data x mesh.fsdp={sharding.shards(mesh, 'batch')}: want a multiple of {parts}"
+        )
+    for length in (config.data.row_tokens, *config.data.lengths):
+        parts = sharding.shards(mesh, "tokens")
+        if length % parts:
+            raise ValueError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
+    fields = batches.spec(
+        rows=rows, row_tokens=config.data.row_tokens, groups=rows, images_per_group=config.data.images_per_row,
+        image_size=model_config.vision.image_size,
+    )  # fmt: skip
+    return Batch(**{
+        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_field_sharding(mesh, name, x.shape))
+        for name, x in fields._asdict().items()
+    })  # fmt: skip
+
+
+def _field_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:
+    return sharding.of_array(mesh, shape, *FIELDS.get(name, ROW))

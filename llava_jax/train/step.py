@@ -1,0 +1,147 @@
+"""The loss and one update, as pure functions. Who only wants to know what is minimised reads this file.
+
+The step knows no layer: the model returns hidden states, and `head` makes logits of a few positions at a time.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from llava_jax import config, params, sharding
+from llava_jax.batch import Batch
+from llava_jax.models.llava import Llava
+
+# Positions of each row whose logits exist at once. 128 x 32,000 float32 logits are 16 MB a row; a whole row of
+# 2,048 would be 262 MB, twice that with its gradient.
+HEAD_TOKENS = 128
+
+
+class State(NamedTuple):
+    """What a step replaces and a checkpoint holds; nothing here belongs to a frozen parameter."""
+
+    step: Int[Array, ""]  # updates done, the skipped ones included
+    params: Any  # the trainable subtree, float32
+    opt_state: Any
+
+
+class Metrics(NamedTuple):
+    """Scalars of one update."""
+
+    loss: Float[Array, ""]
+    grad_norm: Float[Array, ""]  # over the trainable subtree, before clipping
+    tokens: Int[Array, ""]  # supervised tokens of the batch
+    finite: Bool[Array, ""]  # False: the update was not applied
+
+
+def train_step(
+    model: Llava,
+    optimizer: optax.GradientTransformationExtraArgs,
+    train: config.Train,
+    state: State,
+    frozen: Mapping[str, Any],
+    batch: Batch,
+) -> tuple[State, Metrics]:
+    """One update of the trainable subtree.
+
+    Where the loss, the gradient or the update is not finite, parameters and optimizer stay as they were and only
+    `step` moves on: a poisoned batch costs exactly its own update.
+    """
+
+    def loss_of(trainable: Any, batch: Batch, weights: Array) -> Array:
+        return weighted_loss(model, params.merge(trainable, frozen), batch, weights)
+
+    weights = loss_weights(batch.weights, train.loss, train.group_samples)
+    loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, batch, weights, train.accumulate)
+    norm = optax.tree.norm(gradients)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
+    # The updates too: a rate too large for float32 turns a finite gradient into infinite weights.
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
+    moved = State(state.step, optax.apply_updates(state.params, updates), opt_state)
+    kept = jax.tree.map(lambda new, old: jnp.where(finite, new, old), moved, state)
+    return kept._replace(step=state.step + 1), Metrics(loss, norm, jnp.sum(batch.weights > 0), finite)
+
+
+def eval_step(
+    model: Llava, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """(sum of the losses of the supervised tokens, their number), so that batches add up to a global mean."""
+    total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights)
+    return total, jnp.sum(batch.weights)
+
+
+def loss_weights(
+    weights: Float[Array, "B T"] | Float[np.ndarray, "B T"], kind: str, group_samples: int
+) -> Float[Array, "B T"]:
+    """Each token's share of the loss, so that the loss is a plain sum, however it is cut into micro-batches.
+
+    token_mean: the mean over all supervised tokens of the step, wherever they lie.
+    group_mean: the mean over groups of `group_samples` neighbouring rows of each group's token mean. This is the
+      reference's mean on each device: with 16 samples a device a short answer weighs more beside short ones.
+      Differs from LLaVA: a group without targets counts 0, there its loss is NaN (and its gradient 0).
+      Source: transformers' Trainer under DeepSpeed, research/llava_reference.md 1.5.4.
+    """
+    if kind == "token_mean":
+        return weights / jnp.maximum(1, jnp.sum(weights))
+    groups = weights.reshape(-1, group_samples * weights.shape[1])
+    shares = groups / jnp.maximum(1, jnp.sum(groups, axis=1, keepdims=True)) / groups.shape[0]
+    return shares.reshape(weights.shape)
+
+
+def weighted_loss(
+    model: Llava, parameters: Mapping[str, Any], batch: Batch, weights: Float[Array, "B T"]
+) -> Float[Array, ""]:
+    """Sum over positions of weight times cross-entropy of the target, float32."""
+    variables = {"params": parameters}
+    hidden = model.apply(
+        variables, batch.tokens, batch.positions, batch.segments, batch.image_slots, batch.pixels
+    )  # fmt: skip
+
+    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        hidden, targets, weights = part
+        logits = model.apply(variables, hidden, method="head")
+        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
+
+    parts = tuple(_in_parts(x) for x in (hidden, batch.targets, weights))
+    # Checkpointed: the backward pass makes each part's logits again instead of keeping all of them.
+    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), parts)[0]
+
+
+def _in_parts(x: Array) -> Array:
+    """[B, T, ...] -> [parts, B, HEAD_TOKENS, ...], zeros after the last token."""
+    width = min(HEAD_TOKENS, x.shape[1])
+    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, width, *x.shape[2:]), 1, 0)
+
+
+def _accumulate(
+    gradient: Callable[..., tuple[Array, Any]], trainable: Any, batch: Batch, weights: Array, parts: int
+) -> tuple[Array, Any]:
+    """Loss and gradient, summed over micro-batches one after another; buffers exist for trainable leaves only."""
+    if parts == 1:
+        loss, found = gradient(trainable, batch, weights)
+        return loss, sharding.constrain_parameters(found)
+
+    def add(sums: tuple[Array, Any], part: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+        loss, found = gradient(trainable, *part)
+        return jax.tree.map(jnp.add, sums, (loss, sharding.constrain_parameters(found))), None
+
+    groups = batch.pixels.shape[0]
+    micro = jax.tree.map(lambda x: _micro_batches(x, groups, parts), (batch, weights))
+    zeros = jax.tree.map(jnp.zeros_like, trainable)
+    return jax.lax.scan(add, (jnp.float32(0), zeros), micro)[0]
+
+
+def _micro_batches(x: Array, groups: int, parts: int) -> Array:
+    """[B, ...] -> [parts, B / parts, ...]; part i takes the groups i, i + parts, ...
+
+    Every device then finds its share of each micro-batch among the rows it already holds.
+    """
+    rows = x.shape[0] // groups
+    x = jnp.moveaxis(x.reshape(groups // parts, parts, rows, *x.shape[1:]), 1, 0)
+    return x.reshape(parts, -1, *x.shape[3:])

@@ -1,0 +1,142 @@
+"""The loop: its rows, its hooks, and how it ends when losses are not finite or nothing moves any more."""
+
+import contextlib
+import importlib.util
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from llava_jax import config as configs
+from llava_jax.batch import Batch
+from llava_jax.checkpoint import manager
+from llava_jax.train import loop, metrics
+from llava_jax.train.loop import Hook, NonFinite, Run
+from tests.train import tiny
+from tests.train.test_step import STAGE_1, build, start
+
+
+class Poisoned:
+    """Batches of which some have weights that are no numbers."""
+
+    def __init__(self, *poison):
+        self.poison, self.step = poison, 0
+
+    def __iter__(self):
+        while True:
+            fields = tiny.batch(seed=self.step)
+            self.step += 1
+            bad = np.float32(np.nan if self.step in self.poison else 1)
+            yield Batch(**fields | {"weights": fields["weights"] * bad}), [f"record {self.step}"]
+
+    def state(self):
+        return {"step": self.step}
+
+
+@pytest.fixture(scope="module")
+def program():
+    return build(STAGE_1)
+
+
+@contextlib.contextmanager
+def running(program, folder, batches, hooks=(), every=100):
+    config = configs.Config(
+        data=configs.Data(sources=(configs.Source("unused"),), batch_samples=4, row_tokens=24),
+        train=configs.Train(lr=1e-2, steps=10, warmup_ratio=0.0, max_nonfinite=3), rates=STAGE_1,
+        init=((".*", "random"),), checkpoint=configs.Checkpoint(every=every),
+        log=configs.Log(every=5, tensorboard=False),
+    )  # fmt: skip
+    state, frozen = start(program)
+    checkpoints = manager.open_checkpoints(folder, 2)
+    writer = metrics.open_writer(folder, config.log, 0, {})
+    yield Run(program, config, frozen, batches, checkpoints, writer, hooks), state
+    metrics.close(writer)
+    manager.close(checkpoints)
+
+
+def test_every_update_has_its_row_in_order_and_hooks_come_when_they_are_due(program, tmp_path, capsys):
+    heard = []
+    hooks = [Hook(4, lambda step, state: heard.append((step, int(state.step))))]
+    with running(program, tmp_path, Poisoned(), hooks, every=6) as (run, state):
+        code, state = loop.train(run, state)
+    rows = metrics.read(tmp_path)
+    assert code == 0 and int(state.step) == 10 and heard == [(4, 4), (8, 8)]
+    assert [row["step"] for row in rows] == list(range(1, 11)) and all(row["loss"] > 0 for row in rows)
+    assert rows[0]["rate"] == 1e-2 and rows[-1]["rate"] < 1e-3 and rows[0]["tokens"] == 28
+    assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["10", "6"]
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["1/10", "5/10", "10/10"] and "ETA 0:00:00" in lines[-1]
+
+
+def test_a_poisoned_batch_is_skipped_and_its_records_are_named(program, tmp_path, capsys):
+    with running(program, tmp_path, Poisoned(3, 4)) as (run, state):
+        code, state = loop.train(run, state)
+    assert code == 0 and np.isfinite(state.params["projector"]["0"]["kernel"]).all()
+    skipped = [row for row in metrics.read(tmp_path) if "skipped" in row]
+    assert [(row["step"], row["loss"], row["ids"]) for row in skipped] == [
+        (3, None, ["record 3"]), (4, None, ["record 4"]),
+    ]  # fmt: skip
+    assert "step 3: loss nan" in capsys.readouterr().err
+
+
+def test_poisoned_batches_in_a_row_end_the_run_and_no_checkpoint_holds_them(program, tmp_path):
+    with running(program, tmp_path, Poisoned(3, 5, 6, 7), every=1) as (run, state):
+        with pytest.raises(NonFinite, match="step 7: 3 updates in a row"):
+            loop.train(run, state)
+    rest = {"step": program.state.step, "opt_state": program.state.opt_state}
+    checkpoints = manager.open_checkpoints(tmp_path, 2)
+    saved = manager.restore(checkpoints, program.state.params, rest)
+    manager.close(checkpoints)
+    assert saved.step == 6 and all(np.isfinite(x).all() for x in (saved.params["projector"]["0"]["kernel"],))
+
+
+def test_validation_is_the_mean_over_tokens_not_over_batches():
+    sums = iter([(30.0, 10.0), (2.0, 2.0), (0.0, 0.0)])
+    program = SimpleNamespace(put=lambda batch: batch, evaluate=lambda *_: tuple(map(jnp.float32, next(sums))))
+    assert loop.validate.__wrapped__(program, {}, {}, [(None, ())] * 3) == pytest.approx(32 / 12)
+
+
+def test_rows_beyond_the_step_of_a_resume_are_dropped_and_a_cut_line_too(tmp_path):
+    rows = [json.dumps({"step": step, "loss": 0.1 + step}) + "\n" for step in range(1, 6)]
+    (tmp_path / metrics.STEPS).write_text("".join(rows) + '{"step": 6, "lo')
+    writer = metrics.open_writer(tmp_path, configs.Log(tensorboard=False), 3, {})
+    metrics.write(writer, metrics.STEPS, {"step": 4, "loss": np.float32(0.1).item(), "ids": ["ä\n"]})
+    metrics.close(writer)
+    found = metrics.read(tmp_path)
+    assert [row["step"] for row in found] == [1, 2, 3, 4] and np.float32(found[-1]["loss"]) == np.float32(0.1)
+
+
+def test_a_remote_log_which_cannot_grow_is_written_anew_as_a_whole(tmp_path):
+    lines = metrics.Lines(epath.Path(tmp_path / "steps.jsonl"), None, ['{"step": 1}\n'])
+    writer = metrics.Writer({metrics.STEPS: lines}, None, None)
+    for step in (2, 3):
+        metrics.write(writer, metrics.STEPS, {"step": step})
+        metrics.flush(writer)
+    metrics.close(writer)
+    assert [row["step"] for row in metrics.read(tmp_path, "steps.jsonl")] == [1, 2, 3]
+
+
+def test_tensorboard_gets_the_numbers(tmp_path):
+    writer = metrics.open_writer(tmp_path, configs.Log(tensorboard=True), 0, {})
+    metrics.write(writer, metrics.VALIDATION, {"step": 1, "loss": 2.5})
+    metrics.close(writer)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"validation/loss" in events.read_bytes()
+
+
+def test_wandb_that_is_not_installed_is_asked_for_by_name(tmp_path):
+    if importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ValueError, match="pip install wandb"):
+        metrics.open_writer(tmp_path, configs.Log(tensorboard=False, wandb="llava"), 0, {})
+
+
+def test_a_run_that_hangs_ends_with_its_stacks():
+    code = "import time\nfrom llava_jax.train import loop\nwith loop._watchdog(0.5): time.sleep(30)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.HOUSE, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 42 and "no update has finished for" in done.stderr and "<string>" in done.stderr

@@ -1,0 +1,221 @@
+"""The door, in this process: what it leaves on disk, how it goes on, and how it refuses."""
+
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from llava_jax import params
+from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import store
+from llava_jax.models import presets
+from llava_jax.models.llava import abstract_params
+from llava_jax.train import metrics
+from llava_jax.train.__main__ import _keep_compilations, main
+from tests.train import tiny
+
+
+def train(config, workdir, **changes):
+    overrides = [f"--config.{key}={value}" for key, value in changes.items()]
+    return main(["--config", str(config), "--workdir", str(workdir), *overrides])
+
+
+def losses(workdir):
+    return {row["step"]: row["loss"] for row in metrics.read(workdir)}
+
+
+def disk_bytes(folder):
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, compiled):
+    """(config, workdir) of a whole run of stage 1: 12 steps, checkpoints every 3."""
+    folder = tmp_path_factory.mktemp("stage1")
+    config = tiny.write_run(folder / "run")
+    assert train(config, folder / "out") == 0
+    return config, folder / "out"
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The same run, to be damaged or gone on with."""
+    config, workdir = finished
+    return config, shutil.copytree(workdir, tmp_path / "copy")
+
+
+def test_a_run_leaves_a_checkpoint_that_describes_itself(finished):
+    config, workdir = finished
+    card, names = cards.read_card(workdir), set(params.flatten(abstract_params(presets.get("tiny"))))
+    assert presets.config_from_json(dict(card.model)) == presets.get("tiny")
+    assert card.prompt == cards.PromptCard("v1", True, "square", False)
+    assert cards.read_tokenizer_files(workdir) == cards.read_tokenizer_files(config.parent / "base")
+    assert set(store.own_specs(workdir)) == {name for name in names if name.startswith("projector/")}
+    assert set(store.leaf_specs(workdir)) == names
+    assert store.steps(workdir) == [9, 12] and list(losses(workdir)) == list(range(1, 13))
+
+
+def test_frozen_leaves_take_no_bytes_in_a_checkpoint(finished):
+    """Weights and two moments of what moves, and files' own overhead; the frozen model would be 0.8 MB."""
+    moving = 4 * sum(spec.size for spec in store.own_specs(finished[1]).values())
+    assert 3 * moving < disk_bytes(finished[1] / "12") < 3 * moving + 120_000 < 4 * 199_472
+
+
+def test_the_last_line_says_what_to_do_with_the_checkpoint(copied, capsys):
+    config, workdir = copied
+    assert train(config, workdir) == 0  # a finished run is finished
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert "goes on after step 12" in lines[-2] and not lines[-2].startswith("step")
+    for words in ("llava_jax.chat --checkpoint", "evaluate", "export --format hf", str(workdir)):
+        assert words in lines[-1]
+
+
+def test_a_finished_run_is_evaluated_by_the_command_that_its_last_line_names(copied, capsys):
+    config, workdir = copied
+    assert train(config, workdir, **{"train.eval_every": 1}) == 0
+    assert "step 12: validation loss" in capsys.readouterr().out
+    (row,) = metrics.read(workdir, metrics.VALIDATION)
+    assert row["step"] == 12 and len(losses(workdir)) == 12
+
+
+def test_going_on_repeats_the_losses_bit_for_bit(copied):
+    config, workdir = copied
+    before = losses(workdir)
+    shutil.rmtree(workdir / "12")
+    assert train(config, workdir) == 0
+    assert losses(workdir) == before and store.steps(workdir) == [9, 12]
+
+
+def test_a_damaged_last_step_costs_only_itself(copied, capsys):
+    config, workdir = copied
+    before = losses(workdir)
+    (workdir / "12" / "state" / "_METADATA").write_text("{")
+    assert train(config, workdir) == 0
+    assert "step 12 is damaged" in capsys.readouterr().err
+    assert losses(workdir) == before
+
+
+def test_changed_settings_are_refused_with_the_difference_and_harmless_ones_are_not(copied, capsys):
+    config, workdir = copied
+    assert train(config, workdir, **{"train.lr": 0.5, "data.batch_samples": 8}) == 64
+    error = capsys.readouterr().err
+    assert "train.lr: 0.01 -> 0.5" in error and "data.batch_samples: 4 -> 8" in error
+    assert train(config, workdir, **{"log.every": 1, "checkpoint.keep": 5, "data.threads": 1}) == 0
+
+
+def test_other_data_is_refused(copied, tmp_path, capsys):
+    config, workdir = copied
+    records = config.parent / "records.json"
+    content = records.read_text()
+    try:
+        records.write_text(content.replace("What is it?", "What is this?"))
+        assert train(config, workdir) == 64
+    finally:
+        records.write_text(content)
+    assert "fingerprint" in capsys.readouterr().err
+
+
+def test_a_changed_base_is_refused_on_going_on(copied, capsys):
+    config, workdir = copied
+    content = json.loads((workdir / "model.json").read_text())
+    content["base"][0]["fingerprint"] = "sha256:0"
+    (workdir / "model.json").write_text(json.dumps(content))
+    assert train(config, workdir) == 66
+    assert f"{config.parent / 'base'} (step 0) has changed" in capsys.readouterr().err
+
+
+def test_frozen_leaves_that_begin_at_random_are_kept_where_every_reader_finds_them(run, tmp_path):
+    text = run.read_text().replace("config.init = (", 'config.init = (("vision/cls|projector/0/bias", "random"), ')
+    run.write_text(text)
+    assert train(run, tmp_path / "out") == 0
+    whole, base = (params.flatten(store.load_params(folder)) for folder in (tmp_path / "out", run.parent / "base"))
+    different = {name for name, leaf in whole.items() if not np.array_equal(leaf, base[name])}
+    assert different == {"vision/cls", *(name for name in whole if name.startswith("projector/"))}
+    assert set(store.own_specs(tmp_path / "out" / "random")) == {"vision/cls"}
+
+
+def test_stage_2_begins_with_stage_1s_projector_and_moves_the_decoder(finished, tmp_path):
+    config, stage_1 = finished
+    text = config.read_text().replace('(".*", None))', '("llm/.*", config.train.get_ref("lr")), (".*", None))')
+    second = config.parent / "stage2.py"
+    second.write_text(text)
+    changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 1.0, "checkpoint.every": 1}
+    assert train(second, tmp_path / "out", **changes) == 0
+    after, before = (store.load_params(folder) for folder in (tmp_path / "out", stage_1))
+    first = store.load_params(tmp_path / "out", step=1)  # the first update is at rate 0
+    jax.tree.map(np.testing.assert_array_equal, first, before)
+    same = {name.split("/")[0] for name, leaf in params.flatten(after).items()
+            if np.array_equal(leaf, params.flatten(before)[name])}  # fmt: skip
+    assert same == {"vision"} and set(store.own_specs(tmp_path / "out")) == {
+        name for name in params.flatten(before) if not name.startswith("vision/")
+    }  # fmt: skip
+
+
+def test_validation_and_samples_come_every_n_steps(run, tmp_path, capsys):
+    assert train(run, tmp_path / "out", **{"train.eval_every": 6, "train.sample_every": 12}) == 0
+    found = metrics.read(tmp_path / "out", metrics.VALIDATION)
+    assert [row["step"] for row in found] == [6, 12] and found[0]["loss"] > 0
+    samples = metrics.read(tmp_path / "out", metrics.SAMPLES)
+    assert [row["id"] for row in samples] == ["r0", "r1", "r2", "r3"] and {row["step"] for row in samples} == {12}
+
+
+def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run, tmp_path, capsys):
+    with store.LeafWriter(tmp_path / "half" / "0" / "params") as writer:
+        writer.write("projector/0/kernel", np.zeros((32, 40), np.float32))
+        writer.write("projector/0/bias", np.zeros(48, np.float32))
+    row = '("projector/.*", config.model.get_ref("start")), '
+    run.write_text(run.read_text().replace("config.init = (", f"config.init = ({row}"))
+    assert train(run, tmp_path / "out", **{"model.start": tmp_path / "half"}) == 66
+    error = capsys.readouterr().err
+    assert "projector/2/bias is missing" in error and "projector/0/kernel has shape (32, 40)" in error
+    assert str(tmp_path / "half") in error
+
+
+@pytest.mark.parametrize(
+    "changes, code, words",
+    [
+        ({"train.learning_rate": 1}, 64, "did you mean"),
+        ({"model.preset": "tinyy"}, 64, "did you mean 'tiny'"),
+        ({"prompt.template": "v7"}, 64, "v7"),
+        ({"data.sources.0.path": "nowhere.json"}, 65, "nowhere.json"),
+        ({"model.base": "nowhere"}, 66, "nowhere"),
+        ({"mesh.fsdp": 7}, 64, "mesh"),
+        ({"prompt.image_start_end": "true"}, 64, "<im_start>"),
+        ({"log.wandb": "project"}, 64, "pip install wandb"),
+    ],
+)
+def test_a_mistake_is_one_line_and_an_exit_code(run, tmp_path, capsys, changes, code, words):
+    assert train(run, tmp_path / "out", **changes) == code
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("error: ") and words in line
+
+
+def test_compiled_code_is_kept_in_a_private_directory_only(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    before, folder = jax.config.jax_compilation_cache_dir, tmp_path / "llava_jax" / "compiled"
+    try:
+        jax.config.update("jax_compilation_cache_dir", None)
+        _keep_compilations()
+        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.stat().st_mode & 0o777 == 0o700
+        jax.config.update("jax_compilation_cache_dir", None)
+        folder.chmod(0o777)
+        with pytest.raises(ValueError, match="chmod 700"):
+            _keep_compilations()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_a_directory_with_a_checkpoint_of_another_kind_is_left_alone(run, tmp_path, capsys):
+    with store.LeafWriter(tmp_path / "imported" / "0" / "params") as writer:
+        writer.write("a", np.zeros(1, np.float32))
+    assert train(run, tmp_path / "imported") == 64
+    assert "no training run wrote" in capsys.readouterr().err
+    assert store.steps(tmp_path / "imported") == [0]
+
+
+def test_a_bad_picture_ends_the_run_with_its_record(run, tmp_path, capsys):
+    (run.parent / "images" / "3.jpg").write_bytes(b"no picture")
+    assert train(run, tmp_path / "out") == 65
+    assert "r3" in capsys.readouterr().err
