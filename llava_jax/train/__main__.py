@@ -118,7 +118,7 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     """The sizes that `model.base` says, which a named preset must agree with; without a base, the preset's."""
     if not model.base:
         if not model.preset:
-            raise ValueError("model.preset and model.base are both empty: name a preset, or the checkpoint to start from")
+            raise ValueError("model.preset and model.base are both empty: name one of them")
         return presets.get(model.preset)
     held = presets.config_from_json(dict(cards.read_card(model.base).model))
     if model.preset and presets.get(model.preset) != held:
