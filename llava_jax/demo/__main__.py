@@ -1,0 +1,70 @@
+"""The doors `python -m llava_jax.demo [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+
+The first tells LLaVA's story in miniature: a drawn world, base models that can talk about it but not see, the two
+stages of training and what is lost without them, an exam on pictures never seen, and an export for transformers. It
+ends with a table and writes DIR/demo.json and DIR/report.html. The second trains the base models anew.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from llava_jax.demo import bases, report, story
+from llava_jax.demo.story import Failed
+
+USAGE = 64
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a door; returns its exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if words[:1] == ["bases"]:
+            return _bases(words[1:])
+        return _demo(words)
+    except Failed as error:
+        return error.args[0]
+    except (ValueError, FileNotFoundError) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return USAGE
+
+
+def _demo(words: list[str]) -> int:
+    parser = _Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--workdir", default="runs/demo", help="a new directory (default: runs/demo)")
+    parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
+    told = parser.parse_args(words)
+    workdir = Path(told.workdir)
+    if workdir.exists() and any(workdir.iterdir()):
+        raise ValueError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
+    outcome = story.tell(workdir, told.seed)
+    (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
+    (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
+    print(report.table(outcome))
+    name, said = outcome.chat
+    picture = workdir / story.WORLD / name
+    print(f"\nA talk with stage 2 about {picture}:")
+    print("\n".join(f"  {role}: {text}" for role, text in said))
+    print(f"\nIn {outcome.secs:.0f} s. Open {workdir}/report.html, or go on talking:\n"
+          f"  python -m llava_jax.chat --checkpoint {workdir}/stage2 --image {picture}")
+    return 0
+
+
+def _bases(words: list[str]) -> int:
+    parser = _Parser("python -m llava_jax.demo bases", description=bases.__doc__)
+    parser.add_argument("directory", nargs="?", type=Path, default=bases.ASSETS, help="default: the package's own")
+    parser.add_argument("--seed", type=int, default=0)
+    told = parser.parse_args(words)
+    bases.train(told.directory, told.seed)
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise ValueError(f"{message} (see --help)")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""Asks a checkpoint every question of an exam and counts the answers that are exactly right."""
+
+import dataclasses
+from pathlib import Path
+from typing import NamedTuple
+
+from llava_jax.demo import world
+from llava_jax.demo.records import BLANK, Exam
+from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt import templates
+from llava_jax.prompt.conversation import Conversation, Turn
+
+SLOTS = 64
+ANSWER_TOKENS = 32  # the longest right answer, a description of three things, has 26
+
+
+class Result(NamedTuple):
+    """Share of exact answers: in all (every kind counts alike) and by kind; and the answers themselves."""
+
+    score: float
+    by_kind: dict[str, float]
+    answers: tuple[str, ...]
+
+
+def open_assistant(checkpoint: Path) -> Assistant:
+    """The assistant of a checkpoint, asked in the words of stage 2, whatever it was trained on last."""
+    assistant = Assistant.open(checkpoint, slots=SLOTS)
+    format = dataclasses.replace(assistant.format, template=templates.get("v1"))
+    return dataclasses.replace(assistant, format=format)
+
+
+def take(assistant: Assistant, exam: Exam, root: Path, blind: bool = False) -> Result:
+    """Greedy answers to all questions, each asked alone; a blind model sees the blank picture instead."""
+    asked = [
+        Conversation((Turn("user", f"<image>\n{turn.question}"),), (BLANK if blind else exam.pictures[picture],))
+        for picture, turn in exam.questions
+    ]
+    replies = assistant.replies(asked, ANSWER_TOKENS, image_root=root)
+    answers = tuple(reply.text for reply in replies)
+    right: dict[str, list[bool]] = {kind: [] for kind in world.KINDS}
+    for question, answer in zip(exam.questions, answers):
+        right[question.turn.kind].append(answer == question.turn.answer)
+    by_kind = {kind: sum(marks) / len(marks) for kind, marks in right.items()}
+    return Result(sum(by_kind.values()) / len(by_kind), by_kind, answers)

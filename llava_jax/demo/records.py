@@ -1,0 +1,81 @@
+"""The world on disk: pictures as JPEG files, captions and instructions as LLaVA JSON, and the questions of the exam."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava_jax.demo import world
+from llava_jax.demo.world import Question, Scene
+
+PRETRAIN, FINETUNE, FINETUNE_BLIND = "pretrain.json", "finetune.json", "finetune_blind.json"
+BLANK = "blank.jpg"  # the picture that a blind model sees
+DIALOGUES = 2  # about each training picture
+
+
+class Sizes(NamedTuple):
+    """How many pictures, and how many questions of each kind, a world has."""
+
+    train: int
+    heldout: int
+    unseen: int
+    heldout_per_kind: int
+    unseen_per_kind: int
+
+
+SIZES = Sizes(train=3000, heldout=400, unseen=200, heldout_per_kind=100, unseen_per_kind=50)
+
+
+class Exam(NamedTuple):
+    """Questions about pictures that no training record shows. pictures: paths relative to the world's folder."""
+
+    pictures: tuple[str, ...]
+    scenes: tuple[Scene, ...]
+    questions: tuple[Question, ...]
+
+
+def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, Exam]:
+    """Draws a world into `directory`: the three JSON files, their pictures, and the exams "heldout" and "unseen"."""
+    rng = np.random.default_rng([seed, 3])
+    scenes = [world.random_scene(rng, "train") for _ in range(sizes.train)]
+    pictures = _draw(directory, "train", scenes, rng)
+    (directory / BLANK).write_bytes(world.blank_jpeg())
+    captions = [_record(picture, [("<image>", world.caption(scene))]) for picture, scene in zip(pictures, scenes)]
+    _write_json(directory / PRETRAIN, captions)
+    dialogues = []
+    for number in range(DIALOGUES):
+        for picture, scene in zip(pictures, scenes):
+            turns = [(turn.question, turn.answer) for turn in world.turns(scene, rng)]
+            turns[0] = (f"<image>\n{turns[0][0]}", turns[0][1])
+            dialogues.append(_record(picture, turns, f"-{number}"))
+    _write_json(directory / FINETUNE, dialogues)
+    _write_json(directory / FINETUNE_BLIND, [{**record, "image": BLANK} for record in dialogues])
+    return {
+        "heldout": _exam(directory, "heldout", sizes.heldout, sizes.heldout_per_kind, rng),
+        "unseen": _exam(directory, "unseen", sizes.unseen, sizes.unseen_per_kind, rng),
+    }
+
+
+def _exam(directory: Path, part: str, pictures: int, per_kind: int, rng: np.random.Generator) -> Exam:
+    scenes = [world.random_scene(rng, part) for _ in range(pictures)]
+    questions = world.balanced_questions(scenes, per_kind, rng)
+    return Exam(tuple(_draw(directory, part, scenes, rng)), tuple(scenes), tuple(questions))
+
+
+def _draw(directory: Path, part: str, scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+    """Writes the pictures of some scenes; their paths relative to `directory`."""
+    (directory / part).mkdir(parents=True)
+    names = [f"{part}/{number:05}.jpg" for number in range(len(scenes))]
+    for name, scene in zip(names, scenes):
+        (directory / name).write_bytes(world.jpeg(scene, rng))
+    return names
+
+
+def _record(picture: str, turns: list[tuple[str, str]], suffix: str = "") -> dict[str, Any]:
+    said = [{"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn)]
+    return {"id": f"{Path(picture).stem}{suffix}", "image": picture, "conversations": said}
+
+
+def _write_json(path: Path, records: list[dict[str, Any]]) -> None:
+    path.write_text(json.dumps(records, indent=1) + "\n")

@@ -1,0 +1,157 @@
+"""What the demo shows in the end: a table for the terminal, numbers for programs, and one HTML page for people."""
+
+import base64
+import html
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from llava_jax.demo import world
+from llava_jax.demo.story import Outcome
+
+SHOWN = 12  # pictures on the page
+LABELS = {
+    "blind": "blind: stage 2 with blank pictures",
+    "stage1": "after stage 1",
+    "stage2": "after stage 2",
+    "stage2_without_stage1": "stage 2 without stage 1",
+    "stage2_last_layer": "last layer instead of before-last",
+}
+EXPECTED_LOWER = ("blind", "stage1", "stage2_without_stage1", "stage2_last_layer")
+CURVES = {"stage2": "#1f6feb", "stage2_without_stage1": "#d1242f", "stage2_last_layer": "#bf8700", "blind": "#57606a"}
+STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 62em; margin: 2em auto }
+table { border-collapse: collapse } th, td { padding: .25em .6em; border-bottom: 1px solid #d0d7de; text-align: right }
+th:first-child, td:first-child { text-align: left } .cards { display: flex; flex-wrap: wrap; gap: 1em }
+.card { width: 14em } .card img { width: 100%; border: 1px solid #d0d7de } .right { color: #1a7f37 }
+.wrong { color: #d1242f } figure { margin: 0 0 1em 0; display: inline-block } figcaption { color: #57606a }"""
+
+
+def numbers(outcome: Outcome) -> dict[str, Any]:
+    """The table: each run's share of exact answers on held-out pictures, on unseen pairs, and by kind; and secs."""
+    heldout = {name: round(outcome.results[name]["heldout"].score, 4) for name in LABELS}
+    by_exam = {
+        exam: {name: {kind: round(share, 4) for kind, share in outcome.results[name][exam].by_kind.items()}
+               for name in LABELS}
+        for exam in outcome.exams
+    }  # fmt: skip
+    unseen = {name: round(outcome.results[name]["unseen"].score, 4) for name in LABELS}
+    questions = {name: len(exam.questions) for name, exam in outcome.exams.items()}
+    return {**heldout, "unseen": unseen, "by_kind": by_exam["heldout"], "unseen_by_kind": by_exam["unseen"],
+            "questions": questions, "secs": round(outcome.secs, 1)}  # fmt: skip
+
+
+def table(outcome: Outcome) -> str:
+    """Exact answers in percent, one line a run, and what came out other than expected."""
+    head = ["exact answers in %", "all", *world.KINDS, "unseen pairs"]
+    width = max(len(label) for label in LABELS.values())
+    lines = [f"{head[0]:<{width}}  " + "  ".join(f"{word:>8}" for word in head[1:])]
+    for name, cells in _rows(outcome):
+        lines.append(f"{LABELS[name]:<{width}}  " + "  ".join(
+            f"{100 * cell:{max(8, len(word))}.1f}" for cell, word in zip(cells, head[1:])
+        ))  # fmt: skip
+    return "\n".join(["", *lines, "", *verdicts(outcome)])
+
+
+def verdicts(outcome: Outcome) -> list[str]:
+    """A line on the size of the exams, and one for each comparison that came out other than the paper's."""
+    exam, unseen = outcome.exams["heldout"], outcome.exams["unseen"]
+    lines = [f"{len(exam.questions)} questions about {len(exam.scenes)} pictures never seen; unseen pairs: "
+             f"{len(unseen.questions)} about pictures with a thing whose colour and shape no picture had together"]
+    best = outcome.results["stage2"]["heldout"].score
+    for name in EXPECTED_LOWER:
+        score = outcome.results[name]["heldout"].score
+        if score >= best:
+            lines.append(f"Not as in the paper: {LABELS[name]} reaches {100 * score:.1f}, stage 2 {100 * best:.1f}")
+    return lines
+
+
+def _rows(outcome: Outcome) -> list[tuple[str, list[float]]]:
+    rows = []
+    for name in LABELS:
+        heldout, unseen = outcome.results[name]["heldout"], outcome.results[name]["unseen"]
+        rows.append((name, [heldout.score, *heldout.by_kind.values(), unseen.score]))
+    return rows
+
+
+def page(outcome: Outcome, pictures: Path) -> str:
+    """The whole report as one HTML file without links to others."""
+    head = "".join(f"<th>{word}" for word in ("exact answers in %", "all", *world.KINDS, "unseen pairs"))
+    body = "".join(
+        f"<tr><td>{LABELS[name]}" + "".join(f"<td>{100 * cell:.1f}" for cell in cells) for name, cells in _rows(outcome)
+    )
+    first = {"stage1": "#1f6feb", "stage1_last_layer": "#bf8700"}
+    curves = _figure("Stage 1: loss on captions", outcome.losses, first)
+    curves += _figure("Stage 2: loss on instructions", outcome.losses, CURVES)
+    picture, said = outcome.chat
+    talk = "".join(f"<p><b>{role}</b> {html.escape(text)}" for role, text in said)
+    notes = "".join(f"<p>{html.escape(line)}." for line in verdicts(outcome))
+    return f"""<!doctype html><meta charset="utf-8"><title>llava_jax demo</title><style>{STYLE}</style>
+<h1>A model learns to see</h1>
+<p>A tiny CLIP and a tiny LLaMA that has only ever read, joined in LLaVA's two stages in {outcome.secs:.0f} s.
+<table><tr>{head}{body}</table>{notes}
+<h2>Learning</h2>{curves}
+<h2>Questions about pictures never seen, answered after stage 2</h2><div class="cards">{_cards(outcome, pictures)}</div>
+<h2>A talk</h2><div class="card"><img src="{_data(pictures / picture)}"></div>{talk}
+"""
+
+
+def _cards(outcome: Outcome, pictures: Path) -> str:
+    """The first questions of the exam that are about different pictures, kinds in turn: chosen before any answer."""
+    exam, answers = outcome.exams["heldout"], outcome.results["stage2"]["heldout"].answers
+    by_kind = {kind: [i for i, q in enumerate(exam.questions) if q.turn.kind == kind] for kind in world.KINDS}
+    cards, used = [], set[int]()
+    for number in range(SHOWN):
+        kind = world.KINDS[number % len(world.KINDS)]
+        fresh = [i for i in by_kind[kind] if exam.questions[i].picture not in used]
+        index = (fresh or by_kind[kind])[0]
+        used.add(exam.questions[index].picture)
+        turn, answer = exam.questions[index].turn, answers[index]
+        mark = "right" if answer == turn.answer else "wrong"
+        cards.append(
+            f'<div class="card"><img src="{_data(pictures / exam.pictures[exam.questions[index].picture])}">'
+            f"<br>{html.escape(turn.question)}<br>truth: {html.escape(turn.answer)}"
+            f'<br><span class="{mark}">answer: {html.escape(answer)}</span></div>'
+        )
+    return "".join(cards)
+
+
+def _data(path: Path) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(path.read_bytes()).decode()
+
+
+def _figure(title: str, losses: dict[str, list[float]], colours: dict[str, str]) -> str:
+    """Smoothed loss curves of some runs as inline SVG, on a logarithmic scale."""
+    width, height, margin = 460, 260, 40
+    smooth = {name: _smoothed(losses[name]) for name in colours}
+    low = np.log10(min(curve.min() for curve in smooth.values()))
+    high = np.log10(max(curve.max() for curve in smooth.values()))
+    steps = max(len(curve) for curve in smooth.values())
+
+    def place(step: int, loss: float) -> tuple[float, float]:
+        down = (high - np.log10(loss)) / max(1e-9, high - low)
+        return margin + (width - margin) * step / max(1, steps - 1), 10 + (height - 40) * down
+
+    parts = []
+    for value in np.logspace(low, high, 5):
+        _, y = place(0, value)
+        parts.append(f'<line x1="{margin}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#d0d7de"/>'
+                     f'<text x="{margin - 4}" y="{y + 4:.1f}" text-anchor="end">{value:.2g}</text>')  # fmt: skip
+    for row, (name, curve) in enumerate(smooth.items()):
+        colour = colours[name]
+        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(i, value) for i, value in enumerate(curve)))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>'
+                     f'<text x="{width - 4}" y="{22 + 15 * row}" text-anchor="end" fill="{colour}">{name}</text>')
+    parts.append(f'<text x="{width}" y="{height - 8}" text-anchor="end">{steps} steps</text>')
+    return (f'<figure><svg width="{width}" height="{height}" font-size="11" fill="#57606a">{"".join(parts)}</svg>'
+            f"<figcaption>{title}</figcaption></figure>")  # fmt: skip
+
+
+def _smoothed(losses: Sequence[float], share: float = 0.9) -> np.ndarray:
+    """Exponential mean that starts at the first loss."""
+    mean, out = losses[0], []
+    for loss in losses:
+        mean = share * mean + (1 - share) * loss
+        out.append(mean)
+    return np.array(out)

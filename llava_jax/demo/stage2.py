@@ -1,0 +1,15 @@
+"""Config of the demo's stage 2: instructions; projector and decoder move, the tower does not (see `story.py`)."""
+
+from typing import Any
+
+from llava_jax.config import start_from
+
+
+def get_config() -> Any:
+    """LLaVA's stage 2 (configs/llava15_7b_finetune.py) with sizes and rates for a model of a million parameters."""
+    config = start_from(__file__, "stage1.py")
+    config.prompt.template = "v1"
+    config.data.update(batch_samples=16, row_tokens=128)
+    config.train.update(steps=340, lr=1e-3)
+    config.rates = (("vision/.*", None), (".*", config.train.get_ref("lr")))
+    return config

@@ -1,0 +1,166 @@
+"""The paper's story, run through the house's own doors: what each stage gives, and what is lost by doing less."""
+
+import contextlib
+import io
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_jax.convert import __main__ as convert
+from llava_jax.demo import bases, exam, records
+from llava_jax.demo.exam import Result
+from llava_jax.demo.records import Exam, Sizes
+from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt.conversation import Conversation, Turn
+from llava_jax.train import __main__ as train
+from llava_jax.train import metrics
+
+CONFIGS = Path(__file__).parent
+WORLD, BASE, BASE_LAST_LAYER, EXPORT = "world", "base", "base_last_layer", "export_hf"
+ECHOED = ("step ", "error", "goes on")  # beginnings of the lines of a run that the demo shows
+
+
+class Run(NamedTuple):
+    """One training: its folder, what it is, its config, where it starts and what it reads."""
+
+    name: str
+    title: str
+    config: str
+    start: str
+    data: str = records.FINETUNE
+    examined: bool = True
+
+    @property
+    def blind(self) -> bool:
+        return self.data == records.FINETUNE_BLIND
+
+
+RUNS = (
+    Run("stage1", "stage 1: captions, only the projector moves", "stage1.py", BASE, records.PRETRAIN),
+    Run("stage2", "stage 2: instructions, the tower is frozen", "stage2.py", "stage1"),
+    Run("blind", "the same stage 2 with blank pictures", "stage2.py", "stage1", records.FINETUNE_BLIND),
+    Run("stage2_without_stage1", "stage 2 at equal steps from a fresh projector", "stage2.py", BASE),
+    Run("stage1_last_layer", "stage 1 on the tower's last layer", "stage1.py", BASE_LAST_LAYER, records.PRETRAIN,
+        examined=False),
+    Run("stage2_last_layer", "stage 2 on the tower's last layer", "stage2.py", "stage1_last_layer"),
+)  # fmt: skip
+EXAMINED = tuple(run.name for run in RUNS if run.examined)
+
+
+class Outcome(NamedTuple):
+    """What a demo found. results: {run: {exam: Result}}; losses: {run: loss at every step}; chat: (who, text)."""
+
+    exams: dict[str, Exam]
+    results: dict[str, dict[str, Result]]
+    losses: dict[str, list[float]]
+    chat: tuple[str, list[tuple[str, str]]]
+    secs: float
+
+
+class Failed(Exception):
+    """A door ended with an exit code other than 0; `args[0]` is the code."""
+
+
+def tell(workdir: Path, seed: int, sizes: Sizes = records.SIZES, steps: Sequence[int] | None = None) -> Outcome:
+    """Runs the whole story in `workdir`, which is new.
+
+    steps: of the two stages, in place of those of their configs.
+
+    Raises:
+      Failed: a training or a conversion failed; it has said why.
+    """
+    start = time.monotonic()
+    workdir.mkdir(parents=True, exist_ok=True)
+    _say(start, "draws the world")
+    exams = records.write(workdir / WORLD, seed, sizes)
+    _say(start, "assembles CLIP, LLaMA and a fresh projector, once for each layer of the tower")
+    for name, layer in ((BASE, -2), (BASE_LAST_LAYER, -1)):
+        _convert("assemble", workdir / name, "--vision", bases.ASSETS / "clip", "--llm", bases.ASSETS / "llama",
+                 "--select-layer", layer, "--seed", seed)  # fmt: skip
+    results: dict[str, dict[str, Result]] = {}
+    for run in RUNS:
+        _say(start, f"trains {run.name}, {run.title}")
+        _train(workdir, run, seed, steps)
+        if run.examined:
+            assistant = exam.open_assistant(workdir / run.name)
+            taken = {name: exam.take(assistant, one, workdir / WORLD, run.blind) for name, one in exams.items()}
+            results[run.name] = taken
+            _say(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in taken.items()))
+    _say(start, "exports stage 2 for transformers")
+    _convert("export", "--format", "hf", workdir / "stage2", workdir / EXPORT)
+    chat = _chat(workdir, exams["heldout"])
+    losses = {run.name: _losses(workdir / run.name) for run in RUNS}
+    return Outcome(exams, results, losses, chat, time.monotonic() - start)
+
+
+def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> None:
+    settings = {
+        "model.base": workdir / run.start, "data.sources.0.path": workdir / WORLD / run.data,
+        "data.sources.0.images": workdir / WORLD, "train.seed": seed,
+    }  # fmt: skip
+    if steps is not None:
+        settings["train.steps"] = steps[run.config != "stage1.py"]
+    arguments = [f"--config.{key}={value}" for key, value in settings.items()]
+    with _quietly(workdir / f"{run.name}.log"):
+        code = train.main(["--config", str(CONFIGS / run.config), "--workdir", str(workdir / run.name), *arguments])
+    if code:
+        raise Failed(code)
+
+
+def _convert(*arguments: Any) -> None:
+    code = convert.main([str(word) for word in arguments])
+    if code:
+        raise Failed(code)
+
+
+def _chat(workdir: Path, exam_: Exam) -> tuple[str, list[tuple[str, str]]]:
+    """A talk of three turns about the first held-out picture with three things, each answer part of the next prompt."""
+    picture = next(i for i, scene in enumerate(exam_.scenes) if sum(thing is not None for thing in scene) == 3)
+    shape = next(thing for thing in exam_.scenes[picture] if thing)
+    assistant = Assistant.open(workdir / "stage2")
+    asked = ("<image>\nDescribe the picture.", f"Where is the {shape}?", "How many shapes are there?")
+    turns: tuple[Turn, ...] = ()
+    for question in asked:
+        turns += (Turn("user", question),)
+        conversation = Conversation(turns, (exam_.pictures[picture],))
+        reply = assistant.reply(conversation, exam.ANSWER_TOKENS, image_root=workdir / WORLD)
+        turns += (Turn("assistant", reply.text),)
+    return exam_.pictures[picture], [(turn.role, turn.text.removeprefix("<image>\n")) for turn in turns]
+
+
+def _losses(run: Path) -> list[float]:
+    lines = (run / metrics.STEPS).read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+@contextlib.contextmanager
+def _quietly(log: Path) -> Iterator[None]:
+    """Sends what is printed to a file, and on to the terminal only what shows progress."""
+    with log.open("w") as file, contextlib.redirect_stdout(_Sieve(file, sys.stdout)):
+        yield
+
+
+class _Sieve(io.TextIOBase):
+    """Writes all to `log` and whole lines that begin with ECHOED to `terminal`, indented."""
+
+    def __init__(self, log: io.TextIOBase, terminal: io.TextIOBase):
+        self._log, self._terminal, self._line = log, terminal, ""
+
+    def write(self, text: str) -> int:
+        self._log.write(text)
+        *lines, self._line = (self._line + text).split("\n")
+        for line in lines:
+            if line.startswith(ECHOED):
+                self._terminal.write(f"       {line}\n")
+        return len(text)
+
+    def flush(self) -> None:
+        self._log.flush()
+        self._terminal.flush()
+
+
+def _say(start: float, text: str) -> None:
+    print(f"{time.monotonic() - start:4.0f} s {text}", flush=True)

@@ -1,0 +1,279 @@
+"""The drawn-shapes world: one to three coloured shapes in the four corners of a picture, and what can be said of them.
+
+Everything is a pure function of a seed: scenes, their pictures, captions, questions and answers. Scenes fall into three
+parts that never meet: training, held out (arrangements that no model saw or read of), and unseen (at least one thing
+whose colour and shape are together in no training picture, CLIP's included; only the base LLaMA has read of such).
+"""
+
+import hashlib
+from typing import NamedTuple
+
+import numpy as np
+
+from llava_jax.prompt.images import encode_jpeg
+
+COLOURS = {
+    "red": (214, 44, 40),
+    "green": (40, 158, 64),
+    "blue": (44, 84, 214),
+    "yellow": (238, 196, 30),
+    "black": (34, 34, 38),
+}
+SHAPES = ("circle", "square", "triangle", "cross")
+PLACES = ("northwest", "northeast", "southwest", "southeast")  # one token each; the map's north is up
+NUMBERS = ("zero", "one", "two", "three")
+PICTURE_PIXELS = 96
+HELD_OUT_SHARE = 0.15  # of all scenes without an unseen pair
+
+
+class Thing(NamedTuple):
+    """A coloured shape."""
+
+    colour: str
+    shape: str
+
+    def __str__(self) -> str:
+        return f"{self.colour} {self.shape}"
+
+
+Scene = tuple[Thing | None, ...]  # one entry for each of PLACES; things in a scene differ from each other
+
+ALL_PAIRS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
+# Each colour but one and each shape loses one partner, so that every word is still learned from other pairs.
+UNSEEN_PAIRS = (
+    Thing("red", "triangle"), Thing("green", "circle"), Thing("blue", "cross"), Thing("yellow", "square"),
+)  # fmt: skip
+SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in UNSEEN_PAIRS)
+
+
+def part(scene: Scene) -> str:
+    """Which part a scene belongs to, "train", "heldout" or "unseen": a pure function of the scene alone."""
+    if any(thing in UNSEEN_PAIRS for thing in scene):
+        return "unseen"
+    digest = hashlib.sha256("|".join(str(thing) for thing in scene).encode()).digest()
+    return "heldout" if int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32 else "train"
+
+
+def random_scene(rng: np.random.Generator, wanted: str) -> Scene:
+    """A scene of the wanted part: one, two or three things (equally often) in different corners."""
+    pairs = ALL_PAIRS if wanted == "unseen" else SEEN_PAIRS
+    while True:
+        count = int(rng.integers(1, 4))
+        chosen = rng.choice(len(pairs), size=count, replace=False)
+        scene: list[Thing | None] = [None] * len(PLACES)
+        for place, pair in zip(rng.permutation(len(PLACES))[:count], chosen):
+            scene[place] = pairs[pair]
+        if part(tuple(scene)) == wanted:
+            return tuple(scene)
+
+
+def family(rng: np.random.Generator, count: int) -> list[Scene]:
+    """`count` different training scenes, each one small change (a colour, a shape, a place) away from another of them.
+
+    They are the hard negatives of contrastive training: their captions differ in a word or two.
+    """
+    found = [random_scene(rng, "train")]
+    while len(found) < count:
+        new = _changed(rng, found[int(rng.integers(len(found)))])
+        things = [thing for thing in new if thing]
+        if len(set(things)) == len(things) and new not in found and part(new) == "train":
+            found.append(new)
+    return found
+
+
+def _changed(rng: np.random.Generator, scene: Scene) -> Scene:
+    changed = list(scene)
+    place = int(rng.choice([i for i, thing in enumerate(scene) if thing]))
+    other, thing = int(rng.integers(len(PLACES))), scene[place]
+    match int(rng.integers(3)):
+        case 0:
+            changed[place] = Thing(str(rng.choice(list(COLOURS))), thing.shape)
+        case 1:
+            changed[place] = Thing(thing.colour, str(rng.choice(SHAPES)))
+        case _:
+            changed[place], changed[other] = scene[other], thing
+    return tuple(changed)
+
+
+# ---- pictures
+
+
+def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
+    """The picture of a scene, uint8 [96, 96, 3]: light ground, jittered place, size, turn and colour of each shape."""
+    size = PICTURE_PIXELS
+    ground = rng.uniform(205, 250) + rng.uniform(-6, 6, 3)
+    slope = rng.uniform(-10, 10, 2)
+    rows, columns = np.mgrid[0:size, 0:size] / size - 0.5
+    picture = ground + (slope[0] * rows + slope[1] * columns)[..., None]
+    cell = size // 2
+    for place, thing in enumerate(scene):
+        if thing is None:
+            continue
+        top, left = cell * (place // 2), cell * (place % 2)
+        centre = cell / 2 + rng.uniform(-0.07, 0.07, 2) * cell
+        cover = _cover(thing.shape, cell, centre, rng.uniform(0.30, 0.38) * cell, rng.uniform(-0.25, 0.25))
+        paint = np.array(COLOURS[thing.colour]) + rng.uniform(-18, 18, 3)
+        patch = picture[top : top + cell, left : left + cell]
+        patch += cover[..., None] * (paint - patch)
+    picture += 3 * rng.standard_normal(picture.shape, np.float32)
+    return np.clip(picture, 0, 255).astype(np.uint8)
+
+
+def jpeg(scene: Scene, rng: np.random.Generator) -> bytes:
+    """The picture as a file, for pictures are only ever read from files."""
+    return encode_jpeg(draw(scene, rng))
+
+
+def blank_jpeg() -> bytes:
+    """A picture of nothing, for a model that is not to see."""
+    return encode_jpeg(np.full((PICTURE_PIXELS, PICTURE_PIXELS, 3), 128, np.uint8))
+
+
+def _cover(shape: str, size: int, centre: np.ndarray, radius: float, turn: float) -> np.ndarray:
+    """How much of each pixel [size, size] the shape covers, 0 to 1, from its signed distance in pixels."""
+    y, x = np.mgrid[0:size, 0:size] + 0.5
+    y, x = y - centre[0], x - centre[1]
+    y, x = y * np.cos(turn) - x * np.sin(turn), y * np.sin(turn) + x * np.cos(turn)
+    match shape:
+        case "circle":
+            distance = np.hypot(x, y) - radius
+        case "square":
+            distance = np.maximum(abs(x), abs(y)) - 0.88 * radius
+        case "triangle":
+            slant = np.sqrt(3) / 2
+            distance = np.maximum(y, slant * abs(x) - y / 2) - 0.6 * radius
+        case "cross":
+            long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
+            distance = np.maximum(long - radius, short - 0.3 * radius)
+        case _:
+            raise ValueError(f"shape {shape!r} cannot be drawn; known are {', '.join(SHAPES)}")
+    return np.clip(0.5 - distance, 0, 1)
+
+
+# ---- words
+
+
+def caption(scene: Scene) -> str:
+    """The things in reading order: "a red circle in the northwest and a blue cross in the southeast"."""
+    return _listed([f"a {thing} in the {place}" for place, thing in zip(PLACES, scene) if thing])
+
+
+def shuffled_caption(scene: Scene, rng: np.random.Generator) -> str:
+    """The same things in any order, each with its place first or last."""
+    parts = [
+        f"a {thing} in the {place}" if rng.random() < 0.5 else f"in the {place} a {thing}"
+        for place, thing in zip(PLACES, scene) if thing
+    ]  # fmt: skip
+    return _listed([parts[i] for i in rng.permutation(len(parts))])
+
+
+def scan(scene: Scene) -> str:
+    """All four corners in reading order: "northwest red circle, northeast nothing, ..."."""
+    return ", ".join(f"{place} {thing or 'nothing'}" for place, thing in zip(PLACES, scene))
+
+
+def _listed(parts: list[str]) -> str:
+    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
+
+
+class Turn(NamedTuple):
+    """A question about a scene, its answer, and the kind of question."""
+
+    kind: str
+    question: str
+    answer: str
+
+
+SHORT_KINDS = ("count", "colour", "shape", "place", "exists", "beside")
+KINDS = (*SHORT_KINDS, "describe")
+
+
+def ask(kind: str, scene: Scene, rng: np.random.Generator) -> Turn:
+    """A question of this kind about the scene, drawn at random, with the one right answer."""
+    places = [i for i, thing in enumerate(scene) if thing]
+    place = int(rng.choice(places))
+    thing = scene[place]
+    match kind:
+        case "count":
+            return Turn(kind, "How many shapes are there?", NUMBERS[len(places)])
+        case "colour":
+            return Turn(kind, f"What colour is the shape in the {PLACES[place]}?", thing.colour)
+        case "shape":
+            return Turn(kind, f"What shape is in the {PLACES[place]}?", thing.shape)
+        case "place":
+            return Turn(kind, f"Where is the {thing}?", f"in the {PLACES[place]}")
+        case "exists":
+            there = rng.random() < 0.5
+            return Turn(kind, f"Is there a {_feature(scene, there, rng)}?", "yes" if there else "no")
+        case "beside":
+            beside = scene[place ^ 1]
+            return Turn(kind, f"What is beside the {thing}?", f"a {beside}" if beside else "nothing")
+        case "describe":
+            return Turn(kind, "Describe the picture.", caption(scene))
+    raise ValueError(f"question kind {kind!r} is unknown; known are {', '.join(KINDS)}")
+
+
+def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
+    """A conversation about a scene: five short questions, or (one in four) a description among two of them.
+
+    Both fill a row of 128 tokens; descriptions are rare because each has ten times the words of an answer.
+    """
+    if rng.random() < 0.25:
+        kinds = rng.permutation(["describe", *rng.permutation(SHORT_KINDS)[:2]])
+    else:
+        kinds = rng.permutation(SHORT_KINDS)[:5]
+    return [ask(str(kind), scene, rng) for kind in kinds]
+
+
+def _feature(scene: Scene, there: bool, rng: np.random.Generator) -> str:
+    """A shape, or a colour of a shape, that some thing of the scene has, or that none has."""
+    things = [thing for thing in scene if thing]
+    if rng.random() < 0.5:
+        words, held = SHAPES, {thing.shape for thing in things}
+    else:
+        words, held = tuple(f"{colour} shape" for colour in COLOURS), {f"{thing.colour} shape" for thing in things}
+    return str(rng.choice([word for word in words if (word in held) == there]))
+
+
+class Question(NamedTuple):
+    """A question of an exam: the picture's number, what is asked and what is right."""
+
+    picture: int
+    turn: Turn
+
+
+def balanced_questions(scenes: list[Scene], per_kind: int, rng: np.random.Generator) -> list[Question]:
+    """About `per_kind` questions of each kind, their answers in the proportions of SHARES, so that guessing is idle.
+
+    Raises:
+      ValueError: the scenes are too few to have each answer.
+    """
+    questions = []
+    for kind in KINDS:
+        shares = SHARES[kind]
+        left = {answer: -(-per_kind * share // sum(shares.values())) for answer, share in shares.items()}
+        for _ in range(1000 * per_kind):
+            picture = int(rng.integers(len(scenes)))
+            turn = ask(kind, scenes[picture], rng)
+            group = turn.answer if turn.answer in left else OTHER
+            if left.get(group, 0):
+                left[group] -= 1
+                questions.append(Question(picture, turn))
+            if not any(left.values()):
+                break
+        if any(left.values()):
+            raise ValueError(f"{len(scenes)} scenes have no {kind} question with the answer "
+                             f"{max(left, key=left.get)!r}: want more scenes")  # fmt: skip
+    return questions
+
+
+OTHER = "other"  # every answer that SHARES does not name
+SHARES = {
+    "count": {NUMBERS[1]: 1, NUMBERS[2]: 1, NUMBERS[3]: 1},
+    "colour": {colour: 1 for colour in COLOURS},
+    "shape": {shape: 1 for shape in SHAPES},
+    "place": {f"in the {place}": 1 for place in PLACES},
+    "exists": {"yes": 1, "no": 1},
+    "beside": {"nothing": 1, OTHER: 3},
+    "describe": {OTHER: 1},
+}

@@ -1,0 +1,58 @@
+"""What the demo shows: numbers for programs, a table that owns up, a page without links."""
+
+import json
+
+import pytest
+
+from llava_jax.demo import records, report, story, world
+from llava_jax.demo.exam import Result
+from llava_jax.demo.story import Outcome
+
+SCORES = {"blind": 0.25, "stage1": 0.4, "stage2": 0.9, "stage2_without_stage1": 0.7, "stage2_last_layer": 0.8}
+
+
+def outcome(folder, scores: dict[str, float]) -> Outcome:
+    exams = records.write(folder, seed=0, sizes=records.Sizes(4, 40, 40, 4, 2))
+    results = {
+        name: {part: Result(score, dict.fromkeys(world.KINDS, score), ("red <b>",) * len(exam.questions))
+               for part, exam in exams.items()}
+        for name, score in scores.items()
+    }  # fmt: skip
+    losses = {run.name: [2.0, 1.0, 0.5] for run in story.RUNS}
+    talk = (exams["heldout"].pictures[0], [("user", "Describe the picture."), ("assistant", "a red circle")])
+    return Outcome(exams, results, losses, talk, 100.04)
+
+
+@pytest.fixture(scope="module")
+def fine(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("world")
+    return folder, outcome(folder, SCORES)
+
+
+def test_the_numbers_are_those_of_the_table_and_json(fine):
+    numbers = json.loads(json.dumps(report.numbers(fine[1])))
+    assert {name: numbers[name] for name in SCORES} == SCORES and numbers["secs"] == 100.0
+    assert set(numbers["by_kind"]["stage2"]) == set(world.KINDS)
+    assert set(numbers["unseen"]) == set(numbers["unseen_by_kind"]) == set(SCORES) == set(story.EXAMINED)
+
+
+def test_the_table_has_a_line_for_each_run_and_no_complaint(fine):
+    text = report.table(fine[1])
+    assert all(label in text for label in report.LABELS.values()) and "90.0" in text
+    assert "Not as in the paper" not in text
+
+
+def test_a_comparison_that_comes_out_the_other_way_is_said(tmp_path):
+    text = report.table(outcome(tmp_path, {**SCORES, "stage2_last_layer": 0.95}))
+    assert "Not as in the paper: last layer instead of before-last reaches 95.0, stage 2 90.0" in text
+
+
+def test_the_page_stands_alone(fine):
+    folder, result = fine
+    page = report.page(result, folder)
+    assert page.count("data:image/jpeg;base64,") == report.SHOWN + 1 and page.count("<svg") == 2
+    assert "http" not in page and "red &lt;b&gt;" in page and "red <b>" not in page
+
+
+def test_a_loss_curve_begins_at_the_first_loss():
+    assert list(report._smoothed([2.0, 1.0])) == pytest.approx([2.0, 1.9])

@@ -1,0 +1,42 @@
+"""The demo from its door to its numbers."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llava_jax.demo import __main__ as door
+from llava_jax.demo import story, world
+
+
+def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
+    (tmp_path / "old").touch()
+    assert door.main(["--workdir", str(tmp_path)]) == 64
+    assert "is not empty" in capsys.readouterr().err
+
+
+def test_an_unknown_option_is_refused(capsys):
+    assert door.main(["--wrkdir", "x"]) == 64
+    assert "--wrkdir" in capsys.readouterr().err
+
+
+def test_only_progress_of_a_training_reaches_the_terminal(tmp_path, capsys):
+    with story._quietly(tmp_path / "run.log"):
+        print("overview\nstep 1/2  loss 3.0")
+    assert capsys.readouterr().out == "       step 1/2  loss 3.0\n"
+    assert (tmp_path / "run.log").read_text() == "overview\nstep 1/2  loss 3.0\n"
+
+
+@pytest.mark.slow
+def test_the_demo_learns_to_see(tmp_path):
+    assert door.main(["--workdir", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert numbers["stage2"] >= 0.80
+    assert numbers["stage2"] >= numbers["blind"] + 0.35
+    assert numbers["stage2"] > numbers["stage2_without_stage1"]
+    assert numbers["stage2"] > numbers["stage1"] > numbers["blind"] - 0.05
+    assert set(numbers["by_kind"]["stage2_last_layer"]) == set(world.KINDS)
+    assert "data:image/jpeg" in (tmp_path / "report.html").read_text()
+    assert (tmp_path / story.EXPORT / "model.safetensors").stat().st_size > 1e6
+    log = Path(tmp_path / "stage2.log").read_text()
+    assert "frozen" in log
