@@ -53,7 +53,7 @@ class Checkpoints:
 
 def open_checkpoints(directory: epath.PathLike, keep: int) -> Checkpoints:
     """The steps of a run; only the newest `keep` stay. Leftovers of a killed save are deleted."""
-    directory = epath.Path(directory)
+    directory = store.absolute(directory)
     directory.mkdir(parents=True, exist_ok=True)
     _delete_temporary(directory)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep)

@@ -27,6 +27,12 @@ __all__ = [
 PARAMS = "params"
 
 
+def absolute(directory: epath.PathLike) -> epath.Path:
+    """The directory as a path that does not depend on where the process stands: Orbax and cards want no other."""
+    path = epath.Path(directory)
+    return path if "://" in str(directory) else path.resolve()
+
+
 def steps(directory: epath.PathLike) -> list[int]:
     """The usable steps, ascending. A step that is empty, half written or half deleted is none."""
     directory = epath.Path(directory)

@@ -31,7 +31,7 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     """
     frozen = params.flatten(program.frozen)
     wanted = params.flatten(program.state.params) | frozen
-    rows = [(pattern, value if value == RANDOM else _absolute(value)) for pattern, value in table]
+    rows = [(pattern, value if value == RANDOM else str(store.absolute(value))) for pattern, value in table]
     sources = params.lookup(wanted, rows, "init", every_row=True)
     for directory, names in _by_directory(sources).items():
         found = store.leaf_specs(directory)
@@ -40,7 +40,7 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     adrift = {name: frozen[name] for name in frozen if sources[name] == RANDOM}
     if not adrift:
         return sources
-    kept = _absolute(epath.Path(workdir) / RANDOM)
+    kept = str(store.absolute(epath.Path(workdir) / RANDOM))
     _keep_random(program, adrift, epath.Path(kept), seed)
     return sources | dict.fromkeys(adrift, kept)
 
@@ -120,7 +120,3 @@ def _by_directory(sources: Mapping[str, str]) -> dict[str, list[str]]:
         if source != RANDOM:
             grouped.setdefault(source, []).append(name)
     return grouped
-
-
-def _absolute(directory: epath.PathLike) -> str:
-    return str(directory) if "://" in str(directory) else str(epath.Path(directory).resolve())

@@ -179,3 +179,10 @@ def test_the_fingerprint_finds_flips_swaps_and_zeroed_blocks():
     assert len(set(prints)) == 4
     for dtype in (jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_):
         assert manager.fingerprint(jnp.ones((2, 2), dtype))
+
+
+def test_a_directory_relative_to_where_the_process_stands_will_do(tmp_path, monkeypatch):
+    """Orbax alone refuses it, and only when the first save is written."""
+    monkeypatch.chdir(tmp_path)
+    write("runs/mine", [1])
+    assert restore("runs/mine").step == 1
