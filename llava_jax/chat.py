@@ -85,7 +85,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this mass of the likeliest ids")
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many of the likeliest ids; 0: all")
-    parser.add_argument("--max-new-tokens", type=int, default=512)
+    parser.add_argument("--max-new-tokens", type=int, help="default: 512, or what the model has room for")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, bfloat16 elsewhere")
     return parser.parse_args(argv)

@@ -88,3 +88,14 @@ def test_a_checkpoint_must_be_named(capsys):
         chat.main(["--prompt", "Hello"])
     assert ended.value.code == 64
     assert "--checkpoint" in capsys.readouterr().err
+
+
+def test_without_a_limit_the_answer_may_fill_the_model(place, assistant, capsys):
+    """The demo's model has 512 positions in all: a fixed default of 512 new tokens was refused."""
+    question = tiny.question("What is it?")
+    room = assistant._room(question)
+    prompt = assistant.reply(question, int(NEW)).prompt_tokens
+    assert room == min(512, assistant.model.config.llm.max_positions - prompt)
+    assert assistant.reply(question) == assistant.reply(question, room)
+    with pytest.raises(ValueError, match=r"max_new_tokens=1 need \d+ positions"):
+        assistant.reply(tiny.question("What is it? " * 4000))

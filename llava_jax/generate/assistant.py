@@ -29,6 +29,7 @@ __all__ = ["Assistant", "Reply", "UnusableCheckpoint"]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NEVER_RUN = "vision/tail/"  # leaves that only a round trip needs
+NEW_TOKENS = 512  # of an answer at most, where nobody says
 STREAM_STEPS = 4  # ids between two pieces of a streamed answer
 
 
@@ -110,7 +111,7 @@ class Assistant:
     def reply(
         self,
         conversation: Conversation,
-        max_new_tokens: int = 512,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -121,6 +122,7 @@ class Assistant:
         """The answer to a conversation that ends with the user's turn.
 
         Args:
+          max_new_tokens: None is 512, or as many as the model's positions leave after the prompt.
           temperature: 0 is greedy; see `Sampling` for this and the three after it.
           image_root: the folder that image paths are relative to.
           on_piece: called with every piece of the text as soon as it is there; their sum is the text.
@@ -129,6 +131,8 @@ class Assistant:
           ValueError: the conversation fits neither the template nor the model's positions, or a value is out of range.
         """
         sampling = Sampling(temperature, top_p, top_k, seed)
+        if max_new_tokens is None:
+            max_new_tokens = self._room(conversation)
         shape = self._shape(conversation, max_new_tokens)
         request = self._request(conversation, max_new_tokens, sampling, image_root)
         (reply,) = self._answer([request], shape, on_piece)
@@ -137,7 +141,7 @@ class Assistant:
     def replies(
         self,
         conversations: Sequence[Conversation],
-        max_new_tokens: int = 512,
+        max_new_tokens: int = NEW_TOKENS,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int = 0,
@@ -161,6 +165,11 @@ class Assistant:
             members = [i for i, one in enumerate(shapes) if one == shape]
             for start in range(0, len(members), self.slots):
                 yield shape, members[start : start + self.slots]
+
+    def _room(self, conversation: Conversation) -> int:
+        """At least 1, so that a prompt that leaves no room is refused where all are."""
+        prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
+        return max(1, min(NEW_TOKENS, engine.max_positions(self.model.config.llm) - prompt))
 
     def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
         example = encode(conversation, self.format, reply=True, open_images=False)
