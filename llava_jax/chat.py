@@ -13,7 +13,7 @@ from llava_jax.generate.sampling import Sampling
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import open_image
 
-USAGE, NO_CHECKPOINT = 64, 66  # exit codes
+USAGE, NO_CHECKPOINT, INTERRUPTED = 64, 66, 130  # exit codes; 130 is a shell's own after Ctrl-C
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             _answer(assistant, (Turn("user", _first(args.prompt, images)),), images, args)
     except ValueError as error:
         _fail(USAGE, error)
+    except KeyboardInterrupt:
+        print()
+        return INTERRUPTED
     return 0
 
 

@@ -99,3 +99,11 @@ def test_without_a_limit_the_answer_may_fill_the_model(place, assistant, capsys)
     assert assistant.reply(question) == assistant.reply(question, room)
     with pytest.raises(ValueError, match=r"max_new_tokens=1 need \d+ positions"):
         assistant.reply(tiny.question("What is it? " * 4000))
+
+
+def test_ctrl_c_ends_the_talk_without_a_traceback(place, monkeypatch):
+    def interrupted() -> str:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(chat, "_question", interrupted)
+    assert run(place) == 130

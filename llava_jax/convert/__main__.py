@@ -7,6 +7,7 @@ inspect DIR      verify DIR      merge DIR OUT
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -27,6 +28,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return USAGE if stop.code else 0
     try:
         _run(options)
+    except BrokenPipeError:  # `inspect ... | head` has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
     except (UnusableCheckpoint, OSError) as error:  # a file is not there, or a disk is full
         print(f"convert {options.verb}: {error}", file=sys.stderr)
         return NO_CHECKPOINT

@@ -1,11 +1,12 @@
-"""Trains the demo's base models: `python -m llava_jax.demo bases`, 40 minutes on two busy cores.
+"""Trains the demo's base models: `python -m llava_jax.demo bases`, 32 minutes on two busy cores.
 
 It makes the directories `clip/` and `llama/` as Hugging Face would hold them, in float16; the demo reads them
 through `convert assemble`, the way real weights come in. Pictures are of training scenes only; a quarter of LLaMA's
 texts also speak of the pairs that no picture shows, as books do.
 
-The `llama/` that ships is what this makes with seed 0. The `clip/` that ships was made when captions still said "top
-left" for "northwest": the same scenes and steps, so expect a tower as good but not the same file.
+The `llama/` that ships was made by this code with seed 0 (its tokenizer comes out again byte for byte; its weights
+were not made twice). The `clip/` that ships was made when captions still said "top left" for "northwest": the same
+scenes and steps, so expect a tower as good but not the same file.
 """
 
 import dataclasses
