@@ -5,9 +5,7 @@ it nor find a key that nobody declared. A config file begins with `default()` or
 """
 
 import dataclasses
-import difflib
 import sys
-import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, config_dict
+
+from llava_jax import typed
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -33,7 +33,8 @@ class Model:
     base: str = ""  # checkpoint directory of the starting weights; "": random
     start: str = ""  # checkpoint directory that for part of the model: stage 1's, or an imported projector
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute and frozen weights; trainable ones are float32
-    remat: Literal["none", "full"] = "full"
+    frozen_dtype: Literal["compute", "int8"] = "compute"  # int8: the decoder's frozen matrices, a scale a column
+    remat: Literal["none", "full", "save_qkv", "save_dots", "offload_inputs", "offload_qkv"] = "full"
 
 
 @dataclass(frozen=True)
@@ -58,22 +59,45 @@ class Data:
     sources: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
     order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
-    batch_samples: int = 128
+    layout: Literal["padded", "packed"] = "padded"  # one sample a row, or as many as fit
+    batch_samples: int = 128  # padded: samples, and rows, of a step; the reference's global batch
+    rows_per_chip: int = 0  # packed: rows of a step for each part that mesh.data x mesh.fsdp cuts it into
     row_tokens: int = 2048
-    lengths: tuple[int, ...] = ()  # shorter row lengths (buckets) that a batch may take, in tokens
-    images_per_row: int = 1
+    lengths: tuple[int, ...] = ()  # padded: shorter row lengths (buckets) that a batch may take, in tokens
+    rows_per_group: int = 1  # packed: neighbouring rows that share one pool of pictures
+    images_per_group: int = 1  # pictures of a pool; padded: of a row
     skip_budget: float = 0.0  # share of records that may be bad, each replaced by a zero-weight placeholder
     threads: int = 8
 
     def __post_init__(self) -> None:
-        _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_row=(1, None))
-        _in_range(self, "data", skip_budget=(0, 1), threads=(1, None))
+        _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_group=(1, None))
+        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None))
+        self._check_layout()
         if not self.sources:
             raise ValueError("data.sources is empty: want at least one Source(path, images)")
         for i, source in enumerate(self.sources):
             _in_range(source, f"data.sources.{i}", weight=(0, None))
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
             raise ValueError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
+
+    def _check_layout(self) -> None:
+        if self.layout == "padded":
+            if self.rows_per_chip or self.rows_per_group != 1:
+                raise ValueError(
+                    f"data.rows_per_chip={self.rows_per_chip}, data.rows_per_group={self.rows_per_group}: these are "
+                    "of packed rows; set data.layout=packed, or say data.batch_samples alone"
+                )
+            return
+        if self.rows_per_chip < 1 or self.rows_per_chip % self.rows_per_group:
+            raise ValueError(
+                f"data.rows_per_chip={self.rows_per_chip}: want a multiple of data.rows_per_group="
+                f"{self.rows_per_group}, at least 1, where data.layout=packed"
+            )
+        if self.order == "modality_length" or self.lengths:
+            raise ValueError(
+                f"data.order={self.order}, data.lengths={self.lengths}: packed rows need neither samples of like "
+                "length nor shorter rows; want order=shuffle or sequential and no lengths"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,6 +117,10 @@ class Train:
     loss: Literal["token_mean", "group_mean"] = "token_mean"
     group_samples: int = 16  # a device's share in the reference: group_mean averages over such groups' token means
     accumulate: int = 1  # micro-batches in a step
+    optimizer: Literal["adamw", "adafactor"] = "adamw"
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's first moment; the second is float32
+    offload_optimizer: bool = False  # the optimizer's state lives in the host's memory between updates
+    lora_dropout: float = 0.0  # of the inputs of all adapters
     max_nonfinite: int = 3  # so many non-finite losses in a row end the run
     eval_every: int = 0  # steps; 0: never
     sample_every: int = 0  # steps; 0: never
@@ -104,6 +132,18 @@ class Train:
         _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
+        _in_range(self, "train", lora_dropout=(0, 1))
+
+
+@dataclass(frozen=True)
+class Lora:
+    """An adapter: x @ kernel + alpha / rank * x @ a @ b."""
+
+    rank: int
+    alpha: float
+
+    def __post_init__(self) -> None:
+        _in_range(self, "lora", rank=(1, None), alpha=(0, None))
 
 
 @dataclass(frozen=True)
@@ -112,9 +152,12 @@ class Mesh:
     fsdp: int = -1  # -1 (one axis at most): all devices that the other axes leave
     tensor: int = 1
     context: int = 1
+    slices: int = 1  # TPU slices joined by the data centre's network; each holds `data` / slices copies
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
+        if sizes.pop("slices") < 1:
+            raise ValueError(f"mesh.slices={self.slices}: want at least 1")
         if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
             raise ValueError(f"mesh={sizes}: want sizes of at least 1, or -1 for at most one of them")
 
@@ -140,12 +183,15 @@ class Log:
 
 @dataclass(frozen=True)
 class Config:
-    """Everything a run is told. `rates` and `init` are the user's tables, read by `params.lookup`."""
+    """Everything a run is told. `rates`, `init` and `lora` are the user's tables, read by `params.lookup`."""
 
     data: Data
     train: Train
     rates: tuple[tuple[str, Rate], ...]  # (pattern over parameter names, learning rate or None: frozen)
     init: tuple[tuple[str, str], ...]  # (pattern, checkpoint directory or "random")
+    lora: tuple[tuple[str, Lora | None], ...] = ()  # (pattern over kernels, adapter or None); (): no adapters
+    compiler_options: tuple[tuple[str, str | int | float | bool], ...] = ()  # beside the chip's own; XLA's names
+    profile: int = 0  # updates to trace for xprof, after the first three; 0: none
     model: Model = Model()
     prompt: Prompt = Prompt()
     mesh: Mesh = Mesh()
@@ -153,6 +199,10 @@ class Config:
     log: Log = Log()
 
     def __post_init__(self) -> None:
+        _in_range(self, "config", profile=(0, None))
+        if self.data.layout == "packed":
+            self._check_packed()
+            return
         divisors = {"accumulate": self.train.accumulate}
         if self.train.loss == "group_mean" or self.data.order == "modality_length":
             divisors["group_samples"] = self.train.group_samples
@@ -160,8 +210,20 @@ class Config:
             if self.data.batch_samples % size:
                 raise ValueError(f"train.{key}={size} does not divide data.batch_samples={self.data.batch_samples}")
 
+    def _check_packed(self) -> None:
+        if self.train.loss != "token_mean":
+            raise ValueError(f"train.loss={self.train.loss}: packed rows know no groups of samples; want token_mean")
+        groups = self.data.rows_per_chip // self.data.rows_per_group
+        if groups % self.train.accumulate:
+            raise ValueError(
+                f"train.accumulate={self.train.accumulate} does not divide the {groups} groups of a chip "
+                "(data.rows_per_chip / data.rows_per_group)"
+            )
+
 
 BRANCHES = {f.name: f.type for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.type)}
+TOP = {"profile": int}  # scalars outside every branch
+TABLES = ("rates", "init", "lora", "compiler_options")
 
 
 def default() -> ConfigDict:
@@ -175,7 +237,8 @@ def default() -> ConfigDict:
         config[name] = {f.name: f.default for f in dataclasses.fields(branch) if f.default is not dataclasses.MISSING}
     config.train.lr = config_dict.placeholder(float)
     config.train.projector_lr = config.train.get_oneway_ref("lr")
-    config.rates, config.init = (), ()
+    tables = {f.name: () if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(Config)}
+    config.update({name: value for name, value in tables.items() if name not in BRANCHES})
     return config
 
 
@@ -196,7 +259,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     """
     path, overrides = Path(path), dict(overrides or {})
     try:
-        config = _build(Config, _plain(_overridden(_run(path), overrides)), "")
+        config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")
         _refuse_idle_scalars(path, overrides, config)
     except ValueError as error:
         raise ValueError(f"config {path}: {error}") from None
@@ -205,7 +268,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
 
 def _run(path: Path) -> ConfigDict:
     if not path.is_file():
-        hint = _near(path.name, [file.name for file in path.parent.glob("*.py")])
+        hint = typed.near(path.name, [file.name for file in path.parent.glob("*.py")])
         raise FileNotFoundError(f"config {path}: no such file{hint}; want a Python file with get_config()")
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
@@ -219,11 +282,13 @@ def _run(path: Path) -> ConfigDict:
 
 def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
     for key, text in overrides.items():
-        branch, _, rest = key.partition(".")
-        if key.startswith(("data.sources.", "data.validation.")):
+        branch, dot, rest = key.partition(".")
+        if not dot and branch in TOP:
+            config[branch] = typed.parse(text, TOP[branch], key)
+        elif key.startswith(("data.sources.", "data.validation.")):
             _override_source(config, rest, text)
         else:
-            config[branch][rest] = _parse(text, _hint(branch, rest, key), key)
+            config[branch][rest] = typed.parse(text, _hint(branch, rest, key), key)
     return config
 
 
@@ -231,10 +296,10 @@ def _hint(branch: str, name: str, key: str) -> Any:
     """The type of a branch's field, if both exist."""
     if branch in BRANCHES and name in typing.get_type_hints(BRANCHES[branch]):
         return typing.get_type_hints(BRANCHES[branch])[name]
-    if branch in ("rates", "init"):
+    if branch in TABLES:
         raise ValueError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
-    known = [f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls)]
-    raise ValueError(f"unknown key {key!r}{_near(key, known)}")
+    known = [*TOP, *(f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls))]
+    raise ValueError(f"unknown key {key!r}{typed.near(key, known)}")
 
 
 def _override_source(config: ConfigDict, rest: str, text: str) -> None:
@@ -245,20 +310,9 @@ def _override_source(config: ConfigDict, rest: str, text: str) -> None:
     if not index.isdigit() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
         keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
         raise ValueError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
-    value = _parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
+    value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
     sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
     config.data[name] = tuple(sources)
-
-
-def _parse(text: str, hint: Any, key: str) -> Any:
-    """A command-line text as a scalar of the type that the key has."""
-    words = {"true": True, "false": False, "none": None}
-    for read in (words.__getitem__, int, float):
-        try:
-            return _typed(read(text.lower()), hint, key)
-        except (KeyError, ValueError):
-            continue
-    return _typed(text, hint, key)
 
 
 def _plain(value: Any) -> Any:
@@ -272,59 +326,6 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _build(cls: Any, tree: Any, prefix: str) -> Any:
-    """A frozen dataclass from a dict; `prefix` is the path so far, "train."."""
-    if not isinstance(tree, dict):
-        raise ValueError(f"{prefix.rstrip('.')}={tree!r}: want keys of {cls.__name__}")
-    hints = typing.get_type_hints(cls)
-    for key in tree:
-        if key not in hints:
-            raise ValueError(f"unknown key {prefix + key!r}{_near(prefix + key, [prefix + name for name in hints])}")
-    return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in tree.items()})
-
-
-def _typed(value: Any, hint: Any, key: str) -> Any:
-    """The value as the type wants it (int -> float, list -> tuple, dict -> dataclass), or ValueError."""
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return _build(hint, vars(value) if isinstance(value, hint) else value, key + ".")
-    if origin is Literal:
-        if value not in args:
-            raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}{_near(str(value), args)}")
-        return value
-    if origin in (types.UnionType, typing.Union):
-        return _typed_union(value, hint, key)
-    if origin is tuple and isinstance(value, tuple):
-        wanted = args[:1] * len(value) if args[-1] is Ellipsis else args
-        if len(wanted) == len(value):
-            return tuple(_typed(v, h, f"{key}.{i}") for i, (v, h) in enumerate(zip(value, wanted)))
-    elif hint is float and type(value) is int:
-        return float(value)
-    elif type(value) is hint:
-        return value
-    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
-
-
-def _typed_union(value: Any, hint: Any, key: str) -> Any:
-    for option in typing.get_args(hint):
-        try:
-            return _typed(value, option, key)
-        except ValueError:
-            continue
-    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
-
-
-def _describe_type(hint: Any) -> str:
-    if typing.get_origin(hint) is Literal:
-        return "one of " + ", ".join(map(str, typing.get_args(hint)))
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def _near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
 def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Config) -> None:
     """A scalar that only tables can read must change a table when it changes: else it was set in vain."""
     in_use = {"train.projector_lr": config.train.projector_lr != config.train.lr, "train.lr": True,
@@ -336,35 +337,6 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
         probe[branch][name] = 1e9 if branch == "train" else "another/directory"
         if _plain((probe.rates, probe.init)) == before:
             raise ValueError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
-
-
-def describe(config: Config) -> dict[str, Any]:
-    """{"train.lr": 1e-3, "data.sources.0.path": ..., "rates": [[pattern, rate], ...]}: flat, of JSON values."""
-    return {name: leaf for key, value in vars(config).items() for name, leaf in _flat(value, key).items()}
-
-
-def _flat(value: Any, key: str) -> dict[str, Any]:
-    if dataclasses.is_dataclass(value):
-        children = vars(value).items()
-    elif isinstance(value, tuple) and any(dataclasses.is_dataclass(child) for child in value):
-        children = enumerate(value)
-    else:
-        return {key: _listed(value)}
-    return {name: leaf for place, child in children for name, leaf in _flat(child, f"{key}.{place}").items()}
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(item) for item in value] if isinstance(value, tuple) else value
-
-
-def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """One line for each key whose value differs between two `describe`s: "train.lr: 0.001 -> 0.002"."""
-    lines: list[str] = []
-    for key in sorted(set(old) | set(new)):
-        before, after = (repr(one[key]) if key in one else "(no such key)" for one in (old, new))
-        if before != after:
-            lines.append(f"{key}: {before} -> {after}")
-    return lines
 
 
 class Command(NamedTuple):
@@ -394,5 +366,5 @@ def command(argv: Sequence[str], program: str, description: str = "") -> Command
     for option in ("--config", "--workdir"):
         if not told.get(option):
             raise ValueError(f"{option} is missing; {usage}")
-    overrides = {option.removeprefix("--config."): text for option, text in told.items() if "." in option}
+    overrides = {key.removeprefix("--config."): text for key, text in told.items() if key.startswith("--config.")}
     return Command(told["--config"], told["--workdir"], overrides)

@@ -6,6 +6,7 @@ import json
 import pytest
 
 from llava_jax import config as configs
+from llava_jax import typed
 
 TEXT = '''
 from llava_jax.config import Source, default
@@ -142,12 +143,12 @@ def test_a_file_may_start_from_its_sibling(write):
 
 
 def test_a_description_survives_json_and_a_difference_reads(write):
-    old = configs.describe(configs.load(write()))
+    old = typed.describe(configs.load(write()))
     assert json.loads(json.dumps(old)) == old
     assert old["rates"][0] == ["vision/.*", None] and old["data.sources.1.weight"] == 0.5
-    new = configs.describe(configs.load(write(), {"train.seed": "1"})) | {"train.new": 1}
-    assert configs.difference(old, old) == []
-    assert configs.difference(old, new) == ["train.new: (no such key) -> 1", "train.seed: 42 -> 1"]
+    new = typed.describe(configs.load(write(), {"train.seed": "1"})) | {"train.new": 1}
+    assert typed.difference(old, old) == []
+    assert typed.difference(old, new) == ["train.new: (no such key) -> 1", "train.seed: 42 -> 1"]
 
 
 def test_a_command_line_is_read_in_any_order():

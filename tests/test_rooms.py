@@ -14,14 +14,14 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
     "__init__.py": (),
-    "batch": (), "config": (), "params": (), "sharding": ("params",), "openai_client": (),
+    "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch"),
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("config", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The door alone joins the prompt's format to the data, and sample answers to the loop.
-    "train/__main__.py": ("config", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
+    "train/__main__.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
     "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
@@ -51,7 +51,7 @@ GUESTS = {
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
 }  # fmt: skip
-NO_JAX = ("batch", "config", "prompt", "data", "openai_client", "convert/files")
+NO_JAX = ("batch", "typed", "config", "prompt", "data", "openai_client", "convert/files")
 PALLAS = "models/attention"
 
 

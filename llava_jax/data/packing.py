@@ -27,7 +27,7 @@ def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
 
 
 def padded(
-    examples: Sequence[Example], row_tokens: int, images_per_row: int, image_size: int
+    examples: Sequence[Example], row_tokens: int, images_per_group: int, image_size: int
 ) -> tuple[Batch, int]:
     """One example a row, cut or padded on the right (G == B), and the number of targets that cutting lost.
 
@@ -43,19 +43,19 @@ def padded(
         image_slots      -1  0  1 -1 -1 -1 -1 -1         image i, feature p: i * N + p
 
     Raises:
-      ValueError: an example holds more images than `images_per_row`.
+      ValueError: an example holds more images than `images_per_group`.
     """
     ids = np.zeros((5, len(examples), row_tokens), np.int32)
     tokens, targets, positions, segments, slots = ids
     weights = np.zeros((len(examples), row_tokens), np.float32)
-    pixels = np.zeros((len(examples), images_per_row, image_size, image_size, 3), np.uint8)
+    pixels = np.zeros((len(examples), images_per_group, image_size, image_size, 3), np.uint8)
     slots[:] = -1
     lost = 0
     for row, example in enumerate(examples):
         kept, lost_here = cut(example, row_tokens)
         lost += lost_here
-        if len(kept.images) > images_per_row:
-            raise ValueError(f"record {kept.id!r} has {len(kept.images)} images, a row takes {images_per_row}")
+        if len(kept.images) > images_per_group:
+            raise ValueError(f"record {kept.id!r} has {len(kept.images)} images, a row takes {images_per_group}")
         n = len(kept.tokens)
         tokens[row, :n] = kept.tokens
         targets[row, : max(n - 1, 0)] = kept.tokens[1:]

@@ -63,7 +63,7 @@ class Pipeline:
 
     def __init__(
         self, *, sources: Sequence[Source], format: Format, batch_samples: int, row_tokens: int,
-        images_per_row: int = 1, order: str = "shuffle", seed: int = 42, host: int = 0, hosts: int = 1,
+        images_per_group: int = 1, order: str = "shuffle", seed: int = 42, host: int = 0, hosts: int = 1,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0, lengths: Sequence[int] = (),
         group_samples: int | None = None, cache_dir: epath.PathLike | None = None, one_pass: bool = False,
     ):  # fmt: skip
@@ -73,7 +73,7 @@ class Pipeline:
           format: template, tokenizer and image size that samples are encoded with.
           batch_samples: rows of one global step; `hosts` divides it, and host h yields the h-th part.
           row_tokens: longest row, image features counted.
-          images_per_row: most images of a record.
+          images_per_group: most images of a record.
           order, seed: see `orders`.
           skip_budget: part of all records that may be bad and skipped; at 0 the first bad one raises.
           threads: that read and encode; 0 does it in the caller's.
@@ -89,12 +89,12 @@ class Pipeline:
         """
         group = group_samples or batch_samples
         _check_order(order)
-        _check_sizes(batch_samples, group, hosts, host, row_tokens, images_per_row, lengths, skip_budget)
+        _check_sizes(batch_samples, group, hosts, host, row_tokens, images_per_group, lengths, skip_budget)
         if not sources:
             raise ValueError("data sources=() is empty: want at least one")
         self.sources, self.format, self.one_pass = tuple(sources), format, one_pass
         self.host, self.rows, self.threads, self.skip_budget = host, batch_samples // hosts, threads, skip_budget
-        self.row_tokens, self.images_per_row, self.lengths = row_tokens, images_per_row, (*lengths, row_tokens)
+        self.row_tokens, self.images_per_group, self.lengths = row_tokens, images_per_group, (*lengths, row_tokens)
         self.lost_targets = 0
         words = None
         if order == "modality_length" and not one_pass:
@@ -142,7 +142,7 @@ class Pipeline:
                 samples = [next(loaded) for _ in range(self.rows)]
                 self._note(samples)
                 examples = [sample.example for sample in samples]
-                batch, lost = padded(examples, self._row_length(), self.images_per_row, self.format.image_size)
+                batch, lost = padded(examples, self._row_length(), self.images_per_group, self.format.image_size)
                 self.lost_targets += lost
                 self._step += 1
                 yield batch, tuple(example.id for example in examples)
@@ -238,8 +238,8 @@ class Pipeline:
             reason = "missing_image" if missing else "bad_image" if record.raw.get("image") else "bad_text"
             return Problem(reason, str(error))
         kept, lost = cut(example, self.row_tokens)
-        if len(kept.images) > self.images_per_row:
-            return Problem("too_many_images", f"{len(kept.images)} for images_per_row={self.images_per_row}")
+        if len(kept.images) > self.images_per_group:
+            return Problem("too_many_images", f"{len(kept.images)} for images_per_group={self.images_per_group}")
         if not kept.learned[1:].any():
             return Problem("no_learned_tokens", f"{len(example.tokens)} tokens for a row of {self.row_tokens}: all "
                            f"{lost} targets are lost")  # fmt: skip
@@ -258,11 +258,11 @@ def _check_order(order: str) -> None:
 
 
 def _check_sizes(
-    batch_samples: int, group_samples: int, hosts: int, host: int, row_tokens: int, images_per_row: int,
+    batch_samples: int, group_samples: int, hosts: int, host: int, row_tokens: int, images_per_group: int,
     lengths: Sequence[int], skip_budget: float | int,
 ) -> None:  # fmt: skip
     for name, value in {"batch_samples": batch_samples, "group_samples": group_samples, "hosts": hosts,
-                        "row_tokens": row_tokens, "images_per_row": images_per_row}.items():  # fmt: skip
+                        "row_tokens": row_tokens, "images_per_group": images_per_group}.items():  # fmt: skip
         if value < 1:
             raise ValueError(f"data {name}={value}: want at least 1")
     if batch_samples % hosts or batch_samples % group_samples:

@@ -17,7 +17,7 @@ import jax
 from etils import epath
 
 from llava_jax import config as configs
-from llava_jax import params
+from llava_jax import params, typed
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.card import Card, PromptCard, UnusableCheckpoint
@@ -124,7 +124,7 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     if model.preset and presets.get(model.preset) != held:
         wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
         raise ValueError(
-            f"model.base={model.base} is no {model.preset}: {'; '.join(configs.difference(wanted, found))}. "
+            f"model.base={model.base} is no {model.preset}: {'; '.join(typed.difference(wanted, found))}. "
             'Set model.preset="" to take the sizes of the base, or name another base'
         )
     return held
@@ -168,7 +168,7 @@ def _pipeline(
     data = config.data
     return Pipeline(
         sources=sources, format=format, batch_samples=data.batch_samples, row_tokens=data.row_tokens,
-        images_per_row=data.images_per_row, order=data.order, seed=config.train.seed, host=jax.process_index(),
+        images_per_group=data.images_per_group, order=data.order, seed=config.train.seed, host=jax.process_index(),
         hosts=jax.process_count(), skip_budget=data.skip_budget, threads=data.threads, lengths=data.lengths,
         group_samples=math.gcd(data.batch_samples, config.train.group_samples),
         cache_dir=str(workdir / "lengths"), one_pass=one_pass,
@@ -198,9 +198,9 @@ def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
     path = workdir / SETTINGS
     if not path.exists():
         raise ValueError(f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory")
-    changed = configs.difference(*(
+    changed = typed.difference(*(
         {key: value for key, value in settings.items() if not key.startswith(HARMLESS)}
-        for settings in (json.loads(path.read_text()), configs.describe(config))
+        for settings in (json.loads(path.read_text()), typed.describe(config))
     ))  # fmt: skip
     if changed:
         raise ValueError(
@@ -229,7 +229,7 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
                             config.prompt.image_start_end)  # fmt: skip
         card = Card(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
         cards.write_card(workdir, card, format.tokenizer.files())
-        settings = json.dumps(configs.describe(config), indent=1)
+        settings = json.dumps(typed.describe(config), indent=1)
         cards.write_whole(workdir / SETTINGS, settings.encode())
     return init.state(program, sources, config.train.seed), init.frozen(program, sources)
 
@@ -237,7 +237,7 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
 def _writer(workdir: epath.Path, config: configs.Config, step: int) -> Writer | None:
     if jax.process_index():
         return None
-    return metrics.open_writer(workdir, config.log, step, configs.describe(config))
+    return metrics.open_writer(workdir, config.log, step, typed.describe(config))
 
 
 def _hooks(run: Run, format: Format, held_out: Sequence[Source]) -> list[Hook]:

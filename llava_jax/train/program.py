@@ -135,7 +135,7 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
         if length % parts:
             raise ValueError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
     fields = batches.spec(
-        rows=rows, row_tokens=config.data.row_tokens, groups=rows, images_per_group=config.data.images_per_row,
+        rows=rows, row_tokens=config.data.row_tokens, groups=rows, images_per_group=config.data.images_per_group,
         image_size=model_config.vision.image_size,
     )  # fmt: skip
     return Batch(**{
