@@ -152,7 +152,7 @@ class Mesh:
     fsdp: int = -1  # -1 (one axis at most): all devices that the other axes leave
     tensor: int = 1
     context: int = 1
-    slices: int = 1  # TPU slices joined by the data centre's network; each holds `data` / slices copies
+    slices: int = 1  # TPU slices joined by the data centre's network; the other sizes are those of one slice
 
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)

@@ -5,10 +5,11 @@ Four axes: `data` copies the model, `fsdp` cuts its weights and the batch, `tens
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax import params
@@ -26,33 +27,55 @@ PARAMETERS = (
     (r".*", ()),
 )
 
-ACTIVATIONS = {"batch": ("data", "fsdp"), "tokens": "context", "heads": "tensor", "mlp": "tensor", "vocab": "tensor"}
+ACTIVATIONS = {
+    "batch": ("data", "fsdp"),
+    "copies": "data",  # a batch that is whole within each copy of the model
+    "images": AXES,  # pictures are many and small: every device takes some, so none repeats another's work
+    "tokens": "context",
+    "heads": ("tensor", "context"),  # in attention all tokens must meet: what cut the tokens cuts the heads instead
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "width": "fsdp",
+}
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """The mesh of `devices` (all of them by default) with the four axes; one size may be -1 and takes the rest.
 
+    Of several slices each holds whole copies of the model: `data` then has `slices` times the size that is given, and
+    only the sum of gradients crosses the network between slices.
+
     Raises:
       ValueError: an axis is missing or unknown, or the sizes do not multiply to the number of devices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(fill(sizes, len(devices)), AXES, axis_types=types, devices=devices)
+    types, slices = (AxisType.Auto,) * len(AXES), sizes.get("slices", 1)
+    shape = fill(sizes, len(devices))
+    if slices == 1:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    found = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    if found != slices:
+        raise ValueError(f"mesh.slices={slices}: these {len(devices)} devices are of {found} slice(s)")
+    inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
+    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=types)
 
 
 def fill(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     """The sizes of the four axes in order, -1 replaced.
 
         {"data": 1, "fsdp": -1, "tensor": 2, "context": 1}, 8 devices -> (1, 4, 2, 1)
+        the same with "slices": 2, 16 devices                          -> (2, 4, 2, 1)
 
     Raises: as `make_mesh`.
     """
-    if set(sizes) != set(AXES):
-        raise ValueError(f"mesh={dict(sizes)}: want exactly the axes {', '.join(AXES)}")
+    if set(sizes) - {"slices"} != set(AXES):
+        raise ValueError(f"mesh={dict(sizes)}: want exactly the axes {', '.join(AXES)} (and slices)")
     shape = [sizes[axis] for axis in AXES]
-    given = math.prod(size for size in shape if size != -1)
+    slices = sizes.get("slices", 1)
+    given = math.prod(size for size in shape if size != -1) * slices
     if -1 in shape and devices % given == 0:
         shape[shape.index(-1)] = devices // given
+    shape[0] *= slices
     if -1 in shape or math.prod(shape) != devices:
         raise ValueError(
             f"mesh={dict(sizes)} does not fit {devices} devices: the product of the sizes must be {devices} "
@@ -83,6 +106,42 @@ def shards(mesh: Mesh, name: str) -> int:
     return _parts(ACTIVATIONS[name], mesh.shape)
 
 
+def cuts(name: str, size: int) -> tuple[str, ...]:
+    """The mesh axes that cut a dimension of that logical name and size, for a sum over its parts in `per_shard`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return ()
+    axes = _fit((size,), [ACTIVATIONS[name]], mesh.shape)[0]
+    return tuple(axis for axis in _axes(axes) if mesh.shape[axis] > 1)
+
+
+def platform() -> str:
+    """What the computation that is being traced will run on: "tpu", "gpu" or "cpu"."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
+def per_shard(
+    function: Callable[..., Any], arguments: Sequence[Sequence[str | None]], results: Sequence[int | None] | int
+) -> Callable[..., Any]:
+    """`function` called on each device's own part of its arguments: for kernels, which know no mesh.
+
+    Args:
+      arguments: for each argument the logical names of its leading dimensions.
+      results: for each result (or the only one) the argument that it is cut like; None: it is the same everywhere.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function
+
+    def call(*values: jax.Array) -> Any:
+        cut = [_activation(value.shape, names, mesh.shape) for value, names in zip(values, arguments, strict=True)]
+        out = jax.tree.map(lambda i: PartitionSpec() if i is None else cut[i], results, is_leaf=lambda i: i is None)
+        return jax.shard_map(function, in_specs=tuple(cut), out_specs=out, check_vma=False)(*values)
+
+    return call
+
+
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """`x` with its dimensions cut as their logical names say; `x` itself where no mesh is in use."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -91,14 +150,18 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, _activation(x.shape, names, mesh.shape))
 
 
-def constrain_parameters(tree: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A tree of parameters, or of their gradients, cut as parameters are; the tree itself without a mesh."""
+def constrain_parameters(tree: Mapping[str, Any], place: str = "") -> Mapping[str, Any]:
+    """A tree of parameters, or of their gradients, cut as parameters are; the tree itself without a mesh.
+
+    place: the name that the tree has in the whole ("llm/blocks"; one layer of a stack is cut as the stack is).
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return tree
     flat = params.flatten(tree)
-    rules = params.lookup(flat, PARAMETERS, "sharding")
-    cut = {n: jax.lax.with_sharding_constraint(x, _fit(x.shape, rules[n], mesh.shape)) for n, x in flat.items()}
+    rules = params.lookup([f"{place}/{n}".lstrip("/") for n in flat], PARAMETERS, "sharding")
+    specs = [_fit(x.shape, rule, mesh.shape) for x, rule in zip(flat.values(), rules.values())]
+    cut = {n: jax.lax.with_sharding_constraint(x, spec) for (n, x), spec in zip(flat.items(), specs)}
     return params.unflatten(cut)
 
 
@@ -110,11 +173,20 @@ def _activation(shape: tuple[int, ...], names: Sequence[str | None], sizes: Mapp
 def _fit(shape: Sequence[int], axes: Sequence[Any], sizes: Mapping[str, int]) -> PartitionSpec:
     """Axes for the trailing dimensions; one that does not divide its dimension is left out (jit refuses those)."""
     tail = list(shape[len(shape) - len(axes) :])
-    cut = [axis if dim % _parts(axis, sizes) == 0 else None for dim, axis in zip(tail, axes)]
-    return PartitionSpec(*[None] * (len(shape) - len(axes)), *cut)
+    return PartitionSpec(*[None] * (len(shape) - len(axes)), *(_fit_one(d, a, sizes) for d, a in zip(tail, axes)))
+
+
+def _fit_one(dim: int, axis: Any, sizes: Mapping[str, int]) -> Any:
+    """Of several axes as many as divide the dimension, from the first on."""
+    if not isinstance(axis, tuple):
+        return axis if axis is not None and dim % sizes[axis] == 0 else None
+    kept = next(axis[:n] for n in range(len(axis), -1, -1) if dim % _parts(axis[:n], sizes) == 0)
+    return kept or None
+
+
+def _axes(axis: str | Sequence[str] | None) -> tuple[str, ...]:
+    return () if axis is None else (axis,) if isinstance(axis, str) else tuple(axis)
 
 
 def _parts(axis: str | Sequence[str] | None, sizes: Mapping[str, int]) -> int:
-    if axis is None:
-        return 1
-    return math.prod(sizes[name] for name in ([axis] if isinstance(axis, str) else axis))
+    return math.prod(sizes[name] for name in _axes(axis))

@@ -11,10 +11,10 @@ import pytest
 from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.data.orders import resolve_steps
-from llava_jax.models import presets
+from llava_jax.models import lora, presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.prompt import templates
-from llava_jax.train import optimizer
+from llava_jax.train import optimizer, program
 
 HOUSE = Path(__file__).parent.parent
 FILES = sorted((HOUSE / "configs").glob("*.py"))
@@ -39,7 +39,8 @@ def load(name):
 
 def shapes(config):
     """Abstract parameters of a config's model; one that takes its base's card is taken for LLaVA-1.5 7B."""
-    return params.flatten(abstract_params(presets.get(config.model.preset or "llava15_7b")))
+    plain = abstract_params(presets.get(config.model.preset or "llava15_7b"))
+    return params.flatten(lora.add(plain, program.adapters(config.lora, plain)))
 
 
 @pytest.mark.parametrize("name", NAMES)

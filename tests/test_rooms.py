@@ -14,12 +14,13 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
     "__init__.py": (),
-    "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "openai_client": (),
+    "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
+    "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch"),
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
-    "train": ("config", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The door alone joins the prompt's format to the data, and sample answers to the loop.
     "train/__main__.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
@@ -31,7 +32,7 @@ ROOMS = {
     "datagen": ("prompt", "openai_client"),
     "datagen/curate.py": ("prompt", "openai_client", "generate"),
     "convert": ("params", "models", "checkpoint", "prompt"),
-    "plan": ("config", "train/program", "sharding"),
+    "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip
@@ -51,7 +52,7 @@ GUESTS = {
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
 }  # fmt: skip
-NO_JAX = ("batch", "typed", "config", "prompt", "data", "openai_client", "convert/files")
+NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
 PALLAS = "models/attention"
 
 

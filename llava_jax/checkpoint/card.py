@@ -77,9 +77,22 @@ class Card:
     format: int = FORMAT
 
 
+def absolute(directory: epath.PathLike) -> epath.Path:
+    """The directory as a path that does not depend on where the process stands: Orbax and cards want no other."""
+    path = epath.Path(directory)
+    return path if "://" in str(directory) else path.resolve()
+
+
 def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[str, bytes]) -> None:
-    """Writes the tokenizer's files, then `model.json`; each file appears whole or not at all."""
+    """Writes the tokenizer's files, then `model.json`; each file appears whole or not at all.
+
+    A base that lies inside `directory` is named relative to it, so that the whole can be moved and copied.
+    """
     directory = epath.Path(directory)
+    inside = f"{absolute(directory)}/"
+    card = dataclasses.replace(
+        card, base=tuple(dataclasses.replace(base, path=base.path.removeprefix(inside)) for base in card.base)
+    )
     (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):

@@ -16,21 +16,15 @@ from etils import epath
 
 from llava_jax import params
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.checkpoint.card import UnusableCheckpoint, absolute
 from llava_jax.checkpoint.leaves import LeafWriter, Leaves, checksum, open_leaves, staged, write_checksums
 
 __all__ = [
-    "PARAMS", "LeafWriter", "check_specs", "checksum", "fingerprint", "latest_step", "leaf_specs", "load_params",
-    "own_leaves", "own_specs", "places", "read_leaf", "seal", "staged", "steps", "write_checksums",
+    "PARAMS", "LeafWriter", "absolute", "check_specs", "checksum", "fingerprint", "latest_step", "leaf_specs",
+    "load_params", "own_leaves", "own_specs", "places", "read_leaf", "seal", "staged", "steps", "write_checksums",
 ]  # fmt: skip
 
 PARAMS = "params"
-
-
-def absolute(directory: epath.PathLike) -> epath.Path:
-    """The directory as a path that does not depend on where the process stands: Orbax and cards want no other."""
-    path = epath.Path(directory)
-    return path if "://" in str(directory) else path.resolve()
 
 
 def steps(directory: epath.PathLike) -> list[int]:

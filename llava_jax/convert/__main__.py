@@ -1,8 +1,9 @@
 """The door `python -m llava_jax.convert`: weights of others in, weights for others out.
 
 import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code
+import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code
 assemble DST --vision CLIP_DIR --llm LLAMA_DIR         a fresh LLaVA of its parts
-export --format hf|llava|projector SRC DST
+export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
 """
 
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 import jax
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert import exporting, importing, reports, table
+from llava_jax.convert import exporting, importing, peft_import, reports, table
 from llava_jax.convert.importing import PromptOptions
 
 USAGE, NO_CHECKPOINT = 64, 66
@@ -42,14 +43,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(options: argparse.Namespace) -> None:
     match options.verb:
         case "import":
-            importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
+            _import(options)
         case "assemble":
             importing.assemble(
                 options.destination, options.vision, options.llm, options.projector, options.projector_type,
                 options.select_layer, options.seed, _prompt(options),
             )  # fmt: skip
         case "export":
-            exporting.export(options.format, options.source, options.destination, options.step, options.dtype)
+            exporting.export(options.format, options.source, options.destination, options.step, options.dtype,
+                             options.split_projector)  # fmt: skip
         case "merge":
             reports.merge(options.source, options.destination, options.step)
         case "verify":
@@ -59,6 +61,17 @@ def _run(options: argparse.Namespace) -> None:
                 print(line)
     if "destination" in options:
         print(f"{options.verb} has written {options.destination}")
+
+
+def _import(options: argparse.Namespace) -> None:
+    if peft_import.is_adapter(options.source):
+        if options.vision is not None:
+            raise ValueError(f"--vision {options.vision}: {options.source} is an adapter; its tower is that of --base")
+        peft_import.import_adapter(options.source, options.destination, options.base, _prompt(options))
+        return
+    if options.base is not None:
+        raise ValueError(f"--base {options.base}: {options.source} holds no adapter_config.json; leave --base out")
+    importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
 
 
 def _prompt(options: argparse.Namespace) -> PromptOptions:
@@ -74,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     verb.add_argument("--vision", metavar="CLIP_DIR", help="the tower of a LLaVA in the original format")
+    verb.add_argument("--base", metavar="CHECKPOINT", help="of a LoRA adapter: the imported model it was trained on")
     _add_prompt(verb)
     verb = verbs.add_parser("assemble", help="a fresh LLaVA of a CLIP, a LLaMA and a projector")
     verb.add_argument("destination", metavar="DST")
@@ -86,7 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of the new projector")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
-    verb.add_argument("--format", choices=("hf", "llava", "projector"), required=True)
+    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True)
+    text = "of peft, for vLLM: a model with the projector, and an adapter of the decoder alone"
+    verb.add_argument("--split-projector", action="store_true", help=text)
     verb.add_argument("--dtype", choices=table.FLOATS, help="of all tensors; default: each its own")
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
@@ -95,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("source", metavar="DIR")
         _add_step(verb)
-    verb = verbs.add_parser("merge", help="a checkpoint with its bases into one that needs none")
+    verb = verbs.add_parser("merge", help="a checkpoint with its bases and adapters into one that has none")
     verb.add_argument("source", metavar="DIR")
     verb.add_argument("destination", metavar="OUT")
     _add_step(verb)

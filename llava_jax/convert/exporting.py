@@ -7,62 +7,23 @@ there, in the base's own dtype.
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 
-from llava_jax import params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.leaves import Leaves
-from llava_jax.convert import chat_template, clip, llava, processor, readme, table, tokenizer_files, torch_zip
+from llava_jax.convert import chat_template, clip, llava, peft, processor, readme, table, tokenizer_files, torch_zip
 from llava_jax.convert.files import Spec, write_json, write_shards
 from llava_jax.convert.importing import OURS, SIDE_TOWER
-from llava_jax.models.llava import abstract_params
-from llava_jax.models.presets import LlavaConfig, config_from_json
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.convert.source import Source, merge_adapters, open_source
+from llava_jax.models import lora
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.prompt import templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
-
-
-class Source(NamedTuple):
-    """An opened checkpoint: its card, config, tokenizer, and where each leaf lies with its shape and dtype."""
-
-    directory: epath.Path
-    card: cards.Card
-    config: LlavaConfig
-    words: tokenizer.Tokenizer
-    places: dict[str, Leaves]
-    specs: dict[str, jax.ShapeDtypeStruct]
-
-    def read(self, name: str) -> np.ndarray:
-        """A leaf, in the dtype of its spec."""
-        leaf, dtype = self.places[name].read(name), self.specs[name].dtype
-        if leaf.dtype == dtype:
-            return leaf
-        with np.errstate(over="ignore"):
-            cast = leaf.astype(dtype)
-        if not np.isfinite(cast.astype(np.float32)).all():
-            raise ValueError(f"{self.directory}: {name} does not fit in {dtype}; use --dtype bfloat16 or float32")
-        return cast
-
-
-def open_source(directory: epath.PathLike, step: int | None = None) -> Source:
-    """Opens a checkpoint and checks that its leaves are the model's.
-
-    Raises:
-      UnusableCheckpoint: they are not, or a base is gone or changed.
-    """
-    directory = epath.Path(directory)
-    card = cards.read_card(directory)
-    config = config_from_json(dict(card.model))
-    places = store.places(directory, step)
-    specs = {name: leaves.spec(name) for name, leaves in places.items()}
-    store.check_specs(specs, params.flatten(abstract_params(config)), str(directory))
-    words = tokenizer.load(directory / cards.TOKENIZER, card.prompt.legacy)
-    return Source(directory, card, config, words, places, specs)
 
 
 def export(
@@ -71,27 +32,59 @@ def export(
     destination: epath.PathLike,
     step: int | None = None,
     dtype: str | None = None,
+    split_projector: bool = False,
 ) -> None:
     """Writes the checkpoint `source` as the new directory `destination`.
 
     Args:
-      format: "hf", "llava" or "projector".
+      format: "hf", "llava", "projector", or "peft". All but the last hold no adapters: these are merged.
       dtype: of all tensors ("float32", "float16", "bfloat16"); None leaves each in its own.
+      split_projector: of "peft": a model in `destination/base` that has all but the decoder's adapters, and these in
+        `destination/adapter`.
 
     Raises:
       UnusableCheckpoint: the checkpoint cannot be read.
       ValueError: the format cannot hold this model, or `destination` exists or has an unfit name.
     """
-    formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector}
+    formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft}
     if format not in formats:
         raise ValueError(f"format {format!r}: wanted one of {', '.join(formats)}")
+    if split_projector and format != "peft":
+        raise ValueError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
     final = Path(destination)
     opened = open_source(source, step)
     if dtype is not None:
-        cast = {name: jax.ShapeDtypeStruct(spec.shape, np.dtype(dtype)) for name, spec in opened.specs.items()}
-        opened = opened._replace(specs=cast)
+        opened = opened._replace(specs={
+            name: jax.ShapeDtypeStruct(spec.shape, lora.running_dtype(name, spec.dtype, np.dtype(dtype)))
+            for name, spec in opened.specs.items()
+        })  # fmt: skip
+    write = _export_split if split_projector else formats[format]
     with store.staged(final) as partial:
-        formats[format](opened, Path(partial), final)
+        write(opened if format == "peft" else merge_adapters(opened), Path(partial), final)
+
+
+def _export_peft(source: Source, partial: Path, final: Path) -> None:
+    peft.write(source, peft.adapter_of(source), partial, final.name, _base_name(source))
+    write_json(partial / peft.PROMPT, _kept(source.card.prompt))
+
+
+def _base_name(source: Source) -> str | None:
+    """What a frozen decoder was imported from, for a reader of the adapter; nothing is decided by it."""
+    for base in source.card.base:
+        path = source.directory / base.path
+        if (path / cards.FILE).exists() and "imported_from" in cards.read_card(path).source:
+            return str(cards.read_card(path).source["imported_from"])
+    return None
+
+
+def _export_split(source: Source, partial: Path, final: Path) -> None:
+    """A whole model beside an adapter of the decoder alone: vLLM takes no other. Source: vLLM 0.33 lora/peft_helper."""
+    adapter, rest = peft.text_adapter_of(source)
+    (partial / "base").mkdir()
+    _export_hf(merge_adapters(source, rest), partial / "base", final / "base")
+    (partial / "adapter").mkdir()
+    peft.write(source, adapter, partial / "adapter", f"{final.name}/adapter", str((final / "base").absolute()))
+    write_json(partial / "adapter" / peft.PROMPT, _kept(source.card.prompt))
 
 
 def _export_hf(source: Source, partial: Path, final: Path) -> None:

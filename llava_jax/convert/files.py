@@ -129,6 +129,11 @@ def open_tensors(path: str | Path) -> TensorFiles:
     return tensors
 
 
+def open_files(directory: Path, files: Sequence[Path]) -> TensorFiles:
+    """The tensors of some files of a directory as one. Raises UnusableCheckpoint as `open_tensors`."""
+    return TensorFiles(directory, {file: _open(file) for file in files})
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, or UnusableCheckpoint where the file holds something else."""
     if not path.is_file():

@@ -40,6 +40,22 @@ Conversation template: `{template}`. Images: {images}.
 
 {tower}
 """
+_ADAPTER = """# {name}
+
+A LoRA adapter exported by llava_jax, for {base}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText
+model = AutoModelForImageTextToText.from_pretrained({place})
+model = PeftModel.from_pretrained(model, "{name}")
+```
+
+{rest}
+"""
+_WITH_PROJECTOR = """The projector was trained whole and lies in the adapter too (`modules_to_save`), which vLLM
+refuses: for vLLM export with `--split-projector`."""
+_TEXT = """It adapts linear layers alone. vLLM takes it with `--enable-lora --max-lora-rank {rank}`."""
 _IMAGES = {
     "pad": "padded to a square, then resized",
     "square": "resized by the shorter side, then cropped in the middle",
@@ -65,6 +81,19 @@ def original(config: LlavaConfig, prompt: PromptCard, name: str, tower: str | No
         )
     images = _IMAGES[prompt.image_mode]
     return _ORIGINAL.format(name=name, model=_model(config), template=prompt.template, images=images, tower=where)
+
+
+def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:
+    """README.md of an adapter.
+
+    Args:
+      base: the directory or the name of its model, where it is known.
+      projector: it holds one.
+      rank: the largest.
+    """
+    rest = _WITH_PROJECTOR if projector else _TEXT.format(rank=rank)
+    shown, place = (f"`{base}`", f'"{base}"') if base else ("the model that it was trained on", '"..."')
+    return _ADAPTER.format(name=name, base=shown, place=place, rest=rest)
 
 
 def _model(config: LlavaConfig) -> str:

@@ -9,8 +9,8 @@ from etils import epath
 
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert.exporting import Source, open_source
 from llava_jax.convert.files import Spec
+from llava_jax.convert.source import Source, merge_adapters, open_source
 from llava_jax.convert.table import Progress, nbytes
 
 
@@ -56,20 +56,22 @@ def verify(directory: epath.PathLike, step: int | None = None) -> str:
 
 
 def merge(directory: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:
-    """Writes a checkpoint that holds every leaf itself, in its own dtype, and names no base.
+    """Writes a checkpoint that holds every leaf itself, in its own dtype, names no base and has no adapters.
+
+    An adapter is added to its kernel in float32; the sum has the kernel's dtype.
 
     Raises:
       UnusableCheckpoint: a base is gone or changed.
       ValueError: `destination` exists.
     """
-    source = open_source(directory, step)
+    source = merge_adapters(open_source(directory, step))
     number = store.latest_step(directory) if step is None else step
     card = dataclasses.replace(source.card, base=())
     progress = Progress("merges", "leaves", [_nbytes(source, name) for name in source.specs])
     with store.staged(destination) as partial:
         with store.LeafWriter(partial / str(number) / store.PARAMS) as writer:
-            for name, leaves in source.places.items():
-                writer.write(name, leaves.read(name))
+            for name in source.specs:
+                writer.write(name, source.read(name))
                 progress.add(_nbytes(source, name))
         cards.write_card(partial, card, cards.read_tokenizer_files(directory))
 

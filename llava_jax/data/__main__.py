@@ -85,7 +85,7 @@ def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
     if verb == "validate":
         sub.add_argument("--open-images", action="store_true", help="decode every image too")
     if verb == "index":
-        sub.add_argument("--cache", metavar="DIR", help="keep the lengths there (a run's data.cache_dir)")
+        sub.add_argument("--cache", metavar="DIR", help="keep the lengths there (WORKDIR/lengths: training reads them)")
 
 
 def _format(options: argparse.Namespace, image_features: int) -> Format | None:

@@ -1,4 +1,7 @@
-"""How long records are, in words and in tokens, measured once and kept by fingerprint for all hosts and later runs."""
+"""How long records are, in words and in tokens, measured once and kept by fingerprint for all hosts and later runs.
+
+Packing and row lengths are planned from these numbers, so they count exactly what `encode` makes of a record.
+"""
 
 import hashlib
 import io
@@ -23,23 +26,29 @@ def word_lengths(source: Source, cache_dir: epath.PathLike | None = None) -> np.
     Words are what blanks separate, headers and image features not counted, as the reference's sampler counts.
     Source: haotian-liu/LLaVA llava/train/train.py:683-690@c121f04 (`modality_lengths`).
     """
-    return _kept(source, "words", _words, cache_dir)
+    return _kept(source, "words", 1, lambda record: (_words(record),), cache_dir)[:, 0]
 
 
 def token_lengths(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
     """int32 [n]: tokens of each record in this format, image features counted; 0 for a record that is refused."""
+    return sizes(source, format, cache_dir)[:, 0]
+
+
+def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
+    """int32 [n, 2]: tokens of each record in this format, image features counted, and images; 0 0 if it is refused."""
 
     fit = rules(format.template)
 
-    def tokens(record: Record) -> int:
+    def measured(record: Record) -> tuple[int, int]:
         if any(REASONS[problem.reason][0] for problem in check(record, fit)):
-            return 0
+            return 0, 0
         try:
-            return len(encode(record.conversation, format, open_images=False).tokens)
+            example = encode(record.conversation, format, open_images=False)
         except ValueError:
-            return 0  # what is wrong is said when the record is read for training
+            return 0, 0  # what is wrong is said when the record is read for training
+        return len(example.tokens), len(example.image_spans)
 
-    return _kept(source, f"tokens-{_fingerprint(format)}", tokens, cache_dir)
+    return _kept(source, f"tokens-{_fingerprint(format)}", 2, measured, cache_dir)
 
 
 def _words(record: Record) -> int:
@@ -62,41 +71,43 @@ def _fingerprint(format: Format) -> str:
 
 
 def _kept(
-    source: Source, kind: str, measure: Callable[[Record], int], cache_dir: epath.PathLike | None
-) -> np.ndarray:
-    """The measure of every record, from the cache if it holds it.
+    source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]],
+    cache_dir: epath.PathLike | None,
+) -> np.ndarray:  # fmt: skip
+    """int32 [n, numbers]: the measure of every record, from the cache if it holds it.
 
     A file is written under another name and then renamed, so hosts that measure at once do not disturb each other.
     """
     if not cache_dir:
-        return _measured(source, kind, measure)
+        return _measured(source, kind, numbers, measure)
     key = hashlib.sha256(f"{source.fingerprint} {kind}".encode()).hexdigest()[:32]
     place = epath.Path(cache_dir) / f"lengths-{key}.npy"
-    lengths = _load(place, len(source))
-    if lengths is None:
-        lengths = _measured(source, kind, measure)
+    found = _load(place, (len(source), numbers))
+    if found is None:
+        found = _measured(source, kind, numbers, measure)
         place.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
-        np.save(buffer, lengths, allow_pickle=False)
+        np.save(buffer, found, allow_pickle=False)
         partial = place.with_name(f"{place.name}.{os.getpid()}-{time.time_ns()}.partial")
         partial.write_bytes(buffer.getvalue())
         partial.replace(place)
-    return lengths
+    return found
 
 
-def _load(place: epath.Path, records: int) -> np.ndarray | None:
+def _load(place: epath.Path, shape: tuple[int, int]) -> np.ndarray | None:
     """What the cache holds, or None where it holds nothing whole: it is then measured again."""
     if not place.exists():
         return None
     try:
-        lengths = np.load(io.BytesIO(place.read_bytes()), allow_pickle=False)
+        found = np.load(io.BytesIO(place.read_bytes()), allow_pickle=False)
     except (ValueError, EOFError):
         return None
-    return lengths if lengths.dtype == np.int32 and lengths.shape == (records,) else None
+    return found if found.dtype == np.int32 and found.shape == shape else None
 
 
-def _measured(source: Source, kind: str, measure: Callable[[Record], int]) -> np.ndarray:
-    return np.fromiter((measure(record) for record in _watched(source, kind)), np.int32, len(source))
+def _measured(source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]]) -> np.ndarray:
+    rows = (number for record in _watched(source, kind) for number in measure(record))
+    return np.fromiter(rows, np.int32, len(source) * numbers).reshape(-1, numbers)
 
 
 def _watched(source: Source, kind: str) -> Iterator[Record]:

@@ -1,6 +1,7 @@
 """How examples are laid into the rows of a `Batch`: all ragged arithmetic, in numpy, to be checked by eye."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
@@ -26,44 +27,78 @@ def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
     return kept, int(example.learned[end:].sum())
 
 
-def padded(
-    examples: Sequence[Example], row_tokens: int, images_per_group: int, image_size: int
+def padded(examples: Sequence[Example], row_tokens: int, images_per_group: int, image_size: int) -> tuple[Batch, int]:
+    """One example a row, each row a group of its own: what `packed` makes of it."""
+    return packed([[[example]] for example in examples], row_tokens, images_per_group, image_size)
+
+
+def packed(
+    groups: Sequence[Sequence[Sequence[Example]]], row_tokens: int, images_per_group: int, image_size: int
 ) -> tuple[Batch, int]:
-    """One example a row, cut or padded on the right (G == B), and the number of targets that cutting lost.
+    """Groups of rows of examples as a batch, padded on the right, and the number of targets that cutting lost.
 
-    An example without tokens gives a row of padding: weight 0, segment 0 everywhere. Pixels without an image are 0.
+    Every group has the same number of rows; a row without examples is padding: weight 0, segment 0 everywhere. An
+    example longer than a row is cut, one without tokens takes nothing. Pixels without an image are 0.
 
-        one example, row_tokens=8, an image of N=2 features:
-        example.tokens    1  0  0  5  6  7               example.learned  .  .  .  .  x  x
-        tokens            1  0  0  5  6  7  0  0
-        targets           0  0  5  6  7  0  0  0         the next id; 0 at the last position
-        weights           0  0  0  1  1  0  0  0         1 where the next id is learned
-        positions         0  1  2  3  4  5  0  0
-        segments          1  1  1  1  1  1  0  0
-        image_slots      -1  0  1 -1 -1 -1 -1 -1         image i, feature p: i * N + p
+        one group of one row of two examples, row_tokens=10, images of N=2 features:
+        example.tokens    1  0  0  5  6  7 | 1  0  0  8         example.learned  . . . . x x | . . . x
+        tokens            1  0  0  5  6  7   1  0  0  8
+        targets           0  0  5  6  7  0   0  0  8  0         the next id; 0 at an example's last position
+        weights           0  0  0  1  1  0   0  0  1  0         1 where the next id is learned
+        positions         0  1  2  3  4  5   0  1  2  3
+        segments          1  1  1  1  1  1   2  2  2  2
+        image_slots      -1  0  1 -1 -1 -1  -1  2  3 -1         the group's image i, feature p: i * N + p
 
     Raises:
-      ValueError: an example holds more images than `images_per_group`.
+      ValueError: the examples of a row are longer than it, or a group holds more images than `images_per_group`.
     """
-    ids = np.zeros((5, len(examples), row_tokens), np.int32)
-    tokens, targets, positions, segments, slots = ids
-    weights = np.zeros((len(examples), row_tokens), np.float32)
-    pixels = np.zeros((len(examples), images_per_group, image_size, image_size, 3), np.uint8)
+    kept = [[[cut(example, row_tokens) for example in row] for row in group] for group in groups]
+    lost = sum(lost for group in kept for row in group for _, lost in row)
+    rows = sum(map(len, groups))
+    tokens, targets, positions, segments, slots = np.zeros((5, rows, row_tokens), np.int32)
+    weights = np.zeros((rows, row_tokens), np.float32)
+    pixels = np.zeros((len(groups), images_per_group, image_size, image_size, 3), np.uint8)
     slots[:] = -1
-    lost = 0
-    for row, example in enumerate(examples):
-        kept, lost_here = cut(example, row_tokens)
-        lost += lost_here
-        if len(kept.images) > images_per_group:
-            raise ValueError(f"record {kept.id!r} has {len(kept.images)} images, a row takes {images_per_group}")
-        n = len(kept.tokens)
-        tokens[row, :n] = kept.tokens
-        targets[row, : max(n - 1, 0)] = kept.tokens[1:]
-        weights[row, : max(n - 1, 0)] = kept.learned[1:]
-        positions[row, :n] = np.arange(n)
-        segments[row, :n] = 1
-        for i, span in enumerate(kept.image_spans):
-            slots[row, span.start : span.start + span.length] = i * span.length + np.arange(span.length)
-        for i, image in enumerate(kept.images):
-            pixels[row, i] = image
+    for example, group, row, segment, start, image in _places(kept):
+        n, images = len(example.tokens), len(example.images)
+        if start + n > row_tokens or image + images > images_per_group:
+            raise ValueError(
+                f"record {example.id!r} fills its row to {start + n} of {row_tokens} tokens and its group to "
+                f"{image + images} of {images_per_group} images: want a plan that keeps within both"
+            )
+        tokens[row, start : start + n] = example.tokens
+        targets[row, start : start + n - 1] = example.tokens[1:]
+        weights[row, start : start + n - 1] = example.learned[1:]
+        positions[row, start : start + n] = np.arange(n)
+        segments[row, start : start + n] = segment
+        for i, span in enumerate(example.image_spans, image):
+            first = start + span.start
+            slots[row, first : first + span.length] = i * span.length + np.arange(span.length)
+        for i, picture in enumerate(example.images, image):
+            pixels[group, i] = picture
     return Batch(tokens, targets, weights, positions, segments, slots, pixels), lost
+
+
+class _Place(NamedTuple):
+    """Where an example goes: its first token is at `start` of `row`, its first image is `image` of `group`."""
+
+    example: Example
+    group: int
+    row: int
+    segment: int
+    start: int
+    image: int
+
+
+def _places(groups: Sequence[Sequence[Sequence[tuple[Example, int]]]]) -> Iterator[_Place]:
+    """Every example that has tokens, one after another within its row."""
+    number = 0
+    for group, rows in enumerate(groups):
+        image = 0
+        for row in rows:
+            start = 0
+            examples = [example for example, _ in row if len(example.tokens)]
+            for segment, example in enumerate(examples, 1):
+                yield _Place(example, group, number, segment, start, image)
+                start, image = start + len(example.tokens), image + len(example.image_spans)
+            number += 1

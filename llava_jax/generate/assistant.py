@@ -19,7 +19,7 @@ from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.generate import engine, stream
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
-from llava_jax.models import presets
+from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
@@ -95,15 +95,16 @@ class Assistant:
             templates.get(card.prompt.template), words, config.vision.image_size, config.vision.features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
-        wanted = _names(abstract_params(config))
         specs = store.leaf_specs(directory, step)
+        wanted = _names(lora.add_found(abstract_params(config), specs))
         store.check_specs({n: s for n, s in specs.items() if not n.startswith(NEVER_RUN)}, wanted, str(directory))
 
         def put(name: str, array: np.ndarray) -> Any:
+            dtype = lora.running_dtype(name, array.dtype, kind)
             # Parts, not stacks: XLA takes the slices of a stack out of the decode loop, a second copy of the model.
             if name.startswith("llm/blocks/"):
-                return tuple(jnp.asarray(layer.astype(kind)) for layer in array)
-            return jnp.asarray(array.astype(kind))
+                return tuple(jnp.asarray(layer.astype(dtype)) for layer in array)
+            return jnp.asarray(array.astype(dtype))
 
         params = store.load_params(directory, wanted, step, put=put)
         return cls(Llava(config, kind), params, format, slots)

@@ -14,22 +14,41 @@ Params = Mapping[str, Any]  # nested: a dict, or Flax's frozen one inside a modu
 
 
 class Dense(nn.Module):
-    """x @ kernel (+ bias) in `dtype`; parameters keep their own dtype and are cast where they are used."""
+    """x @ kernel (+ bias) in `dtype`; parameters keep their own dtype and are cast where they are used.
+
+    What lies beside the kernel is taken too (`models.lora`): scales of an int8 kernel's columns, an adapter. An
+    adapter's input loses the share `dropout` where there is a "dropout" rng, that is in training.
+    """
 
     features: int
     use_bias: bool = False
     dtype: Any = jnp.float32
+    dropout: float = 0.0
     kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
     bias_init: Callable[..., Array] = nn.initializers.zeros
 
     @nn.compact
     def __call__(self, x: Float[Array, "... In"]) -> Float[Array, "... Out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = x.astype(self.dtype) @ kernel.astype(self.dtype)
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("params", "kernel_scale"):
+            # After the product: bfloat16 holds every int8 exactly, but not the weights that they stand for.
+            y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
+        if self.has_variable("params", "lora_a"):
+            y = y + self._adapter(x)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, (self.features,))
             y = y + bias.astype(self.dtype)
         return y
+
+    def _adapter(self, x: Float[Array, "... In"]) -> Float[Array, "... Out"]:
+        a, b, scale = (self.get_variable("params", name) for name in ("lora_a", "lora_b", "lora_scale"))
+        if self.dropout and self.has_rng("dropout"):
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - self.dropout, x.shape)
+            x = jnp.where(kept, x / (1 - self.dropout), 0).astype(self.dtype)
+        narrow = (x @ a.astype(self.dtype)) * scale  # scaled where it is narrowest, in float32
+        return narrow.astype(self.dtype) @ b.astype(self.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -87,10 +106,10 @@ def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:
     """Rotates the pairs (i, i + H/2), transformers' half layout, in float32."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos[:, :, None], sin[:, :, None]
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x.dtype)
+    # Halves change places before x is widened: a float32 copy of each half is memory that a TPU's step is short of.
+    other = jnp.roll(x, x.shape[-1] // 2, axis=-1).astype(jnp.float32)
+    cos, sin = jnp.concatenate([cos, cos], axis=-1)[:, :, None], jnp.concatenate([-sin, sin], axis=-1)[:, :, None]
+    return (x.astype(jnp.float32) * cos + other * sin).astype(x.dtype)
 
 
 def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *example: Any) -> Params:
@@ -112,20 +131,3 @@ def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *exampl
 def take_layer(stack: Params, index: int) -> Params:
     """One block's parameters out of a stack; each leaf is an array [L, ...], or a tuple of its L parts."""
     return jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
-REMAT: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
-    "none": lambda body: body,
-    "full": lambda body: jax.checkpoint(body, prevent_cse=False),  # inside a scan nothing can be merged anyway
-}
-
-
-def remat(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """The wrapper of a scanned block for a rematerialisation policy.
-
-    Raises:
-      ValueError: no such policy.
-    """
-    if name not in REMAT:
-        raise ValueError(f"unknown remat policy {name!r}: there are {', '.join(REMAT)}")
-    return REMAT[name]

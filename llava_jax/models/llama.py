@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
 from llava_jax.models.cache import LayerCache, from_prefill, write
-from llava_jax.models.layers import Dense, Params, RMSNorm, remat, rotary, rotate, stacked, take_layer
+from llava_jax.models.layers import Dense, Params, RMSNorm, rotary, rotate, stacked, take_layer
 from llava_jax.models.presets import LlamaConfig
-from llava_jax.sharding import constrain
+from llava_jax.models.remat import ATTENTION, INPUT, QKV, named, remat
+from llava_jax.sharding import constrain, constrain_parameters
 
 Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
 
@@ -21,35 +22,42 @@ class LlamaBlock(nn.Module):
 
     config: LlamaConfig
     dtype: Any = jnp.float32
+    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(
         self,
         x: Float[Array, "B T D"],
         rotation: Rotation,
-        last_key: Int[Array, "B T"],
         segments: Int[Array, "B T"] | None = None,
+        slots: Int[Array, "B T"] | None = None,
         cache: LayerCache | None = None,
     ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the block's output and the keys and values: the new ones, or the whole cache if one was given."""
+        """Returns the block's output and the keys and values: the new ones, or the whole cache if one was given.
+
+        slots: where in `cache` each token is written; it sees this slot and those before.
+        """
         config = self.config
         y = RMSNorm(config.eps, self.dtype, name="ln1")(x)
         q = self._heads("q", config.heads, y)
         k = self._heads("k", config.kv_heads, y)
         v = self._heads("v", config.kv_heads, y)
-        q, k = rotate(q, *rotation), rotate(k, *rotation)
-        # With a cache the slot is the position, so `last_key` is both where to write and how far to look.
-        kept = LayerCache(k, v) if cache is None else write(cache, k, v, last_key)
-        pair = None if segments is None else (segments, segments)
-        y = attention(q, kept.k, kept.v, last_key=last_key, segments=pair)
-        x = x + Dense(config.width, dtype=self.dtype, name="o")(y.reshape(*x.shape[:2], -1))
+        q, k, v = (named(y, QKV) for y in (rotate(q, *rotation), rotate(k, *rotation), v))
+        if cache is None:
+            kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
+        else:
+            kept = write(cache, k, v, slots)
+            y = attention(q, kept.k, kept.v, last_key=slots)
+        x = x + self._dense("o", config.width)(named(y, ATTENTION).reshape(*x.shape[:2], -1))
         y = RMSNorm(config.eps, self.dtype, name="ln2")(x)
-        gate = nn.silu(Dense(config.mlp_width, dtype=self.dtype, name="gate")(y))
-        y = gate * Dense(config.mlp_width, dtype=self.dtype, name="up")(y)
-        return x + Dense(config.width, dtype=self.dtype, name="down")(y), kept
+        y = nn.silu(self._dense("gate", config.mlp_width)(y)) * self._dense("up", config.mlp_width)(y)
+        return x + self._dense("down", config.width)(y), kept
+
+    def _dense(self, name: str, features: int) -> Dense:
+        return Dense(features, dtype=self.dtype, dropout=self.lora_dropout, name=name)
 
     def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        y = Dense(heads * self.config.head_width, dtype=self.dtype, name=name)(y)
+        y = self._dense(name, heads * self.config.head_width)(y)
         return y.reshape(*y.shape[:2], heads, self.config.head_width)
 
 
@@ -59,15 +67,16 @@ class Llama(nn.Module):
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         config = self.config
         normal = nn.initializers.normal(0.02)
         self.embeddings = self.param("embed", self._init_rows, normal, (0, config.width))
-        self.block = LlamaBlock(config, self.dtype, parent=None)
+        self.block = LlamaBlock(config, self.dtype, self.lora_dropout, parent=None)
         example = jnp.zeros((1, 1, config.width), self.dtype)
         place = jnp.zeros((1, 1), jnp.int32)
-        self.blocks = stacked(self, "blocks", self.block, config.layers, example, rotary(place, config), place)
+        self.blocks = stacked(self, "blocks", self.block, config.layers, example, rotary(place, config))
         self.norm = RMSNorm(config.eps, self.dtype)
         if not config.tie_embeddings:
             self.output = self.param("head", self._init_rows, normal, (1, config.width))
@@ -84,25 +93,35 @@ class Llama(nn.Module):
         }
 
     def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding, in `dtype`."""
+        """Rows of the embedding, in `dtype`.
+
+        On a mesh every device reads its own part of the width for all tokens of its copy of the model, which are few
+        bytes, and the parts are exchanged. Left alone XLA collects the whole table on every device.
+        """
+        tokens = constrain(tokens, "copies")
         rows = jnp.take(self.embeddings["table"], tokens, axis=0, mode="clip").astype(self.dtype)
+        rows = constrain(rows, "copies", None, "width")
         if self.config.added_tokens:
             extra = jnp.take(self.embeddings["added"], tokens - self.config.vocab, axis=0, mode="clip")
             rows = jnp.where((tokens >= self.config.vocab)[..., None], extra.astype(self.dtype), rows)
         return rows
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"]
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
     ) -> Float[Array, "B T D"]:
-        """Full forward of rows that may hold several samples each."""
+        """Full forward of rows: of several samples each, which `segments` tell apart, or (None) of a single one."""
         rotation = rotary(positions, self.config)
-        order = jnp.broadcast_to(jnp.arange(x.shape[1]), positions.shape)
+        keys = jax.random.split(self.make_rng("dropout"), self.config.layers) if self.has_rng("dropout") else None
 
-        def body(x: Array, layer: Params) -> tuple[Array, None]:
-            x, _ = self.block.apply({"params": layer}, x, rotation, order, segments)
+        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+            weights, key = layer
+            # Also cuts the gradient of each layer where it arises, instead of keeping it whole until the last.
+            weights = jax.lax.optimization_barrier(constrain_parameters(weights, "llm/blocks"))
+            rngs = {} if key is None else {"dropout": key}
+            x, _ = self.block.apply({"params": weights}, named(x, INPUT), rotation, segments, rngs=rngs)
             return constrain(x, "batch", "tokens"), None
 
-        x, _ = jax.lax.scan(remat(self.remat)(body), x, self.blocks)
+        x, _ = jax.lax.scan(remat(self.remat)(body), x, (self.blocks, keys))
         return self.norm(x)
 
     def prefill(
@@ -113,7 +132,7 @@ class Llama(nn.Module):
 
         kept = []
         for index in range(self.config.layers):  # a scan wants stacks, which decoding would copy whole
-            x, pair = self.block.apply({"params": take_layer(self.blocks, index)}, x, rotation, positions)
+            x, pair = self.block.apply({"params": take_layer(self.blocks, index)}, x, rotation)
             kept.append(pair)
         return self.norm(x), from_prefill(kept, cache_tokens)
 
@@ -125,17 +144,18 @@ class Llama(nn.Module):
         kept = []
         for index, layer_cache in enumerate(cache):  # a scan would hold a second copy of the whole cache
             layer = take_layer(self.blocks, index)
-            x, layer_cache = self.block.apply({"params": layer}, x, rotation, positions, None, layer_cache)
+            x, layer_cache = self.block.apply({"params": layer}, x, rotation, None, positions, layer_cache)
             kept.append(layer_cache)
         return self.norm(x), tuple(kept)
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the vocabulary, added rows last."""
+        return jnp.matmul(hidden.astype(self.dtype), self.head_kernel(), preferred_element_type=jnp.float32)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The matrix that makes logits of hidden states, in `dtype`, added columns last."""
         kernels = [self.embeddings["table"].T] if self.config.tie_embeddings else [self.output["kernel"]]
         if self.config.added_tokens:
             kernels.append(self.embeddings["added"].T if self.config.tie_embeddings else self.output["added"])
-        parts = [
-            jnp.matmul(hidden.astype(self.dtype), kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-            for kernel in kernels
-        ]
+        parts = [kernel.astype(self.dtype) for kernel in kernels]
         return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]

@@ -19,18 +19,20 @@ class Llava(nn.Module):
     """Vision tower, projector and decoder; fields of a `Batch` in, hidden states out.
 
     dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
-    remat: rematerialisation of the decoder's blocks (`layers.REMAT`); the frozen tower never needs any.
+    remat: rematerialisation of the decoder's blocks (`models.remat`); the frozen tower never needs any.
+    lora_dropout: of the inputs of adapters, where a "dropout" rng is given.
     """
 
     config: LlavaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         config = self.config
-        self.vision = VisionTower(config.vision, self.dtype)
+        self.vision = VisionTower(config.vision, self.dtype, self.lora_dropout)
         self.projector = Projector(config.projector, config.llm.width, self.dtype)
-        self.llm = Llama(config.llm, self.dtype, self.remat)
+        self.llm = Llama(config.llm, self.dtype, self.remat, self.lora_dropout)
         if config.image_newline:
             # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).
             init = nn.initializers.normal(config.llm.width**-0.5)
@@ -40,20 +42,23 @@ class Llava(nn.Module):
         self,
         tokens: Int[Array, "B T"],
         positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None,
         image_slots: Int[Array, "B T"],
         pixels: UInt8[Array, "G I Side Side 3"],
     ) -> Float[Array, "B T D"]:
-        """Hidden states of a training batch; `head` makes logits of those that are wanted."""
+        """Hidden states of a training batch; `head` makes logits of those that are wanted.
+
+        segments: None says that every row holds one sample and nothing but padding after it.
+        """
         x = self.embed(tokens, image_slots, self.encode_images(pixels))
         return self.llm(x, positions, segments)
 
     def encode_images(self, pixels: UInt8[Array, "G I Side Side 3"]) -> Float[Array, "G Slots D"]:
         """Projected features of each group's pictures: row i * N + p, and `image_newline` last where there is one."""
         groups, images = pixels.shape[:2]
-        flat = constrain(pixels.reshape(groups * images, *pixels.shape[2:]), "batch")
-        features = self.projector(self.vision(flat))
-        features = features.reshape(groups, images * features.shape[1], features.shape[2])
+        flat = constrain(pixels.reshape(groups * images, *pixels.shape[2:]), "images")
+        features = constrain(self.projector(self.vision(flat)), "images")
+        features = constrain(features.reshape(groups, images * features.shape[1], features.shape[2]), "batch")
         if not self.config.image_newline:
             return features
         newline = jnp.broadcast_to(self.newline.astype(self.dtype), (groups, 1, features.shape[-1]))
@@ -97,6 +102,10 @@ class Llava(nn.Module):
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""
         return self.llm.head(hidden)
+
+    def head_kernel(self) -> Float[Array, "D V"]:
+        """The matrix behind `head`, for a loss that never holds the logits of a whole row."""
+        return self.llm.head_kernel()
 
 
 def init_params(config: LlavaConfig, key: Array) -> dict[str, Any]:

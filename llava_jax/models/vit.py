@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, UInt8
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
 from llava_jax.models.presets import VisionConfig
+from llava_jax.sharding import constrain
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
 
@@ -19,18 +20,22 @@ class VisionBlock(nn.Module):
 
     config: VisionConfig
     dtype: Any = jnp.float32
+    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "Img P C"]) -> Float[Array, "Img P C"]:
         config = self.config
         heads = (*x.shape[:2], config.heads, config.width // config.heads)
         y = LayerNorm(config.eps, self.dtype, name="ln1")(x)
-        q, k, v = (Dense(config.width, True, self.dtype, name=name)(y).reshape(heads) for name in ("q", "k", "v"))
-        y = attention(q, k, v).reshape(x.shape)
-        x = x + Dense(config.width, True, self.dtype, name="o")(y)
+        q, k, v = (self._dense(name, config.width)(y).reshape(heads) for name in ("q", "k", "v"))
+        y = attention(q, k, v, rows="images").reshape(x.shape)
+        x = x + self._dense("o", config.width)(y)
         y = LayerNorm(config.eps, self.dtype, name="ln2")(x)
-        y = ACTIVATIONS[config.act](Dense(config.mlp_width, True, self.dtype, name="fc1")(y))
-        return x + Dense(config.width, True, self.dtype, name="fc2")(y)
+        y = ACTIVATIONS[config.act](self._dense("fc1", config.mlp_width)(y))
+        return x + self._dense("fc2", config.width)(y)
+
+    def _dense(self, name: str, features: int) -> Dense:
+        return Dense(features, True, self.dtype, self.lora_dropout, name=name)
 
 
 class VisionTower(nn.Module):
@@ -38,6 +43,7 @@ class VisionTower(nn.Module):
 
     config: VisionConfig
     dtype: Any = jnp.float32
+    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         config = self.config
@@ -47,7 +53,7 @@ class VisionTower(nn.Module):
         self.patch = self.param("patch", lambda key, shape: {"kernel": normal(key, shape)},
                                 (config.patch_size, config.patch_size, 3, config.width))  # fmt: skip
         self.pre_ln = LayerNorm(config.eps, self.dtype)
-        self.block = VisionBlock(config, self.dtype, parent=None)
+        self.block = VisionBlock(config, self.dtype, self.lora_dropout, parent=None)
         example = jnp.zeros((1, 1, config.width), self.dtype)
         self.blocks = stacked(self, "blocks", self.block, config.run_layers, example)
         if self.is_initializing():
@@ -71,11 +77,15 @@ class VisionTower(nn.Module):
         """Hidden states [Img, 1 + patches, C]: after `pre_ln` and after each block that runs (or the last only)."""
         x = self.pre_ln(self._embed(normalise(pixels, self.config).astype(self.dtype)))
 
-        def body(x: Array, layer: Params) -> tuple[Array, Array | None]:
-            y = self.block.apply({"params": layer}, x)
+        keys = jax.random.split(self.make_rng("dropout"), self.config.run_layers) if self.has_rng("dropout") else None
+
+        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Array | None]:
+            weights, key = layer
+            rngs = {} if key is None else {"dropout": key}
+            y = constrain(self.block.apply({"params": weights}, x, rngs=rngs), "images")
             return y, y if every else None
 
-        last, all_states = jax.lax.scan(body, x, self.blocks)
+        last, all_states = jax.lax.scan(body, x, (self.blocks, keys))
         return [x, *all_states] if every else [last]
 
     def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:

@@ -17,12 +17,13 @@ import jax
 from etils import epath
 
 from llava_jax import config as configs
-from llava_jax import params, typed
+from llava_jax import params, sharding, typed
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.card import Card, PromptCard, UnusableCheckpoint
 from llava_jax.checkpoint.manager import Checkpoints, SaveFailed
-from llava_jax.data.orders import resolve_steps
+from llava_jax.data.feed import Feed
+from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import DataError, Source, open_source
 from llava_jax.generate.assistant import Assistant
@@ -68,7 +69,7 @@ def _train(config: configs.Config, workdir: epath.Path) -> int:
     format = _format(config, model_config)
     held_out = _held_out(config)
     pipeline = _pipeline(config, format, _open(config.data.sources), workdir)
-    steps = config.train.steps or resolve_steps(pipeline.samples, config.data.batch_samples, config.train.epochs or 0)
+    steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
     _check_settings(workdir, config)
@@ -164,25 +165,31 @@ def _held_out(config: configs.Config) -> list[Source]:
 
 def _pipeline(
     config: configs.Config, format: Format, sources: Sequence[Source], workdir: epath.Path, one_pass: bool = False
-) -> Pipeline:
+) -> Feed:
     data = config.data
+    shared = {
+        "sources": sources, "format": format, "row_tokens": data.row_tokens, "images_per_group": data.images_per_group,
+        "order": data.order, "seed": config.train.seed, "host": jax.process_index(), "hosts": jax.process_count(),
+        "skip_budget": data.skip_budget, "threads": data.threads, "cache_dir": str(workdir / "lengths"),
+        "one_pass": one_pass,
+    }  # fmt: skip
+    if data.layout == "packed":
+        rows = programs.rows_of(data, sharding.make_mesh(dataclasses.asdict(config.mesh)))
+        return Packed(rows=rows, rows_per_group=data.rows_per_group, **shared)
     return Pipeline(
-        sources=sources, format=format, batch_samples=data.batch_samples, row_tokens=data.row_tokens,
-        images_per_group=data.images_per_group, order=data.order, seed=config.train.seed, host=jax.process_index(),
-        hosts=jax.process_count(), skip_budget=data.skip_budget, threads=data.threads, lengths=data.lengths,
-        group_samples=math.gcd(data.batch_samples, config.train.group_samples),
-        cache_dir=str(workdir / "lengths"), one_pass=one_pass,
+        batch_samples=data.batch_samples, lengths=data.lengths,
+        group_samples=math.gcd(data.batch_samples, config.train.group_samples), **shared,
     )  # fmt: skip
 
 
-def _introduce(program: Program, pipeline: Pipeline, workdir: epath.Path) -> None:
+def _introduce(program: Program, pipeline: Feed, workdir: epath.Path) -> None:
     if jax.process_index():
         return
     print(f"{_counted(program.state.params)} parameters move, {_counted(program.frozen)} are frozen in "
           f"{program.model.dtype}")  # fmt: skip
     sizes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
-    print(f"mesh: {sizes}; {pipeline.records:,} records, {program.steps:,} steps of {pipeline.schedule.batch_samples} "
-          f"samples; workdir {workdir}", flush=True)  # fmt: skip
+    print(f"mesh: {sizes}; {pipeline.records:,} records, {program.steps:,} steps of {pipeline.contents}; "
+          f"workdir {workdir}", flush=True)  # fmt: skip
 
 
 def _counted(tree: Mapping[str, Any]) -> str:
@@ -209,7 +216,7 @@ def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
         )
 
 
-def _restore(program: Program, checkpoints: Checkpoints, pipeline: Pipeline) -> tuple[State, Any] | None:
+def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:
     rest = {"step": program.state.step, "opt_state": program.state.opt_state}
     saved = manager.restore(checkpoints, program.state.params, rest)
     if saved is None:

@@ -1,7 +1,7 @@
 """Where every leaf's first value comes from: the `init` table, read one leaf at a time onto the devices."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 
 from llava_jax import params
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import Base
+from llava_jax.checkpoint.card import Base, UnusableCheckpoint
+from llava_jax.models import lora
 from llava_jax.models.llava import init_params
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
@@ -22,21 +23,24 @@ RANDOM = "random"
 def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.PathLike, seed: int) -> dict[str, str]:
     """{name: checkpoint directory or "random"} for every leaf of the model.
 
-    A checkpoint holds only what moves and names its bases for the rest, so frozen leaves that begin at random are
-    written once, to `workdir/random`, which is then their directory.
+    A checkpoint holds only what moves and names its bases for the rest, so frozen leaves that begin at random (an
+    adapter's scale too) are written once, to `workdir/random`, which is then their directory.
 
     Raises:
-      ValueError: a name without a row, or a row without a name.
+      ValueError: a name without a row, a row without a name, or adapters that would be lost or scaled otherwise.
       UnusableCheckpoint: a directory of the table lacks a leaf or has it in another shape; names both.
     """
-    frozen = params.flatten(program.frozen)
+    frozen = _stored(program.frozen)
     wanted = params.flatten(program.state.params) | frozen
     rows = [(pattern, value if value == RANDOM else str(store.absolute(value))) for pattern, value in table]
     sources = params.lookup(wanted, rows, "init", every_row=True)
     for directory, names in _by_directory(sources).items():
         found = store.leaf_specs(directory)
+        _refuse_missing_adapters(directory, found, names)
         held = {name: found[name] for name in names if name in found}
         store.check_specs(held, {name: wanted[name] for name in names}, f"table `init`: checkpoint {directory}")
+        _refuse_lost_adapters(directory, found, sources)
+        _refuse_other_scales(program, directory, names)
     adrift = {name: frozen[name] for name in frozen if sources[name] == RANDOM}
     if not adrift:
         return sources
@@ -45,10 +49,41 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     return sources | dict.fromkeys(adrift, kept)
 
 
+def _refuse_missing_adapters(directory: str, found: Mapping[str, Any], names: Sequence[str]) -> None:
+    for name in (name for name in names if lora.kernel_of(name) and name not in found):
+        raise UnusableCheckpoint(
+            f"table `init`: checkpoint {directory} has no {name}; adapters begin fresh where a row before its own says "
+            '(".*/lora_.*", "random")'
+        )
+
+
+def _refuse_lost_adapters(directory: str, found: Mapping[str, Any], sources: Mapping[str, str]) -> None:
+    """A kernel is half of what was learned where its checkpoint has an adapter beside it."""
+    for name, adapter in ((name, lora.beside(name, lora.A)) for name in lora.targets(found)):
+        if adapter in found and sources.get(name) == directory != sources.get(adapter):
+            raise ValueError(
+                f"table `init`: {directory} has an adapter beside {name}, which this run would leave behind; "
+                f"`python -m llava_jax.convert merge {directory} OUT` adds it to the kernel (start from OUT), or train "
+                'it on: a row of `lora` for it, and `init` without another place for ".*/lora_.*"'
+            )
+
+
+def _refuse_other_scales(program: Program, directory: str, names: Sequence[str]) -> None:
+    for name in (name for name in names if name.endswith("/" + lora.SCALE)):
+        rank, alpha = program.adapters[str(lora.kernel_of(name))]
+        held = store.read_leaf(directory, None, name)
+        if not np.array_equal(held, np.full_like(held, alpha / rank)):
+            shown = ", ".join(f"{scale:g}" for scale in np.unique(held))
+            raise ValueError(
+                f"table `init`: the adapter {name} of {directory} was trained at alpha / rank = {shown}, table `lora` "
+                f"says {alpha:g} / {rank}; set alpha so that they agree, as the same factors mean another model"
+            )
+
+
 def bases(program: Program, sources: Mapping[str, str]) -> tuple[Base, ...]:
     """The checkpoints that a card names for the frozen leaves."""
     found = []
-    for directory, names in _by_directory({name: sources[name] for name in params.flatten(program.frozen)}).items():
+    for directory, names in _by_directory({name: sources[name] for name in _stored(program.frozen)}).items():
         step = store.latest_step(directory)
         assert step is not None, directory
         found.append(Base(directory, step, store.fingerprint(directory, step), tuple(map(re.escape, names))))
@@ -72,23 +107,45 @@ def frozen(program: Program, sources: Mapping[str, str]) -> dict[str, Any]:
     """The frozen leaves of a run that begins."""
     wanted = params.flatten(program.frozen)
     flat: dict[str, Any] = {}
-    for directory, names in _by_directory({name: sources[name] for name in wanted}).items():
-        flat |= params.flatten(read(directory, {name: wanted[name] for name in names}))
-    return params.unflatten(flat)
+    for directory, names in _by_directory({name: sources[name] for name in _stored(program.frozen)}).items():
+        flat |= params.flatten(read(directory, wanted, names=names))
+    return params.unflatten({name: flat[name] for name in wanted})
 
 
-def read(directory: epath.PathLike, wanted: Mapping[str, Any], step: int | None = None) -> dict[str, Any]:
+def read(
+    directory: epath.PathLike, wanted: Mapping[str, Any], step: int | None = None, names: Iterable[str] | None = None
+) -> dict[str, Any]:
     """Leaves of a checkpoint or of its bases, on the devices, with the dtypes and shardings of the structs in `wanted`.
 
-    The host's peak is one leaf, and its copy where the dtype changes.
+    A kernel that is wanted in int8 is made so here, and its columns' scales come with it. The host's peak is one
+    leaf, and its copy where the dtype changes.
+
+    Args:
+      names: the leaves to read, of those in `wanted`; None is all.
     """
+    scales: dict[str, jax.Array] = {}
 
     def put(name: str, array: np.ndarray) -> jax.Array:
-        struct = wanted[name]
-        array = array.astype(struct.dtype, copy=False)
-        return jax.make_array_from_callback(struct.shape, struct.sharding, lambda index: array[index])
+        if wanted[name].dtype == np.int8:
+            array, scale = lora.quantise(array)
+            scales[lora.beside(name, lora.KERNEL_SCALE)] = _put(scale, wanted[lora.beside(name, lora.KERNEL_SCALE)])
+        return _put(array, wanted[name])
 
-    return store.load_params(directory, wanted, step, put=put) if wanted else {}
+    names = list(wanted if names is None else names)
+    stored = [name for name in names if not name.endswith("/" + lora.KERNEL_SCALE)]
+    tree = store.load_params(directory, stored, step, put=put) if stored else {}
+    return params.merge(tree, params.unflatten(scales))
+
+
+def _put(array: np.ndarray, struct: Any) -> jax.Array:
+    array = array.astype(struct.dtype, copy=False)
+    return jax.make_array_from_callback(struct.shape, struct.sharding, lambda index: array[index])
+
+
+def _stored(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The leaves that a checkpoint can hold: scales of int8 columns are made while kernels are read."""
+    flat = params.flatten(tree)
+    return {name: leaf for name, leaf in flat.items() if not name.endswith("/" + lora.KERNEL_SCALE)}
 
 
 def _random(program: Program, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -97,16 +154,27 @@ def _random(program: Program, chosen: Mapping[str, Any], seed: int) -> dict[str,
 
     def draw(key: jax.Array) -> dict[str, Any]:
         flat = params.flatten(init_params(program.model.config, key))
+        for name, kernel in ((name, lora.kernel_of(name)) for name in chosen):
+            if kernel is not None:
+                rank, alpha = program.adapters[kernel]
+                flat[name] = lora.initial(name, chosen[name].shape, key, alpha / rank)
         return params.unflatten({name: flat[name].astype(struct.dtype) for name, struct in chosen.items()})
 
     return jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, structs))(jax.random.key(seed))
 
 
 def _keep_random(program: Program, chosen: Mapping[str, Any], directory: epath.Path, seed: int) -> None:
-    drawn = params.flatten(_random(program, chosen, seed))
+    # A checkpoint holds kernels that no rounding has touched: int8 is made of them as they are read.
+    plain = {
+        name: jax.ShapeDtypeStruct(x.shape, program.model.dtype if x.dtype == np.int8 else x.dtype, sharding=x.sharding)
+        for name, x in chosen.items()
+    }
+    drawn = params.flatten(_random(program, plain, seed))
     if jax.process_count() > 1:
         drawn = {name: multihost_utils.process_allgather(leaf, tiled=True) for name, leaf in drawn.items()}
-    if jax.process_index() == 0 and store.latest_step(directory) is None:
+    if jax.process_index() == 0:
+        # Left by a start that ended before its first checkpoint, perhaps with another seed, alpha or dtype.
+        (directory / "0").rmtree(missing_ok=True)
         with store.LeafWriter(directory / "0" / store.PARAMS) as writer:
             for name, leaf in drawn.items():
                 writer.write(name, np.asarray(leaf))

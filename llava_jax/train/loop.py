@@ -6,6 +6,7 @@ to be, so the device always has work; only a checkpoint or a hook waits for the 
 
 import contextlib
 import faulthandler
+import functools
 import os
 import signal
 import sys
@@ -23,7 +24,8 @@ from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Checkpoints, Saved
-from llava_jax.train import metrics, optimizer
+from llava_jax.train import measure, metrics, optimizer
+from llava_jax.train.measure import Counts, Since, Surprise, Tracer, Yardstick
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import Metrics, State
@@ -68,12 +70,12 @@ class Run:
 
 
 class Progress(NamedTuple):
-    """What the reports so far have added up to; times in seconds."""
+    """What the reports so far have added up to."""
 
-    bad_in_row: int
-    reported: float  # when the last update was reported
-    line_time: float  # when the last line was printed
-    line_step: int | None = None  # after which update; None: there was no line yet
+    report: Since  # since the last update was reported
+    line: Since  # since the last line was printed
+    bad_in_row: int = 0
+    line_step: int | None = None  # after which update it was printed; None: there was no line yet
 
 
 class Waiting(NamedTuple):
@@ -81,6 +83,7 @@ class Waiting(NamedTuple):
 
     step: int
     metrics: Metrics
+    counts: Counts
     ids: Sequence[str]
 
 
@@ -96,20 +99,29 @@ def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple
     """
     first, last = int(state.step) + 1, run.program.steps
     rates = _highest_rate(run.program) * optimizer.schedule(run.config.train, last)
+    features, surprise = run.program.model.config.vision.features, Surprise()
     now = time.monotonic()
-    progress, waiting = Progress(0, now, now), None
+    progress, waiting = Progress(Since(now), Since(now)), None
+    tracer = Tracer(run.checkpoints.directory, run.config.profile, first)
     batches = iter(run.pipeline)
-    with _preemption() as preempted, _watchdog(watchdog_secs) as beat:
+    with (
+        _preemption() as preempted, _watchdog(watchdog_secs) as beat, measure.compilations() as built,
+        contextlib.closing(tracer),
+    ):
+        report = functools.partial(_report, run, measure.yardstick(run.program), rates, built)
         for step in range(first, last + 1):
-            batch, ids = next(batches)
+            batch, ids, progress = _next(batches, progress)
+            tracer.before(step, state)
+            before = built()
             state, scalars = run.program.step(state, run.frozen, run.program.put(batch))
+            surprise = surprise.after(step, batch, built() - before)
             if waiting is not None:
-                progress = _report(run, rates, progress, waiting)
+                progress = report(progress, waiting)
                 beat()
-            waiting = Waiting(step, scalars, ids)
+            waiting = Waiting(step, scalars, measure.count(batch, features, jax.process_count()), ids)
             stop = preempted(step)
             if stop or step == last or _is_due(run, step):
-                progress, waiting = _report(run, rates, progress, waiting), None
+                progress, waiting = report(progress, waiting), None
                 _save(run, step, state, stop or step == last)
                 if stop and step < last:  # the time left may be short: no hooks
                     manager.wait(run.checkpoints)
@@ -117,7 +129,7 @@ def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple
                     return PREEMPTED, state
                 _call_hooks(run, step, state)
                 beat()
-                progress = _without(progress, time.monotonic() - progress.reported)
+                progress = _without(progress, time.monotonic() - progress.report.begun)
     if first > last:
         for hook in run.hooks:
             hook.call(last, state)
@@ -155,13 +167,29 @@ def _call_hooks(run: Run, step: int, state: State) -> None:
             hook.call(step, state)
 
 
-def _report(run: Run, rates: np.ndarray, progress: Progress, done: Waiting) -> Progress:
+def _next(batches: Iterator[tuple[Batch, Sequence[str]]], progress: Progress) -> tuple[Batch, Sequence[str], Progress]:
+    """The next batch, and progress with the time that the host waited for it."""
+    begun = time.monotonic()
+    batch, ids = next(batches)
+    secs = time.monotonic() - begun
+    report, line = (since._replace(waited=since.waited + secs) for since in (progress.report, progress.line))
+    return batch, ids, progress._replace(report=report, line=line)
+
+
+def _report(
+    run: Run, yardstick: Yardstick, rates: np.ndarray, built: Callable[[], int], progress: Progress, done: Waiting
+) -> Progress:
     """Writes down one update, waiting for it if need be. Raises NonFinite."""
     scalars = Metrics(*(x.item() for x in jax.device_get(done.metrics)))
     now = time.monotonic()
+    flops = yardstick.flops(done.counts)
+    report, line = (since.plus(done.counts, flops) for since in (progress.report, progress.line))
     row = {"step": done.step, "loss": scalars.loss, "grad_norm": scalars.grad_norm, "tokens": scalars.tokens,
-           "rate": float(rates[done.step - 1]), "secs": round(now - progress.reported, 4)}  # fmt: skip
-    progress = progress._replace(reported=now, bad_in_row=0 if scalars.finite else progress.bad_in_row + 1)
+           "rate": float(rates[done.step - 1]), "secs": round(now - report.begun, 4), "positions": done.counts.tokens,
+           "fill": done.counts.fill, "image_fill": done.counts.image_fill, "flops": flops,
+           "hbm_peak_bytes": measure.hbm_peak_bytes(), "compiles": built()}  # fmt: skip
+    if progress.line_step is not None:  # compiling is in the first one's time
+        row |= measure.speeds(yardstick, report, now)
     if not scalars.finite:
         row |= {"skipped": True, "ids": list(done.ids)}
         records = ", ".join(map(repr, done.ids))
@@ -169,33 +197,39 @@ def _report(run: Run, rates: np.ndarray, progress: Progress, done: Waiting) -> P
               f"finite, so it is skipped; records: {records}", file=sys.stderr, flush=True)  # fmt: skip
     if run.writer is not None:
         metrics.write(run.writer, metrics.STEPS, row)
-    if progress.bad_in_row >= run.config.train.max_nonfinite:
+    bad_in_row = 0 if scalars.finite else progress.bad_in_row + 1
+    if bad_in_row >= run.config.train.max_nonfinite:
         raise NonFinite(
-            f"step {done.step}: {progress.bad_in_row} updates in a row were not finite (train.max_nonfinite); "
+            f"step {done.step}: {bad_in_row} updates in a row were not finite (train.max_nonfinite); "
             f"{run.checkpoints.directory} holds none of them. Look at the records named above, or lower train.lr"
         )
+    progress = Progress(Since(now), line, bad_in_row, progress.line_step)
     if done.step % run.config.log.every == 0 or done.step == run.program.steps or progress.line_step is None:
-        return _show(run, progress, row)
+        return _show(run, yardstick, progress, row)
     return progress
 
 
 def _without(progress: Progress, secs: float) -> Progress:
     """Progress with the seconds that a checkpoint and hooks took left out of the speed."""
-    return progress._replace(reported=progress.reported + secs, line_time=progress.line_time + secs)
+    report, line = (since._replace(begun=since.begun + secs) for since in (progress.report, progress.line))
+    return progress._replace(report=report, line=line)
 
 
-def _show(run: Run, progress: Progress, row: Mapping[str, Any]) -> Progress:
+def _show(run: Run, yardstick: Yardstick, progress: Progress, row: Mapping[str, Any]) -> Progress:
     """Prints the line of progress; the first has no speed, as compiling is in its time."""
-    passed = progress.reported - progress.line_time
+    now = progress.report.begun
+    passed = max(1e-9, now - progress.line.begun)
     if progress.line_step is None:
         speed = f"after {passed:.1f} s of compiling and computing"
     else:
-        rate = (row["step"] - progress.line_step) / max(1e-9, passed)
+        rate, speeds = (row["step"] - progress.line_step) / passed, measure.speeds(yardstick, progress.line, now)
+        mfu = "" if speeds["mfu"] is None else f"MFU {speeds['mfu']:.1%}  "
         left = int((run.program.steps - row["step"]) / rate)
-        speed = f"{rate:.3g} steps/s  ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        speed = (f"{rate:.3g} steps/s  {speeds['positions_per_sec']:,.0f} tokens/s  {mfu}waits {speeds['wait']:.0%}  "
+                 f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")  # fmt: skip
     _say(f"step {row['step']}/{run.program.steps}  loss {row['loss']:.4f}  gradient {row['grad_norm']:.3g}  "
          f"rate {row['rate']:.3g}  {speed}")  # fmt: skip
-    return progress._replace(line_step=row["step"], line_time=progress.reported)
+    return progress._replace(line=Since(now), line_step=row["step"])
 
 
 def _highest_rate(program: Program) -> float:

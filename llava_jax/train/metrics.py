@@ -11,7 +11,22 @@ from etils import epath
 
 from llava_jax import config
 
-STEPS = "metrics.jsonl"  # {"step", "loss", "grad_norm", "tokens", "rate", "secs"}: one line an update
+# One line an update; counts are of the global batch:
+#   step, loss, rate    which update, its loss, the highest learning rate
+#   grad_norm           of the trainable parameters, before clipping
+#   tokens              supervised tokens: those that the loss looks at
+#   positions           tokens and image features that are no padding
+#   fill, image_fill    the share of positions, and of image slots, that are in use
+#   secs                since the line before, without checkpoints and hooks; in a start's first it holds compiling
+#   flops               model FLOPs (models/flops.py)
+#   hbm_peak_bytes      the most memory in use so far on any device of this process; null where the backend is silent
+#   compiles            programs compiled, or fetched from the cache, since the start
+#   skipped, ids        where the update was not finite: true, and its records
+# and in all but the first of a start:
+#   positions_per_sec, tokens_per_sec
+#   mfu                 flops / secs / the devices' bfloat16 peak; null on a device that chips.py does not know
+#   wait                the share of `secs` in which the host waited for the pipeline
+STEPS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"  # {"step", "loss"}
 SAMPLES = "samples.jsonl"  # {"step", "id", "prompt", "answer"}
 

@@ -1,4 +1,5 @@
-"""What moves a parameter and how fast: AdamW, its rate schedule and its tables. A name without a rate is not here."""
+"""What moves a parameter and how fast: the optimizers, their rate schedule and tables. A name without a rate is not here.
+"""
 
 import math
 from collections.abc import Mapping
@@ -29,17 +30,33 @@ def schedule(train: config.Train, steps: int) -> np.ndarray:
 
 
 def build(train: config.Train, rates: Mapping[str, config.Rate], steps: int) -> optax.GradientTransformationExtraArgs:
-    """AdamW over the names of `rates` (peak rates; a tuple has one a layer); `update` also takes `step`, an int32.
+    """The optimizer over the names of `rates` (peak rates; a tuple has one a layer); `update` also takes `step`, int32.
 
     The schedule follows `step` and not the optimizer's own count, so an update that is skipped takes its rate
-    with it. Moments have the dtype of the parameters, float32.
+    with it. AdamW's second moment has the dtype of the parameters, float32.
     """
     parts = [] if train.clip_norm is None else [optax.clip_by_global_norm(train.clip_norm)]
-    parts.append(optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps))
+    parts += SCALES[train.optimizer](train)
     if train.weight_decay:
         decay = params.unflatten(params.lookup(rates, DECAY, "decay"))
         parts.append(optax.add_decayed_weights(train.weight_decay, mask=decay))
     return optax.chain(*parts, _scale_by_rates(rates, schedule(train, steps)))
+
+
+def _adamw(train: config.Train) -> list[optax.GradientTransformation]:
+    return [optax.scale_by_adam(b1=train.b1, b2=train.b2, eps=train.eps, mu_dtype=train.moment_dtype)]
+
+
+def _adafactor(train: config.Train) -> list[optax.GradientTransformation]:
+    """A row and a column of second moments for each matrix: 0.001 of AdamW's memory.
+
+    Shazeer and Stern 2018 with optax's numbers, without momentum and with absolute rates, as in AdamW; not scaled
+    by the size of the parameter, since weights that are fine-tuned have the size they should have.
+    """
+    return [optax.scale_by_factored_rms(), optax.clip_by_block_rms(1.0)]
+
+
+SCALES = {"adamw": _adamw, "adafactor": _adafactor}
 
 
 def _scale_by_rates(rates: Mapping[str, config.Rate], shares: np.ndarray) -> optax.GradientTransformationExtraArgs:
@@ -59,8 +76,9 @@ def _as_array(rate: config.Rate, dims: int) -> np.ndarray:
     return values.reshape(values.shape + (1,) * (dims - 1)) if values.ndim else values
 
 
-def state_shardings(optimizer: optax.GradientTransformation, state: Any, shardings: Any, other: Any) -> Any:
-    """Shardings of an (abstract) optimizer state: moments lie as their parameters do, everything else as `other`."""
+def state_shardings(optimizer: optax.GradientTransformation, state: Any, trainable: Any, other: Any) -> Any:
+    """Shardings of an (abstract) optimizer state: what has its parameter's shape lies as that, the rest as `other`."""
     return optax.tree_utils.tree_map_params(
-        optimizer, lambda _, sharding: sharding, state, shardings, transform_non_params=lambda _: other
-    )
+        optimizer, lambda leaf, of: of.sharding if leaf.shape == of.shape else other, state, trainable,
+        transform_non_params=lambda _: other,
+    )  # fmt: skip

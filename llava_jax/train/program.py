@@ -6,7 +6,7 @@ program.batch).compile()`.
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from jax.sharding import Mesh
 
 from llava_jax import batch as batches
 from llava_jax import config as configs
-from llava_jax import params, sharding
+from llava_jax import chips, params, sharding
 from llava_jax.batch import Batch
+from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.train import optimizer as optimizers
@@ -63,25 +64,31 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
     """
     mesh = sharding.make_mesh(asdict(config.mesh)) if mesh is None else mesh
     dtype = jnp.dtype(config.model.dtype)
-    model = Llava(model_config, dtype, config.model.remat)
+    model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout)
     shapes = abstract_params(model_config)
+    shapes = lora.add(shapes, adapters(config.lora, shapes))
     rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
     moving = _trainable(rates, shapes)
     trainable, frozen = params.split(shapes, moving)
     trainable = _placed(trainable, jnp.float32, mesh)
     optimizer = optimizers.build(config.train, moving, steps)
-    state = _state(optimizer, trainable, mesh)
+    state = _state(optimizer, trainable, mesh, config.train.offload_optimizer)
+    if config.model.frozen_dtype == "int8":
+        frozen = lora.quantised(frozen)
 
-    train_step = functools.partial(steps_of.train_step, model, optimizer, config.train)
-    evaluate = functools.partial(steps_of.eval_step, model)
+    packed = config.data.layout == "packed"
+    train_step = functools.partial(steps_of.train_step, model, optimizer, config.train, packed)
+    evaluate = functools.partial(steps_of.eval_step, model, packed)
     whole = sharding.replicated(mesh)
+    options = compiler_options(config.compiler_options, mesh)
     return Program(
         model=model, optimizer=optimizer, mesh=mesh, steps=steps, rates=rates, state=state,
-        frozen=_placed(frozen, dtype, mesh), batch=_batch(config, model_config, mesh),
+        frozen=_placed(frozen, None, mesh, dtype), batch=_batch(config, model_config, mesh),
         step=jax.jit(
-            _on(mesh, train_step), donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole)
+            _on(mesh, train_step), donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole),
+            compiler_options=options,
         ),
-        evaluate=jax.jit(_on(mesh, evaluate), out_shardings=whole),
+        evaluate=jax.jit(_on(mesh, evaluate), out_shardings=whole, compiler_options=options),
     )  # fmt: skip
 
 
@@ -110,38 +117,78 @@ def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> 
     return moving
 
 
-def _placed(shapes: Mapping[str, Any], dtype: Any, mesh: Mesh) -> Any:
-    cut = sharding.of_parameters(shapes, mesh)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, dtype, sharding=s), shapes, cut)
+def adapters(table: Sequence[tuple[str, configs.Lora | None]], shapes: Mapping[str, Any]) -> dict[str, Any]:
+    """{kernel: (rank, alpha)} of the table `lora`, which must say something of every kernel."""
+    rows = params.lookup(lora.targets(params.flatten(shapes)), table, "lora", every_row=True) if table else {}
+    return {name: (row.rank, row.alpha) for name, row in rows.items() if row is not None}
 
 
-def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mesh: Mesh) -> State:
+def _placed(shapes: Mapping[str, Any], dtype: Any, mesh: Mesh, compute: Any = None) -> Any:
+    """Shapes with shardings, in one dtype, or (None) each in the one that it has while the program runs."""
+    flat, cut = params.flatten(shapes), params.flatten(sharding.of_parameters(shapes, mesh))
+    kinds = {name: dtype or lora.running_dtype(name, x.dtype, compute) for name, x in flat.items()}
+    return params.unflatten(
+        {name: jax.ShapeDtypeStruct(x.shape, kinds[name], sharding=cut[name]) for name, x in flat.items()}
+    )
+
+
+def compiler_options(own: Sequence[tuple[str, Any]], mesh: Mesh) -> dict[str, Any]:
+    """What XLA is told: the chip's options (`chips`), and the user's over them.
+
+    Raises:
+      ValueError: XLA does not know an option of the user's, or not that value of it.
+    """
+    chip = chips.of_kind(mesh.devices.flat[0].device_kind)
+    for name, value in own:
+        probe = jax.jit(lambda x: x, compiler_options={name: value}, in_shardings=sharding.replicated(mesh))
+        try:
+            probe.lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
+        except jax.errors.JaxRuntimeError as error:
+            raise ValueError(f"compiler_options: XLA refuses {name}={value!r}: {str(error).splitlines()[0]}") from None
+    return (dict(chip.compiler_options) if chip else {}) | dict(own)
+
+
+def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mesh: Mesh, offload: bool) -> State:
     whole = sharding.replicated(mesh)
     moments = jax.eval_shape(optimizer.init, trainable)
-    cut = optimizers.state_shardings(optimizer, moments, jax.tree.map(lambda x: x.sharding, trainable), whole)
+    cut = optimizers.state_shardings(optimizer, moments, trainable, whole)
+    if offload:
+        cut = jax.tree.map(lambda x, s: s.with_memory_kind("pinned_host") if x.ndim else s, moments, cut)
     moments = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), moments, cut)
     return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, moments)
 
 
 def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Batch:
-    rows, parts = config.data.batch_samples, config.train.accumulate * sharding.shards(mesh, "batch")
-    if rows % parts:
+    data = config.data
+    rows = rows_of(data, mesh)
+    parts = config.train.accumulate * sharding.shards(mesh, "batch")
+    if rows % (parts * data.rows_per_group):
         raise ValueError(
             f"data.batch_samples={rows} is not divisible by train.accumulate={config.train.accumulate} x "
             f"mesh.data x mesh.fsdp={sharding.shards(mesh, 'batch')}: want a multiple of {parts}"
         )
-    for length in (config.data.row_tokens, *config.data.lengths):
+    for length in (data.row_tokens, *data.lengths):
         parts = sharding.shards(mesh, "tokens")
         if length % parts:
             raise ValueError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
+    if data.layout == "packed" and data.row_tokens <= model_config.vision.features:
+        raise ValueError(
+            f"data.row_tokens={data.row_tokens}: an image takes {model_config.vision.features} positions and its text "
+            f"some more; want more than {model_config.vision.features}"
+        )
     fields = batches.spec(
-        rows=rows, row_tokens=config.data.row_tokens, groups=rows, images_per_group=config.data.images_per_group,
-        image_size=model_config.vision.image_size,
+        rows=rows, row_tokens=data.row_tokens, groups=rows // data.rows_per_group,
+        images_per_group=data.images_per_group, image_size=model_config.vision.image_size,
     )  # fmt: skip
     return Batch(**{
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_field_sharding(mesh, name, x.shape))
         for name, x in fields._asdict().items()
     })  # fmt: skip
+
+
+def rows_of(data: configs.Data, mesh: Mesh) -> int:
+    """Rows of a step, of all devices together."""
+    return data.batch_samples if data.layout == "padded" else data.rows_per_chip * sharding.shards(mesh, "batch")
 
 
 def _field_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:

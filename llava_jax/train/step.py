@@ -1,6 +1,6 @@
 """The loss and one update, as pure functions. Who only wants to know what is minimised reads this file.
 
-The step knows no layer: the model returns hidden states, and `head` makes logits of a few positions at a time.
+The step knows no layer: the model returns hidden states and the matrix that makes logits of them.
 """
 
 from collections.abc import Callable, Mapping
@@ -15,10 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llava_jax import config, params, sharding
 from llava_jax.batch import Batch
 from llava_jax.models.llava import Llava
-
-# Positions of each row whose logits exist at once. 128 x 32,000 float32 logits are 16 MB a row; a whole row of
-# 2,048 would be 262 MB, twice that with its gradient.
-HEAD_TOKENS = 128
+from llava_jax.train.loss import cross_entropy
 
 
 class State(NamedTuple):
@@ -42,6 +39,7 @@ def train_step(
     model: Llava,
     optimizer: optax.GradientTransformationExtraArgs,
     train: config.Train,
+    packed: bool,
     state: State,
     frozen: Mapping[str, Any],
     batch: Batch,
@@ -52,12 +50,17 @@ def train_step(
     `step` moves on: a poisoned batch costs exactly its own update.
     """
 
-    def loss_of(trainable: Any, batch: Batch, weights: Array) -> Array:
-        return weighted_loss(model, params.merge(trainable, frozen), batch, weights)
+    def loss_of(trainable: Any, batch: Batch, weights: Array, part: Array) -> Array:
+        key = jax.random.fold_in(dropped, part) if train.lora_dropout else None
+        return weighted_loss(model, params.merge(trainable, frozen), batch, weights, packed, key)
 
+    dropped = jax.random.fold_in(jax.random.key(train.seed), state.step)
     weights = loss_weights(batch.weights, train.loss, train.group_samples)
     loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, batch, weights, train.accumulate)
     norm = optax.tree.norm(gradients)
+    if train.offload_optimizer:  # fetched when the gradients are there, or it would be on the device all the while
+        moments, gradients = jax.lax.optimization_barrier((state.opt_state, gradients))
+        state = state._replace(opt_state=jax.device_put(moments, jax.memory.Space.Device))
     updates, opt_state = optimizer.update(gradients, state.opt_state, state.params, step=state.step)
     # The updates too: a rate too large for float32 turns a finite gradient into infinite weights.
     finite = jnp.isfinite(loss) & jnp.isfinite(norm) & jnp.isfinite(optax.tree.norm(updates))
@@ -67,10 +70,10 @@ def train_step(
 
 
 def eval_step(
-    model: Llava, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
+    model: Llava, packed: bool, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of the losses of the supervised tokens, their number), so that batches add up to a global mean."""
-    total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights)
+    total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights, packed)
     return total, jnp.sum(batch.weights)
 
 
@@ -93,30 +96,25 @@ def loss_weights(
 
 
 def weighted_loss(
-    model: Llava, parameters: Mapping[str, Any], batch: Batch, weights: Float[Array, "B T"]
+    model: Llava,
+    parameters: Mapping[str, Any],
+    batch: Batch,
+    weights: Float[Array, "B T"],
+    packed: bool = True,
+    key: Array | None = None,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight times cross-entropy of the target, float32."""
-    variables = {"params": parameters}
+    """Sum over positions of weight times cross-entropy of the target, float32.
+
+    Args:
+      packed: rows may hold several samples; False spares the attention their separation.
+      key: of the adapters' dropout; None: nothing is dropped.
+    """
     hidden = model.apply(
-        variables, batch.tokens, batch.positions, batch.segments, batch.image_slots, batch.pixels
+        {"params": parameters}, batch.tokens, batch.positions, batch.segments if packed else None, batch.image_slots,
+        batch.pixels, rngs={} if key is None else {"dropout": key},
     )  # fmt: skip
-
-    def add(total: Array, part: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        hidden, targets, weights = part
-        logits = model.apply(variables, hidden, method="head")
-        picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-        return total + jnp.sum(weights * (jax.nn.logsumexp(logits, axis=-1) - picked)), None
-
-    parts = tuple(_in_parts(x) for x in (hidden, batch.targets, weights))
-    # Checkpointed: the backward pass makes each part's logits again instead of keeping all of them.
-    return jax.lax.scan(jax.checkpoint(add, prevent_cse=False), jnp.float32(0), parts)[0]
-
-
-def _in_parts(x: Array) -> Array:
-    """[B, T, ...] -> [parts, B, HEAD_TOKENS, ...], zeros after the last token."""
-    width = min(HEAD_TOKENS, x.shape[1])
-    x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % width)] + [(0, 0)] * (x.ndim - 2))
-    return jnp.moveaxis(x.reshape(x.shape[0], -1, width, *x.shape[2:]), 1, 0)
+    kernel = model.apply({"params": parameters}, method="head_kernel")
+    return cross_entropy(hidden, kernel, batch.targets, weights)
 
 
 def _accumulate(
@@ -124,17 +122,18 @@ def _accumulate(
 ) -> tuple[Array, Any]:
     """Loss and gradient, summed over micro-batches one after another; buffers exist for trainable leaves only."""
     if parts == 1:
-        loss, found = gradient(trainable, batch, weights)
+        loss, found = gradient(trainable, batch, weights, jnp.int32(0))
         return loss, sharding.constrain_parameters(found)
 
-    def add(sums: tuple[Array, Any], part: tuple[Batch, Array]) -> tuple[tuple[Array, Any], None]:
+    def add(sums: tuple[Array, Any], part: tuple[Batch, Array, Array]) -> tuple[tuple[Array, Any], None]:
         loss, found = gradient(trainable, *part)
         return jax.tree.map(jnp.add, sums, (loss, sharding.constrain_parameters(found))), None
 
     groups = batch.pixels.shape[0]
     micro = jax.tree.map(lambda x: _micro_batches(x, groups, parts), (batch, weights))
+    numbers = jnp.arange(parts, dtype=jnp.int32)
     zeros = jax.tree.map(jnp.zeros_like, trainable)
-    return jax.lax.scan(add, (jnp.float32(0), zeros), micro)[0]
+    return jax.lax.scan(add, (jnp.float32(0), zeros), (*micro, numbers))[0]
 
 
 def _micro_batches(x: Array, groups: int, parts: int) -> Array:

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 
-from llava_jax.convert import exporting, importing
+from llava_jax.convert import importing, source
 from llava_jax.models.llava import abstract_params
 
 
@@ -13,5 +13,5 @@ def _names_are_traced_once():
     with pytest.MonkeyPatch.context() as patch:
         cached = functools.cache(abstract_params)
         patch.setattr(importing, "abstract_params", cached)
-        patch.setattr(exporting, "abstract_params", cached)
+        patch.setattr(source, "abstract_params", cached)
         yield

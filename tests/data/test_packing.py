@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from llava_jax.batch import Example, Span, spec
-from llava_jax.data.packing import cut, padded
+from llava_jax.data.packing import cut, packed, padded
 
 
 def example(tokens, learned, spans=(), images=None, id="x"):
@@ -15,6 +15,18 @@ def example(tokens, learned, spans=(), images=None, id="x"):
 
 
 def test_the_example_of_the_docstring():
+    first = example([1, 0, 0, 5, 6, 7], ". . . . x x", [Span(1, 2)])
+    batch, lost = packed([[[first, example([1, 0, 0, 8], ". . . x", [Span(1, 2)])]]], 10, 2, 2)
+    assert lost == 0
+    assert batch.tokens.tolist() == [[1, 0, 0, 5, 6, 7, 1, 0, 0, 8]]
+    assert batch.targets.tolist() == [[0, 0, 5, 6, 7, 0, 0, 0, 8, 0]]
+    assert batch.weights.tolist() == [[0, 0, 0, 1, 1, 0, 0, 0, 1, 0]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 5, 0, 1, 2, 3]]
+    assert batch.segments.tolist() == [[1, 1, 1, 1, 1, 1, 2, 2, 2, 2]]
+    assert batch.image_slots.tolist() == [[-1, 0, 1, -1, -1, -1, -1, 2, 3, -1]]
+
+
+def test_a_padded_row_holds_one_example():
     batch, lost = padded([example([1, 0, 0, 5, 6, 7], ". . . . x x", [Span(1, 2)])], 8, 1, 2)
     assert lost == 0
     assert batch.tokens.tolist() == [[1, 0, 0, 5, 6, 7, 0, 0]]
@@ -27,8 +39,10 @@ def test_the_example_of_the_docstring():
 
 
 def test_shapes_and_dtypes_are_those_of_the_contract():
-    batch, _ = padded([example([1, 2], ". x"), example([1], ".")], 5, 3, 2)
-    for field, wanted in zip(batch, spec(2, 5, 2, 3, 2), strict=True):
+    one, two = example([1, 2], ". x"), example([1], ".")
+    pairs = [(padded([one, two], 5, 3, 2)[0], spec(2, 5, 2, 3, 2)),
+             (packed([[[one, two], []], [[], [one]]], 5, 3, 2)[0], spec(4, 5, 2, 3, 2))]  # fmt: skip
+    for field, wanted in (pair for batch, fields in pairs for pair in zip(batch, fields, strict=True)):
         assert (field.shape, field.dtype) == (wanted.shape, wanted.dtype)
 
 
@@ -61,6 +75,29 @@ def test_an_example_without_tokens_is_a_row_of_padding():
     assert batch.weights[0].sum() == 0 and (batch.image_slots[0] == -1).all()
 
 
-def test_more_images_than_a_row_takes_raise():
-    with pytest.raises(ValueError, match=r"'x' has 2 images, a row takes 1"):
-        padded([example([0, 0, 1], ". . x", [Span(0, 1), Span(1, 1)])], 4, 1, 2)
+def test_rows_of_a_group_share_its_images_and_groups_do_not():
+    """Images are numbered through the rows of a group; blanks fill the pool up."""
+
+    def shown(shade):
+        return example([1, 0, 6], ". . x", [Span(1, 1)], (np.full((2, 2, 3), shade, np.uint8),))
+
+    groups = [[[shown(1)], [shown(2), shown(3)]], [[example([1, 2], ". x")], [shown(4)]]]
+    batch, _ = packed(groups, 6, 4, 2)
+    assert batch.image_slots.tolist() == [
+        [-1, 0, -1, -1, -1, -1], [-1, 1, -1, -1, 2, -1], [-1, -1, -1, -1, -1, -1], [-1, 0, -1, -1, -1, -1]
+    ]  # fmt: skip
+    assert batch.pixels[:, :, 0, 0, 0].tolist() == [[1, 2, 3, 0], [4, 0, 0, 0]]
+
+
+def test_an_example_without_tokens_takes_neither_room_nor_number():
+    one, none = example([1, 2], ". x"), example([], "")
+    batch, _ = packed([[[none, one, none, one], []]], 5, 1, 2)
+    assert batch.segments.tolist() == [[1, 1, 2, 2, 0], [0, 0, 0, 0, 0]] and not batch.weights[1].any()
+
+
+def test_what_fits_neither_its_row_nor_its_pool_raises():
+    pair = example([0, 0, 1], ". . x", [Span(0, 1), Span(1, 1)])
+    with pytest.raises(ValueError, match=r"'x' fills its row to 3 of 4 tokens and its group to 2 of 1 images"):
+        padded([pair], 4, 1, 2)
+    with pytest.raises(ValueError, match=r"'x' fills its row to 5 of 4 tokens"):
+        packed([[[example([1, 2], ". x"), pair]]], 4, 9, 2)

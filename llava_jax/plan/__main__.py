@@ -1,0 +1,149 @@
+"""Memory, work and time of a training run before anything is rented.
+
+    python -m llava_jax.plan --config configs/X.py --topology v5e:4x4 [--config.data.rows_per_chip=4 ...]
+
+It compiles the step that `train` would run, with the TPU's own compiler and without a TPU or an array.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import jax
+from etils import epath
+
+from llava_jax import chips
+from llava_jax import config as configs
+from llava_jax.data.sources import open_source
+from llava_jax.plan import report, search
+from llava_jax.plan.compile import build, compile_step, find_place, model_of
+from llava_jax.plan.report import Bill
+
+_USAGE = 64
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Plans; the exit code: 0 done (also where it does not fit), 64 what cannot be asked."""
+    jax.config.update("jax_platforms", "cpu")  # a plan on a TPU machine must not take its chips
+    try:
+        words, overrides = _overrides(sys.argv[1:] if argv is None else argv)
+        options = _parser().parse_args(words)
+        if options.topologies:
+            print("\n".join(_topologies()))
+            return 0
+        return _search(options, overrides) if options.search else _plan(options, overrides)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return _USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m llava_jax.plan", description=__doc__, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    add = parser.add_argument
+    add("--config", metavar="FILE", help="the experiment; any of its scalars is set by --config.BRANCH.KEY=VALUE")
+    add("--topology", metavar="CHIP:SHAPE", help="where it would run, as v5e:4x4")
+    add("--slices", type=int, metavar="N", help="so many of them, joined by the data centre's network")
+    add("--json", metavar="FILE", help="write the numbers there too")
+    add("--price", type=float, metavar="USD", help="of one chip and hour")
+    add("--samples", type=int, metavar="N", help="samples of the whole run, where the data is not here to be counted")
+    add("--sample-tokens", type=int, metavar="N", help="mean tokens of a sample, its picture's included")
+    add("--search", action="store_true", help="try rows x rematerialisation x mesh; print the fastest that fits")
+    add("--topologies", action="store_true", help="list what --topology takes")
+    return parser
+
+
+def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The words that argparse reads, and {"data.rows_per_chip": "4"} of `--config.data.rows_per_chip=4`."""
+    rest, overrides, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        key, equals, text = word.removeprefix("--config.").partition("=")
+        overrides[key] = text if equals else next(words, "")
+        if not overrides[key] and not equals:
+            raise ValueError(f"{word} wants a value")
+    return rest, overrides
+
+
+def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = _config(options, overrides)
+    model = model_of(config)
+    place = find_place(config.mesh, options.topology)
+    program = build(config, place)
+    load = report.load_of(config, model, program, options.sample_tokens)
+    bill = Bill(_samples(config, options, load.samples), options.price)
+    compiled = compile_step(place, program, load.chunks)
+    print(report.page(compiled, load, bill), flush=True)
+    if options.json:
+        _write(options.json, report.numbers(compiled, load, bill))
+    return 0
+
+
+def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
+    config = _config(options, overrides)
+    best = search.search(options.config, overrides, options.topology, options.sample_tokens)
+    if best is None:
+        print("nothing that was tried fits; more chips, frozen_dtype=int8 or adapters (lora) need less memory")
+        return 0
+    bill = Bill(_samples(config, options, best.load.samples), options.price)
+    print("\n".join(["", report.page(best.compiled, best.load, bill), "", "run it with:",
+                     _command(options.config, overrides | best.overrides)]))  # fmt: skip
+    if options.json:
+        _write(options.json, report.numbers(best.compiled, best.load, bill) | {"overrides": best.overrides})
+    return 0
+
+
+def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.Config:
+    for name in ("config", "topology"):
+        if not vars(options)[name]:
+            raise ValueError(f"--{name} is missing; see --help, and --topologies for what there is")
+    chips.of_topology(options.topology)
+    if options.slices is not None:
+        overrides["mesh.slices"] = str(options.slices)
+    return configs.load(options.config, overrides)
+
+
+def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
+    """Samples of the whole run: as told, by the steps, or counted where the data lies here; None: nobody knows."""
+    epochs = config.train.epochs or 1
+    if options.samples is not None:
+        return options.samples
+    if config.train.steps:
+        return round(config.train.steps * step_samples)
+    if not all(epath.Path(source.path).exists() for source in config.data.sources):
+        return None
+    return round(epochs * sum(len(open_source(s.path, None, s.name)) * s.weight for s in config.data.sources))
+
+
+def _command(config: str, overrides: dict[str, str]) -> str:
+    words = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return " ".join(["python -m llava_jax.train", f"--config {config}", "--workdir DIR", *words])
+
+
+def _write(path: str, numbers: dict[str, Any]) -> None:
+    Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+
+
+def _topologies() -> list[str]:
+    rows = list[list[str]]()
+    for chip in chips.CHIPS:
+        memory, peak = (chip.devices_per_chip * value for value in (chip.hbm_bytes, chip.peak_flops))
+        for name in (f"{chip.name}:{shape}" for shape in chip.shapes):
+            count = math.prod(chips.dimensions(name))
+            rows.append([name, str(count), str(chips.hosts(name)), f"{memory / chips.GIB:.2f}", f"{peak / 1e12:.0f}"])
+    return report.table(["topology", "chips", "hosts", "GiB a chip", "TFLOP/s a chip"], rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

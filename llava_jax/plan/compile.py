@@ -1,0 +1,208 @@
+"""A training step compiled for chips that are not here: `train.program`'s own, with shapes in the place of arrays."""
+
+import dataclasses
+import importlib.util
+import math
+import os
+import re
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from llava_jax import chips, sharding
+from llava_jax import config as configs
+from llava_jax.chips import Chip
+from llava_jax.models import presets
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.plan import hlo
+from llava_jax.train import program as programs
+from llava_jax.train.program import Program
+
+STEPS = 1000  # of the rate schedule, where neither the config nor the data says how many: they cost nothing
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a step would run. devices: in JAX's sense, of all slices together."""
+
+    topology: str
+    slices: int
+    chip: Chip
+    mesh: Mesh
+
+    @property
+    def devices(self) -> int:
+        return self.mesh.size
+
+    @property
+    def chips(self) -> int:
+        """What is rented."""
+        return self.slices * math.prod(chips.dimensions(self.topology))
+
+    @property
+    def hosts(self) -> int:
+        return self.slices * chips.hosts(self.topology)
+
+    @property
+    def ici_bytes_per_sec(self) -> float:
+        """What a corner chip can send to its neighbours: lines have an end, rings have none."""
+        sizes = chips.dimensions(self.topology)
+        links = sum((size > 1) + (size > 2 and size % self.chip.ring == 0) for size in sizes)
+        return self.chip.ici_bytes_per_sec * links / (2 * len(sizes))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device. The first four are what the program's arguments hold, without the padding of layouts."""
+
+    moving: int
+    frozen: int
+    optimizer: int
+    batch: int
+    arguments: int
+    outputs: int
+    aliased: int
+    temporaries: int
+    on_host: int = 0
+
+    @property
+    def peak(self) -> int:
+        return self.arguments + self.outputs - self.aliased + self.temporaries
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says. cost: None where the step needs more memory than there is, and was not finished."""
+
+    place: Place
+    program: Program
+    memory: Memory
+    cost: hlo.Cost | None
+    secs: float
+
+    @property
+    def fits(self) -> bool:
+        return self.cost is not None and self.memory.peak <= self.place.chip.hbm_bytes
+
+
+def find_place(mesh: configs.Mesh, topology: str) -> Place:
+    """The mesh over the devices of a topology; none of them need exist here.
+
+    Raises:
+      ValueError: no such topology, no libtpu, or the sizes of the mesh do not multiply to its devices.
+    """
+    chip = chips.of_topology(topology)
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("plan compiles with the TPU's own compiler, which is not installed: `pip install libtpu` "
+                         "(it needs no TPU; `pip install 'jax[tpu]'` takes the version that suits this jax)")  # fmt: skip
+    # libtpu looks for a TPU and its metadata when it is loaded, and locks it; nothing of that is wanted here.
+    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
+                        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
+        os.environ.setdefault(name, value)
+    told: dict[str, Any] = {}
+    if mesh.slices > 1:
+        told["num_slices"] = mesh.slices
+    if chips.dimensions(topology) == (1, 1):
+        told["chips_per_host_bounds"] = (1, 1, 1)
+    if chip.name == "v4":
+        told["chip_config_name"] = "megacore"  # as on TPU VMs: one device a chip; the other chips have it by default
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **told).devices
+    return Place(topology, mesh.slices, chip, sharding.make_mesh(dataclasses.asdict(mesh), devices))
+
+
+def model_of(config: configs.Config) -> LlavaConfig:
+    """The sizes of the model, from the config alone.
+
+    Raises:
+      ValueError: the config takes them from a checkpoint.
+    """
+    if not config.model.preset:
+        raise ValueError(
+            "model.preset is empty, and plan opens no checkpoint: add --config.model.preset=NAME with one of "
+            f"{', '.join(presets.PRESETS)}"
+        )
+    return presets.get(config.model.preset)
+
+
+def build(config: configs.Config, place: Place) -> Program:
+    """The program that `train` would run there, checked.
+
+    Raises:
+      ValueError: what the program itself refuses; a row shorter than an image; or rows that the hosts cannot share
+        evenly.
+    """
+    model = model_of(config)
+    features = model.vision.features
+    if config.data.row_tokens <= features:
+        raise ValueError(
+            f"data.row_tokens={config.data.row_tokens}: an image takes {features} positions and its text some more; "
+            f"want more than {features}"
+        )
+    program = programs.build(config, model, config.train.steps or STEPS, place.mesh)
+    rows = program.batch.tokens.shape[0]
+    if rows % place.hosts:
+        key = "data.batch_samples" if config.data.layout == "padded" else "data.rows_per_chip"
+        raise ValueError(
+            f"{rows} rows a step do not divide over {place.hosts} hosts of {place.topology}: each host loads its own; "
+            f"set {key} for a multiple of {place.hosts} rows"
+        )
+    return program
+
+
+def compile_step(place: Place, program: Program, chunks: int) -> Compiled:
+    """Compiles the step of a program that was built for this place.
+
+    Args:
+      chunks: how often the loop over supervised positions runs on a device; the data decides, see `hlo.cost`.
+    """
+    begun = time.monotonic()
+    lowered = program.step.lower(program.state, program.frozen, program.batch)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        return Compiled(place, program, _too_much(program, str(error)), None, time.monotonic() - begun)
+    secs = time.monotonic() - begun
+    told = compiled.memory_analysis()
+    memory = dataclasses.replace(
+        arguments_of(program), arguments=told.argument_size_in_bytes, outputs=told.output_size_in_bytes,
+        aliased=told.alias_size_in_bytes, temporaries=told.temp_size_in_bytes,
+        on_host=told.host_argument_size_in_bytes + told.host_temp_size_in_bytes,
+    )  # fmt: skip
+    return Compiled(place, program, memory, hlo.cost(compiled.as_text(), place.slices, chunks), secs)
+
+
+def arguments_of(program: Program) -> Memory:
+    """What the arguments take on one device, before anything is compiled."""
+    state, own = program.state, _bytes_of
+    parts = own(state.params), own(program.frozen), own(state.opt_state), own(program.batch)
+    return Memory(*parts, arguments=sum(parts), outputs=0, aliased=0, temporaries=0)
+
+
+def _bytes_of(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes, in its own memory."""
+    held = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind in (None, "device")]
+    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in held)
+
+
+UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+# XLA's two ways to say so: the temporaries alone are too large, or all together.
+_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
+_TOGETHER = re.compile(r"Used ([\d.]+)([KMGT]) of")
+
+
+def _too_much(program: Program, error: str) -> Memory:
+    """What the compiler says that it would have needed, to the two digits that it gives."""
+    memory = arguments_of(program)
+    for pattern, held in ((_TEMPORARIES, 0), (_TOGETHER, memory.arguments)):
+        found = pattern.search(error)
+        if found:
+            needed = int(float(found[1]) * UNITS[found[2]])
+            return dataclasses.replace(memory, temporaries=max(0, needed - held))
+    raise ValueError(f"XLA ran out of memory and does not say by how much: {error[:500]}")
+

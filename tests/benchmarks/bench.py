@@ -1,0 +1,178 @@
+"""llava_jax against transformers + torch on this machine, in turn: `python -m tests.benchmarks.bench [--what train]`.
+
+Same weights, same records, float32, all threads for both. Every pair must also compute the same (losses, ids, pixels),
+or the run fails. `--device` times a 7B model with random weights on this machine's accelerator instead.
+"""
+
+import argparse
+import datetime
+import importlib.metadata
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from tests.benchmarks import same, turns
+from tests.benchmarks.same import Sizes
+from tests.benchmarks.turns import Job, Timing
+
+RATE = 1e-4  # of training
+READ_BATCH = 16
+NAMES = ("llava_jax", "transformers + torch")
+
+
+class Result(NamedTuple):
+    """A line of the table. speeds: of each side by its median turn, per second; wish: how many times as fast."""
+
+    what: str
+    unit: str
+    speeds: tuple[float, float]
+    spread: tuple[float, float]  # the ratio of neighbouring turns, least and most
+    wish: float
+
+    @property
+    def ratio(self) -> float:
+        return self.speeds[0] / self.speeds[1]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One comparison. work: units in a turn; same: whether two checks agree."""
+
+    what: str
+    unit: str
+    work: float
+    function: str
+    arguments: tuple[object, ...]
+    wish: float
+    same: Callable[[Sequence[float], Sequence[float]], bool]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
+    parser.add_argument("--what", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
+    parser.add_argument("--out", type=Path, help="a Markdown file for the table")
+    parser.add_argument("--small", action="store_true", help="everything tiny: whether it works, not how fast")
+    parser.add_argument("--device", action="store_true", help="a 7B model on this machine's accelerator, ours alone")
+    parser.add_argument("--preset", help="of --device: another model, such as tiny", default="llava15_7b")
+    told = parser.parse_args(argv)
+    if told.device:
+        from tests.benchmarks import device
+
+        text = device.table(told.preset)
+    else:
+        text = compare(same.SMALL if told.small else same.FULL, told.what, told.rounds)
+    print(text)
+    if told.out:
+        told.out.write_text(text)
+    return 0
+
+
+def compare(sizes: Sizes, what: Sequence[str], rounds: int) -> str:
+    """The table of all comparisons.
+
+    Raises:
+      AssertionError: the two sides did not compute the same.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        same.write(folder, sizes)
+        pairs = [pair for key in what for pair in PAIRS[key](folder, sizes)]
+        return table([measured(folder, sizes, pair, rounds) for pair in pairs])
+
+
+def measured(folder: Path, sizes: Sizes, pair: Pair, rounds: int) -> Result:
+    """Runs one comparison."""
+    arguments = (folder, sizes, *pair.arguments)
+    modules = ("tests.benchmarks.ours", "tests.benchmarks.theirs")
+    jobs = {name: Job(module, pair.function, arguments) for name, module in zip(NAMES, modules)}
+    ours, theirs = turns.alternate(jobs, rounds).values()
+    for mine, other in zip(ours.checks, theirs.checks):
+        assert pair.same(mine, other), f"{pair.what}: the sides differ: {mine[:8]} and {other[:8]}"
+    result = _result(pair, ours, theirs)
+    print(f"{result.what}: {result.speeds[0]:,.1f} and {result.speeds[1]:,.1f} {result.unit}, x {result.ratio:.2f}",
+          file=sys.stderr, flush=True)  # fmt: skip
+    return result
+
+
+def _result(pair: Pair, ours: Timing, theirs: Timing) -> Result:
+    ratios = [b / a for a, b in zip(ours.secs, theirs.secs)]
+    speeds = (pair.work / ours.median, pair.work / theirs.median)
+    return Result(pair.what, pair.unit, speeds, (min(ratios), max(ratios)), pair.wish)
+
+
+def _training(folder: Path, sizes: Sizes) -> list[Pair]:
+    kinds = {"full": f"{sizes.samples} samples of {sizes.row_tokens} tokens",
+             "mixed": f"{sizes.samples} samples of {sizes.shortest} to {sizes.row_tokens} tokens"}  # fmt: skip
+    batches = same.batches(folder)
+    return [
+        Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train", (kind, RATE), 1.2,
+             _close(1e-3))
+        for kind, text in kinds.items()
+    ]  # fmt: skip
+
+
+def _generation(folder: Path, sizes: Sizes) -> list[Pair]:
+    text = f"greedy, {sizes.prompt_tokens} tokens in, {sizes.new_tokens} out, batch"
+    return [
+        Pair(f"{text} {rows}", "tokens/s", rows * sizes.new_tokens, "generate", (rows,), 4.0, lambda a, b: a == b)
+        for rows in (1, 4)
+    ]
+
+
+def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
+    height, width = sizes.picture
+    cores = len(os.sched_getaffinity(0))
+    return [
+        Pair(f"input, JPEG of {width} x {height} to {sizes.image_size} pixels, padded", "images/s per core",
+             sizes.records / cores, "read", (min(READ_BATCH, sizes.records), cores), 2.0, _close(1e-3))
+    ]  # fmt: skip
+
+
+PAIRS: dict[str, Callable[[Path, Sizes], list[Pair]]] = {
+    "train": _training, "generate": _generation, "input": _reading,
+}  # fmt: skip
+
+
+def _close(tolerance: float) -> Callable[[Sequence[float], Sequence[float]], bool]:
+    return lambda a, b: len(a) == len(b) and np.allclose(a, b, rtol=tolerance, atol=tolerance)
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: the results, and where and when they were measured."""
+    lines = [f"| | unit | {NAMES[0]} | {NAMES[1]} | times as fast | wanted |", "|---|---|---|---|---|---|"]
+    for result in results:
+        ours, theirs = result.speeds
+        least, most = result.spread
+        lines.append(f"| {result.what} | {result.unit} | {ours:,.0f} | {theirs:,.0f} | **{result.ratio:.2f}** "
+                     f"({least:.2f} to {most:.2f}) | {result.wish:g} |")  # fmt: skip
+    return "\n".join([*lines, "", where(("jax", "transformers", "torch", "pillow"))]) + "\n"
+
+
+def where(packages: Sequence[str]) -> str:
+    """The machine, the versions, the day, and how busy the machine was with other things."""
+    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages)
+    cores, busy = len(os.sched_getaffinity(0)), os.getloadavg()[0]
+    return (f"{cores} cores of {_processor()}, {platform.system()}, Python {platform.python_version()}, {versions}; "
+            f"{datetime.date.today()}; load at the end {busy:.1f}.")  # fmt: skip
+
+
+def _processor() -> str:
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return subprocess.run(["uname", "-p"], capture_output=True, text=True).stdout.strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

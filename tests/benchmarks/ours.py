@@ -1,0 +1,112 @@
+"""llava_jax: the same training step, greedy generation and input pipeline, by the functions that a run calls."""
+
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from llava_jax import config as configs
+from llava_jax import params
+from llava_jax.batch import Batch, Example
+from llava_jax.checkpoint import store
+from llava_jax.data.packing import packed
+from llava_jax.data.pipeline import Pipeline
+from llava_jax.data.sources import open_source
+from llava_jax.generate.assistant import Assistant
+from llava_jax.generate.engine import Engine, Request, shape_of
+from llava_jax.train import program as programs
+from llava_jax.train.step import State
+from tests.benchmarks import same
+from tests.benchmarks.same import Sizes
+
+Turn = Callable[[], tuple[float, list[float]]]
+
+
+def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
+    """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`."""
+    batches = [_rows(examples, sizes) for examples in same.batches(folder)[kind]]
+    rates = (("vision/.*", None), (".*", rate))
+    config = configs.Config(
+        data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=sizes.samples,
+                          row_tokens=sizes.row_tokens),
+        train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant"), rates=rates,
+        init=((".*", "random"),), model=configs.Model(dtype="float32", remat="none"),
+    )  # fmt: skip
+    program = programs.build(config, sizes.model, config.train.steps)
+    loaded = store.load_params(folder / same.OURS, put=lambda name, leaf: jnp.asarray(leaf))
+    moving, frozen = params.split(loaded, params.flatten(program.state.params))
+    state = State(jnp.int32(0), moving, program.optimizer.init(moving))
+
+    def turn() -> tuple[float, list[float]]:
+        nonlocal state
+        begun, losses = time.perf_counter(), []
+        for batch in batches:
+            state, scalars = program.step(state, frozen, program.put(batch))
+            losses.append(scalars.loss)
+        losses = [loss.item() for loss in losses]
+        return time.perf_counter() - begun, losses
+
+    return turn
+
+
+def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:
+    """Greedy answers of exactly `new_tokens` to `rows` prompts; the check is the ids."""
+    opened = Assistant.open(folder / same.OURS, slots=rows, dtype="float32")
+    # Every row of the head may be said and none ends an answer, as on the other side.
+    engine = Engine(opened.model, rows, sizes.model.llm.vocab, (-1,))
+    requests = [_request(example, sizes.new_tokens) for example in same.prompts(folder, sizes, rows)]
+    shape = shape_of(sizes.prompt_tokens, 1, sizes.new_tokens, sizes.model.llm.max_positions)
+
+    def turn() -> tuple[float, list[float]]:
+        begun = time.perf_counter()
+        state, made = engine.start(opened.params, requests, shape)
+        ids = [made]
+        while sum(part.shape[1] for part in ids) < sizes.new_tokens:
+            state, made = engine.advance(opened.params, state, [False] * rows)
+            ids.append(made)
+        answer = np.concatenate(ids, axis=1)[:, : sizes.new_tokens]
+        return time.perf_counter() - begun, answer.flatten().tolist()
+
+    return turn
+
+
+def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
+    """Records to padded batches of ids and pixels; the check: places of images, and the first pixels' mean."""
+    vision = sizes.model.vision
+    features = (sizes.image_size // vision.patch_size) ** 2
+    form = same.format_of(folder, sizes.image_size, features)
+    source = open_source(folder / same.RECORDS, folder / same.PICTURES)
+    mean, std = np.float32(vision.mean), np.float32(vision.std)
+
+    def turn() -> tuple[float, list[float]]:
+        begun, places, pixels = time.perf_counter(), 0.0, 0.0
+        for fields, _ in Pipeline(
+            sources=[source], format=form, batch_samples=batch, row_tokens=2048, threads=workers, one_pass=True
+        ):
+            places += float((fields.image_slots >= 0).sum())
+            pixels = pixels or float(((fields.pixels.mean((0, 1, 2, 3)) / 255 - mean) / std).mean())
+        return time.perf_counter() - begun, [places, pixels]
+
+    return turn
+
+
+def _rows(examples: Sequence[Example], sizes: Sizes) -> Batch:
+    """The samples in as few rows as they fit in, longest first, each in the first row with room."""
+    rows: list[list[Example]] = []
+    for example in sorted(examples, key=lambda example: -len(example.tokens)):
+        used = [sum(len(one.tokens) for one in row) for row in rows]
+        fits = [row for row, n in zip(rows, used) if n + len(example.tokens) <= sizes.row_tokens]
+        if not fits:
+            rows.append([])
+        (fits or rows[-1:])[0].append(example)
+    return packed([rows], sizes.row_tokens, len(examples), sizes.model.vision.image_size)[0]
+
+
+def _request(example: Example, new_tokens: int) -> Request:
+    slots = np.full(len(example.tokens), -1, np.int32)
+    for i, span in enumerate(example.image_spans):
+        slots[span.start : span.start + span.length] = i * span.length + np.arange(span.length)
+    return Request(example.tokens, slots, np.stack(example.images), new_tokens)
+

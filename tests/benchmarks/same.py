@@ -1,0 +1,147 @@
+"""What both sides of the benchmark are given: one model in both layouts, one set of records, and their tokens."""
+
+import json
+import pickle
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from llava_jax import params
+from llava_jax.batch import Example
+from llava_jax.checkpoint import store
+from llava_jax.checkpoint.card import Card, PromptCard, write_card
+from llava_jax.data.packing import cut
+from llava_jax.data.sources import open_source
+from llava_jax.models import presets
+from llava_jax.models.llava import abstract_params
+from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.images import encode_jpeg
+
+TOKENIZER = Path(__file__).parents[1] / "golden" / "tiny_llama.model"
+OURS, THEIRS, RECORDS, PICTURES, BATCHES = "ours", "theirs", "records.json", "pictures", "batches.pickle"
+WORDS = "a the red small square left of and what is it picture on there three circle green under it has no".split()
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large everything is.
+
+    samples: of a training step. shortest, row_tokens: tokens of a sample. steps: that a training turn makes.
+    prompt_tokens, new_tokens: of an answer. records: with one picture each, for the input pipeline.
+    """
+
+    model: LlavaConfig
+    samples: int
+    shortest: int
+    row_tokens: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    records: int
+    picture: tuple[int, int]  # height and width of a file, before it is resized
+    image_size: int  # that the input pipeline resizes to
+
+
+FULL = Sizes(
+    LlavaConfig(
+        VisionConfig(image_size=112, patch_size=14, width=384, mlp_width=1536, layers=6, heads=6), "mlp2x_gelu",
+        LlamaConfig(vocab=8000, width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8, head_width=64,
+                    max_positions=1024),
+    ),
+    samples=4, shortest=160, row_tokens=512, steps=3, prompt_tokens=128, new_tokens=128, records=96, picture=(480, 640),
+    image_size=336,
+)  # fmt: skip
+SMALL = Sizes(
+    replace(presets.get("tiny"), llm=replace(presets.get("tiny").llm, vocab=1000)),  # with room for an <image> token
+    samples=2, shortest=100, row_tokens=128, steps=2, prompt_tokens=90, new_tokens=5, records=4, picture=(40, 60),
+    image_size=28,
+)  # fmt: skip
+
+
+def write(folder: Path, sizes: Sizes) -> None:
+    """A random checkpoint of ours and its export for transformers, records with pictures, and batches of samples."""
+    from llava_jax.convert import exporting  # brings jax in, which the other side is better without
+
+    rng = np.random.default_rng(0)
+    with store.LeafWriter(folder / OURS / "0" / store.PARAMS) as writer:
+        for name, leaf in params.flatten(abstract_params(sizes.model)).items():
+            center = 1.0 if name.endswith("scale") else 0.0
+            writer.write(name, rng.normal(center, 0.02, leaf.shape).astype(np.float32))
+    words = tokenizer.load(TOKENIZER, legacy=False)
+    card = Card(presets.config_to_json(sizes.model), PromptCard("v1", False, "pad", False))
+    write_card(folder / OURS, card, words.files())
+    exporting.export("hf", folder / OURS, folder / THEIRS)
+    _write_records(folder, sizes, rng)
+    examples = _examples(folder, sizes, rng)
+    (folder / BATCHES).write_bytes(pickle.dumps(examples))
+
+
+def batches(folder: Path) -> dict[str, list[list[Example]]]:
+    """{"full": batches of samples that all have `row_tokens`, "mixed": of any length from `shortest` on}."""
+    return pickle.loads((folder / BATCHES).read_bytes())
+
+
+def useful_tokens(groups: Sequence[Sequence[Example]]) -> int:
+    """Positions of all samples, without padding."""
+    return sum(len(example.tokens) for examples in groups for example in examples)
+
+
+def prompts(folder: Path, sizes: Sizes, count: int) -> list[Example]:
+    """Prompts of exactly `prompt_tokens`, each with a picture."""
+    return [cut(examples[0], sizes.prompt_tokens)[0] for examples in batches(folder)["prompts"][:count]]
+
+
+def format_of(folder: Path, image_size: int, features: int) -> Format:
+    """The format of our checkpoint, at any image size."""
+    return Format(templates.get("v1"), tokenizer.load(folder / OURS / "tokenizer"), image_size, features, "pad")
+
+
+def _write_records(folder: Path, sizes: Sizes, rng: np.random.Generator) -> None:
+    """Pictures with the detail of photographs: smooth noise of several sizes."""
+    (folder / PICTURES).mkdir()
+    records = []
+    for i in range(sizes.records):
+        (folder / PICTURES / f"{i}.jpg").write_bytes(encode_jpeg(_picture(sizes.picture, rng), 90))
+        turns = [("human", "<image>\n" + _words(rng, 12)), ("gpt", _words(rng, 40))]
+        turns += [("human", _words(rng, 12)), ("gpt", _words(rng, 40))]
+        records.append({"id": str(i), "image": f"{i}.jpg",
+                        "conversations": [{"from": role, "value": text} for role, text in turns]})  # fmt: skip
+    (folder / RECORDS).write_text(json.dumps(records))
+
+
+def _picture(size: tuple[int, int], rng: np.random.Generator) -> np.ndarray:
+    height, width = size
+    total = np.zeros((height, width, 3))
+    for grain in (4, 16, 64):
+        coarse = rng.normal(0, grain / 2, (height // grain + 1, width // grain + 1, 3))
+        total += coarse.repeat(grain, 0).repeat(grain, 1)[:height, :width]
+    return np.clip(128 + total + rng.normal(0, 4, total.shape), 0, 255).astype(np.uint8)
+
+
+def _words(rng: np.random.Generator, count: int) -> str:
+    return " ".join(rng.choice(WORDS, count))
+
+
+def _examples(folder: Path, sizes: Sizes, rng: np.random.Generator) -> dict[str, list[list[Example]]]:
+    vision = sizes.model.vision
+    form = format_of(folder, vision.image_size, vision.features)
+    source = open_source(folder / RECORDS, folder / PICTURES)
+
+    def sample(tokens: int) -> Example:
+        """A record's picture and first question, and as many turns as `tokens` hold."""
+        record = source[int(rng.integers(len(source)))].conversation
+        turns = list(record.turns)
+        while True:
+            example = encode(type(record)(tuple(turns), record.images, record.id), form, folder / PICTURES)
+            if len(example.tokens) >= tokens:
+                return cut(example, tokens)[0]
+            turns += [type(turns[0])("user", _words(rng, 12)), type(turns[0])("assistant", _words(rng, 40))]
+
+    rows, shape = sizes.row_tokens, (sizes.steps, sizes.samples)
+    lengths = {"full": np.full(shape, rows), "mixed": rng.integers(sizes.shortest, rows + 1, shape),
+               "prompts": np.full((4, 1), sizes.prompt_tokens)}  # fmt: skip
+    return {kind: [[sample(int(n)) for n in step] for step in steps] for kind, steps in lengths.items()}

@@ -1,0 +1,151 @@
+"""`python -m llava_jax.plan` on programs small enough to compile in seconds: what it says, and what it refuses."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from llava_jax.chips import GIB
+from llava_jax.models import remat
+from llava_jax.plan import search
+from llava_jax.plan.__main__ import main
+
+HOUSE = Path(__file__).parents[2]
+TINY = ["--config", str(HOUSE / "configs" / "tiny_pretrain.py"), "--config.model.preset=tiny", "--topology", "v5e:2x2"]
+PACKED = [f"--config.{setting}" for setting in (
+    "data.layout=packed", "data.order=shuffle", "train.loss=token_mean", "data.rows_per_chip=2",
+    "data.row_tokens=128", "data.images_per_group=4",
+)]  # fmt: skip
+BYTES = ("peak_hbm_bytes", "argument_bytes", "temp_bytes")
+
+
+@pytest.fixture(autouse=True)
+def compiler():
+    pytest.importorskip("libtpu")
+
+
+def planned(tmp_path, *words):
+    assert main([*TINY, *words, "--json", str(tmp_path / "plan.json")]) == 0
+    return json.loads((tmp_path / "plan.json").read_text())
+
+
+def test_a_plan_says_memory_work_links_time_and_money(tmp_path, capsys):
+    found = planned(tmp_path, *PACKED, "--price", "1.2", "--samples", "558128")
+    said = capsys.readouterr().out
+    for words in ("4 chips (TPU v5 lite) on 1 host(s); mesh fsdp 4", "memory of a chip", "fits:", "work of a step",
+                  "padding, masks", "links to other chips", "558,128 samples", "at 1.2 a chip and hour", "a bound"):
+        assert words in said
+    assert found["fits"] is True and found["compile_secs"] > 0
+    assert all(type(found[key]) is int for key in (*BYTES, "model_flops", "executed_flops"))
+    assert found["collective_bytes"] and all(type(count) is int for count in found["collective_bytes"].values())
+    assert 0 < found["model_flops"] < found["executed_flops"]
+    own = sum(found[f"{name}_bytes"] for name in ("parameter", "frozen", "optimizer", "batch"))
+    assert own <= found["argument_bytes"] <= found["peak_hbm_bytes"] < found["limit_hbm_bytes"] == int(15.75 * GIB)
+    assert found["peak_hbm_bytes"] >= found["argument_bytes"] + found["temp_bytes"]  # the outputs are the arguments
+    at_peak = found["executed_flops"] / (4 * 197e12)
+    assert found["step_secs_roofline"] >= at_peak
+    assert found["mfu_roofline"] == pytest.approx(found["model_flops"] / (found["step_secs_roofline"] * 4 * 197e12))
+    assert found["money_roofline"] == pytest.approx(found["hours_roofline"] * 4 * 1.2)
+
+
+def test_the_parts_of_the_work_add_up_and_only_the_decoder_works_again(tmp_path):
+    found = planned(tmp_path, *PACKED, "--config.model.remat=full")
+    parts = found["flops_by_part"]
+    assert sum(part["executed"] for part in parts.values()) == found["executed_flops"]
+    assert sum(part["useful"] for part in parts.values()) == found["model_flops"]
+    assert all(part["executed"] >= part["useful"] > 0 for part in parts.values())
+    assert parts["decoder"]["again"] > 0 and parts["tower and projector"]["again"] == 0
+    kept = planned(tmp_path, *PACKED, "--config.model.remat=none")
+    assert not any(part["again"] for part in kept["flops_by_part"].values())
+    assert kept["model_flops"] == found["model_flops"] and kept["executed_flops"] < found["executed_flops"]
+
+
+def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, capsys):
+    found = planned(tmp_path, *PACKED, "--slices", "2")
+    assert (found["slices"], found["chips"], found["mesh"]["data"]) == (2, 8, 2)
+    assert found["collective_bytes_between_slices"]["all-reduce"] > 0
+    said = capsys.readouterr().out
+    assert "2 slices of v5e:2x2" in said and "network between slices" in said
+
+
+def test_what_does_not_fit_is_said_with_the_memory_it_would_need(tmp_path, capsys):
+    words = ("--config.data.batch_samples=262144", "--config.model.remat=none", "--config.data.row_tokens=1024")
+    found = planned(tmp_path, *words)
+    assert found["fits"] is False and found["peak_hbm_bytes"] > found["limit_hbm_bytes"]
+    assert found["executed_flops"] is None and found["collective_bytes"] is None
+    assert "DOES NOT FIT" in capsys.readouterr().out
+
+
+def test_without_samples_to_count_hours_are_those_of_a_million(tmp_path, capsys):
+    planned(tmp_path, "--config.train.steps=none", "--config.train.epochs=1", "--config.data.sources.0.path=nowhere.json")
+    assert "a million samples:" in capsys.readouterr().out
+
+
+def test_a_search_prints_the_fastest_that_fits_as_a_command(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llava_jax.plan.search.ROWS", (1, 2))
+    monkeypatch.setattr("llava_jax.plan.search.AGAIN", {"none": 0.0, "full": 0.7})
+    found = planned(tmp_path, *PACKED, "--search")
+    said = capsys.readouterr()
+    assert re.search(r"\d+ choices may fit", said.err) and "tokens/s a device" in said.err
+    assert found["fits"] and found["overrides"]["model.remat"] == "none"
+    command = said.out.splitlines()[-1]
+    assert command.startswith("python -m llava_jax.train --config ") and "--config.data.rows_per_chip=2" in command
+
+
+def test_the_search_knows_every_policy():
+    assert set(search.AGAIN) == set(search.KEPT_BYTES) == set(remat.NAMES)
+
+
+def test_without_the_compiler_the_remedy_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert main(TINY) == 64
+    assert "pip install libtpu" in capsys.readouterr().err
+
+
+def test_all_topologies_are_listed_with_chips_and_hosts(capsys):
+    assert main(["--topologies"]) == 0
+    rows = [line.split()[:3] for line in capsys.readouterr().out.splitlines()]
+    assert ["v5e:4x4", "16", "4"] in rows and ["v5p:8x8x8", "512", "128"] in rows
+
+
+@pytest.mark.parametrize("words, said", [
+    (["--topology", "v5e:3x3"], "v5e comes as 1x1, 2x2, 2x4"),
+    (["--topology", "v9:2x2"], "want CHIP:SHAPE with a chip of v4, v5e"),
+    (["--config.mesh.fsdp=3"], "the product of the sizes must be 4"),
+    (["--config.data.batch_samples=6"], "want a multiple of 4"),
+    (["--topology", "v5e:4x4", "--config.mesh.tensor=16", "--config.mesh.fsdp=1", "--config.data.batch_samples=2"],
+     "2 rows a step do not divide over 4 hosts"),
+    (["--config.data.row_tokens=4"], "an image takes 4 positions"),
+    (["--config.model.remat=some"], "want one of none, full, save_qkv"),
+    (["--config.model.preset="], "add --config.model.preset=NAME with one of"),
+    (["--config.train.learning=1"], "unknown key 'train.learning'"),
+    (["--slices", "0"], "mesh.slices=0: want at least 1"),
+    (["--config", "configs/nowhere.py"], "no such file"),
+    (["--config.train.lr"], "wants a value"),
+])  # fmt: skip
+def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(words, said, capsys, monkeypatch):
+    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
+    assert main([*TINY, *words]) == 64
+    assert said in capsys.readouterr().err
+
+
+def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
+    text = (HOUSE / "configs" / "tiny_pretrain.py").read_text()
+    text = text.replace("    return config", '    config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
+    (tmp_path / "fast.py").write_text(text)
+    assert main([*TINY, "--config", str(tmp_path / "fast.py")]) == 64
+    assert "XLA refuses xla_tpu_fast=True" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--topology", "v5e:2x2"], ["--config", "configs/tiny_pretrain.py"]])
+def test_a_missing_word_is_asked_for(words, capsys):
+    assert main(words) == 64
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_a_word_that_means_nothing_exits_64(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main([*TINY, "--fast"])
+    assert exit_.value.code == 64 and "--fast" in capsys.readouterr().err
