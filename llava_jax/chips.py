@@ -42,15 +42,16 @@ class Chip:
     compiler_options: Mapping[str, str | int | bool] = field(default_factory=dict)
 
 
-# Shapes: the tables of cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}. v4, v5p and TPU7x also lease twisted and
-# other multiples of 4x4x4; these are the ones that the tables name.
+# Shapes: Google Cloud's tables for Cloud TPU and GKE. v4, v5p and TPU7x are also leased twisted and in other
+# multiples of 4x4x4, which are left out.
 FLAT = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CUBIC = ("2x2x1", "2x2x2", "2x2x4", "2x4x4", "4x4x4", "4x4x8", "4x8x8", "8x8x8", "8x8x16", "8x16x16")
 LARGE = ("16x16x16", "16x16x24")
 
 # Gathers of the next layer's weights run while this layer computes. Source: MaxText benchmarks/xla_flags_library.py
-# (continuation fusion for all-gather) and AXLearn axlearn/common/compiler_options.py. Reductions on the sparse cores
-# are left out on purpose: AXLearn reports wrong sums on v6e and v7x.
+# (continuation fusion for all-gather). libtpu 0.0.42.1 does so by itself on v5e: there these change nothing, nor does
+# MaxText's overlap of data-parallel sums. Sums on the sparse cores are left out on purpose: AXLearn
+# (axlearn/common/compiler_options.py) reports wrong ones on v6e and v7x.
 GATHER_EARLY = {
     "xla_tpu_enable_async_collective_fusion": True,
     "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
@@ -58,12 +59,13 @@ GATHER_EARLY = {
     "xla_tpu_overlap_compute_collective_tc": True,
     "xla_enable_async_all_gather": True,
 }
-# Gradients of copies (`mesh.data`) are summed while the backward pass goes on. Source: as above.
-REDUCE_EARLY = {
-    "xla_tpu_enable_data_parallel_all_reduce_opt": True,
-    "xla_tpu_data_parallel_opt_different_sized_ops": True,
-}
-PERMUTE_EARLY = {"xla_enable_async_collective_permute": True}
+# Weights stay in float32 and cut until the layer that uses them. By itself XLA keeps a bfloat16 copy of all layers
+# beside them, and the second buffers of products that gather as they go: 15.8 GiB instead of 14.0 for the 7B's stage 2
+# (4 rows of 2,048 on v5e:4x4, `plan`, libtpu 0.0.42.1). MaxText turns such products off too.
+LEAN = {"xla_jf_bf16_propagation": False, "xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}
+# Memory on the chip that one operation may plan with; the rest is for fetching what the next needs. Source: MaxText
+# for v6e, AXLearn for v7x.
+VMEM = "xla_tpu_scoped_vmem_limit_kib"
 
 # Speeds: cloud.google.com/tpu/docs/{v4,v5e,v5p,v6e,tpu7x}, "specifications", read in 2026; v4's links: Jouppi et al.
 # 2023, TPU v4, six of 50 GB/s. Memory: the limit in the error of a program that is too large, libtpu 0.0.42.1.
@@ -72,27 +74,27 @@ CHIPS = (
     Chip(
         "v4", "TPU v4", peak_flops=275e12, hbm_bytes=int(30.75 * GIB), hbm_bytes_per_sec=1200e9,
         ici_bytes_per_sec=300e9, dcn_bytes_per_sec=6.25e9, ring=4, shapes=CUBIC + LARGE[:1], chips_per_host=4,
-        compiler_options={"xla_enable_async_all_gather": True, **PERMUTE_EARLY},
+        compiler_options=LEAN | {"xla_enable_async_all_gather": True},
     ),
     Chip(
         "v5e", "TPU v5 lite", peak_flops=197e12, hbm_bytes=int(15.75 * GIB), hbm_bytes_per_sec=819e9,
         ici_bytes_per_sec=200e9, dcn_bytes_per_sec=3.125e9, ring=16, shapes=FLAT, chips_per_host=4,
-        compiler_options=GATHER_EARLY | REDUCE_EARLY,
+        compiler_options=LEAN,
     ),
     Chip(
         "v5p", "TPU v5", peak_flops=459e12, hbm_bytes=int(95.74 * GIB), hbm_bytes_per_sec=2765e9,
         ici_bytes_per_sec=600e9, dcn_bytes_per_sec=6.25e9, ring=4, shapes=CUBIC + LARGE, chips_per_host=4,
-        compiler_options=GATHER_EARLY | PERMUTE_EARLY | {"xla_tpu_megacore_fusion_allow_ags": False},
+        compiler_options=LEAN | GATHER_EARLY | {"xla_tpu_megacore_fusion_allow_ags": False},
     ),
     Chip(
         "v6e", "TPU v6 lite", peak_flops=918e12, hbm_bytes=int(31.25 * GIB), hbm_bytes_per_sec=1638e9,
         ici_bytes_per_sec=400e9, dcn_bytes_per_sec=12.5e9, ring=16, shapes=FLAT, chips_per_host=4,
-        compiler_options=GATHER_EARLY | {"xla_tpu_scoped_vmem_limit_kib": 98304},
+        compiler_options=LEAN | GATHER_EARLY | {VMEM: 98304},
     ),
     Chip(
         "tpu7x", "TPU7x", peak_flops=2307e12 / 2, hbm_bytes=int(94.75 * GIB), hbm_bytes_per_sec=7380e9 / 2,
         ici_bytes_per_sec=600e9 / 2, dcn_bytes_per_sec=6.25e9, ring=4, shapes=CUBIC + LARGE, chips_per_host=4,
-        devices_per_chip=2, compiler_options=GATHER_EARLY | {"xla_tpu_scoped_vmem_limit_kib": 65536},
+        devices_per_chip=2, compiler_options=LEAN | GATHER_EARLY | {VMEM: 65536},
     ),
     Chip("A100-40", "NVIDIA A100-SXM4-40GB", 312e12, 40 * 10**9, 1555e9, 300e9, 25e9),
     Chip("A100", "NVIDIA A100-SXM4-80GB", 312e12, 80 * 10**9, 2039e9, 300e9, 25e9),

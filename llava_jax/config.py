@@ -132,7 +132,8 @@ class Train:
         _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
-        _in_range(self, "train", lora_dropout=(0, 1))
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"train.lora_dropout={self.lora_dropout}: want 0 <= lora_dropout < 1")
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _in_range(self, "config", profile=(0, None))
+        if not self.lora and self.train.lora_dropout:
+            raise ValueError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":
             self._check_packed()
             return

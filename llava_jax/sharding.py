@@ -21,6 +21,10 @@ AXES = ("data", "fsdp", "tensor", "context")
 PARAMETERS = (
     (r"llm/embed/(table|added)", ("tensor", "fsdp")),
     (r".*/(o|down|fc2)/kernel", ("tensor", "fsdp")),
+    (r".*/(o|down|fc2)/lora_a", (("tensor", "fsdp"), None)),  # an adapter's rank is too small to be cut
+    (r".*/(o|down|fc2)/lora_b", (None, "fsdp")),
+    (r".*/lora_a", ("fsdp", None)),
+    (r".*/lora_b", (None, ("tensor", "fsdp"))),
     (r"vision/patch/kernel", ("fsdp",)),
     (r".*/kernel|llm/head/added", ("fsdp", "tensor")),
     (r".*/(q|k|v|fc1)/bias", ("tensor",)),

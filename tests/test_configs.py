@@ -100,6 +100,8 @@ def test_what_all_published_recipes_share(name):
         ("llava15_13b_pretrain", 1e-3, "plain", "square", "shuffle"),
         ("llava15_13b_finetune", 2e-5, "v1", "pad", "modality_length"),
         ("llava15_7b_task", 2e-5, "v1", "pad", "modality_length"),
+        ("llava15_7b_pretrain_packed", 1e-3, "plain", "square", "shuffle"),
+        ("llava15_7b_finetune_packed", 2e-5, "v1", "pad", "shuffle"),
     ],
 )
 def test_a_recipe_is_the_published_one(name, lr, template, image_mode, order):

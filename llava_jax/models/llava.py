@@ -31,7 +31,7 @@ class Llava(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.vision = VisionTower(config.vision, self.dtype, self.lora_dropout)
-        self.projector = Projector(config.projector, config.llm.width, self.dtype)
+        self.projector = Projector(config.projector, config.llm.width, self.dtype, self.lora_dropout)
         self.llm = Llama(config.llm, self.dtype, self.remat, self.lora_dropout)
         if config.image_newline:
             # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).

@@ -35,6 +35,7 @@ class Projector(nn.Module):
     kind: str
     features: int
     dtype: Any = jnp.float32
+    lora_dropout: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[Array, "... C"]) -> Float[Array, "... D"]:
@@ -42,7 +43,9 @@ class Projector(nn.Module):
             if layer:
                 x = nn.gelu(x, approximate=False)
             init = _uniform(x.shape[-1])
-            x = Dense(self.features, True, self.dtype, kernel_init=init, bias_init=init, name=str(2 * layer))(x)
+            x = Dense(
+                self.features, True, self.dtype, self.lora_dropout, kernel_init=init, bias_init=init, name=str(2 * layer)
+            )(x)  # fmt: skip
         return x
 
 

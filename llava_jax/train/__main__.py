@@ -6,6 +6,7 @@ The same command after a kill or a preemption goes on from the last whole checkp
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import sys
@@ -40,10 +41,11 @@ from llava_jax.train.step import State
 
 SETTINGS = "config.json"  # in the workdir: the config that its checkpoints were trained with
 # Keys that may change between two starts of one run: they move no parameter. On another mesh sums are taken in
-# another order: the state goes over bit for bit, later losses agree to about 2e-6.
+# another order: the state goes over bit for bit, later losses agree to about 2e-6. A step's rows stay as they were, so
+# on half the chips each takes twice the rows_per_chip; the data's own state says so where it does not.
 HARMLESS = (
-    "log.", "checkpoint.", "mesh.", "data.threads", "data.skip_budget", "data.validation", "train.eval_every",
-    "train.sample_every", "train.max_nonfinite",
+    "log.", "checkpoint.", "mesh.", "compiler_options", "profile", "data.rows_per_chip", "data.threads",
+    "data.skip_budget", "data.validation", "train.eval_every", "train.sample_every", "train.max_nonfinite",
 )  # fmt: skip
 SAMPLES = 4  # conversations that `train.sample_every` answers
 SAMPLE_TOKENS = 64
@@ -64,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _train(config: configs.Config, workdir: epath.Path) -> int:
     _join_processes()
+    if jax.process_index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("llava_jax").setLevel(logging.INFO)
     _keep_compilations()
     model_config = _model_config(config.model)
     format = _format(config, model_config)

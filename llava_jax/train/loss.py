@@ -24,7 +24,8 @@ def cross_entropy(
     """Sum over positions of weight times -log softmax(hidden @ kernel)[target], in float32.
 
     Positions of weight 0 cost nothing: the others are brought together first, on each device for itself. `hidden` and
-    `kernel` are multiplied in their own dtype; the gradient of `kernel` is summed in float32 on each device. `weights` are constants.
+    `kernel` are multiplied in their own dtype; the gradient of `kernel` is summed in float32 on each device. `weights`
+    are constants.
     """
     return _run(hidden, kernel, targets, weights, False, False)[0]
 

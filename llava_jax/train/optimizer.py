@@ -1,5 +1,4 @@
-"""What moves a parameter and how fast: the optimizers, their rate schedule and tables. A name without a rate is not here.
-"""
+"""What moves a parameter and how fast: optimizers, rates over time, and tables. Without a rate a name is not here."""
 
 import math
 from collections.abc import Mapping

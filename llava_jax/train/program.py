@@ -16,8 +16,8 @@ import optax
 from jax.sharding import Mesh
 
 from llava_jax import batch as batches
-from llava_jax import config as configs
 from llava_jax import chips, params, sharding
+from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
@@ -39,6 +39,7 @@ class Program:
     mesh: Mesh
     steps: int
     rates: Mapping[str, configs.Rate]  # of every name; None is frozen
+    adapters: Mapping[str, tuple[int, int | float]]  # {kernel: (rank, alpha)}
     state: State
     frozen: Mapping[str, Any]  # in the compute dtype
     batch: Batch
@@ -66,7 +67,8 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
     dtype = jnp.dtype(config.model.dtype)
     model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout)
     shapes = abstract_params(model_config)
-    shapes = lora.add(shapes, adapters(config.lora, shapes))
+    added = adapters(config.lora, shapes)
+    shapes = lora.add(shapes, added)
     rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
     moving = _trainable(rates, shapes)
     trainable, frozen = params.split(shapes, moving)
@@ -82,7 +84,7 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
     whole = sharding.replicated(mesh)
     options = compiler_options(config.compiler_options, mesh)
     return Program(
-        model=model, optimizer=optimizer, mesh=mesh, steps=steps, rates=rates, state=state,
+        model=model, optimizer=optimizer, mesh=mesh, steps=steps, rates=rates, adapters=added, state=state,
         frozen=_placed(frozen, None, mesh, dtype), batch=_batch(config, model_config, mesh),
         step=jax.jit(
             _on(mesh, train_step), donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole),
@@ -109,6 +111,8 @@ def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> 
         raise ValueError("table `rates` gives every parameter None: nothing would move; give one pattern a rate")
     flat = params.flatten(shapes)
     for name, rate in moving.items():
+        if name.rpartition("/")[2] in lora.CONSTANTS:
+            raise ValueError(f"table `rates`: {name} is a constant (alpha / rank), which no rate moves: give it None")
         if isinstance(rate, tuple) and flat[name].shape[:1] != (len(rate),):
             raise ValueError(
                 f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
@@ -162,7 +166,7 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
     data = config.data
     rows = rows_of(data, mesh)
     parts = config.train.accumulate * sharding.shards(mesh, "batch")
-    if rows % (parts * data.rows_per_group):
+    if rows % parts:  # of packed rows there are so many a part
         raise ValueError(
             f"data.batch_samples={rows} is not divisible by train.accumulate={config.train.accumulate} x "
             f"mesh.data x mesh.fsdp={sharding.shards(mesh, 'batch')}: want a multiple of {parts}"

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax import config as configs
 from llava_jax.chips import GIB
 from llava_jax.models import remat
 from llava_jax.plan import search
 from llava_jax.plan.__main__ import main
+from llava_jax.plan.compile import find_place
 
 HOUSE = Path(__file__).parents[2]
 TINY = ["--config", str(HOUSE / "configs" / "tiny_pretrain.py"), "--config.model.preset=tiny", "--topology", "v5e:2x2"]
@@ -101,6 +103,14 @@ def test_without_the_compiler_the_remedy_is_named(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert main(TINY) == 64
     assert "pip install libtpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("topology, mesh", [
+    ("v6e:4x4", configs.Mesh(data=2)), ("v6e:16x16", configs.Mesh(tensor=2)), ("v5e:8x8", configs.Mesh(data=2, slices=2)),
+    ("v5p:2x2x4", configs.Mesh(tensor=4)), ("tpu7x:2x2x1", configs.Mesh(data=2)), ("v5e:1x1", configs.Mesh()),
+])  # fmt: skip
+def test_an_axis_of_the_mesh_may_take_part_of_a_dimension_of_the_slice(topology, mesh):
+    assert find_place(mesh, topology).devices % (max(1, mesh.data) * mesh.tensor * mesh.slices) == 0
 
 
 def test_all_topologies_are_listed_with_chips_and_hosts(capsys):
