@@ -2,8 +2,9 @@
 
     python -m llava_jax.train --config configs/llava15_7b_lora_packed.py --workdir runs/llava15_7b_lora_packed
 
-It differs from llava15_7b_lora in the batch alone: rows of 4,096 positions hold four to five samples each, so
-that two rows on each of 16 chips make 150 samples a step (the reference: 128). What it takes says
+It differs from llava15_7b_lora in the batch, and in starting from llava15_7b_pretrain_packed: rows of 4,096 positions
+hold four to five samples each, so that two rows on each of 16 chips make 150 samples a step (the reference: 128).
+What it takes says
 
     python -m llava_jax.plan --config configs/llava15_7b_lora_packed.py --topology v5e:4x4
 
@@ -20,6 +21,7 @@ from llava_jax.config import start_from
 
 def get_config() -> ConfigDict:
     config = start_from(__file__, "llava15_7b_lora.py")
+    config.model.update(start="runs/llava15_7b_pretrain_packed")
     config.data.update(
         layout="packed", order="shuffle", row_tokens=4096, rows_per_chip=2, rows_per_group=2, images_per_group=10
     )  # fmt: skip

@@ -121,8 +121,9 @@ def test_the_rates_of_single_updates_are_the_reference_s():
 
 
 def test_a_stage_2_starts_where_its_stage_1_wrote():
-    for name in ("llava10_13b_finetune", "llava10_13b_sqa", "llava15_7b_finetune", "llava15_13b_finetune"):
-        stage_1 = name.rsplit("_", 1)[0] + "_pretrain"
+    packed = ("llava15_7b_finetune_packed", "llava15_13b_finetune_packed", "llava15_7b_lora_packed")
+    for name in ("llava10_13b_finetune", "llava10_13b_sqa", "llava15_7b_finetune", "llava15_13b_finetune", *packed):
+        stage_1 = "_".join(name.split("_")[:2]) + "_pretrain" + "_packed" * (name in packed)
         two, one = load(name), load(stage_1)
         assert two.model == dataclasses.replace(one.model, start=f"runs/{stage_1}")
         assert f"--workdir runs/{stage_1}" in (HOUSE / "configs" / f"{stage_1}.py").read_text(encoding="utf-8")

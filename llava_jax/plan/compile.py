@@ -97,8 +97,10 @@ def find_place(mesh: configs.Mesh, topology: str) -> Place:
     """
     chip = chips.of_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError("plan compiles with the TPU's own compiler, which is not installed: `pip install libtpu` "
-                         "(it needs no TPU; `pip install 'jax[tpu]'` takes the version that suits this jax)")  # fmt: skip
+        raise ValueError(
+            "plan compiles with the TPU's own compiler, which is not installed: `pip install libtpu` (it needs no "
+            "TPU; `pip install 'jax[tpu]'` takes the version that suits this jax)"
+        )
     # libtpu looks for a TPU and its metadata when it is loaded, and locks it; nothing of that is wanted here.
     for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
                         ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip

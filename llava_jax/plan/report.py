@@ -19,7 +19,8 @@ GIB = 2**30
 # Tokens of a record beside its picture's, and how many of them are learned. LLaVA-1.5's mixture is about 850 tokens
 # with 576 of the picture, of which half the text is answers; its captions are about 605, all text learned.
 TEXT_TOKENS = {"plain": (29, 1.0), "": (274, 0.5)}
-FILL = 0.95  # share of a packed row's positions that hold tokens
+# Share of the positions that hold tokens in packed rows of at least so many. Source: tests/data/test_planner.py.
+FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
 
 # Where an operation belongs, by the name that the program gives it; the first that matches.
 PARTS = (
@@ -50,7 +51,8 @@ def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample
     length = min(sample_tokens or model.vision.features + text, config.data.row_tokens)
     rows, row_tokens = program.batch.tokens.shape
     packed = config.data.layout == "packed"
-    samples = FILL * rows * row_tokens / length if packed else float(rows)
+    fill = next(share for least, share in FILLS if row_tokens >= least)
+    samples = fill * rows * row_tokens / length if packed else float(rows)
     slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
     supervised = int(samples * learned * max(1, length - model.vision.features))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
@@ -58,7 +60,7 @@ def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
         supervised=supervised, images=min(math.ceil(samples), slots), chunks=-(-supervised // (parts * CHUNK)),
         said=f"records of {length} tokens with one picture, {100 * learned:.0f} % of the text learned"
-        + (f", rows {100 * FILL:.0f} % full" if packed else ", one in a row"),
+        + (f", rows {100 * fill:.0f} % full" if packed else ", one in a row"),
     )  # fmt: skip
 
 

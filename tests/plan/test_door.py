@@ -80,7 +80,8 @@ def test_what_does_not_fit_is_said_with_the_memory_it_would_need(tmp_path, capsy
 
 
 def test_without_samples_to_count_hours_are_those_of_a_million(tmp_path, capsys):
-    planned(tmp_path, "--config.train.steps=none", "--config.train.epochs=1", "--config.data.sources.0.path=nowhere.json")
+    nowhere = "--config.data.sources.0.path=nowhere.json"
+    planned(tmp_path, "--config.train.steps=none", "--config.train.epochs=1", nowhere)
     assert "a million samples:" in capsys.readouterr().out
 
 
@@ -106,8 +107,8 @@ def test_without_the_compiler_the_remedy_is_named(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("topology, mesh", [
-    ("v6e:4x4", configs.Mesh(data=2)), ("v6e:16x16", configs.Mesh(tensor=2)), ("v5e:8x8", configs.Mesh(data=2, slices=2)),
-    ("v5p:2x2x4", configs.Mesh(tensor=4)), ("tpu7x:2x2x1", configs.Mesh(data=2)), ("v5e:1x1", configs.Mesh()),
+    ("v6e:4x4", configs.Mesh(data=2)), ("v6e:16x16", configs.Mesh(tensor=2)), ("v5p:2x2x4", configs.Mesh(tensor=4)),
+    ("v5e:8x8", configs.Mesh(data=2, slices=2)), ("tpu7x:2x2x1", configs.Mesh(data=2)), ("v5e:1x1", configs.Mesh()),
 ])  # fmt: skip
 def test_an_axis_of_the_mesh_may_take_part_of_a_dimension_of_the_slice(topology, mesh):
     assert find_place(mesh, topology).devices % (max(1, mesh.data) * mesh.tensor * mesh.slices) == 0
@@ -143,7 +144,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(words, sa
 def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
     text = (HOUSE / "configs" / "tiny_pretrain.py").read_text()
-    text = text.replace("    return config", '    config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
+    text = text.replace("return config", 'config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
     (tmp_path / "fast.py").write_text(text)
     assert main([*TINY, "--config", str(tmp_path / "fast.py")]) == 64
     assert "XLA refuses xla_tpu_fast=True" in capsys.readouterr().err

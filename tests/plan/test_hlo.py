@@ -92,7 +92,8 @@ def test_of_two_branches_the_dearer_one_counts(mesh):
 
 def test_a_loop_whose_length_is_data_is_named_and_counted_as_often_as_one_says(mesh):
     count = jax.ShapeDtypeStruct((), jnp.int32)
-    for cost in (on_cpu(as_data_says, count, X, W, open_trips=7), on_tpu(mesh, as_data_says, count, X, W, open_trips=7)):
+    shapes = (as_data_says, count, X, W)
+    for cost in (on_cpu(*shapes, open_trips=7), on_tpu(mesh, *shapes, open_trips=7)):
         assert cost.flops == 7 * PRODUCT
         assert len(cost.open_loops) == 1 and "while" in cost.open_loops[0]
 
