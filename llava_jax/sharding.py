@@ -95,7 +95,7 @@ def of_parameters(tree: Mapping[str, Any], mesh: Mesh | AbstractMesh) -> dict[st
     return params.unflatten({n: NamedSharding(mesh, _fit(x.shape, rules[n], mesh.shape)) for n, x in flat.items()})
 
 
-def of_array(mesh: Mesh, shape: Sequence[int], *names: str | None) -> NamedSharding:
+def of_array(mesh: Mesh | AbstractMesh, shape: Sequence[int], *names: str | None) -> NamedSharding:
     """The sharding of an array whose leading dimensions have these logical names (`ACTIVATIONS`; None: not cut)."""
     return NamedSharding(mesh, _activation(tuple(shape), names, mesh.shape))
 

@@ -65,3 +65,33 @@ def test_with_a_mesh_constrain_cuts_by_logical_names():
 
     jaxpr = str(jax.make_jaxpr(cut)(jnp.ones((4, 8))))
     assert "sharding_constraint" in jaxpr and "('data', 'fsdp'), 'context'" in jaxpr
+
+
+def test_pictures_are_spread_over_all_axes_as_far_as_they_divide():
+    mesh = AbstractMesh((1, 4, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    assert sharding.of_array(mesh, (32, 3), "images").spec[0] == sharding.AXES
+    assert sharding.of_array(mesh, (8, 3), "images").spec[0] == ("data", "fsdp", "tensor")
+    assert sharding.of_array(mesh, (6, 3), "images").spec[0] == "data"
+
+
+def test_attention_cuts_heads_where_everything_else_cuts_tokens():
+    mesh = AbstractMesh((1, 2, 2, 4), sharding.AXES, axis_types=(AxisType.Auto,) * 4)
+    assert sharding.of_array(mesh, (4, 64, 8), "batch", None, "heads").spec[2] == ("tensor", "context")
+    assert sharding.of_array(mesh, (4, 64, 8), "batch", "tokens").spec[1] == "context"
+    with jax.sharding.use_abstract_mesh(mesh):
+        assert sharding.cuts("heads", 8) == ("tensor", "context") and sharding.cuts("heads", 2) == ("tensor",)
+        assert sharding.cuts("copies", 8) == ()  # an axis of one part cuts nothing
+    assert sharding.cuts("heads", 8) == ()
+
+
+def test_slices_multiply_the_copies_of_the_model():
+    sizes = {"data": 1, "fsdp": -1, "tensor": 2, "context": 1, "slices": 2}
+    assert sharding.fill(sizes, 16) == (2, 4, 2, 1)
+    with pytest.raises(ValueError, match="does not fit 6 devices"):
+        sharding.fill(sizes, 6)
+    with pytest.raises(ValueError, match=r"mesh.slices=2: these 2 devices are of 1 slice"):
+        sharding.make_mesh(sizes | {"tensor": 1}, [jax.devices()[0]] * 2)
+
+
+def test_a_function_per_shard_is_itself_without_a_mesh():
+    assert sharding.per_shard(abs, [("batch",)], 0) is abs

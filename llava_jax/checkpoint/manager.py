@@ -249,6 +249,7 @@ def _fingerprint(tree: Any) -> Any:
 
 def _sums(x: Array) -> UInt32[Array, "2"]:
     """Sums modulo 2**32 of the bits, once weighted by position: addition has no order, so no mesh changes them."""
+    x = jax.device_put(x, jax.memory.Space.Device)  # an offloaded optimizer's arrays are on the host
     unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
     bits = (x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)).astype(jnp.uint32)
     place = jnp.zeros(x.shape, jnp.uint32)
