@@ -55,13 +55,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     devices = jax.devices() if devices is None else list(devices)
     types, slices = (AxisType.Auto,) * len(AXES), sizes.get("slices", 1)
     shape = fill(sizes, len(devices))
-    if slices == 1:
-        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    if slices == 1:  # an axis of ours may take a part of a dimension of the chips' own grid: 2 of 4
+        return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, types)
     found = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
     if found != slices:
         raise ValueError(f"mesh.slices={slices}: these {len(devices)} devices are of {found} slice(s)")
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
-    return Mesh(mesh_utils.create_hybrid_device_mesh(inner, outer, devices), AXES, axis_types=types)
+    placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(placed, AXES, types)
 
 
 def fill(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:

@@ -104,7 +104,7 @@ class Llama(nn.Module):
         if self.config.added_tokens:
             extra = jnp.take(self.embeddings["added"], tokens - self.config.vocab, axis=0, mode="clip")
             rows = jnp.where((tokens >= self.config.vocab)[..., None], extra.astype(self.dtype), rows)
-        return rows
+        return constrain(rows, "batch", "tokens")
 
     def __call__(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None

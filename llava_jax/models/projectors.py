@@ -43,9 +43,8 @@ class Projector(nn.Module):
             if layer:
                 x = nn.gelu(x, approximate=False)
             init = _uniform(x.shape[-1])
-            x = Dense(
-                self.features, True, self.dtype, self.lora_dropout, kernel_init=init, bias_init=init, name=str(2 * layer)
-            )(x)  # fmt: skip
+            name = str(2 * layer)
+            x = Dense(self.features, True, self.dtype, self.lora_dropout, init, init, name=name)(x)
         return x
 
 

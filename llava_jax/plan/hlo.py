@@ -373,9 +373,9 @@ def _group(one: Instruction) -> int:
     iota = _attribute(one, r"replica_groups=\[([\d,]+)\]<=")
     if iota:
         return int(iota.split(",")[-1])
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}", one.attributes)
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", one.attributes)
     if axes is None:
-        return 1
+        raise ValueError(f"HLO text of {one.name} has replica groups of an unknown form: {one.attributes[:200]!r}")
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])  # an axis, or a part of one: 'x':(2)4
     return math.prod(int(part or sizes[axis]) for axis, part in parts)

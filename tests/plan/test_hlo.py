@@ -135,6 +135,23 @@ def test_collectives_count_what_a_device_sends_by_the_best_ring(mesh):
     assert moved(ring, True) == {"collective-permute": part}
 
 
+@pytest.mark.parametrize("groups, devices", [
+    ("{{0,1,2,3},{4,5,6,7}}", 4), ("[2,8]<=[16]", 8), ("[4,2]<=[2,4]T(1,0)", 2), ("mesh['a'=8,'b'=2] {'a'}", 8),
+    ("mesh['a'=4,'b'=2,'c'=2] {'a','c'}", 8), ("mesh['a'=16] {'a':(2)4}", 4),
+    ("mesh['a'=1,'b'=2,'c'=8], device_ids=([8,2]T(1,0)) {'b'}", 2),
+])  # fmt: skip
+def test_groups_are_read_in_every_form_that_xla_writes_them_in(groups, devices):
+    text = f"""HloModule sums
+
+ENTRY %main (x: f32[64]) -> f32[64] {{
+  %x = f32[64]{{0}} parameter(0)
+  ROOT %sum = f32[64]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
+}}
+"""
+    (moved,) = hlo.cost(text).transfers.values()
+    assert moved.bytes == 2 * 256 * (devices - 1) // devices
+
+
 def test_a_scan_over_cut_weights_gathers_each_layer_once(mesh):
     """Whichever of the ways XLA takes: gathers, gathers fused with products, or a ring of permutes."""
     stack = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16)
