@@ -111,8 +111,8 @@ def _result(pair: Pair, ours: Timing, theirs: Timing) -> Result:
 
 
 def _training(folder: Path, sizes: Sizes) -> list[Pair]:
-    kinds = {"full": f"{sizes.samples} samples of {sizes.row_tokens} tokens",
-             "mixed": f"{sizes.samples} samples of {sizes.shortest} to {sizes.row_tokens} tokens"}  # fmt: skip
+    kinds = {"full": f"{sizes.samples} samples of {sizes.longest} tokens",
+             "mixed": f"{sizes.samples} samples of {sizes.shortest} to {sizes.longest} tokens"}  # fmt: skip
     batches = same.batches(folder)
     return [
         Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train", (kind, RATE), 1.2,

@@ -82,8 +82,9 @@ def _trained(
     row = [_sample(model, tokens) for _ in range(samples)]
     batch = packed([[row]] * rows, load.row_tokens, samples, model.vision.image_size)[0]
     moving = _drawn(program.state.params)
-    optimizer_state = jax.jit(program.optimizer.init)(moving)
-    state, frozen, placed = State(jnp.int32(0), moving, optimizer_state), _drawn(program.frozen), program.put(batch)
+    state = State(jnp.int32(0), moving, jax.jit(program.optimizer.init)(moving))
+    state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.state))
+    frozen, placed = _drawn(program.frozen), program.put(batch)
     for _ in range(WARM):
         state, scalars = program.step(state, frozen, placed)
     jax.block_until_ready(state)

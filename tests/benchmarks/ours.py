@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -23,21 +24,30 @@ from tests.benchmarks.same import Sizes
 
 Turn = Callable[[], tuple[float, list[float]]]
 
+# YNNPACK for products alone: jaxlib 0.10.2 also gives it the softmax's gradient, which takes 1.1 s of an 8 s step then
+# (one core, 2026-11-21).
+OPTIONS = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"),)
+
 
 def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
-    """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`."""
-    batches = [_rows(examples, sizes) for examples in same.batches(folder)[kind]]
+    """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`.
+
+    Samples of one length have a row each; others are packed into a fixed number of longer rows.
+    """
+    rows, tokens = (sizes.samples, sizes.longest) if kind == "full" else sizes.packed
+    batches = [_rows(examples, rows, tokens, sizes) for examples in same.batches(folder)[kind]]
     rates = (("vision/.*", None), (".*", rate))
     config = configs.Config(
-        data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=sizes.samples,
-                          row_tokens=sizes.row_tokens),
+        data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=rows, rows_per_group=rows,
+                          row_tokens=tokens, images_per_group=sizes.samples),
         train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant"), rates=rates,
-        init=((".*", "random"),), model=configs.Model(dtype="float32", remat="none"),
+        init=((".*", "random"),), model=configs.Model(dtype="float32", remat="save_dots"), compiler_options=OPTIONS,
     )  # fmt: skip
     program = programs.build(config, sizes.model, config.train.steps)
     loaded = store.load_params(folder / same.OURS, put=lambda name, leaf: jnp.asarray(leaf))
     moving, frozen = params.split(loaded, params.flatten(program.state.params))
     state = State(jnp.int32(0), moving, program.optimizer.init(moving))
+    state, frozen = jax.device_put((state, frozen), jax.tree.map(lambda x: x.sharding, (program.state, program.frozen)))
 
     def turn() -> tuple[float, list[float]]:
         nonlocal state
@@ -73,7 +83,7 @@ def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:
 
 
 def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
-    """Records to padded batches of ids and pixels; the check: places of images, and the first pixels' mean."""
+    """Records to padded batches of ids and pixels; the check: places of images, and the first picture's mean."""
     vision = sizes.model.vision
     features = (sizes.image_size // vision.patch_size) ** 2
     form = same.format_of(folder, sizes.image_size, features)
@@ -86,22 +96,19 @@ def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
             sources=[source], format=form, batch_samples=batch, row_tokens=2048, threads=workers, one_pass=True
         ):
             places += float((fields.image_slots >= 0).sum())
-            pixels = pixels or float(((fields.pixels.mean((0, 1, 2, 3)) / 255 - mean) / std).mean())
+            pixels = pixels or float(((fields.pixels[0].mean((0, 1, 2)) / 255 - mean) / std).mean())
         return time.perf_counter() - begun, [places, pixels]
 
     return turn
 
 
-def _rows(examples: Sequence[Example], sizes: Sizes) -> Batch:
-    """The samples in as few rows as they fit in, longest first, each in the first row with room."""
-    rows: list[list[Example]] = []
+def _rows(examples: Sequence[Example], rows: int, tokens: int, sizes: Sizes) -> Batch:
+    """The samples in rows that share their pictures: longest first, each in the first row with room."""
+    group: list[list[Example]] = [[] for _ in range(rows)]
     for example in sorted(examples, key=lambda example: -len(example.tokens)):
-        used = [sum(len(one.tokens) for one in row) for row in rows]
-        fits = [row for row, n in zip(rows, used) if n + len(example.tokens) <= sizes.row_tokens]
-        if not fits:
-            rows.append([])
-        (fits or rows[-1:])[0].append(example)
-    return packed([rows], sizes.row_tokens, len(examples), sizes.model.vision.image_size)[0]
+        used = [sum(len(one.tokens) for one in row) for row in group]
+        next(row for row, n in zip(group, used) if n + len(example.tokens) <= tokens).append(example)
+    return packed([group], tokens, len(examples), sizes.model.vision.image_size)[0]
 
 
 def _request(example: Example, new_tokens: int) -> Request:

@@ -30,14 +30,16 @@ WORDS = "a the red small square left of and what is it picture on there three ci
 class Sizes:
     """How large everything is.
 
-    samples: of a training step. shortest, row_tokens: tokens of a sample. steps: that a training turn makes.
+    samples: of a training step. shortest, longest: tokens of a sample. packed: rows and their tokens that hold the
+      samples of any step. steps: that a training turn makes.
     prompt_tokens, new_tokens: of an answer. records: with one picture each, for the input pipeline.
     """
 
     model: LlavaConfig
     samples: int
     shortest: int
-    row_tokens: int
+    longest: int
+    packed: tuple[int, int]
     steps: int
     prompt_tokens: int
     new_tokens: int
@@ -52,13 +54,13 @@ FULL = Sizes(
         LlamaConfig(vocab=8000, width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8, head_width=64,
                     max_positions=1024),
     ),
-    samples=4, shortest=160, row_tokens=512, steps=3, prompt_tokens=128, new_tokens=128, records=96, picture=(480, 640),
-    image_size=336,
+    samples=4, shortest=160, longest=512, packed=(2, 768), steps=3, prompt_tokens=128, new_tokens=128,
+    records=96, picture=(480, 640), image_size=336,
 )  # fmt: skip
 SMALL = Sizes(
     replace(presets.get("tiny"), llm=replace(presets.get("tiny").llm, vocab=1000)),  # with room for an <image> token
-    samples=2, shortest=100, row_tokens=128, steps=2, prompt_tokens=90, new_tokens=5, records=4, picture=(40, 60),
-    image_size=28,
+    samples=2, shortest=100, longest=128, packed=(1, 256), steps=2, prompt_tokens=90, new_tokens=5, records=4,
+    picture=(40, 60), image_size=28,
 )  # fmt: skip
 
 
@@ -81,7 +83,7 @@ def write(folder: Path, sizes: Sizes) -> None:
 
 
 def batches(folder: Path) -> dict[str, list[list[Example]]]:
-    """{"full": batches of samples that all have `row_tokens`, "mixed": of any length from `shortest` on}."""
+    """{"full": batches of samples that all are `longest`, "mixed": of any length from `shortest` on}."""
     return pickle.loads((folder / BATCHES).read_bytes())
 
 
@@ -141,7 +143,7 @@ def _examples(folder: Path, sizes: Sizes, rng: np.random.Generator) -> dict[str,
                 return cut(example, tokens)[0]
             turns += [type(turns[0])("user", _words(rng, 12)), type(turns[0])("assistant", _words(rng, 40))]
 
-    rows, shape = sizes.row_tokens, (sizes.steps, sizes.samples)
-    lengths = {"full": np.full(shape, rows), "mixed": rng.integers(sizes.shortest, rows + 1, shape),
+    shape = (sizes.steps, sizes.samples)
+    lengths = {"full": np.full(shape, sizes.longest), "mixed": rng.integers(sizes.shortest, sizes.longest + 1, shape),
                "prompts": np.full((4, 1), sizes.prompt_tokens)}  # fmt: skip
     return {kind: [[sample(int(n)) for n in step] for step in steps] for kind, steps in lengths.items()}

@@ -64,7 +64,7 @@ def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:
 
 
 def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
-    """Records to padded batches of ids and pixels; the check: places of images, and the first pixels' mean.
+    """Records to padded batches of ids and pixels; the check: places of images, and the first picture's mean.
 
     The ids are the same but for a space behind each image, which the original code has and LlavaProcessor has not.
     """
@@ -77,7 +77,7 @@ def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
         begun, places, pixels = time.perf_counter(), 0.0, 0.0
         for fields in loader:
             places += (fields["input_ids"] == records.processor.image_token_id).sum().item()
-            pixels = pixels or fields["pixel_values"].mean().item()
+            pixels = pixels or fields["pixel_values"][0].mean().item()
         return time.perf_counter() - begun, [places, pixels]
 
     return turn
