@@ -9,9 +9,10 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
 from llava_jax.models.cache import LayerCache, from_prefill, write
+from llava_jax.models.flamingo import GatedBlock, Media
 from llava_jax.models.layers import Dense, Params, RMSNorm, rotary, rotate, stacked, take_layer
-from llava_jax.models.presets import LlamaConfig
-from llava_jax.models.remat import ATTENTION, INPUT, QKV, named, remat
+from llava_jax.models.presets import CrossConfig, LlamaConfig
+from llava_jax.models.remat import INPUT, QKV, named, remat
 from llava_jax.sharding import constrain, constrain_parameters
 
 Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
@@ -48,7 +49,7 @@ class LlamaBlock(nn.Module):
         else:
             kept = write(cache, k, v, slots)
             y = attention(q, kept.k, kept.v, last_key=slots)
-        x = x + self._dense("o", config.width)(named(y, ATTENTION).reshape(*x.shape[:2], -1))
+        x = x + self._dense("o", config.width)(y.reshape(*x.shape[:2], -1))
         y = RMSNorm(config.eps, self.dtype, name="ln2")(x)
         y = nn.silu(self._dense("gate", config.mlp_width)(y)) * self._dense("up", config.mlp_width)(y)
         return x + self._dense("down", config.width)(y), kept
@@ -62,12 +63,17 @@ class LlamaBlock(nn.Module):
 
 
 class Llama(nn.Module):
-    """Embeddings in, normed hidden states out; `head` turns those into float32 logits where they are wanted."""
+    """Embeddings in, normed hidden states out; `head` turns those into float32 logits where they are wanted.
+
+    cross: of gated blocks between the layers, which look at images of `media_rows` features each (`models.flamingo`).
+    """
 
     config: LlamaConfig
     dtype: Any = jnp.float32
     remat: str = "none"
     lora_dropout: float = 0.0
+    cross: CrossConfig | None = None
+    media_rows: int = 0
 
     def setup(self) -> None:
         config = self.config
@@ -77,6 +83,10 @@ class Llama(nn.Module):
         example = jnp.zeros((1, 1, config.width), self.dtype)
         place = jnp.zeros((1, 1), jnp.int32)
         self.blocks = stacked(self, "blocks", self.block, config.layers, example, rotary(place, config))
+        if self.cross is not None:
+            self.gated = GatedBlock(self.cross, self.media_rows, self.dtype, self.lora_dropout, parent=None)
+            look = Media(jnp.zeros((1, self.media_rows, self.cross.media_width), self.dtype), place)
+            self.gated_blocks = stacked(self, "cross", self.gated, config.layers // self.cross.every, example, look)
         self.norm = RMSNorm(config.eps, self.dtype)
         if not config.tie_embeddings:
             self.output = self.param("head", self._init_rows, normal, (1, config.width))
@@ -107,7 +117,11 @@ class Llama(nn.Module):
         return constrain(rows, "batch", "tokens")
 
     def __call__(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], segments: Int[Array, "B T"] | None
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        segments: Int[Array, "B T"] | None,
+        media: Media | None = None,
     ) -> Float[Array, "B T D"]:
         """Full forward of rows: of several samples each, which `segments` tell apart, or (None) of a single one."""
         rotation = rotary(positions, self.config)
@@ -121,32 +135,84 @@ class Llama(nn.Module):
             x, _ = self.block.apply({"params": weights}, named(x, INPUT), rotation, segments, rngs=rngs)
             return constrain(x, "batch", "tokens"), None
 
-        x, _ = jax.lax.scan(remat(self.remat)(body), x, (self.blocks, keys))
+        body = remat(self.remat)(body)
+        if media is None:
+            x, _ = jax.lax.scan(body, x, (self.blocks, keys))
+        else:
+            x = self._between(body, x, (self.blocks, keys), media)
         return self.norm(x)
 
+    def _between(self, body: Any, x: Float[Array, "B T D"], layers: Any, media: Media) -> Float[Array, "B T D"]:
+        """All layers, with a gated block before the last of each group of `cross.every`; what is left has none."""
+        assert self.cross is not None
+        every = self.cross.every
+        groups = self.config.layers // every
+        keys = jax.random.split(self.make_rng("dropout"), groups) if self.has_rng("dropout") else None
+
+        def look(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
+            weights, key = layer
+            weights = jax.lax.optimization_barrier(constrain_parameters(weights, "llm/cross"))
+            x, _ = self.gated.apply({"params": weights}, x, media, rngs={} if key is None else {"dropout": key})
+            return constrain(x, "batch", "tokens"), None
+
+        look = remat(self.remat)(look)
+
+        def group(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, None]:
+            gated, own = inputs
+            x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[:-1], own))
+            x, _ = look(x, gated)
+            return body(x, jax.tree.map(lambda leaf: leaf[-1], own))
+
+        grouped = jax.tree.map(lambda leaf: leaf[: groups * every].reshape(groups, every, *leaf.shape[1:]), layers)
+        x, _ = jax.lax.scan(group, x, ((self.gated_blocks, keys), grouped))
+        x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[groups * every :], layers))
+        return x
+
     def prefill(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache_tokens: int
+        self,
+        x: Float[Array, "B T D"],
+        positions: Int[Array, "B T"],
+        cache_tokens: int,
+        media: Media | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-        """Forward of prompts padded on the right (`positions` = 0 .. T-1), keeping keys and values."""
+        """Forward of prompts padded on the right (`positions` = 0 .. T-1), keeping keys and values.
+
+        The cache holds those of the layers, then those of each row's last image in the gated blocks.
+        """
         rotation = rotary(positions, self.config)
 
-        kept = []
+        kept, looked = [], []
         for index in range(self.config.layers):  # a scan wants stacks, which decoding would copy whole
+            if media is not None and self._is_gated(index):
+                x, last = self._look(index, x, media)
+                looked.append(last)
             x, pair = self.block.apply({"params": take_layer(self.blocks, index)}, x, rotation)
             kept.append(pair)
-        return self.norm(x), from_prefill(kept, cache_tokens)
+        return self.norm(x), (*from_prefill(kept, cache_tokens), *looked)
 
     def decode(
         self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
         """Forward of new tokens at `positions` against the cache; usually T is 1."""
         rotation = rotary(positions, self.config)
-        kept = []
-        for index, layer_cache in enumerate(cache):  # a scan would hold a second copy of the whole cache
+        kept, looked = [], cache[self.config.layers :]
+        for index, layer_cache in enumerate(cache[: self.config.layers]):  # a scan would hold a second copy of it all
+            if looked and self._is_gated(index):
+                x, _ = self._look(index, x, looked[index // self.cross.every])
             layer = take_layer(self.blocks, index)
             x, layer_cache = self.block.apply({"params": layer}, x, rotation, None, positions, layer_cache)
             kept.append(layer_cache)
-        return self.norm(x), tuple(kept)
+        return self.norm(x), (*kept, *looked)
+
+    def _is_gated(self, index: int) -> bool:
+        return self.cross is not None and (index + 1) % self.cross.every == 0
+
+    def _look(
+        self, index: int, x: Float[Array, "B T D"], seen: Media | LayerCache
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """The gated block before layer `index`."""
+        weights = take_layer(self.gated_blocks, index // self.cross.every)
+        return self.gated.apply({"params": weights}, x, seen)
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits over the vocabulary, added rows last."""

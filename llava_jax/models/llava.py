@@ -1,4 +1,4 @@
-"""LLaVA: the tower's features go through the projector and take the places that `image_slots` names."""
+"""LLaVA and its kin: the tower's features go through the connector and take the places that `image_slots` names."""
 
 from typing import Any
 
@@ -7,16 +7,19 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from llava_jax.models import flamingo
 from llava_jax.models.cache import LayerCache
+from llava_jax.models.eva import EvaTower
+from llava_jax.models.layers import LayerNorm
 from llava_jax.models.llama import Llama
-from llava_jax.models.presets import LlavaConfig
-from llava_jax.models.projectors import Projector
+from llava_jax.models.presets import EvaConfig, LlavaConfig
+from llava_jax.models.projectors import Projector, concatenated, resampler_of
 from llava_jax.models.vit import VisionTower
 from llava_jax.sharding import constrain
 
 
 class Llava(nn.Module):
-    """Vision tower, projector and decoder; fields of a `Batch` in, hidden states out.
+    """Vision tower, connector and decoder; fields of a `Batch` in, hidden states out.
 
     dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
     remat: rematerialisation of the decoder's blocks (`models.remat`); the frozen tower never needs any.
@@ -30,9 +33,14 @@ class Llava(nn.Module):
 
     def setup(self) -> None:
         config = self.config
-        self.vision = VisionTower(config.vision, self.dtype, self.lora_dropout)
+        tower = EvaTower if isinstance(config.vision, EvaConfig) else VisionTower
+        self.vision = tower(config.vision, self.dtype, self.lora_dropout)
+        if config.ln_vision_eps is not None:
+            self.ln_vision = LayerNorm(config.ln_vision_eps, self.dtype)
+        self.resampler = resampler_of(config, self.dtype, self.lora_dropout)
         self.projector = Projector(config.projector, config.llm.width, self.dtype, self.lora_dropout)
-        self.llm = Llama(config.llm, self.dtype, self.remat, self.lora_dropout)
+        looked_at = 0 if config.cross is None else config.resampler.outputs
+        self.llm = Llama(config.llm, self.dtype, self.remat, self.lora_dropout, config.cross, looked_at)
         if config.image_newline:
             # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).
             init = nn.initializers.normal(config.llm.width**-0.5)
@@ -50,19 +58,32 @@ class Llava(nn.Module):
 
         segments: None says that every row holds one sample and nothing but padding after it.
         """
-        x = self.embed(tokens, image_slots, self.encode_images(pixels))
-        return self.llm(x, positions, segments)
+        features = self.encode_images(pixels)
+        if self.config.cross is not None:
+            return self.llm(
+                self.llm.embed(tokens), positions, segments, flamingo.media(features, image_slots, segments)
+            )
+        return self.llm(self.embed(tokens, image_slots, features), positions, segments)
 
     def encode_images(self, pixels: UInt8[Array, "G I Side Side 3"]) -> Float[Array, "G Slots D"]:
-        """Projected features of each group's pictures: row i * N + p, and `image_newline` last where there is one."""
+        """Features of each group's pictures as the decoder takes them: row i * N + p, `image_newline` last if there is
+        one. For "flamingo_xattn" they keep the tower's width, and N is that of its resampler."""
         groups, images = pixels.shape[:2]
         flat = constrain(pixels.reshape(groups * images, *pixels.shape[2:]), "images")
-        features = constrain(self.projector(self.vision(flat)), "images")
+        features = constrain(self.projector(self._resampled(self.vision(flat))), "images")
         features = constrain(features.reshape(groups, images * features.shape[1], features.shape[2]), "batch")
         if not self.config.image_newline:
             return features
         newline = jnp.broadcast_to(self.newline.astype(self.dtype), (groups, 1, features.shape[-1]))
         return jnp.concatenate([features, newline], axis=1)
+
+    def _resampled(self, x: Float[Array, "Img P C"]) -> Float[Array, "Img N Wide"]:
+        """All of the connector before its linear layers."""
+        if self.config.ln_vision_eps is not None:
+            x = self.ln_vision(x)
+        if self.config.projector == "concat4_linear":
+            return concatenated(x)
+        return x if self.resampler is None else self.resampler(x)
 
     def embed(
         self, tokens: Int[Array, "B T"], image_slots: Int[Array, "B T"], features: Float[Array, "G Slots D"]
@@ -87,11 +108,23 @@ class Llava(nn.Module):
         cache_tokens: int,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
         """Hidden states of prompts padded on the right, and the cache; `pixels` None for text alone."""
+        if self.config.cross is not None:
+            return self.llm.prefill(
+                self.llm.embed(tokens), positions, cache_tokens, self._prompt_media(image_slots, pixels)
+            )
         if pixels is None:
             x = self.llm.embed(tokens)
         else:
             x = self.embed(tokens, image_slots, self.encode_images(pixels))
         return self.llm.prefill(x, positions, cache_tokens)
+
+    def _prompt_media(self, image_slots: Array, pixels: Array | None) -> flamingo.Media:
+        """Of a prompt without pictures no token sees any, but the gated blocks' mlp is for all tokens."""
+        if pixels is not None:
+            return flamingo.media(self.encode_images(pixels), image_slots, None)
+        rows, width = self.config.resampler.outputs, self.config.cross.media_width
+        nothing = jnp.zeros((image_slots.shape[0], rows, width), self.dtype)
+        return flamingo.Media(nothing, jnp.full_like(image_slots, -1))
 
     def decode(
         self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
@@ -109,7 +142,8 @@ class Llava(nn.Module):
 
 
 def init_params(config: LlavaConfig, key: Array) -> dict[str, Any]:
-    """Random float32 parameters of a whole model: `{"vision": ..., "projector": ..., "llm": ...}`."""
+    """Random float32 parameters of a whole model: `{"vision": ..., "projector": ..., "llm": ...}`, and `ln_vision` and
+    `resampler` where the connector has them."""
     side = config.vision.image_size
     row = jnp.zeros((1, 1), jnp.int32)
     pixels = jnp.zeros((1, 1, side, side, 3), jnp.uint8)

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, UInt8
 
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
-from llava_jax.models.presets import VisionConfig
+from llava_jax.models.presets import TowerConfig, VisionConfig
 from llava_jax.sharding import constrain
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
@@ -89,16 +89,23 @@ class VisionTower(nn.Module):
         return [x, *all_states] if every else [last]
 
     def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        size, side = self.config.patch_size, self.config.image_size // self.config.patch_size
-        images = x.shape[0]
-        # A stride-sized convolution is a matmul over patches flattened as (row, column, channel).
-        x = x.reshape(images, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5).reshape(images, side * side, -1)
-        x = x @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
-        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (images, 1, self.config.width))
+        patches = flat_patches(x, self.config.patch_size)
+        x = patches @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
+        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
         return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)
 
 
-def normalise(pixels: UInt8[Array, "*Img Side Side 3"], config: VisionConfig) -> Float[Array, "*Img Side Side 3"]:
+def flat_patches(x: Float[Array, "Img Side Side 3"], size: int) -> Float[Array, "Img P Patch"]:
+    """Each patch as a row, in reading order, flattened as (row, column, channel).
+
+    A convolution with a stride of its own size is a product with these.
+    """
+    images, side = x.shape[0], x.shape[1] // size
+    x = x.reshape(images, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(images, side * side, size * size * 3)
+
+
+def normalise(pixels: UInt8[Array, "*Img Side Side 3"], config: TowerConfig) -> Float[Array, "*Img Side Side 3"]:
     """(pixels / 255 - mean) / std in float32, on the device, so that the host sends a quarter of the bytes."""
     scaled = pixels.astype(jnp.float32) * jnp.float32(1 / 255)
     return (scaled - jnp.asarray(config.mean, jnp.float32)) / jnp.asarray(config.std, jnp.float32)

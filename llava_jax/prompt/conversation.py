@@ -27,6 +27,7 @@ class Conversation:
     system: replaces the template's system text; None keeps it, "" leaves it out.
     images_in_place: True keeps every marker where it was written and wants one marker for each image; False is
         LLaVA's rule for its single image: the markers of a turn become one, at the front of that turn.
+    begun: what the assistant has said already of the reply that is wanted; it goes on from there.
     """
 
     turns: tuple[Turn, ...]
@@ -34,6 +35,7 @@ class Conversation:
     id: str = ""
     system: str | None = None
     images_in_place: bool = False
+    begun: str = ""
 
 
 def from_record(record: Any, where: str = "") -> Conversation:

@@ -61,7 +61,7 @@ def encode(
     """The conversation's tokens, what of them is learned, where images go, and the images' pixels.
 
     image_root: folder that image paths are relative to and may not leave; None takes paths as they are.
-    reply: end with an open assistant turn, as generation wants it.
+    reply: end with an open assistant turn, as generation wants it, and what is `begun` of it.
     open_images: False leaves `images` empty and does not compare their number with the markers'.
 
     Raises:
@@ -135,6 +135,10 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
         yield from _turn(turn, template, message)
     if reply:
         yield Piece(template.assistant.before[0].text)
+        if conversation.begun:
+            check_text(conversation.begun, f"{name}: begun")
+            yield from (Piece(part.text) for part in template.assistant.before[1:])
+            yield Piece(conversation.begun, typed=True)
     else:
         yield from (Piece(*part) for part in template.ending)
 

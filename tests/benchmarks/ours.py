@@ -24,8 +24,8 @@ from tests.benchmarks.same import Sizes
 
 Turn = Callable[[], tuple[float, list[float]]]
 
-# YNNPACK for products alone: jaxlib 0.10.2 also gives it the softmax's gradient, which takes 1.1 s of an 8 s step then
-# (one core, 2026-11-21).
+# YNNPACK for products alone: jaxlib 0.10.2 also gives it sums of the softmax, and a turn takes 7.2 s instead of 6.7
+# then (2 cores of AMD EPYC, 2026-11-21).
 OPTIONS = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"),)
 
 

@@ -54,7 +54,7 @@ FULL = Sizes(
         LlamaConfig(vocab=8000, width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8, head_width=64,
                     max_positions=1024),
     ),
-    samples=4, shortest=160, longest=512, packed=(2, 768), steps=3, prompt_tokens=128, new_tokens=128,
+    samples=4, shortest=160, longest=512, packed=(2, 720), steps=3, prompt_tokens=128, new_tokens=128,
     records=96, picture=(480, 640), image_size=336,
 )  # fmt: skip
 SMALL = Sizes(

@@ -48,21 +48,38 @@ def test_a_cache_longer_than_the_queries_is_seen_up_to_last_key():
         np.testing.assert_allclose(found[row], whole[0], atol=2e-6)
 
 
+@pytest.mark.parametrize("heads_of_keys", [4, 2])
+@pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("segments", [False, True])
-def test_a_long_row_goes_block_by_block_with_the_same_result_and_gradient(monkeypatch, segments):
-    q, k, v = heads(40)
+def test_a_row_goes_block_by_block_with_the_result_and_gradient_of_the_whole(
+    monkeypatch, segments, causal, heads_of_keys
+):
+    q, k, v = heads(40, key=heads_of_keys)
     own = three_samples(40) if segments else None
+    order = jnp.broadcast_to(jnp.arange(40), (2, 40)) if causal else None
+    monkeypatch.setattr(room, "SHORTEST_BLOCK", 16)  # 40 is not a multiple of it: blocks of 13, 13 and 14
+    monkeypatch.setattr(room, "LONGEST_BLOCK", 16 if causal else 8)
 
-    def loss(q, k, v):
-        return jnp.sum(jnp.sin(attention(q, k, v, causal=True, segments=own)))
+    def blocks(q, k, v):
+        return jnp.sum(jnp.sin(attention(q, k, v, causal=causal, segments=own)))
 
-    whole = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-    monkeypatch.setattr(room, "QUERY_BLOCK", 16)  # 40 is not a multiple of it
-    monkeypatch.setattr(room, "LONG", 32)
-    jaxpr = str(jax.make_jaxpr(loss)(q, k, v))
-    found = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
-    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), found, whole)
-    assert "16,40]" in jaxpr and "40,40]" not in jaxpr, "scores of all queries at once"
+    def whole(q, k, v):
+        return jnp.sum(jnp.sin(room._xla(q, k, v, order, None if own is None else (own, own))))
+
+    found, wanted = (jax.value_and_grad(f, (0, 1, 2))(q, k, v) for f in (blocks, whole))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=3e-6), found, wanted)
+    jaxpr = str(jax.make_jaxpr(jax.grad(blocks))(q, k, v))
+    assert "14,40]" in jaxpr and "40,40]" not in jaxpr, "scores of all queries at once"
+    assert ("13,13]" in jaxpr) == causal, "a causal block sees no key behind it"
+
+
+def test_blocks_in_bfloat16_are_as_near_to_float32_as_the_plain_attention():
+    full = heads(256, width=64)
+    half = [x.astype(jnp.bfloat16) for x in full]
+    order = jnp.broadcast_to(jnp.arange(256), (2, 256))
+    truth, plain = (room._xla(*some, order, None).astype(jnp.float32) for some in (full, half))
+    error, of_plain = (jnp.linalg.norm(x - truth) for x in (attention(*half, causal=True).astype(jnp.float32), plain))
+    assert error <= 1.05 * of_plain
 
 
 def test_splash_is_plain_attention(monkeypatch):
@@ -72,7 +89,7 @@ def test_splash_is_plain_attention(monkeypatch):
     make = room.splash.make_splash_mha_single_device
     monkeypatch.setattr(room.splash, "make_splash_mha_single_device", functools.partial(make, interpret=True))
     found = room._splash(q, k, v, segments)
-    np.testing.assert_allclose(found, room._whole_rows(True, q, k, v, segments), atol=2e-5)
+    np.testing.assert_allclose(found, room._blocks(True, q, k, v, segments), atol=2e-5)
 
 
 def test_on_a_tpu_whole_causal_rows_take_splash_and_on_a_gpu_only_unpacked_rows_take_flash(monkeypatch):
@@ -83,6 +100,6 @@ def test_on_a_tpu_whole_causal_rows_take_splash_and_on_a_gpu_only_unpacked_rows_
     assert room._kernel(q, k, False, False) is not room._splash  # the tower: 577 patches of width 64
     assert room._kernel(short, k, True, True) is not room._splash
     monkeypatch.setattr(room.sharding, "platform", lambda: "gpu")
-    assert room._kernel(q, k, True, False).keywords["implementation"] == "cudnn"
-    assert room._kernel(q, k, True, True).func is room._whole_rows
-    assert room._kernel(q.astype(jnp.float32), k, True, False).func is room._whole_rows
+    assert room._kernel(q, k, True, False).func is room._cudnn
+    assert room._kernel(q, k, True, True).func is room._blocks
+    assert room._kernel(q.astype(jnp.float32), k, True, False).func is room._blocks

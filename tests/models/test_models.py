@@ -135,7 +135,12 @@ def without_remat(tiny):
 @pytest.mark.parametrize("policy", remat.POLICIES)
 def test_every_remat_policy_gives_the_same_loss_and_gradients(tiny, without_remat, policy):
     found, program = gradients(tiny, policy)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), found, without_remat)
+
+    def close(ours, wanted):
+        """As a whole: where terms cancel, an element of a sum in another order has no small error of its own."""
+        assert jnp.linalg.norm(ours - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
+
+    jax.tree.map(close, found, without_remat)
     assert ("<host>" in program) == policy.startswith("offload")
 
 
