@@ -108,7 +108,9 @@ class Train:
     epochs: float | None = None
     seed: int = 42
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
-    schedule: Literal["cosine", "constant"] = "cosine"
+    schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
+    first_lr: float = 0.0  # where the warm-up to lr begins
+    last_lr: float = 0.0  # where the cosine from lr ends
     b1: float = 0.9
     b2: float = 0.999
     eps: float = 1e-8
@@ -130,6 +132,7 @@ class Train:
             raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
         _in_range(self, "train", lr=(0, None), projector_lr=(0, None), steps=(1, None), epochs=(0, None))
         _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
+        _in_range(self, "train", first_lr=(0, None), last_lr=(0, None))
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
         if not 0 <= self.lora_dropout < 1:

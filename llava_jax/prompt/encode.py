@@ -48,7 +48,16 @@ class Piece(NamedTuple):
     typed: bool = False
 
 
-_IMAGE = Piece(IMAGE_MARKER)  # compared by identity: here an image's features go
+class Chunk(NamedTuple):
+    """Pieces that are made into tokens together, and whether an image stands before them."""
+
+    behind_image: bool
+    pieces: list[Piece]
+
+
+# Compared by identity. Text on the two sides of either is made into tokens apart.
+_IMAGE = Piece(IMAGE_MARKER)  # here an image's features go
+_CUT = Piece("")
 
 
 def encode(
@@ -70,7 +79,7 @@ def encode(
     """
     name = f"record {conversation.id!r}"
     chunks = _chunks(_pieces(conversation, format, reply, name))
-    markers = len(chunks) - 1
+    markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
         raise ValueError(
             f"{name}: {len(conversation.images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text: "
@@ -79,12 +88,12 @@ def encode(
     tokenizer, width = format.tokenizer, format.image_features
     ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
     learned, spans = [False] * len(ids), []
-    for number, chunk in enumerate(chunks):
-        if number:
+    for chunk in chunks:
+        if chunk.behind_image:
             spans.append(Span(len(ids), width))
             ids += [0] * width
             learned += [False] * width
-        chunk_ids, chunk_learned = _tokenized(chunk, tokenizer)
+        chunk_ids, chunk_learned = _tokenized(chunk.pieces, tokenizer)
         ids += chunk_ids
         learned += chunk_learned
     images = _pixels(conversation, format, image_root, name) if open_images else ()
@@ -138,6 +147,8 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
         if conversation.begun:
             check_text(conversation.begun, f"{name}: begun")
             yield from (Piece(part.text) for part in template.assistant.before[1:])
+            if template.reply_apart:
+                yield _CUT
             yield Piece(conversation.begun, typed=True)
     else:
         yield from (Piece(*part) for part in template.ending)
@@ -188,6 +199,8 @@ def _turn(turn: Turn, template: Template, message: list[Piece]) -> list[Piece]:
     if not message and template.open_when_empty:
         return [Piece(frame.before[0].text)]
     before = [Piece(*part) for part in frame.before]
+    if template.reply_apart and turn.role == "assistant":
+        before.append(_CUT)
     return before + message + [Piece(*part) for part in frame.after]
 
 
@@ -196,7 +209,7 @@ def _message(turn: Turn, conversation: Conversation, format: Format) -> Iterable
     template, learned = format.template, turn.role == "assistant"
     text = turn.text
     if conversation.images and not conversation.images_in_place:
-        text = _collapsed(text)
+        text = _collapsed(text, template.image_joint)
     # Without an image the marker's letters are letters.
     parts = text.split(IMAGE_MARKER) if conversation.images or conversation.images_in_place else [text]
     bare = template.images_only and turn.role == "user"
@@ -210,21 +223,21 @@ def _message(turn: Turn, conversation: Conversation, format: Format) -> Iterable
             yield Piece(part, learned, typed=True)
 
 
-def _collapsed(text: str) -> str:
+def _collapsed(text: str, joint: str) -> str:
     """LLaVA's rule for one image: all markers of a turn become one at its front."""
     if IMAGE_MARKER not in text:
         return text
-    return f"{IMAGE_MARKER}\n{text.replace(IMAGE_MARKER, '').strip()}".strip()
+    return f"{IMAGE_MARKER}{joint}{text.replace(IMAGE_MARKER, '').strip()}".strip()
 
 
-def _chunks(pieces: Iterable[Piece]) -> list[list[Piece]]:
-    """The pieces between images: k images make k + 1 chunks."""
-    chunks: list[list[Piece]] = [[]]
+def _chunks(pieces: Iterable[Piece]) -> list[Chunk]:
+    """The pieces between images and cuts."""
+    chunks = [Chunk(False, [])]
     for piece in pieces:
-        if piece is _IMAGE:
-            chunks.append([])
+        if piece is _IMAGE or piece is _CUT:
+            chunks.append(Chunk(piece is _IMAGE, []))
         else:
-            chunks[-1].append(piece)
+            chunks[-1].pieces.append(piece)
     return chunks
 
 

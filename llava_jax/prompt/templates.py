@@ -1,7 +1,8 @@
 """Conversation templates as data: which text stands around a message, and which of it the model learns to write.
 
 The strings are facts of the formats that released checkpoints were trained on.
-Source: haotian-liu/LLaVA llava/conversation.py and llava/train/train.py @ c121f04 (Apache-2.0), the format data only.
+Source: haotian-liu/LLaVA llava/conversation.py and llava/train/train.py @ c121f04 (Apache-2.0), the format data only;
+where another project is the source, it stands beside the template.
 """
 
 import difflib
@@ -43,6 +44,8 @@ class Template:
     open_when_empty: an empty message leaves its turn open, as LLaVA's `if message:` does.
     images_only: of the user's message only the images are kept (LLaVA's first stage).
     image_frame: what stands around each image.
+    image_joint: text between a turn's one image and its words.
+    reply_apart: what the assistant says is made into tokens by itself, not together with the text before it.
     examples: turns that stand before the conversation and are never learned.
     """
 
@@ -59,6 +62,8 @@ class Template:
     open_when_empty: bool = True
     images_only: bool = False
     image_frame: tuple[str, str] = ("", "")
+    image_joint: str = "\n"
+    reply_apart: bool = False
     examples: tuple[Turn, ...] = ()
 
 
@@ -113,7 +118,13 @@ _RENEWABLE = (
     ),
 )
 
+_IMAGE_CONTENT = (
+    "Give the following image: <Img>ImageContent</Img>. You will be able to see the image once I provide it to you. "
+    "Please answer my questions."
+)
+
 _MMTAG = ("<Image>", "</Image>")
+_IMG = ("<Img>", "</Img>")
 
 # The model learns every "###", the assistant's name, its answer and the newline: that is how it learns to stop.
 # Differs from LLaVA: a reply starts from this same text; LLaVA serves "###Human: ...###Assistant:", which it never
@@ -165,6 +176,34 @@ _PLAIN = Template(
     open_when_empty=False,
     images_only=True,
 )
+# MiniGPT-4's second stage knows no system text; its chat has one, and no space before "###". Both are the format.
+# Source: Vision-CAIR/MiniGPT-4 minigpt4/models/minigpt_base.py, conversation/conversation.py @ d94738a (BSD-3).
+_MINIGPT4 = Template(
+    name="minigpt4",
+    system="",
+    system_frame=("", "###"),
+    user=Frame((Part("###Human: "),), (Part(" "),)),
+    assistant=Frame((Part("###Assistant: "),), (Part("###", True),)),
+    stops=("###",),
+    image_frame=_IMG,
+    image_joint=" ",
+    reply_apart=True,
+)
+_MINIGPT4_CHAT = replace(
+    _MINIGPT4,
+    name="minigpt4_chat",
+    system=_IMAGE_CONTENT,
+    user=Frame((Part("Human: "),), (Part("###"),)),
+    assistant=Frame((Part("Assistant: "),), (Part("###", True),)),
+    reply_apart=False,
+)
+_MINIGPT4_LLAMA_2 = replace(
+    _MINIGPT4,
+    name="minigpt4_llama_2",
+    user=Frame((Part("[INST] "),), (Part(" "),)),
+    assistant=Frame((Part("[/INST] "),), (Part("</s>", True),)),
+    stops=("</s>",),
+)
 
 TEMPLATES = {
     template.name: template
@@ -181,6 +220,12 @@ TEMPLATES = {
         _MPT,
         replace(_MPT, name="chatml_direct", system="Answer the questions."),
         _PLAIN,
+        _MINIGPT4,
+        _MINIGPT4_CHAT,
+        _MINIGPT4_LLAMA_2,
+        # Differs from MiniGPT-4: its chat leaves the "</s>" behind earlier answers out, which the model did write.
+        replace(_MINIGPT4_LLAMA_2, name="minigpt4_llama_2_chat", system=_IMAGE_CONTENT, system_frame=("", "<s>"),
+                between="<s>", reply_apart=False),
     )
 }
 

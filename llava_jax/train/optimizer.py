@@ -16,16 +16,22 @@ DECAY = ((r".*/(scale|bias)", False), (".*", True))
 
 
 def schedule(train: config.Train, steps: int) -> np.ndarray:
-    """float64 [steps]: the share of its peak rate that each update uses; the first uses 0 if there is a warm-up.
+    """float64 [steps]: the share of its peak rate that each update uses.
 
-    Linear over ceil(warmup_ratio * steps) updates, then a cosine to 0, or constant.
-    Source: transformers' get_cosine_schedule_with_warmup; update k (from 1) uses its value k - 1.
+    Linear from first_lr over ceil(warmup_ratio * steps) updates, then a cosine to last_lr, or constant. Shares are
+    relative to `train.lr`. "cosine" begins to fall where the warm-up ends; "cosine_whole" is the cosine over all
+    updates, of which the warm-up hides the beginning, so that the rate drops where it ends.
+    Source: transformers' get_cosine_schedule_with_warmup, update k (from 1) uses its value k - 1; LAVIS
+      lavis/common/optims.py LinearWarmupCosineLRScheduler @ 506965b.
     """
     warmup = math.ceil(train.warmup_ratio * steps)
+    first, last = (rate / train.lr if rate else 0.0 for rate in (train.first_lr, train.last_lr))
     update = np.arange(steps, dtype=np.float64)
-    progress = (update - warmup) / max(1, steps - warmup)
-    falling = 0.5 * (1 + np.cos(np.pi * progress)) if train.schedule == "cosine" else np.ones(steps)
-    return np.where(update < warmup, update / max(1, warmup), falling)
+    start = 0 if train.schedule == "cosine_whole" else warmup
+    progress = (update - start) / max(1, steps - start)
+    falling = last + (1 - last) * 0.5 * (1 + np.cos(np.pi * progress))
+    after = np.ones(steps) if train.schedule == "constant" else falling
+    return np.where(update < warmup, first + (1 - first) * update / max(1, warmup), after)
 
 
 def build(train: config.Train, rates: Mapping[str, config.Rate], steps: int) -> optax.GradientTransformationExtraArgs:

@@ -2,10 +2,12 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sentencepiece
 
 from llava_jax.batch import Span
 from llava_jax.prompt import templates
@@ -117,7 +119,8 @@ def test_learned_is_exactly_answers_and_stops_whatever_the_text(template, legacy
         assert_learned(example, template, turns, TINY[legacy])
 
 
-@pytest.mark.parametrize("template", list(templates.TEMPLATES))
+# MiniGPT-4 makes its chat's history into tokens as one text; its stages train on "minigpt4" and "minigpt4_llama_2".
+@pytest.mark.parametrize("template", sorted(set(templates.TEMPLATES) - {"minigpt4_chat", "minigpt4_llama_2_chat"}))
 def test_a_reply_starts_where_training_starts_to_learn_the_answer(template):
     marker = () if template == "mistral_instruct" else ("x.jpg",)
     question = "<image>\nWhat?" if marker else "What?"
@@ -220,3 +223,48 @@ def test_marked_shows_what_is_learned():
     shown = marked(encode(conversation, format_of("mistral_instruct"), open_images=False), TINY[False])
     assert shown.startswith("<s> ▁[") and shown.endswith("</s> ⟧") and "<image> ▁ <0x0A>" in shown
     assert shown.count("⟦") == shown.count("⟧") == 1
+
+
+def by_hand(*parts):
+    """Ids of MiniGPT-4's segments, each made into tokens alone; an int stands for itself, True: 4 of an image."""
+    ids, words = [], sentencepiece.SentencePieceProcessor(str(GOLDEN / "tiny_llama.model"))
+    for part in parts:
+        ids += [0] * 4 if part is True else [part] if isinstance(part, int) else words.encode(part)
+    return ids
+
+
+def test_minigpt4s_second_stage_is_segments_apart_and_learns_the_answer_and_its_stop():
+    conversation = talk("<image>\nDescribe it.", "A cat.", images=("a.png",))
+    example = encode(conversation, format_of("minigpt4", legacy=True), open_images=False)
+    before = by_hand(1, "###Human: <Img>", True, "</Img> Describe it. ###Assistant: ")
+    answer = by_hand("A cat.###")
+    assert example.tokens.tolist() == before + answer
+    assert example.learned.tolist() == [False] * len(before) + [True] * len(answer)
+    asked = encode(replace(conversation, turns=conversation.turns[:1]), format_of("minigpt4", legacy=True), reply=True,
+                   open_images=False)  # fmt: skip
+    assert asked.tokens.tolist() == before
+
+
+def test_minigpt4s_first_stage_is_the_image_and_its_caption():
+    conversation = talk("<image>", "a cat", images=("a.png",))
+    example = encode(conversation, format_of("plain", legacy=True), open_images=False)
+    assert example.tokens.tolist() == by_hand(1, True, "a cat\n")
+    assert example.learned.tolist() == [False] * 5 + [True] * (len(example.tokens) - 5)
+
+
+def test_minigpt4s_chat_begins_with_its_system_sentence_and_goes_on_behind_hashes():
+    conversation = talk("<image>\nWhat is it?", "A cat.", "Where?", images=("a.png",))
+    example = encode(conversation, format_of("minigpt4_chat", legacy=True), reply=True, open_images=False)
+    system = templates.get("minigpt4_chat").system
+    assert "<Img>ImageContent</Img>" in system
+    rest = "</Img> What is it?###Assistant: A cat.###Human: Where?###Assistant: "
+    assert example.tokens.tolist() == by_hand(1, f"{system}###Human: <Img>", True, rest)
+
+
+def test_minigpt4_on_llama_2_asks_between_inst_marks():
+    conversation = talk("<image>\nDescribe it.", "A cat.", images=("a.png",))
+    example = encode(conversation, format_of("minigpt4_llama_2", legacy=True), open_images=False)
+    before = by_hand(1, "[INST] <Img>", True, "</Img> Describe it. [/INST] ")
+    answer = by_hand("A cat.", 2)
+    assert example.tokens.tolist() == before + answer
+    assert example.learned.tolist() == [False] * len(before) + [True] * len(answer)

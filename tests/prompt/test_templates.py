@@ -5,16 +5,16 @@ import pytest
 from llava_jax.prompt import templates
 
 
-def test_all_templates_of_the_reference_are_there():
+def test_all_templates_of_the_references_are_there():
     assert set(templates.TEMPLATES) == {
         "v0", "llava_v0", "v0_mmtag", "v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct",
-        "mpt", "chatml_direct", "plain",
+        "mpt", "chatml_direct", "plain", "minigpt4", "minigpt4_chat", "minigpt4_llama_2", "minigpt4_llama_2_chat",
     }  # fmt: skip
     assert all(templates.get(name).name == name for name in templates.TEMPLATES)
 
 
 def test_an_unknown_template_names_the_nearest_and_all():
-    with pytest.raises(ValueError, match="'lava_v1' is unknown: did you mean 'llava_v1'.*choose one of v0, .*plain"):
+    with pytest.raises(ValueError, match="'lava_v1' is unknown: did you mean 'llava_v1'.*choose one of v0, .*plain, minigpt4, "):
         templates.get("lava_v1")
 
 
