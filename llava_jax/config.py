@@ -48,7 +48,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    path: str  # .json, .jsonl or a TFDS directory
+    path: str  # .json, .jsonl, a TFDS directory, or a .tar shard or directory of them
     images: str = ""  # root of the pictures
     weight: float = 1.0  # share in the mixture relative to its own size
     name: str = ""  # for messages; "": the path

@@ -1,4 +1,4 @@
-"""Where records come from: LLaVA JSON, JSON lines, or a TFDS directory, read at random by record number.
+"""Where records come from: LLaVA JSON, JSON lines, a TFDS directory or tar shards, read by record number.
 
 A source keeps its file as bytes and parses one record when asked: 665,298 records take the file's own size in
 memory, where parsed objects take several times that.
@@ -17,6 +17,7 @@ from etils import epath
 
 from llava_jax.prompt.conversation import Conversation, from_record
 
+_KINDS = ".json (one list), .jsonl (a record a line), a TFDS directory, .tar or a directory of .tar"
 _SPACE = re.compile(r"[ \t\n\r]*")
 
 
@@ -30,7 +31,7 @@ class Record:
 
     path: the file; index: place in the source, from 0; line: in JSON lines, from 1, else None.
     raw: the parsed JSON value, whatever it is.
-    pictures: encoded images that come with the record (TFDS); empty when `raw["image"]` names files.
+    pictures: encoded images that come with the record (TFDS, shards); empty when `raw["image"]` names files.
     """
 
     path: str
@@ -122,11 +123,11 @@ def open_source(
     path: epath.PathLike, images: epath.PathLike | None = None, name: str = "", weight: float | int = 1.0,
     split: str = "train", keep_broken: bool = False,
 ) -> Source:  # fmt: skip
-    """Records of a `.json` list, a `.jsonl` file (one record a line) or a TFDS directory.
+    """Records of a `.json` list, a `.jsonl` file (one record a line), a TFDS directory or (a directory of) tar shards.
 
     Args:
       path: local or gs://.
-      images: folder of the image files; not for TFDS, which holds its images.
+      images: folder of the image files; not for TFDS and shards, which hold their images.
       name: for messages; the file's name if empty.
       weight: 2 shows each record twice an epoch, 0.5 another half of the records each epoch.
       split: of a TFDS directory.
@@ -139,20 +140,24 @@ def open_source(
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
     if not place.exists():
-        raise FileNotFoundError(f"data source {str(path)!r} does not exist: want a .json, .jsonl or TFDS directory")
+        raise FileNotFoundError(f"data source {str(path)!r} does not exist: want {_KINDS}")
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"image folder {str(images)!r} of {str(path)!r} is no directory")
     name = name or place.name
-    if place.is_dir():
+    if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
+        from llava_jax.data import shards  # here only: it builds upon this module
+
+        source: Source = shards.open_shards(place, name, weight)
+    elif place.is_dir():
         from llava_jax.data import tfds  # here only: it takes a second that JSON readers need not wait
 
-        source: Source = tfds.open_tfds(place, name, weight, split)
+        source = tfds.open_tfds(place, name, weight, split)
     elif place.suffix == ".json":
         source = _open_list(place, folder, name, weight)
     elif place.suffix == ".jsonl":
         source = _open_lines(place, folder, name, weight, keep_broken)
     else:
-        raise ValueError(f"data source {str(path)!r}: want .json (one list), .jsonl (a record a line) or a directory")
+        raise ValueError(f"data source {str(path)!r}: want {_KINDS}")
     if not len(source) and not keep_broken:
         raise DataError(f"{place}: holds no records")
     if weight <= 0 or (len(source) and round(len(source) * weight) < 1):
