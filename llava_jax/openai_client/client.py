@@ -1,0 +1,243 @@
+"""`Client`: many questions at once, each retried, paid for at most once, and within a budget."""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx2
+
+from llava_jax.openai_client import wire
+from llava_jax.openai_client.cache import Cache
+from llava_jax.openai_client.wire import Answer, AskError, Endpoint, Failure, Request
+
+_LONGEST_BACKOFF_SECS = 60.0
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What all answers of a cache file may take together, earlier runs included; None is no limit.
+
+    Prices are dollars for a million tokens, as providers print them.
+    """
+
+    max_tokens: int | None = None
+    max_usd: float | int | None = None
+    usd_per_million_in: float | int = 0.0
+    usd_per_million_out: float | int = 0.0
+
+    def __post_init__(self) -> None:
+        if self.max_usd is not None and not (self.usd_per_million_in or self.usd_per_million_out):
+            raise ValueError(f"max_usd={self.max_usd} without prices: give usd_per_million_in and usd_per_million_out")
+
+    def usd(self, tokens_in: int, tokens_out: int) -> float:
+        """What so many tokens cost."""
+        return (tokens_in * self.usd_per_million_in + tokens_out * self.usd_per_million_out) / 1e6
+
+    def allows(self, tokens_in: int, tokens_out: int) -> bool:
+        """Whether so much in all stays within it."""
+        if self.max_tokens is not None and tokens_in + tokens_out > self.max_tokens:
+            return False
+        return self.max_usd is None or self.usd(tokens_in, tokens_out) <= self.max_usd
+
+
+class Spent(NamedTuple):
+    """What a client has done so far.
+
+    asked: requests sent to the server; cached: found in the cache; failed: without an answer; retries: further
+    attempts; unsure: attempts that broke off and may have been billed, those in flight when an earlier run was killed
+    included; tokens and usd: all that the answers in the cache took, `earlier_usd` of it before this client.
+    """
+
+    asked: int = 0
+    cached: int = 0
+    failed: int = 0
+    retries: int = 0
+    unsure: int = 0
+    tokens_in: int = 0
+    tokens_out: int = 0
+    usd: float = 0.0
+    earlier_usd: float = 0.0
+
+    def __str__(self) -> str:
+        return (f"{self.asked:,} asked, {self.cached:,} from the cache, {self.failed:,} failed, {self.retries:,} "
+                f"retries, {self.unsure:,} perhaps billed in vain; {self.tokens_in:,} tokens in, {self.tokens_out:,} "
+                f"out, ${self.usd:.4f} (${self.earlier_usd:.4f} of it before)")  # fmt: skip
+
+
+class Client:
+    """Questions in, answers out; as a context manager it lets go of the cache file at its end.
+
+        with Client(Endpoint("http://localhost:8000/v1", "my-model"), "answers.jsonl") as client:
+            print(client.ask([{"role": "user", "content": "Is it raining?"}], temperature=0).text)
+
+    Raises:
+      ValueError: the cache is in use by another process or damaged, or the key cannot be sent.
+    """
+
+    def __init__(
+        self, endpoint: Endpoint, cache: str | os.PathLike | None = None, budget: Budget | None = None
+    ) -> None:
+        endpoint.key()
+        self.endpoint, self.budget = endpoint, budget or Budget()
+        self._lock, self._held, self._stopped = threading.RLock(), (0, 0), ""
+        self._cache, self._spent = None, Spent()
+        if cache is not None:
+            self._cache = Cache(Path(cache))
+            tokens = self._cache.tokens_in, self._cache.tokens_out
+            usd = self.budget.usd(*tokens)
+            self._spent = Spent(0, 0, 0, 0, self._cache.lost, *tokens, usd, usd)
+        for chatty in ("httpx2", "httpcore2"):  # their debug lines hold a response's headers, with a key it may echo
+            logging.getLogger(chatty).setLevel(logging.WARNING)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
+        self._http = httpx2.Client(timeout=endpoint.timeout_secs, limits=limits)
+
+    def __enter__(self) -> "Client":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends the connections and frees the cache for others."""
+        self._http.close()
+        if self._cache:
+            self._cache.close()
+
+    @property
+    def spent(self) -> Spent:
+        """Counts, tokens and money so far."""
+        return self._spent
+
+    def ask(
+        self, messages: Sequence[dict[str, Any]], *, temperature: float | int | None = None,
+        top_p: float | int | None = None, max_tokens: int | None = None, seed: int | None = None,
+        stop: tuple[str, ...] = (), choice: int = 0,
+    ) -> Answer:  # fmt: skip
+        """One answer; fields as `Request`'s.
+
+        Raises:
+          AskError: none after all retries, or the budget is spent.
+        """
+        request = Request(messages, temperature, top_p, max_tokens, seed, stop, choice)
+        ((_, outcome),) = self.ask_many([request])
+        if isinstance(outcome, Failure):
+            raise AskError(outcome.reason)
+        return outcome
+
+    def ask_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer | Failure]]:
+        """(index, outcome) of every request as they complete, at most `concurrency` at once.
+
+        Requests are taken one by one as there is room for them. One that fails is a Failure and costs the others
+        nothing; of equal ones in flight one is sent. If the caller stops early, those in flight are waited for and
+        cached. Once the budget, the key or the address is found wanting, nothing more is sent: what is not in the
+        cache is a Failure that says so.
+        """
+        flight: dict[str, tuple[Future, list[int]]] = {}
+        closing = threading.Event()
+        with ThreadPoolExecutor(self.endpoint.concurrency) as pool:
+            try:
+                for index, request in enumerate(requests):
+                    key = self.key(request)
+                    if key in flight:
+                        flight[key][1].append(index)
+                        continue
+                    if found := self._found(key):
+                        yield index, found
+                        continue
+                    while len(flight) == self.endpoint.concurrency or flight and not self._affordable(request):
+                        yield from self._arrived(flight)
+                    if refusal := self._refused(request):
+                        yield index, refusal
+                        continue
+                    flight[key] = (pool.submit(self._asked, key, request, closing), [index])
+                while flight:
+                    yield from self._arrived(flight)
+            finally:
+                closing.set()
+
+    def key(self, request: Request) -> str:
+        """The request's name in the cache: sha256 of address, model, messages, sampling and choice."""
+        told = {"base_url": self.endpoint.base_url, "body": wire.body(self.endpoint, request), "choice": request.choice}
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+
+    def _found(self, key: str) -> Answer | None:
+        found = self._cache.get(key) if self._cache else None
+        if found:
+            self._count(cached=1)
+        return found
+
+    def _arrived(self, flight: dict[str, tuple[Future, list[int]]]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Waits for at least one request, and takes what is done out of `flight`."""
+        done, _ = wait([future for future, _ in flight.values()], return_when=FIRST_COMPLETED)
+        for key in [key for key, (future, _) in flight.items() if future in done]:
+            future, (first, *others) = flight.pop(key)
+            outcome = future.result()
+            yield first, outcome
+            for index in others:
+                self._count(**{"failed" if isinstance(outcome, Failure) else "cached": 1})
+                yield index, outcome if isinstance(outcome, Failure) else replace(outcome, cached=True)
+
+    def _affordable(self, request: Request) -> bool:
+        """Whether it fits into the budget together with all that is under way; estimates are rather too high."""
+        sums = zip((self._spent.tokens_in, self._spent.tokens_out), self._held, wire.estimate(request))
+        return bool(self._stopped) or self.budget.allows(*map(sum, sums))
+
+    def _refused(self, request: Request) -> Failure | None:
+        """Why nothing more may be sent; None, and the budget is held ready for this request."""
+        with self._lock:
+            if not self._affordable(request):
+                self._stopped = f"the budget has no room for another request; spent so far: {self._spent}; raise it"
+            if self._stopped:
+                self._count(failed=1)
+                return Failure(self._stopped, hopeless=True)
+            self._hold(wire.estimate(request), 1)
+        return None
+
+    def _hold(self, tokens: tuple[int, int], sign: int) -> None:
+        with self._lock:
+            self._held = (self._held[0] + sign * tokens[0], self._held[1] + sign * tokens[1])
+
+    def _count(self, **more: int | float) -> None:
+        with self._lock:
+            old = self._spent._asdict()
+            self._spent = self._spent._replace(**{name: old[name] + value for name, value in more.items()})
+
+    def _asked(self, key: str, request: Request, closing: threading.Event) -> Answer | Failure:
+        """Sends, and writes down what came of it before anybody hears of it."""
+        if self._cache:
+            self._cache.sent(key, int(time.time()))
+        outcome = self._attempts(request, closing)
+        if isinstance(outcome, Failure):
+            self._count(asked=1, failed=1)
+            if outcome.hopeless:
+                self._stopped = outcome.reason
+            if self._cache:
+                self._cache.failed(key, outcome.reason)
+        else:
+            if self._cache:
+                self._cache.keep(key, self.endpoint.model, outcome)
+            tokens = outcome.tokens_in, outcome.tokens_out
+            self._count(asked=1, tokens_in=tokens[0], tokens_out=tokens[1], usd=self.budget.usd(*tokens))
+        self._hold(wire.estimate(request), -1)
+        return outcome
+
+    def _attempts(self, request: Request, closing: threading.Event) -> Answer | Failure:
+        for attempt in range(1, self.endpoint.retries + 2):
+            outcome, retry_secs, unsure = wire.exchange(self._http, self.endpoint, request)
+            self._count(unsure=int(unsure), retries=int(attempt > 1))
+            if isinstance(outcome, Answer) or retry_secs is None:
+                return outcome
+            backoff = min(self.endpoint.backoff_secs * 2 ** (attempt - 1), _LONGEST_BACKOFF_SECS)
+            # Drawn, so that requests that failed together do not come back together.
+            if attempt <= self.endpoint.retries and closing.wait(max(retry_secs, backoff * random.uniform(0.5, 1))):
+                break
+        return replace(outcome, reason=f"{outcome.reason} (after {attempt} attempts)")

@@ -1,0 +1,215 @@
+"""One exchange with an OpenAI-compatible server: what is sent, what comes back, and what is worth another attempt.
+
+The key is read from the environment when a request is sent; it is in no object that is printed, and it is cut out of
+all that the server says, so no log line, error, cache or report can hold it.
+"""
+
+import email.utils
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import httpx2
+
+KEY_VARIABLE = "OPENAI_API_KEY"
+_RETRIED = (408, 409, 425, 429)  # and every 5xx
+_HOPELESS = (401, 404)  # key, address or model: no other request would fare better; 403 may be about one text
+_LONGEST_WAIT_SECS = 120.0
+_PICTURE_TOKENS = 1500  # for estimates only; high for one picture of 1,024 pixels a side
+_ANSWER_TOKENS = 1024  # the same, where a request has no max_tokens
+_CHARACTERS_PER_TOKEN = 3  # the same: English has about four
+
+
+class AskError(ValueError):
+    """A request has no answer; the message says why, without the key."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where questions go, and how patiently.
+
+    base_url: up to and with the version, "https://api.openai.com/v1"; requests go to base_url/chat/completions.
+    timeout_secs: the longest silence of the server. retries: after the first attempt. concurrency: requests at once.
+    backoff_secs: before the first retry; doubled for each further one, times a random half to whole.
+    limit_field: what the server calls the limit of an answer; newer OpenAI models want "max_completion_tokens".
+    key_variable: the environment variable with the key; unset or empty, no key is sent (local servers want none).
+    """
+
+    base_url: str
+    model: str
+    timeout_secs: float | int = 120.0
+    retries: int = 5
+    concurrency: int = 8
+    backoff_secs: float | int = 1.0
+    limit_field: str = "max_tokens"
+    key_variable: str = KEY_VARIABLE
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.base_url)
+        if "@" in parts.netloc or parts.query:
+            raise ValueError(f"base_url holds more than a place (not shown): put the key into ${self.key_variable}")
+        try:
+            httpx2.URL(self.base_url)
+        except httpx2.InvalidURL as error:
+            raise ValueError(f"base_url={self.base_url!r}: {error}: want http(s)://HOST[:PORT]/v1") from None
+        if parts.scheme not in ("http", "https") or not parts.netloc:
+            raise ValueError(f"base_url={self.base_url!r}: want http(s)://HOST[:PORT]/v1")
+        if not self.model:
+            raise ValueError("model='': want the name that the server knows the model by")
+        for name, least in {"timeout_secs": 0.001, "retries": 0, "concurrency": 1, "backoff_secs": 0}.items():
+            if asdict(self)[name] < least:
+                raise ValueError(f"{name}={asdict(self)[name]}: want at least {least}")
+        object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
+
+    def key(self) -> str:
+        """The key, "" if there is none.
+
+        Raises:
+          ValueError: it holds what no key does (the HTTP library would print it in its own complaint).
+        """
+        key = os.environ.get(self.key_variable, "").strip()
+        if not (key.isascii() and key.isprintable()) or " " in key:
+            raise ValueError(f"${self.key_variable}: holds characters that no key has (not shown): set it again")
+        return key
+
+
+@dataclass(frozen=True)
+class Request:
+    """One question. messages: {"role", "content"} objects; content is text, or parts with pictures as data URLs.
+
+    A field that is None is not sent: the server's default holds. choice: distinguishes repeats in the cache.
+    """
+
+    messages: Sequence[dict[str, Any]]
+    temperature: float | int | None = None
+    top_p: float | int | None = None
+    max_tokens: int | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    choice: int = 0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server said. finish_reason: "stop" is whole, "length" cut short. cached: nothing was paid for it now."""
+
+    text: str
+    finish_reason: str
+    tokens_in: int
+    tokens_out: int
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a request has no answer. hopeless: the client sends nothing more (budget, key, address)."""
+
+    reason: str
+    hopeless: bool = False
+
+
+class Exchange(NamedTuple):
+    """What came of one attempt.
+
+    retry_secs: another attempt may help, and the server wants to be left alone for so long; None: it would not help.
+    unsure: the attempt broke off where it may have been billed.
+    """
+
+    outcome: Answer | Failure
+    retry_secs: float | None = None
+    unsure: bool = False
+
+
+def body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+    """The JSON object that is posted."""
+    fields = {
+        "temperature": None if request.temperature is None else float(request.temperature),
+        "top_p": None if request.top_p is None else float(request.top_p),
+        endpoint.limit_field: request.max_tokens,
+        "seed": request.seed,
+        "stop": list(request.stop) or None,
+    }
+    sent = {name: value for name, value in fields.items() if value is not None}
+    return {"model": endpoint.model, "messages": list(request.messages)} | sent
+
+
+def exchange(http: httpx2.Client, endpoint: Endpoint, request: Request) -> Exchange:
+    """Posts a request once."""
+    key = endpoint.key()
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        response = http.post(f"{endpoint.base_url}/chat/completions", json=body(endpoint, request), headers=headers)
+    except httpx2.HTTPError as error:
+        unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
+        return Exchange(Failure(_said(f"{type(error).__name__}: {error}", key)), 0.0, unsure=not unsent)
+    if response.status_code != 200:
+        return _refusal(response, key)
+    answer = _answer(response, request, key)
+    if answer is None:
+        return Exchange(Failure(_said(f"no answer of this protocol: {response.text}", key)), 0.0, unsure=True)
+    return Exchange(answer)
+
+
+def estimate(request: Request) -> tuple[int, int]:
+    """(in, out) tokens, rather too many, for a budget that must hold before the answer is there."""
+    characters = pictures = 0
+    for message in request.messages:
+        content = message["content"]
+        for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+            characters += len(part.get("text", "")) + 12  # and what frames a message
+            pictures += part["type"] != "text"
+    tokens = -(-characters // _CHARACTERS_PER_TOKEN) + pictures * _PICTURE_TOKENS
+    return tokens, _ANSWER_TOKENS if request.max_tokens is None else request.max_tokens
+
+
+def _refusal(response: httpx2.Response, key: str) -> Exchange:
+    """What a status other than 200 means."""
+    status = response.status_code
+    said = _said(f"HTTP {status}: {response.text}", key)
+    if status in _HOPELESS or "insufficient_quota" in response.text:
+        return Exchange(Failure(f"{said} (check key, base_url and model)", hopeless=True))
+    if status not in _RETRIED and status < 500:
+        return Exchange(Failure(said))
+    wait = min(_retry_after(response.headers.get("retry-after", "")), _LONGEST_WAIT_SECS)
+    return Exchange(Failure(said), wait)
+
+
+def _retry_after(header: str) -> float:
+    """Seconds; 0 without the header. It holds seconds or a date. Source: RFC 9110, 10.2.3."""
+    if header.strip().isdecimal():
+        return float(header)
+    when = email.utils.parsedate_tz(header)
+    return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else 0.0
+
+
+def _answer(response: httpx2.Response, request: Request, key: str) -> Answer | None:
+    """The answer in a response of status 200, or None if there is none."""
+    try:
+        told = json.loads(response.content)
+        choice, usage = told["choices"][0], told.get("usage") or {}
+        text, reason = choice["message"]["content"] or "", choice["finish_reason"] or ""
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+        return None
+    if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(usage, dict):
+        return None
+    # Servers that count nothing are billed by our estimate, or a budget would never end.
+    guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-len(text) // _CHARACTERS_PER_TOKEN)}
+    counts = [guess if usage.get(name) is None else usage[name] for name, guess in guesses.items()]
+    if not all(isinstance(count, int) and count >= 0 for count in counts):
+        return None
+    text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which no file can
+    return Answer(_without(text, key), _without(reason, key), *counts)
+
+
+def _without(text: str, key: str) -> str:
+    return text.replace(key, "[key]") if key else text
+
+
+def _said(text: str, key: str) -> str:
+    """One line of at most 300 characters without the key, which is cut out before the line is cut."""
+    text = " ".join(_without(text, key).split())
+    return text if len(text) <= 300 else text[:297] + "..."
