@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterable
 from typing import NoReturn
@@ -15,7 +16,7 @@ from typing import NoReturn
 import numpy as np
 from etils import epath
 
-from llava_jax.data import index
+from llava_jax.data import index, prepare
 from llava_jax.data.sources import DataError, JsonSource, open_source
 from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
 from llava_jax.prompt import templates, tokenizer
@@ -55,18 +56,18 @@ def _parser() -> argparse.ArgumentParser:
         "show": (_show, "print each record's tokens, with what is learned marked"),
         "validate": (_validate, "list every bad record; exit 65 if there is one"),
         "index": (_index, "measure the records' lengths and print their histogram"),
-        "prepare": (_prepare, "write the records and their images as a TFDS data set"),
+        "prepare": (_prepare, "published raw files into LLaVA JSON, or any records into a TFDS data set"),
     }
     for verb, (run, text) in verbs_help.items():
         sub = verbs.add_parser(verb, help=text, description=text)
         sub.set_defaults(run=run)
+        if verb == "prepare":
+            _add_prepare(sub)
+            continue
         sub.add_argument("records", metavar="RECORDS", help=".json list, .jsonl, or a TFDS directory")
         sub.add_argument("--split", default="train", help="of a TFDS directory")
         if verb != "show":
             sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
-        if verb == "prepare":
-            sub.add_argument("--out", metavar="DIR", required=True, help="where to write llava_instruct/1.0.0")
-            continue
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         _add_format(sub, verb)
     return parser
@@ -192,11 +193,45 @@ def _index(options: argparse.Namespace) -> int:
     return 0
 
 
+def _add_prepare(sub: argparse.ArgumentParser) -> None:
+    names = ", ".join(prepare.NAMES)
+    sub.add_argument("records", metavar="NAME|RECORDS", help=f"{names}; or a .json list, .jsonl, or TFDS directory")
+    sub.add_argument("--from", dest="raw", metavar="DIR", help="of NAME: the folder of its raw files")
+    sub.add_argument("--out", metavar="DIR", required=True, help="where to write NAME.json, or llava_instruct/1.0.0")
+    sub.add_argument("--to", choices=("json", "tfds"), help="default: json of NAME, tfds of RECORDS")
+    sub.add_argument("--split", default="", help="of scienceqa, coco, or a TFDS directory; default: train")
+    sub.add_argument("--images", metavar="DIR", help="of RECORDS: folder that image paths are relative to")
+    sub.add_argument("--format", default="QCM-LEA", help="of scienceqa, such as QCM-LEPA or QCM-ALE")
+    sub.add_argument("--file", default="", help="of llava-pretrain and llava-instruct: which raw file")
+    sub.add_argument("--captions", default="random", choices=("first", "random", "all"), help="of a COCO picture")
+    sub.add_argument("--seed", type=int, default=0, help="of random captions and questions")
+
+
 def _prepare(options: argparse.Namespace) -> int:
+    if options.records not in prepare.NAMES:
+        if options.raw is not None or options.to == "json":
+            raise ValueError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")
+        return _write_tfds(options.records, options.images, options.split or "train", options.out)
+    if options.raw is None:
+        raise ValueError(f"prepare {options.records} wants --from DIR, the folder of its raw files")
+    asked = prepare.Options(options.split, options.format, options.file, options.captions, options.seed)
+    made = prepare.make(options.records, options.raw, asked)
+    for note in made.notes:
+        print(note)
+    if options.to == "tfds":
+        with tempfile.TemporaryDirectory() as folder:
+            return _write_tfds(prepare.write(made, folder), made.images, "train", options.out)
+    path = prepare.write(made, options.out)
+    print(f"wrote {len(made.records):,} records to {path}; their pictures: {made.images}\n"
+          f"Check them: python -m llava_jax.data validate {path} --images {made.images}")  # fmt: skip
+    return 0
+
+
+def _write_tfds(records: epath.PathLike, images: epath.PathLike | None, split: str, out: str) -> int:
     from llava_jax.data.builders import llava_instruct  # here only: the other verbs need no tensorflow_datasets
 
-    source = open_source(options.records, options.images, split=options.split)
-    place = llava_instruct.write(source, options.out)
+    source = open_source(records, images, split=split)
+    place = llava_instruct.write(source, out)
     print(f"wrote {len(source):,} records to {place}: give this directory as a source's path")
     return 0
 

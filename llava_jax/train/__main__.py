@@ -147,7 +147,7 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     if config.prompt.image_start_end and IMAGE_START not in words.specials:
         raise ValueError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
     return Format(
-        templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.vision.features,
+        templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,
         config.prompt.image_mode, config.prompt.image_start_end,
     )  # fmt: skip
 
@@ -285,7 +285,7 @@ def _answer(run: Run, format: Format, held_out: Sequence[Source], step: int, sta
 def _conclude(program: Program, workdir: epath.Path) -> None:
     if jax.process_index() == 0:
         print(f"done after {program.steps} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
-              "evaluate on data.validation: this command with --config.train.eval_every=1 | "
+              f"benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
               f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip
 
 

@@ -14,7 +14,7 @@ def test_all_templates_of_the_references_are_there():
 
 
 def test_an_unknown_template_names_the_nearest_and_all():
-    with pytest.raises(ValueError, match="'lava_v1' is unknown: did you mean 'llava_v1'.*choose one of v0, .*plain, minigpt4, "):
+    with pytest.raises(ValueError, match="'lava_v1' is unknown: did you mean 'llava_v1'.*choose one of v0, .*plain, "):
         templates.get("lava_v1")
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: questions in, an answer file between, numbers out (`python -m llava_jax.evaluate --help`)."""

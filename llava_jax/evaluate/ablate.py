@@ -1,0 +1,319 @@
+"""The paper's ablations as one command: every row is trained, asked and scored, and the differences are printed.
+
+    scienceqa   the tower's last layer, the answer first, no stage 1, a smaller model (section 5.2 of the paper)
+    mixes       LLaVA-Bench or own questions after four mixtures of instruction data, and after none (section 5.1)
+
+Rows share stage 1 where they start from the same base. What is finished in --workdir is not done again; a training
+that was stopped goes on.
+"""
+
+import argparse
+import contextlib
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava_jax.data import scienceqa
+from llava_jax.data.sources import DataError, open_source
+from llava_jax.evaluate import answer, answers, judge, questions, report
+from llava_jax.evaluate import score as scores
+from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.evaluate.questions import Benchmark
+from llava_jax.evaluate.score import Result
+from llava_jax.generate.assistant import Assistant
+from llava_jax.openai_client import Client
+
+REASONS_FIRST, ANSWER_FIRST = "QCM-LEA", "QCM-ALE"
+TYPES = ("conversation", "detail", "reasoning")
+
+
+class Row(NamedTuple):
+    """One line of a grid. base: which of the bases; mix: share of each of TYPES, None trains no stage 2 at all.
+
+    paper: the published number. Source: arXiv 2304.08485, section 5 (ScienceQA in percent; relative scores).
+    """
+
+    name: str
+    title: str
+    paper: float
+    base: str = "base"
+    stage1: bool = True
+    format: str = REASONS_FIRST
+    mix: tuple[float, float, float] | None = (1.0, 1.0, 1.0)
+
+
+GRIDS = {
+    "scienceqa": (
+        Row("best", "layer before last, reasons first, both stages", 90.92),
+        Row("last_layer", "the tower's last layer", 89.96, base="last_layer"),
+        Row("answer_first", "the answer first", 89.77, format=ANSWER_FIRST),
+        Row("without_stage1", "no stage 1", 85.81, stage1=False),
+        Row("small", "a smaller model", 89.84, base="small"),
+    ),
+    "mixes": (
+        Row("full", "full data", 85.1),
+        Row("detail_reasoning", "detail and reasoning", 81.9, mix=(0.0, 1.0, 1.0)),
+        Row("conversation_5_10", "conversation, 5% of detail, 10% of reasoning", 80.5, mix=(1.0, 0.05, 0.10)),
+        Row("conversation", "conversation", 73.8, mix=(1.0, 0.0, 0.0)),
+        Row("none", "no instruction data", 21.5, mix=None),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a grid is run on.
+
+    bases: {"base", "last_layer", "small": checkpoint}; a row whose base is not there is left out.
+    stage1, stage2: config files, with scalars to set in them. hand_off: "base", stage 2's model.base is stage 1;
+    "start", its model.start is. records: of the instruction data at most, or None. scienceqa: ScienceQA's folder.
+    instructions: a LLaVA JSON file for each of TYPES. images: of the pre-training data and the instructions.
+    """
+
+    workdir: Path
+    bases: dict[str, Path]
+    stage1: Path
+    stage2: Path
+    pretrain: Path
+    images: Path
+    scienceqa: Path | None = None
+    instructions: tuple[Path, ...] = ()
+    stage1_set: tuple[str, ...] = ()
+    stage2_set: tuple[str, ...] = ()
+    hand_off: str = "base"
+    records: int | None = None
+    seed: int = 0
+
+
+class Exam(NamedTuple):
+    """What every row is asked. answered: from the answer file to the file that `score` reads (a judge's reviews)."""
+
+    benchmark: Benchmark
+    data: Path
+    options: dict[str, str]
+    settings: answer.Settings
+    slots: int = 16
+    template: str | None = None
+    answered: Callable[[Path], Path] = lambda path: path
+
+
+class Failed(Exception):
+    """A training ended with an exit code other than 0; `args` are the code and the log's path."""
+
+
+def run(plan: Plan, rows: Sequence[Row], exam: Exam) -> list[tuple[Row, Result]]:
+    """Trains, asks and scores every row whose base is there.
+
+    Raises:
+      Failed: a training failed; its log says why.
+    """
+    start, done = time.monotonic(), []
+    for row in rows:
+        if row.base not in plan.bases:
+            print(f"leaves out {row.name}: it wants --{row.base.replace('_', '-')}", flush=True)
+            continue
+        numbers = plan.workdir / row.name / "scores.json"
+        if not numbers.exists():
+            result = _examined(_trained(plan, row, exam, start), row, exam, plan)
+            numbers.write_text(json.dumps(scores.to_json(result, row.title), indent=1))
+        result = scores.from_json(numbers)[1]
+        done.append((row, result))
+        _say(start, f"{row.name}: {result.main} {result.numbers[result.main].mean:.2f}")
+    return done
+
+
+def table(done: Sequence[tuple[Row, Result]]) -> str:
+    """The rows with their differences from the first, and the paper's own numbers and differences beside them."""
+    ours = report.differences([(row.title, result) for row, result in done], [done[0][1].main])
+    best = done[0][0].paper
+    lines = []
+    for place, (line, row) in enumerate(zip(ours.splitlines()[2:], [row for row, _ in done])):
+        change = f" ({row.paper - best:+.2f})" if place else ""
+        lines.append([*(cell.strip() for cell in line.strip("|").split("|")), f"{row.paper:.2f}{change}"])
+    return report.markdown(["", done[0][1].main, "paper"], lines)
+
+
+def mixture(files: Sequence[Path], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
+    """The records of each file's share: a seeded permutation's beginning, so that a smaller share lies in a larger.
+
+    limit: records in all at most, drawn by the same seed.
+    """
+    mixed: list[Any] = []
+    for place, (file, share) in enumerate(zip(files, shares)):
+        source = open_source(file)
+        order = np.random.default_rng([seed, place]).permutation(len(source))
+        mixed += [source[int(i)].raw for i in order[: round(share * len(source))]]
+    return _limited(mixed, seed, limit)
+
+
+def _limited(records: list[Any], seed: int, limit: int | None) -> list[Any]:
+    if limit is None or limit >= len(records):
+        return records
+    order = np.random.default_rng([seed, len(TYPES)]).permutation(len(records))
+    return [records[i] for i in sorted(order[:limit])]
+
+
+def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> Path:
+    """The checkpoint to examine: stage 2, or stage 1 where there is no stage 2."""
+    first = plan.bases[row.base]
+    if row.stage1:
+        first = plan.workdir / f"stage1_{row.base}"
+        _say(start, f"stage 1 of {row.base}")
+        settings = {"model.base": plan.bases[row.base], **_source(plan.pretrain, plan.images)}
+        _train(plan.stage1, first, settings, plan.stage1_set)
+    (plan.workdir / row.name).mkdir(parents=True, exist_ok=True)
+    if row.mix is None:
+        return first
+    records, images = _records(plan, row, exam)
+    _say(start, f"stage 2 of {row.name}")
+    place = plan.workdir / row.name / "stage2"
+    hand_off = {"base": {"model.base": first},
+                "start": {"model.base": plan.bases[row.base], "model.start": first}}[plan.hand_off]  # fmt: skip
+    _train(plan.stage2, place, {**hand_off, **_source(records, images)}, plan.stage2_set)
+    return place
+
+
+def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, Path]:
+    """Writes what a row's stage 2 reads; the file, and the folder of its pictures."""
+    if plan.scienceqa is not None:
+        problems = scienceqa.read(plan.scienceqa)
+        chosen = scienceqa.read_split(plan.scienceqa, "train", problems)
+        made: list[Any] = [scienceqa.record(problem, row.format) for problem in chosen]
+        made, images = _limited(made, plan.seed, plan.records), plan.scienceqa / "images" / "train"
+    else:
+        assert row.mix is not None
+        made, images = mixture(plan.instructions, row.mix, plan.seed, plan.records), plan.images
+    if not made:
+        raise DataError(f"{row.name}: no records are left of {row.mix} of {', '.join(map(str, plan.instructions))}")
+    path = plan.workdir / row.name / "records.json"
+    path.write_text(json.dumps(made))
+    return path, images
+
+
+def _source(records: Path, images: Path) -> dict[str, Path]:
+    return {"data.sources.0.path": records, "data.sources.0.images": images}
+
+
+def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequence[str]) -> None:
+    """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
+    from llava_jax.train import __main__ as train  # here only: the other verbs of this door need not wait for it
+
+    words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
+    words += [f"--config.{word}" for word in more]
+    log = workdir.with_name(f"{workdir.name}.log")
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        code = train.main(["--config", str(config), "--workdir", str(workdir), *words])
+    if code:
+        raise Failed(code, log)
+
+
+def _examined(checkpoint: Path, row: Row, exam: Exam, plan: Plan) -> Result:
+    options = exam.options | ({"format": row.format} if exam.benchmark.name == "scienceqa" else {})
+    asked, _ = questions.load(exam.benchmark, exam.data, options, images=True)
+    # A stage 1 alone was trained on bare captions: it is asked in the words of stage 2.
+    template = exam.template or ("v1" if row.mix is None else None)
+    assistant = answer.worded(Assistant.open(checkpoint, exam.slots), template)
+    facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
+    path = plan.workdir / row.name / "answers.jsonl"
+    speak = answer.from_checkpoint(assistant, exam.settings, exam.data / exam.benchmark.images)
+    run_id = answer.fingerprint(asked, exam.settings, facts)
+    answer.run(asked, speak, path, row.name, run_id, exam.settings)
+    return scores.score(exam.benchmark, asked, [exam.answered(path)], options)
+
+
+def _say(start: float, text: str) -> None:
+    print(f"{time.monotonic() - start:5.0f} s {text}", flush=True)
+
+
+# ---- the door
+
+
+def add_options(verb: argparse.ArgumentParser) -> None:
+    """The options of `ablate`, without those of an endpoint."""
+    add = verb.add_argument
+    add("grid", choices=tuple(GRIDS))
+    add("--workdir", required=True, type=Path)
+    add("--base", required=True, type=Path, metavar="DIR", help="checkpoint before stage 1 (`convert assemble`)")
+    add("--last-layer", type=Path, metavar="DIR", help="the same with --select-layer -1")
+    add("--small", type=Path, metavar="DIR", help="of a smaller model")
+    add("--stage1", required=True, type=Path, metavar="CONFIG")
+    add("--stage2", required=True, type=Path, metavar="CONFIG")
+    add("--stage1-set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=10")
+    add("--stage2-set", action="append", default=[], metavar="KEY=VALUE")
+    add("--hand-off", choices=("base", "start"), default="base",
+        help="the key of stage 2's config that names stage 1's checkpoint: model.base or model.start")  # fmt: skip
+    add("--pretrain", required=True, type=Path, metavar="JSON", help="stage 1's records")
+    add("--images", required=True, type=Path, metavar="DIR", help="pictures of stage 1 and of the instructions")
+    add("--scienceqa", type=Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
+    for name in TYPES:
+        add(f"--{name}", type=Path, metavar="JSON", help="grid mixes: instruction data of this type")
+    add("--benchmark", help="grid mixes: what every row is asked")
+    add("--data", type=Path, metavar="DIR", help="grid mixes: the benchmark's files")
+    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark")
+    add("--records", type=int, metavar="N", help="of the instruction data at most; default: all")
+    add("--max-new-tokens", type=int, help="default: the benchmark's own")
+    add("--slots", type=int, default=16, help="questions answered at once")
+    add("--template", help="default: each checkpoint's own")
+    add("--seed", type=int, default=0, help="of the mixtures")
+    add("--rules", metavar="FILE", help="for LLaVA-Bench: the judge's rules; and --base-url, --model")
+    add("--repeats", type=int, default=1, help="reviews of each answer")
+
+
+def main(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> int:
+    """Runs a grid as told; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
+    plan, exam = _plan(told), _exam(told, client)
+    try:
+        done = run(plan, GRIDS[told.grid], exam)
+    except Failed as error:
+        code, log = error.args
+        print(f"evaluate: the training failed with exit code {code}; the end of {log}:\n"
+              + "\n".join(Path(log).read_text().splitlines()[-5:]))  # fmt: skip
+        return code
+    shown = table(done)
+    (plan.workdir / "ablation.md").write_text(shown + "\n")
+    print(shown)
+    return 0
+
+
+def _plan(told: argparse.Namespace) -> Plan:
+    bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
+    files = tuple(vars(told)[name] for name in TYPES)
+    if told.grid == "scienceqa" and told.scienceqa is None:
+        raise ValueError("grid scienceqa wants --scienceqa DIR")
+    if told.grid == "mixes" and (None in files or told.benchmark is None or told.data is None):
+        raise ValueError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
+    return Plan(
+        told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
+        told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,
+        files if told.grid == "mixes" else (), tuple(told.stage1_set), tuple(told.stage2_set), told.hand_off,
+        told.records, told.seed,
+    )  # fmt: skip
+
+
+def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> Exam:
+    mixes = told.grid == "mixes"
+    benchmark = get(told.benchmark if mixes else "scienceqa")
+    options = questions.resolved(benchmark, told.option)
+    data = told.data if mixes else told.scienceqa
+    settings = answer.Settings(told.max_new_tokens or benchmark.tokens)
+    asked, _ = questions.load(benchmark, data, options, images=True)  # what it lacks is said before anything is trained
+
+    def reviewed(path: Path) -> Path:
+        out = path.with_name("reviews.jsonl")
+        candidates = {one.id: one for one in answers.merge(asked, [path])}
+        with client(told, f"{out}.cache") as judging:
+            answers.write(out, judge.review(asked, candidates, rules, judging, told.repeats))
+        return out
+
+    if not any("rule" in (question.facts or {}) for question in asked):
+        return Exam(benchmark, data, options, settings, told.slots, told.template)
+    if told.rules is None or told.base_url is None or told.model is None:
+        raise ValueError(f"--benchmark {benchmark.name} wants a judge: --rules, --base-url and --model")
+    rules = judge.rules(told.rules, asked)
+    return Exam(benchmark, data, options, settings, told.slots, told.template, reviewed)

@@ -1,0 +1,264 @@
+"""Questions in, an answer file out: from a checkpoint or an endpoint, in shards, going on where a kill stopped it.
+
+Each host answers its own questions into its own file. A row depends on its question and the settings alone, never on
+the batch, the host or the order; so merged shards are, byte for byte, what one host would have written.
+"""
+
+import base64
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+
+from llava_jax.data.sources import DataError
+from llava_jax.evaluate import answers
+from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.questions import FAULTS, Fault, Question
+from llava_jax.generate.assistant import Assistant
+from llava_jax.openai_client import Client, Failure, Request
+from llava_jax.prompt import templates
+from llava_jax.prompt.conversation import Conversation, Turn
+from llava_jax.prompt.images import encode_jpeg, open_image
+
+BATCHES = 8  # answered between two writes of the file
+DIVIDER = "###"  # between reasons and answer in ScienceQA's LEPA
+ANSWER_HEADER = f" {DIVIDER}\nANSWER:"
+ANSWER_TOKENS = 64  # of the second pass. Source: haotian-liu/LLaVA llava/eval/model_vqa_science.py @ 8959d5c
+LOG_SECS = 10.0
+_MEDIA = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How answers are made. two_pass: reasons first, then the letter alone, as ScienceQA was first answered.
+
+    system: replaces the template's system text; None keeps it. repeats: answers to each question.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    two_pass: bool = False
+    system: str | None = None
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        if self.repeats < 1 or (self.repeats > 1 and self.temperature == 0):
+            raise ValueError(f"repeats={self.repeats}: want at least 1, and a temperature above 0 for more than one")
+
+
+class Job(NamedTuple):
+    """One answer that is wanted: a question and which of its repeats."""
+
+    question: Question
+    repeat: int
+
+
+class Said(NamedTuple):
+    """What came of a job: a text, or why there is none."""
+
+    text: str
+    ended_by: str = "stop"
+    fault: str = ""
+    detail: str = ""
+
+
+# Jobs in, (their place, what came of it) out, in any order.
+Speaker = Callable[[Sequence[Job]], Iterator[tuple[int, Said]]]
+
+
+def conversation(question: Question, system: str | None = None) -> Conversation:
+    """The question as LLaVA shows it: pictures first, then the words."""
+    markers = "<image>\n" * len(question.images)
+    several = len(question.images) > 1
+    return Conversation((Turn("user", markers + question.text),), question.images, question.id, system, several)
+
+
+def from_checkpoint(assistant: Assistant, settings: Settings, folder: epath.PathLike) -> Speaker:
+    """Answers of a model in this process, `assistant.slots` at a time."""
+
+    def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
+        step = assistant.slots * BATCHES
+        for start in range(0, len(jobs), step):
+            batch = jobs[start : start + step]
+            for place, said in enumerate(_replies(assistant, settings, folder, batch)):
+                yield start + place, said
+
+    return speak
+
+
+def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) -> Speaker:
+    """Answers of a server; a request that failed is a row with the fault `not_answered`, asked again by the next run.
+
+    Raises:
+      ValueError: two passes, which want the model to go on from its own words.
+    """
+    if settings.two_pass:
+        raise ValueError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
+
+    def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
+        requests = (_request(job, settings, epath.Path(folder)) for job in jobs)
+        for place, outcome in client.ask_many(requests):
+            if isinstance(outcome, Failure):
+                yield place, Said("", "", "not_answered", outcome.reason)
+            else:
+                yield place, Said(outcome.text.strip(), outcome.finish_reason)
+
+    return speak
+
+
+def fingerprint(questions: Sequence[Question], settings: Settings, model: Mapping[str, Any]) -> str:
+    """A hash of all that the answers depend on: the questions' words, the settings and what the model is."""
+    told = {"questions": [(q.id, q.text) for q in questions], "settings": dataclasses.asdict(settings), **model}
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def worded(assistant: Assistant, template: str | None) -> Assistant:
+    """The assistant, asked in the words of another template; None keeps its own."""
+    if template is None:
+        return assistant
+    format = dataclasses.replace(assistant.format, template=templates.get(template))
+    return dataclasses.replace(assistant, format=format)
+
+
+def weights_id(assistant: Assistant) -> str:
+    """A hash of the first row of every parameter: little to read, and any training moves some of them."""
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(assistant.params):
+        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)], np.float32).tobytes())
+    return digest.hexdigest()[:16]
+
+
+def shard(path: epath.PathLike, host: int, hosts: int) -> epath.Path:
+    """The file of one host: answers.jsonl is answers-00000-of-00002.jsonl for the first of two."""
+    if not 0 <= host < hosts:
+        raise ValueError(f"--host {host}: want 0 to {hosts - 1}, as there are --hosts {hosts}")
+    place = epath.Path(path)
+    return place if hosts == 1 else place.with_name(f"{place.stem}-{host:05}-of-{hosts:05}{place.suffix}")
+
+
+def run(
+    questions: Sequence[Question], speak: Speaker, path: epath.PathLike, model: str, run_id: str, settings: Settings,
+    host: int = 0, hosts: int = 1, faults: Sequence[Fault] = (),
+) -> tuple[Answer, ...]:  # fmt: skip
+    """Answers this host's share of the questions into its file, and returns all that the file then holds.
+
+    Answers that the file has already are kept; a last line that a kill cut off is made anew. Rows are appended as
+    they come; at the end the file is written once more in the questions' order.
+
+    Args:
+      faults: questions that cannot be asked; each becomes a row that says why.
+
+    Raises:
+      DataError: the file holds answers of another run.
+    """
+    place = shard(path, host, hosts)
+    mine = list(questions)[host::hosts]
+    done = {} if not place.exists() else _resumed(place, run_id)
+    unable = {fault.id: fault for fault in faults}
+    jobs = [Job(question, repeat) for question in mine for repeat in range(settings.repeats)]
+    todo = [job for job in jobs if (job.question.id, job.repeat) not in done]
+    ready = [job for job in todo if job.question.id not in unable]
+    place.parent.mkdir(parents=True, exist_ok=True)
+    answers.write(place, done.values())
+    if len(done):
+        print(f"goes on after {len(done):,} of {len(jobs):,} answers in {place}", flush=True)
+    with place.open("a") as file:
+        said = _unable(todo, unable, model, run_id)
+        for answer in _chained(said, _answers(ready, speak, model, run_id)):
+            done[answer.id, answer.repeat] = answer
+            file.write(answers.line(answer))
+            file.flush()
+    found = tuple(answers.ordered(questions, done.values()))
+    answers.write(place, found)
+    return found
+
+
+def _replies(assistant: Assistant, settings: Settings, folder: epath.PathLike, batch: Sequence[Job]) -> Iterator[Said]:
+    """What came of each job, in order. Repeats differ by their seeds: each is the same however many are wanted."""
+    texts: dict[int, Said] = {}
+    for repeat in sorted({job.repeat for job in batch}):
+        places = [place for place, job in enumerate(batch) if job.repeat == repeat]
+        asked = [conversation(batch[place].question, settings.system) for place in places]
+        limits = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed + repeat,
+                  "image_root": folder}  # fmt: skip
+        first = assistant.replies(asked, settings.max_new_tokens, **limits)
+        if settings.two_pass:
+            reasons = [reply.text.split(DIVIDER)[0].rstrip() for reply in first]
+            begun = [dataclasses.replace(one, begun=text + ANSWER_HEADER) for one, text in zip(asked, reasons)]
+            second = assistant.replies(begun, ANSWER_TOKENS, **limits)
+            for place, text, reply in zip(places, reasons, second):
+                texts[place] = Said(f"{text}\n The answer is {reply.text}", reply.ended_by)
+        else:
+            texts.update({place: Said(reply.text, reply.ended_by) for place, reply in zip(places, first)})
+    yield from (texts[place] for place in range(len(batch)))
+
+
+def _request(job: Job, settings: Settings, folder: epath.Path) -> Request:
+    parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(image, folder)}}
+                                   for image in job.question.images]  # fmt: skip
+    words = job.question.text
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": words}] if parts else words}
+    system = [{"role": "system", "content": settings.system}] if settings.system else []
+    return Request([*system, user], settings.temperature, settings.top_p if settings.temperature else None,
+                   settings.max_new_tokens, choice=job.repeat)  # fmt: skip
+
+
+def _data_url(image: str | bytes, folder: epath.Path) -> str:
+    """The picture as it is where servers can read its kind, otherwise as JPEG."""
+    data = image if isinstance(image, bytes) else (folder / image).read_bytes()
+    if data[:2] not in _MEDIA:
+        data = encode_jpeg(np.asarray(open_image(data)))
+    return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
+
+
+def _resumed(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
+    """What an earlier start has answered; rows of a fault are asked again."""
+    found = answers.read([place])
+    broken = [fault for fault in found.faults if fault.kind != "truncated_line"]
+    if broken:
+        raise DataError(f"{place}: {broken[0]}: mend or delete the file")
+    other = {answer.metadata.get("run") for answer in found.answers} - {run_id}
+    if other:
+        raise DataError(
+            f"{place} holds answers of another run (model, settings or questions differ): name another --out, or "
+            "delete the file to answer anew"
+        )
+    return {(answer.id, answer.repeat): answer for answer in found.answers if "fault" not in answer.metadata}
+
+
+def _answers(jobs: Sequence[Job], speak: Speaker, model: str, run_id: str) -> Iterator[Answer]:
+    start, shown = time.monotonic(), time.monotonic()
+    for number, (place, said) in enumerate(speak(jobs), 1):
+        job = jobs[place]
+        metadata: dict[str, Any] = {"run": run_id, "ended_by": said.ended_by}
+        metadata |= {"repeat": job.repeat} if job.repeat else {}
+        metadata |= {"fault": said.fault, "detail": said.detail} if said.fault else {}
+        yield Answer(job.question.id, said.text, model, job.question.text, metadata)
+        if (now := time.monotonic()) - shown > LOG_SECS:
+            shown, rate = now, number / (now - start)
+            left = (len(jobs) - number) / rate
+            print(f"answer {number:,}/{len(jobs):,}  {rate:.1f}/s  ETA {left:,.0f} s", flush=True)
+
+
+def _unable(jobs: Sequence[Job], unable: Mapping[str, Fault], model: str, run_id: str) -> Iterator[Answer]:
+    for job in jobs:
+        if job.question.id in unable:
+            fault = unable[job.question.id]
+            assert fault.kind in FAULTS, fault
+            metadata = {"run": run_id, "fault": fault.kind, "detail": fault.detail}
+            metadata |= {"repeat": job.repeat} if job.repeat else {}
+            yield Answer(job.question.id, "", model, job.question.text, metadata)
+
+
+def _chained(*parts: Iterable[Answer]) -> Iterator[Answer]:
+    for part in parts:
+        yield from part

@@ -1,0 +1,146 @@
+"""The file between the doors: answers.jsonl, one answer a line, in the field names of LLaVA's own answer files.
+
+    {"question_id": "7", "prompt": "What is it?", "text": "A cat.", "model_id": "runs/stage2", "metadata": {}}
+
+`metadata.repeat` numbers answers to one question that were asked for several times; `metadata.run` is a hash of all
+that the answers depend on; `metadata.fault` names what kept the question from being answered.
+"""
+
+import collections
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from llava_jax.data.sources import DataError
+from llava_jax.evaluate.questions import FAULTS, Fault, Question, lines
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. model: what gave it; metadata: JSON values."""
+
+    id: str
+    text: str
+    model: str = ""
+    prompt: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def repeat(self) -> int:
+        return self.metadata.get("repeat", 0)
+
+
+class AnswerFile(NamedTuple):
+    """answers: in the file's order; faults: rows that are left out of them."""
+
+    answers: tuple[Answer, ...]
+    faults: tuple[Fault, ...]
+
+
+def line(answer: Answer) -> str:
+    """The answer as one line of the file, with its end."""
+    row = {"question_id": answer.id, "prompt": answer.prompt, "text": answer.text, "model_id": answer.model,
+           "metadata": dict(answer.metadata)}  # fmt: skip
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
+    """The answers of one file, or of the shards of several hosts.
+
+    Of answers to one question (and repeat) the first counts; the others are faults, as are lines that are no JSON.
+
+    Raises:
+      DataError: a file does not exist.
+    """
+    kept: dict[tuple[str, int], Answer] = {}
+    faults: list[Fault] = []
+    for path in map(epath.Path, paths):
+        if not path.exists():
+            raise DataError(f"answer file {path} does not exist: `answer` writes it")
+        rows, broken = lines(path)
+        faults += broken
+        for where, row in rows:
+            answer = _answer(row, where)
+            if isinstance(answer, Fault):
+                faults.append(answer)
+            elif (key := (answer.id, answer.repeat)) in kept:
+                same = "the same text" if kept[key].text == answer.text else "another text"
+                faults.append(Fault("duplicate_id", answer.id, f"an earlier row answers it, with {same}", where))
+            else:
+                kept[key] = answer
+    return AnswerFile(tuple(kept.values()), tuple(faults))
+
+
+def match(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[int, dict[str, str]], list[Fault]]:
+    """{repeat: {id: text}}, in the questions' order, and what does not fit: no answer, an unknown id, an empty text."""
+    asked = {question.id for question in questions}
+    given: dict[int, dict[str, Answer]] = collections.defaultdict(dict)
+    faults = []
+    for answer in answers:
+        if answer.id not in asked:
+            faults.append(Fault("unknown_id", answer.id, "the benchmark asks no such question"))
+        elif "fault" in answer.metadata:
+            faults.append(Fault(answer.metadata["fault"], answer.id, str(answer.metadata.get("detail", ""))))
+        else:
+            given[answer.repeat][answer.id] = answer
+    for repeat, of_repeat in sorted(given.items() or {0: {}}.items()):
+        again = f" in repeat {repeat}" if repeat else ""
+        named = {fault.id for fault in faults}
+        for question in questions:
+            if question.id not in of_repeat and question.id not in named:
+                faults.append(Fault("missing_answer", question.id, f"no row answers it{again}"))
+            elif question.id in of_repeat and not of_repeat[question.id].text.strip():
+                faults.append(Fault("empty_answer", question.id, f"its text is empty{again}"))
+    return {repeat: {q.id: of_repeat[q.id].text for q in questions if q.id in of_repeat}
+            for repeat, of_repeat in sorted(given.items())}, faults  # fmt: skip
+
+
+def merge(questions: Sequence[Question], paths: Sequence[epath.PathLike]) -> tuple[Answer, ...]:
+    """The answers of all hosts, in the benchmark's order: what one host alone would have written.
+
+    Raises:
+      DataError: a broken line, an id twice, an unknown one, or none for a question; names each.
+    """
+    found = read(paths)
+    _, faults = match(questions, found.answers)
+    faults = [*found.faults, *faults]
+    blocking = [fault for fault in faults if FAULTS[fault.kind][0] and fault.kind not in ("missing_image",)]
+    if blocking:
+        raise DataError("\n".join([f"{len(blocking)} faults in {', '.join(map(str, paths))}",
+                                   *(f"  {fault}" for fault in blocking)]))  # fmt: skip
+    runs = {answer.metadata.get("run", "") for answer in found.answers}
+    if len(runs) > 1:
+        raise DataError(f"{', '.join(map(str, paths))} hold answers of {len(runs)} different runs (metadata.run: "
+                        f"{', '.join(sorted(runs))}): merge the shards of one")  # fmt: skip
+    return tuple(ordered(questions, found.answers))
+
+
+def ordered(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterator[Answer]:
+    """The answers in the questions' order, repeats of one question together."""
+    place = {question.id: number for number, question in enumerate(questions)}
+    yield from sorted(answers, key=lambda answer: (place[answer.id], answer.repeat))
+
+
+def write(path: epath.PathLike, answers: Iterable[Answer]) -> None:
+    """Writes the file whole: it is never seen half written."""
+    place = epath.Path(path)
+    place.parent.mkdir(parents=True, exist_ok=True)
+    beside = place.with_name(place.name + ".part")
+    beside.write_text("".join(map(line, answers)), encoding="utf-8")
+    beside.replace(place)
+
+
+def _answer(row: Any, where: str) -> Answer | Fault:
+    """One row; ids of LLaVA's own files may be numbers."""
+    identity = row.get("question_id", row.get("id")) if isinstance(row, dict) else None
+    if not isinstance(identity, str | int):
+        return Fault("bad_shape", "?", "want an object with question_id and text", where)
+    text, metadata = row.get("text"), row.get("metadata", {})
+    if not isinstance(text, str) or not isinstance(metadata, dict):
+        return Fault("bad_shape", str(identity), f"text={str(text)[:60]!r}: want a string", where)
+    if not isinstance(metadata.get("repeat", 0), int) or metadata.get("fault", "not_answered") not in FAULTS:
+        return Fault("bad_shape", str(identity), "metadata: want a number `repeat` and a known `fault`", where)
+    return Answer(str(identity), text, str(row.get("model_id", "")), str(row.get("prompt", "")), metadata)

@@ -1,0 +1,1 @@
+"""One module for each benchmark, and for each an own rule."""

@@ -1,0 +1,192 @@
+"""Scores of several runs as the papers show them: a row a run, a column a number, published rows beside; and plots.
+
+The only room of matplotlib, which is asked for only when plots are: `pip install llava_jax[report]`.
+"""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from llava_jax.evaluate import score as scores
+from llava_jax.evaluate.score import Result, Value
+
+
+class Published(NamedTuple):
+    """A row of a paper: its name and {column: value}."""
+
+    name: str
+    numbers: Mapping[str, float]
+
+
+_SQA = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
+_BENCH = ("conv", "detail", "complex", "all")
+# Source: Visual Instruction Tuning, arXiv 2304.08485, section 5 (ScienceQA; LLaVA-Bench COCO by training data, and
+# In-the-Wild, as relative scores). LLaVA-1.5: haotian-liu/LLaVA docs/MODEL_ZOO.md @ c121f04.
+PUBLISHED: dict[str, tuple[Published, ...]] = {
+    "scienceqa": tuple(Published(name, dict(zip(_SQA, row))) for name, row in (
+        ("GPT-4 (published)", (84.06, 73.45, 87.36, 81.87, 70.75, 90.73, 84.69, 79.10, 82.69)),
+        ("LLaVA (published)", (90.36, 95.95, 88.00, 89.49, 88.00, 90.66, 90.93, 90.90, 90.92)),
+        ("LLaVA + GPT-4, complement (published)", (90.36, 95.50, 88.55, 89.05, 87.80, 91.08, 92.22, 88.73, 90.97)),
+        ("LLaVA + GPT-4, judge (published)", (91.56, 96.74, 91.09, 90.62, 88.99, 93.52, 92.73, 92.16, 92.53)),
+    )),
+    "llava_bench_coco": tuple(Published(f"{name} (published)", dict(zip(_BENCH, row))) for name, row in (
+        ("Full data", (83.1, 75.3, 96.5, 85.1)),
+        ("Detail + Complex", (81.5, 73.3, 90.8, 81.9)),
+        ("Conv + 5% Detail + 10% Complex", (81.0, 68.4, 91.5, 80.5)),
+        ("Conversation", (76.5, 59.8, 84.9, 73.8)),
+        ("No instruction tuning", (22.0, 24.0, 18.5, 21.5)),
+    )),
+    "llava_bench_wild": tuple(Published(f"{name} (published)", dict(zip(_BENCH, row))) for name, row in (
+        ("OpenFlamingo", (19.3, 19.0, 19.1, 19.1)),
+        ("BLIP-2", (54.6, 29.1, 32.9, 38.1)),
+        ("LLaVA", (57.3, 52.5, 81.7, 67.3)),
+    )),
+    **{name: tuple(Published(f"LLaVA-1.5-{size} (published)", {column: value})
+                   for size, value in (("7B", small), ("13B", large)))
+       for name, column, small, large in (
+           ("vqav2", "accuracy", 78.5, 80.0), ("gqa", "accuracy", 62.0, 63.3), ("vizwiz", "accuracy", 50.0, 53.6),
+           ("textvqa", "accuracy", 58.2, 61.3), ("pope", "F1", 85.9, 85.9), ("mme", "perception", 1510.7, 1531.3),
+           ("mmbench", "circular", 64.3, 67.7), ("mmbench_cn", "circular", 58.3, 63.6), ("seed", "all", 58.6, 61.6),
+       )},
+}  # fmt: skip
+FILE = "report.md"
+BAR_INCHES = (0.35, 1.6)  # a bar's height in the plot, and what stands around all of them
+
+
+def write(paths: Sequence[epath.PathLike], directory: epath.PathLike, plots: str = "none") -> tuple[str, ...]:
+    """Writes report.md, and a plot for each benchmark where plots is "png" or "svg"; the paths.
+
+    Raises:
+      DataError: a path is no file of scores. ValueError: plots are wanted and matplotlib is not there.
+    """
+    results = [scores.from_json(path) for path in paths]
+    place = epath.Path(directory)
+    place.mkdir(parents=True, exist_ok=True)
+    (place / FILE).write_text(page(results), encoding="utf-8")
+    written = [str(place / FILE)]
+    for name in _benchmarks(results) if plots != "none" else ():
+        written.append(str(place / f"{name}.{plots}"))
+        (place / f"{name}.{plots}").write_bytes(plot(_of(results, name), PUBLISHED.get(name, ()), plots))
+    return tuple(written)
+
+
+def page(results: Sequence[tuple[str, Result]]) -> str:
+    """All runs in Markdown: one line each over all benchmarks, then a table and the failings for each benchmark."""
+    names = _benchmarks(results)
+    parts = ["# Scores", ""]
+    if len(names) > 1:
+        parts += [_overview(results, names), ""]
+    for name in names:
+        members = _of(results, name)
+        parts += [f"## {members[0][1].title}", "", table(members, PUBLISHED.get(name, ())), ""]
+        parts += [f"- {run}: {line}" for run, result in members for line in _remarks(result)] + [""]
+    return "\n".join(parts).rstrip() + "\n"
+
+
+def table(members: Sequence[tuple[str, Result]], published: Sequence[Published] = ()) -> str:
+    """One benchmark's runs, a row each, below the published rows; the headline's column is bold."""
+    columns = list(dict.fromkeys(column for _, result in members for column in result.numbers))
+    rows = [[row.name, *(f"{row.numbers[column]:.2f}" if column in row.numbers else "" for column in columns)]
+            for row in published]  # fmt: skip
+    for run, result in members:
+        rows.append([run, *(_cell(result.numbers.get(column), result, column) for column in columns)])
+    return markdown(["", *columns], rows)
+
+
+def differences(members: Sequence[tuple[str, Result]], columns: Sequence[str] = ()) -> str:
+    """As `table`, with each row's difference from the first row in brackets: the shape of an ablation."""
+    columns = columns or list(members[0][1].numbers)
+    base = members[0][1].numbers
+    rows = []
+    for place, (run, result) in enumerate(members):
+        cells = []
+        for column in columns:
+            mean = result.numbers[column].mean
+            cells.append(f"{mean:.2f}" if not place else f"{mean:.2f} ({mean - base[column].mean:+.2f})")
+        rows.append([run, *cells])
+    return markdown(["", *columns], rows)
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table whose columns are aligned for reading as text too."""
+    cells = [[text.replace("|", "\\|") for text in row] for row in (header, *rows)]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+
+    def line(row: Sequence[str]) -> str:
+        first, *rest = row
+        return "| " + " | ".join([first.ljust(widths[0]), *(t.rjust(w) for t, w in zip(rest, widths[1:]))]) + " |"
+
+    rule = "|" + "|".join(["-" * (widths[0] + 2), *("-" * (width + 1) + ":" for width in widths[1:])]) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def plot(members: Sequence[tuple[str, Result]], published: Sequence[Published], kind: str) -> bytes:
+    """A bar for each run's headline, with its spread over repeats, and for each published row; kind: "png", "svg".
+
+    Raises:
+      ValueError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg  # here only: no number needs it
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ValueError("plots want matplotlib: `pip install llava_jax[report]`, or say --plots none") from None
+
+    main = members[0][1].main
+    bars = [(row.name, Value(row.numbers[main], 0.0), "0.75") for row in published if main in row.numbers]
+    bars += [(run, result.numbers[main], "tab:blue") for run, result in members]
+    figure = Figure(figsize=(8, BAR_INCHES[0] * len(bars) + BAR_INCHES[1]), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    names, values, colours = zip(*bars)
+    axes.barh(range(len(bars)), [value.mean for value in values], xerr=[value.sd for value in values], color=colours)
+    axes.set_yticks(range(len(bars)), names)
+    axes.invert_yaxis()
+    for place, value in enumerate(values):
+        axes.annotate(f"{value.mean:.2f}", (value.mean, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_title(f"{members[0][1].title}: {main}")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.margins(x=0.12)
+    out = io.BytesIO()
+    figure.savefig(out, format=kind, dpi=150, metadata={"Date": None} if kind == "svg" else None)
+    return out.getvalue()
+
+
+def _overview(results: Sequence[tuple[str, Result]], names: Sequence[str]) -> str:
+    runs = list(dict.fromkeys(run for run, _ in results))
+    found = {(run, result.benchmark): result for run, result in results}
+    titles = {name: _of(results, name)[0][1].title for name in names}
+    rows = []
+    for run in runs:
+        held = [found.get((run, name)) for name in names]
+        rows.append([run, *(f"{one.numbers[one.main].mean:.2f}" if one else "" for one in held)])
+    return markdown(["", *titles.values()], rows)
+
+
+def _remarks(result: Result) -> list[str]:
+    """What stands behind a row: how many questions, repeats and failings."""
+    kinds: dict[str, int] = {}
+    for finding in result.findings:
+        kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
+    told = f"{result.questions:,} questions"
+    told += f", mean and sample standard deviation of {result.repeats} repeats" if result.repeats > 1 else ""
+    told += "".join(f", {count:,} {kind}" for kind, count in sorted(kinds.items()))
+    options = ", ".join(f"{name}={value}" for name, value in result.options.items())
+    return [told + (f" ({options})" if options else "")]
+
+
+def _cell(value: Value | None, result: Result, column: str) -> str:
+    if value is None:
+        return ""
+    text = f"{value.mean:.2f}" + (f" ± {value.sd:.2f}" if result.repeats > 1 else "")
+    return f"**{text}**" if column == result.main else text
+
+
+def _benchmarks(results: Sequence[tuple[str, Result]]) -> list[str]:
+    return list(dict.fromkeys(result.benchmark for _, result in results))
+
+
+def _of(results: Sequence[tuple[str, Result]], name: str) -> list[tuple[str, Result]]:
+    return [(run, result) for run, result in results if result.benchmark == name]

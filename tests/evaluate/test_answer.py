@@ -1,0 +1,204 @@
+"""Answers from a checkpoint and from an endpoint: the same in any batch, on any host, and after any kill."""
+
+import json
+
+import pytest
+
+from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import answer, answers, questions
+from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt import templates
+from llava_jax.prompt.conversation import Conversation, Turn
+from llava_jax.prompt.encode import encode, marked
+from tests.fake_openai import FakeOpenAI, always, first
+from tests.generate import tiny
+
+ASKED = 5
+NEW = 8
+SLOTS = 2  # one size everywhere, so that each shape is compiled once
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Five questions, all but one about a picture."""
+    folder = tmp_path_factory.mktemp("bench")
+    (folder / "images").mkdir()
+    rows = []
+    for number in range(ASKED):
+        tiny.picture(number).save(folder / "images" / f"{number}.png")
+        shown = {} if number == 3 else {"image": f"{number}.png"}
+        rows.append({"id": f"q{number}", "question": "Why? " * (1 + number), "answer": "so"} | shown)
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return tiny.save(tmp_path_factory.mktemp("model") / "tiny")
+
+
+def run(*words):
+    return door.main([str(word) for word in words])
+
+
+def ask(data, checkpoint, out, *words):
+    return run("answer", "--benchmark", "custom", "--data", data, "--checkpoint", checkpoint, "--out", out,
+               "--max-new-tokens", NEW, "--slots", SLOTS, "--name", "tiny", *words)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(data, checkpoint, tmp_path_factory):
+    """The answers of one host."""
+    out = tmp_path_factory.mktemp("whole") / "answers.jsonl"
+    assert ask(data, checkpoint, out) == 0
+    return out
+
+
+def test_an_answer_is_what_the_assistant_says_to_that_question_alone(data, checkpoint, whole):
+    assistant = Assistant.open(checkpoint, SLOTS)
+    rows = answers.read([whole]).answers
+    assert [row.id for row in rows] == [f"q{number}" for number in range(ASKED)]
+    loaded = questions.load(get("custom"), data, {"match": "exact"})[0]
+    for row, question in zip(rows, loaded):
+        alone = assistant.reply(answer.conversation(question), NEW, image_root=data / "images")
+        assert (row.text, row.metadata["ended_by"], row.model) == (alone.text, alone.ended_by, "tiny")
+    assert len({row.text for row in rows}) == ASKED
+
+
+def test_two_hosts_merged_are_one_host_to_the_byte_and_in_score(data, checkpoint, whole, tmp_path, capsys):
+    place = ("--benchmark", "custom", "--data", data)
+    for host in (1, 0):
+        assert ask(data, checkpoint, tmp_path / "a.jsonl", "--hosts", 2, "--host", host) == 0
+    shards = [tmp_path / f"a-0000{host}-of-00002.jsonl" for host in (0, 1)]
+    assert run("merge", *place, *shards, "--out", tmp_path / "merged.jsonl") == 0
+    assert (tmp_path / "merged.jsonl").read_bytes() == whole.read_bytes()
+    capsys.readouterr()
+    told = []
+    for files in (shards, [whole]):
+        assert run("score", *place, *files) == 0
+        told.append(capsys.readouterr().out)
+    assert told[0] == told[1]
+
+
+def test_a_killed_run_goes_on_and_answers_nothing_twice(data, checkpoint, whole, tmp_path, capsys):
+    lines = whole.read_text().splitlines(keepends=True)
+    out = tmp_path / "answers.jsonl"
+    out.write_text("".join(lines[:3]) + lines[3][:30])
+    assert ask(data, checkpoint, out) == 0
+    assert "goes on after 3 of 5 answers" in capsys.readouterr().out
+    assert out.read_bytes() == whole.read_bytes()
+
+
+def test_answers_of_another_run_are_not_gone_on_with(data, checkpoint, whole, tmp_path, capsys):
+    out = tmp_path / "answers.jsonl"
+    out.write_bytes(whole.read_bytes())
+    assert ask(data, checkpoint, out, "--seed", 3) == 65
+    assert "another run" in capsys.readouterr().err
+
+
+def test_a_missing_picture_is_named_before_anything_is_answered(data, checkpoint, tmp_path, capsys):
+    folder = tmp_path / "bench"
+    folder.mkdir()
+    rows = [{"id": "ok", "question": "Why?", "answer": "so"},
+            {"id": "gone", "image": "gone.png", "question": "Why?", "answer": "so"}]  # fmt: skip
+    (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "a.jsonl"
+    assert ask(folder, checkpoint, out) == 65
+    assert "id='gone' missing_image" in capsys.readouterr().err
+    assert not out.exists()
+    assert ask(folder, checkpoint, out, "--allow-faults") == 0
+    assert "id='gone' missing_image" in capsys.readouterr().out
+    place = ("--benchmark", "custom", "--data", folder, out)
+    assert run("score", *place) == 65
+    assert run("score", *place, "--allow-faults") == 0
+    assert "1 missing_image" in capsys.readouterr().out
+
+
+def test_repeats_are_drawn_anew_and_are_the_same_however_many(data, checkpoint, tmp_path):
+    warm = ("--temperature", 1.0)
+    assert ask(data, checkpoint, tmp_path / "two.jsonl", *warm, "--repeats", 2) == 0
+    assert ask(data, checkpoint, tmp_path / "one.jsonl", *warm) == 0
+    two = answers.read([tmp_path / "two.jsonl"]).answers
+    assert [(row.id, row.repeat) for row in two][:3] == [("q0", 0), ("q0", 1), ("q1", 0)]
+    assert [row.text for row in two[::2]] == [row.text for row in answers.read([tmp_path / "one.jsonl"]).answers]
+    assert all(first.text != second.text for first, second in zip(two[::2], two[1::2]))
+
+
+@pytest.mark.parametrize("words, code, said", [
+    (("--repeats", 2), 64, "temperature above 0"), (("--hosts", 2, "--host", 2), 64, "want 0 to 1"),
+    (("--template", "odd"), 64, "invalid choice"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused(data, checkpoint, tmp_path, capsys, words, code, said):
+    assert ask(data, checkpoint, tmp_path / "a.jsonl", *words) == code
+    assert said in capsys.readouterr().err
+
+
+def test_what_is_no_checkpoint_has_its_own_code(data, tmp_path):
+    assert ask(data, tmp_path, tmp_path / "a.jsonl") == 66
+
+
+# ---- two passes
+
+
+def test_a_reply_goes_on_from_what_is_begun_of_it():
+    format = tiny.wording(templates.get("v1"))
+    asked = Conversation((Turn("user", "Why?"),), begun="Because")
+    said = Conversation((Turn("user", "Why?"), Turn("assistant", "Because")))
+    begun = marked(encode(asked, format, reply=True), format.tokenizer)
+    assert begun == marked(encode(said, format), format.tokenizer).replace("⟦ ", "").removesuffix(" </s> ⟧")
+
+
+def test_two_passes_reason_first_and_then_name_the_answer(data, checkpoint):
+    assistant = Assistant.open(checkpoint, SLOTS)
+    loaded = questions.load(get("custom"), data, {"match": "exact"})[0][2:4]
+    settings = answer.Settings(NEW, two_pass=True)
+    speak = answer.from_checkpoint(assistant, settings, data / "images")
+    for place, said in speak([answer.Job(question, 0) for question in loaded]):
+        asked = answer.conversation(loaded[place])
+        reasons = assistant.reply(asked, NEW, image_root=data / "images").text.split("###")[0].rstrip()
+        begun = Conversation(asked.turns, asked.images, asked.id, begun=f"{reasons} ###\nANSWER:")
+        last = assistant.reply(begun, 64, image_root=data / "images")
+        assert said.text == f"{reasons}\n The answer is {last.text}"
+
+
+# ---- endpoints
+
+
+def ask_server(data, server, out, *words):
+    return run("answer", "--benchmark", "custom", "--data", data, "--base-url", server.url, "--model", "any",
+               "--out", out, "--concurrency", 3, *words)  # fmt: skip
+
+
+def echo(body):
+    content = body["messages"][-1]["content"]
+    return content if isinstance(content, str) else f"{len(content) - 1} pictures"
+
+
+def test_an_endpoint_sees_pictures_and_words_and_its_answers_are_in_order(data, tmp_path):
+    with FakeOpenAI(echo, faults=first("429")) as server:
+        assert ask_server(data, server, tmp_path / "a.jsonl", "--system", "Be brief.") == 0
+    rows = answers.read([tmp_path / "a.jsonl"]).answers
+    assert [row.id for row in rows] == [f"q{number}" for number in range(ASKED)]
+    assert [row.text for row in rows[2:4]] == ["1 pictures", "Why? " * 3 + "Why?"]
+    body = next(body for body in server.answered if isinstance(body["messages"][1]["content"], list))
+    assert body["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert body["messages"][1]["content"][0]["image_url"]["url"].startswith("data:image/png;base64,")
+    assert (body["temperature"], body["max_tokens"]) == (0.0, 128)
+
+
+def test_a_failed_request_is_a_named_row_that_the_next_run_asks_again(data, tmp_path, capsys):
+    with FakeOpenAI(echo, faults=always("400")) as server:
+        assert ask_server(data, server, tmp_path / "a.jsonl") == 65
+        assert "id='q3' not_answered: HTTP 400" in capsys.readouterr().out
+        assert run("score", "--benchmark", "custom", "--data", data, tmp_path / "a.jsonl") == 65
+        server.faults = lambda number, body: None
+        assert ask_server(data, server, tmp_path / "a.jsonl") == 0
+        assert len(server.answered) == ASKED
+    assert run("score", "--benchmark", "custom", "--data", data, tmp_path / "a.jsonl") == 0
+
+
+def test_two_passes_want_a_checkpoint(data, tmp_path, capsys):
+    with FakeOpenAI(echo) as server:
+        assert ask_server(data, server, tmp_path / "a.jsonl", "--two-pass") == 64
+    assert "want --checkpoint" in capsys.readouterr().err
