@@ -31,6 +31,8 @@ PUBLISHED = {
     "llava15_13b_pretrain": (558_128, 2_181, 66, 256),
     "llava15_13b_finetune": (665_298, 5_198, 156, 128),
 }
+# Steps, warm-up and samples of a step. Source: MiniGPT-4 train_configs/minigpt4_stage{1,2}_*.yaml @ d94738a.
+MINIGPT4 = {"stage1": (20_000, 5_000, 256), "stage2": (1_000, 200, 12)}
 
 
 def load(name):
@@ -55,14 +57,14 @@ def test_stage_1_moves_the_projector_and_stage_2_the_language_model_too(name):
     config = load(name)
     rates = params.lookup(shapes(config), config.rates, "rates")
     moving = {name.split("/")[0] for name, rate in rates.items() if rate is not None}
-    assert moving == ({"projector"} if "pretrain" in name else {"projector", "llm"})
+    assert moving == ({"projector"} if "pretrain" in name or "minigpt4" in name else {"projector", "llm"})
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_template_exists_and_the_row_holds_the_picture(name):
     config = load(name)
     templates.get(config.prompt.template)
-    assert config.data.row_tokens > presets.get(config.model.preset or "llava15_7b").vision.features
+    assert config.data.row_tokens > presets.get(config.model.preset or "llava15_7b").image_features
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,6 +72,12 @@ def test_the_docstring_gives_the_command_the_source_and_the_result(name):
     text = ast.get_docstring(ast.parse((HOUSE / "configs" / f"{name}.py").read_text(encoding="utf-8")))
     for part in (f"--config configs/{name}.py", "Numbers:", "Expected:"):
         assert part in text, f"configs/{name}.py says nothing of {part!r}"
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("minigpt4")])
+def test_minigpt4s_steps_and_warm_up_are_the_published_ones(name):
+    train, data = load(name).train, load(name).data
+    assert (train.steps, train.warmup_ratio * train.steps, data.batch_samples) == MINIGPT4[name[-6:]]
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,8 +1,9 @@
 """The door `python -m llava_jax.convert`: weights of others in, weights for others out.
 
-import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code
+import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code, or a BLIP-2
 import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code
 assemble DST --vision CLIP_DIR --llm LLAMA_DIR         a fresh LLaVA of its parts
+assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4
 export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
 """
@@ -47,7 +48,7 @@ def _run(options: argparse.Namespace) -> None:
         case "assemble":
             importing.assemble(
                 options.destination, options.vision, options.llm, options.projector, options.projector_type,
-                options.select_layer, options.seed, _prompt(options),
+                options.select_layer, options.seed, _prompt(options), options.connector, options.image_size,
             )  # fmt: skip
         case "export":
             exporting.export(options.format, options.source, options.destination, options.step, options.dtype,
@@ -89,14 +90,16 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--vision", metavar="CLIP_DIR", help="the tower of a LLaVA in the original format")
     verb.add_argument("--base", metavar="CHECKPOINT", help="of a LoRA adapter: the imported model it was trained on")
     _add_prompt(verb)
-    verb = verbs.add_parser("assemble", help="a fresh LLaVA of a CLIP, a LLaMA and a projector")
+    verb = verbs.add_parser("assemble", help="a fresh LLaVA or MiniGPT-4 of a tower, a LLaMA and a connector")
     verb.add_argument("destination", metavar="DST")
-    verb.add_argument("--vision", metavar="CLIP_DIR", required=True)
+    verb.add_argument("--vision", metavar="TOWER", required=True, help="a CLIP directory, eva_vit_g.pth, or a BLIP-2")
     verb.add_argument("--llm", metavar="LLAMA_DIR", required=True)
     projector = verb.add_mutually_exclusive_group()
-    projector.add_argument("--projector", metavar="FILE", help="mm_projector.bin, or safetensors")
-    projector.add_argument("--projector-type", default="mlp2x_gelu", help="a new one: linear, mlp2x_gelu")
-    verb.add_argument("--select-layer", type=int, default=-2, help="hidden state of the tower, from the end")
+    projector.add_argument("--projector", metavar="FILE", help="mm_projector.bin, safetensors, or MiniGPT-4's .pth")
+    projector.add_argument("--projector-type", help="a new one: linear, mlp2x_gelu, qformer, perceiver, ...")
+    verb.add_argument("--connector", metavar="BLIP2", help="a Q-Former: blip2_pretrained_*.pth, or a BLIP-2 directory")
+    verb.add_argument("--select-layer", type=int, help="hidden state of a CLIP, from the end; default -2")
+    verb.add_argument("--image-size", type=int, help="of an EVA: pixels a side, its positions are interpolated")
     verb.add_argument("--seed", type=int, default=0, help="of the new projector")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")

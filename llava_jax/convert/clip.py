@@ -7,7 +7,7 @@ from typing import Any
 from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, PATCH, SAME, Row
-from llava_jax.models.presets import CLIP_L14_224, CLIP_L14_336, VisionConfig
+from llava_jax.models.presets import CLIP_L14_224, CLIP_L14_336, TowerConfig, VisionConfig
 
 # What CLIP directories hold beside the tower, and buffers of older transformers.
 IGNORED = (
@@ -51,8 +51,8 @@ def rows(prefix: str) -> list[Row]:
     return table
 
 
-def first_layers(config: VisionConfig) -> dict[str, int]:
-    """Where the stacks of a tower begin in their numbering."""
+def first_layers(config: TowerConfig) -> dict[str, int]:
+    """Where the stacks of a tower begin in their numbering; only a CLIP keeps blocks that do not run."""
     return {"vision/tail/": config.run_layers}
 
 

@@ -15,12 +15,24 @@ from etils import epath
 
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert import chat_template, clip, llava, peft, processor, readme, table, tokenizer_files, torch_zip
+from llava_jax.convert import (
+    chat_template,
+    clip,
+    eva,
+    llava,
+    minigpt4,
+    peft,
+    processor,
+    readme,
+    table,
+    tokenizer_files,
+    torch_zip,
+)  # fmt: skip
 from llava_jax.convert.files import Spec, write_json, write_shards
 from llava_jax.convert.importing import OURS, SIDE_TOWER
 from llava_jax.convert.source import Source, merge_adapters, open_source
 from llava_jax.models import lora
-from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.presets import EvaConfig, LlavaConfig
 from llava_jax.prompt import templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
@@ -47,12 +59,20 @@ def export(
       ValueError: the format cannot hold this model, or `destination` exists or has an unfit name.
     """
     formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft}
+    kin = {"hf": _export_blip2, "projector": _export_llama_proj}
     if format not in formats:
         raise ValueError(f"format {format!r}: wanted one of {', '.join(formats)}")
     if split_projector and format != "peft":
         raise ValueError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
     final = Path(destination)
     opened = open_source(source, step)
+    if minigpt4.is_kin(opened.config):
+        if format not in kin:
+            raise ValueError(
+                f"--format {format}: {source} has the connector {opened.config.projector!r}, which that format lacks; "
+                f"wanted one of {', '.join(kin)}"
+            )
+        formats = kin
     if dtype is not None:
         opened = opened._replace(specs={
             name: jax.ShapeDtypeStruct(spec.shape, lora.running_dtype(name, spec.dtype, np.dtype(dtype)))
@@ -111,6 +131,40 @@ def _export_hf(source: Source, partial: Path, final: Path) -> None:
     (partial / "README.md").write_text(readme.hub(config, prompt, final.name, text is not None))
 
 
+def _export_blip2(source: Source, partial: Path, final: Path) -> None:
+    """A Blip2ForConditionalGeneration with a LLaMA."""
+    config, prompt = source.config, source.card.prompt
+    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, prompt.legacy)
+    rows = config.llm.vocab + config.llm.added_tokens
+    rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
+    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
+    ends = (source.words.bos_id, source.words.eos_id)
+    content = minigpt4.hub_config_json(config, rows, "float32", image_id, pad_id, ends)  # refuses before it writes
+    if prompt.image_mode != "squash":
+        raise ValueError(f"{source.directory}: image mode {prompt.image_mode!r}; BLIP-2's processor only squashes")
+    dtype = _write_tensors(source, partial, rows, minigpt4.hub_rows(config), "")
+    content = minigpt4.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
+    write_json(partial / "config.json", content | {OURS: _kept(prompt) | {"ln_vision_eps": config.ln_vision_eps}})
+    generation = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
+    write_json(partial / "generation_config.json", generation)
+    _write_bytes(partial, tokenizer_files.files(words, None))  # Blip2Processor wants no image_token of its own
+    write_json(partial / "preprocessor_config.json", processor.blip_json(config.vision))
+    processing = {"processor_class": "Blip2Processor", "num_query_tokens": config.image_features}
+    write_json(partial / "processor_config.json", processing)
+    (partial / "README.md").write_text(readme.blip2(config, prompt, final.name))
+
+
+def _export_llama_proj(source: Source, partial: Path, final: Path) -> None:
+    """`checkpoint.pth` as the original code's training leaves it: the linear layer alone, under "model"."""
+    leaves = {name: spec for name, spec in source.specs.items() if name.startswith("projector/")}
+    if set(leaves) != {"projector/0/kernel", "projector/0/bias"}:
+        raise ValueError(f"{source.directory}: the original code has no linear layer for {source.config.projector!r}")
+    tensors = {}
+    for entry in table.entries(leaves, minigpt4.projection_rows("llama_proj."), {}, "conversion"):
+        tensors |= dict(table.their_tensors(entry, source.read(entry.ours)))
+    torch_zip.write_torch(partial / "checkpoint.pth", tensors, within=torch_zip.TRAINER)
+
+
 def _export_llava(source: Source, partial: Path, final: Path) -> None:
     if "llava" not in final.name.lower():
         raise ValueError(
@@ -164,7 +218,10 @@ def _write_tensors(source: Source, partial: Path, vocab: int, rows: Sequence[tab
     specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
     found = table.entries(specs, rows, clip.first_layers(source.config.vision), "conversion")
     theirs = {name: Spec(e.their_shape, specs[e.ours].dtype) for e in found for name in e.theirs}
-    write_shards(partial, theirs, _tensors(source, found, specs))
+    tensors = _tensors(source, found, specs)
+    if isinstance(source.config.vision, EvaConfig):
+        theirs, tensors = eva.joined_specs(theirs), eva.joined(tensors)
+    write_shards(partial, theirs, tensors)
     sizes: dict[str, int] = {}
     for spec in specs.values():
         sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + table.nbytes(spec)

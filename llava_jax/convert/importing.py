@@ -1,4 +1,4 @@
-"""Their weights into our checkpoint: a whole LLaVA, or one put together from a tower, a decoder and a projector.
+"""Their weights into our checkpoint: a whole LLaVA or BLIP-2, or one put together from its parts.
 
 Leaves are read and written one at a time, and the directory gets its name when all are there.
 """
@@ -17,11 +17,22 @@ from llava_jax import params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert import clip, llama, llava, processor, table
+from llava_jax.convert import clip, llama, llava, minigpt4, processor, table
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
-from llava_jax.models.llava import abstract_params
-from llava_jax.models.presets import LlavaConfig, config_to_json
-from llava_jax.models.projectors import Projector
+from llava_jax.convert.table import Part
+from llava_jax.models import lora
+from llava_jax.models.llava import abstract_params, init_params
+from llava_jax.models.presets import (
+    RESAMPLERS,
+    CrossConfig,
+    EvaConfig,
+    LlamaConfig,
+    LlavaConfig,
+    QFormerConfig,
+    TowerConfig,
+    config_to_json,
+)
+from llava_jax.models.projectors import Projector, input_width
 from llava_jax.prompt import templates, tokenizer
 
 SIDE_TOWER = "vision_tower"  # where `export --format llava` puts a tower that no hub name stands for
@@ -39,25 +50,14 @@ class PromptOptions(NamedTuple):
 UNSAID = PromptOptions()
 
 
-class Part(NamedTuple):
-    """Some leaves, the files that hold them and the table between the two.
-
-    Attributes:
-      leaves: beginnings of our names; "" is all.
-    """
-
-    leaves: tuple[str, ...]
-    tensors: TensorFiles
-    rows: list[table.Row]
-
-
 def import_checkpoint(
     source: epath.PathLike,
     destination: epath.PathLike,
     vision: epath.PathLike | None = None,
     options: PromptOptions = UNSAID,
 ) -> None:
-    """Makes the checkpoint `destination` of a LLaVA directory, Hugging Face's or the original code's.
+    """Makes the checkpoint `destination` of a LLaVA directory, Hugging Face's or the original code's, or of a BLIP-2
+    directory with a LLaMA.
 
     Args:
       vision: a CLIP directory; the original format names its tower but seldom holds it.
@@ -71,12 +71,16 @@ def import_checkpoint(
     content = read_json(directory / "config.json")
     tensors = open_tensors(directory)
     where = str(directory / "config.json")
-    if llava.is_original(content):
+    if minigpt4.is_hub(content):
+        _refuse_vision(vision, directory)
+        config = minigpt4.read_hub(content, where, tensors, (content.get(OURS) or {}).get("ln_vision_eps"))
+        config, layout = _with_image_numbers(config, directory), minigpt4.HUB_TYPE
+        parts = [minigpt4.hub_part(config, tensors)]
+    elif llava.is_original(content):
         config, parts = _original(directory, content, tensors, vision)
         layout = llava.ORIGINAL.name
-    elif vision is not None:
-        raise ValueError(f"--vision {vision}: {directory} is in the Hugging Face format, which holds its own tower")
     else:
+        _refuse_vision(vision, directory)
         found = llava.find_layout(tensors)
         config, layout = llava.read_hub_config(content, where, found, tensors), found.name
         config = _with_image_numbers(config, directory)
@@ -86,49 +90,104 @@ def import_checkpoint(
     _write(destination, config, parts, {}, prompt, directory, origin)
 
 
+def _refuse_vision(vision: epath.PathLike | None, directory: Path) -> None:
+    if vision is not None:
+        raise ValueError(f"--vision {vision}: {directory} is in the Hugging Face format, which holds its own tower")
+
+
 def assemble(
     destination: epath.PathLike,
     vision: epath.PathLike,
     llm: epath.PathLike,
     projector: epath.PathLike | None = None,
-    projector_type: str = "mlp2x_gelu",
-    select_layer: int = -2,
+    projector_type: str | None = None,
+    select_layer: int | None = None,
     seed: int = 0,
     options: PromptOptions = UNSAID,
+    connector: epath.PathLike | None = None,
+    image_size: int | None = None,
 ) -> None:
-    """Makes a fresh LLaVA checkpoint of a CLIP directory, a LLaMA directory and a projector.
+    """Makes a fresh checkpoint of a tower, a LLaMA directory and a connector: a LLaVA or a MiniGPT-4.
 
     Args:
-      projector: a file with `mm_projector` tensors (`mm_projector.bin`, or safetensors); None draws a new one.
-      projector_type: the new one's kind; it starts like torch's nn.Linear, from `seed`, in float32.
-      options: template v1 and images padded where nothing is said.
+      vision: a CLIP directory, `eva_vit_g.pth`, or a BLIP-2 directory.
+      projector: a file with `mm_projector` tensors (`mm_projector.bin`, or safetensors), or a checkpoint of MiniGPT-4's
+        (`llama_proj`); None draws a new one.
+      projector_type: the connector; None is that of `projector` or `connector`, else mlp2x_gelu on a CLIP,
+        concat4_linear on an EVA. Its linear layers start like torch's nn.Linear; all that is drawn comes from `seed`,
+        in float32.
+      select_layer: of a CLIP; None is -2.
+      options: where nothing is said, template v1 and images padded; of a MiniGPT-4 its chat's template, and squashed.
+      connector: the Q-Former with the norm before it: `blip2_pretrained_*.pth`, or a BLIP-2 directory.
+      image_size: pixels a side, to which an EVA's positions are interpolated; None is the tower's own.
 
     Raises:
       As `import_checkpoint`.
     """
-    clip_directory, llm_directory = Path(vision), Path(llm)
-    tower, clip_tensors, prefix = clip.open_directory(clip_directory)
+    llm_directory, is_eva = Path(llm), minigpt4.holds_eva(vision)
+    parts, given = [], projector_type
+    if projector is not None:
+        kind, parts = _projector_parts(open_tensors(projector))
+        given = kind or projector_type
+    pretrained = None if connector is None else minigpt4.connector(Path(connector))
+    kind = given or ("qformer" if pretrained else "concat4_linear" if is_eva else "mlp2x_gelu")
+    if pretrained is not None:
+        if kind != "qformer":
+            raise ValueError(f"--connector {connector}: a Q-Former, which the connector {kind!r} has not")
+        parts.append(pretrained.part)
+    tower, part = _tower(vision, kind, select_layer, image_size)
     decoder, llm_tensors = llama.open_directory(llm_directory)
     head = "lm_head.weight"
     decoder = llama.with_head(decoder, bool(decoder.get("tie_word_embeddings")), llm_tensors, head)
-    parts = [
-        Part(("vision/",), clip_tensors, clip.rows(prefix)),
-        Part(("llm/",), llm_tensors, llama.rows("model.", head)),
-    ]
-    if projector is not None:
-        tensors = open_tensors(projector)
-        projector_type, layout = _projector_file(tensors)
-        parts.append(Part(("projector/",), tensors, llava.projector_rows(layout, projector_type)))
-    config = LlavaConfig(
-        vision=clip.read_config(tower, str(clip_directory / "config.json"), select_layer, "patch"),
-        projector=projector_type,
-        llm=llama.read_config(decoder, str(llm_directory / "config.json")),
-    )
-    config = _with_image_numbers(config, clip_directory)
-    fresh = {} if projector is not None else _fresh_projector(config, seed)
-    origin = {"vision": str(clip_directory), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
-    prompt = cards.PromptCard(options.template or "v1", options.legacy, options.image_mode or "pad", False)
-    _write(destination, config, parts, fresh, prompt, llm_directory, origin)
+    parts += [part, Part(("llm/",), llm_tensors, llama.rows("model.", head))]
+    config = _assembled(
+        tower, kind, llama.read_config(decoder, str(llm_directory / "config.json")),
+        None if pretrained is None else pretrained.config,
+    )  # fmt: skip
+    if not is_eva:
+        config = _with_image_numbers(config, Path(vision))
+    added = minigpt4.adapters(parts)
+    fresh = _fresh(config, parts, seed) | _scales(added, config)
+    origin = {"vision": str(vision), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
+    origin |= {} if connector is None else {"connector": str(connector)}
+    template, mode = (minigpt4.TEMPLATES.get(kind, "v1"), "squash") if is_eva else ("v1", "pad")
+    prompt = cards.PromptCard(options.template or template, options.legacy, options.image_mode or mode, False)
+    _write(destination, config, parts, fresh, prompt, llm_directory, origin, added)
+
+
+def _tower(
+    vision: epath.PathLike, kind: str, select_layer: int | None, image_size: int | None
+) -> tuple[TowerConfig, Part]:
+    directory = Path(vision)
+    if minigpt4.holds_eva(vision):
+        if select_layer is not None:
+            raise ValueError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
+        return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
+    if image_size is not None:
+        raise ValueError(f"--image-size {image_size}: {vision} is a CLIP, whose positions are not interpolated")
+    content, tensors, prefix = clip.open_directory(directory)
+    layer = -2 if select_layer is None else select_layer
+    config = clip.read_config(content, str(directory / "config.json"), layer, "patch")
+    return config, Part(("vision/",), tensors, clip.rows(prefix))
+
+
+def _assembled(tower: TowerConfig, kind: str, llm: LlamaConfig, qformer: QFormerConfig | None) -> LlavaConfig:
+    """The config of parts; what no file says has the sizes of the published connectors."""
+    resampler = qformer or (RESAMPLERS[kind]() if kind in RESAMPLERS else None)
+    normed = isinstance(tower, EvaConfig) or kind == "qformer"
+    return LlavaConfig(
+        vision=tower, projector=kind, llm=llm, ln_vision_eps=minigpt4.LN_EPS if normed else None, resampler=resampler,
+        cross=CrossConfig(media_width=tower.width) if kind == "flamingo_xattn" else None,
+    )  # fmt: skip
+
+
+def _projector_parts(tensors: TensorFiles) -> tuple[str | None, list[Part]]:
+    """(the connector, as far as the tensors say it; the parts) of a file given as --projector."""
+    found = minigpt4.projection(tensors)
+    if found is not None:
+        return None, found
+    kind, layout = _projector_file(tensors)
+    return kind, [Part(("projector/",), tensors, llava.projector_rows(layout, kind))]
 
 
 def _original(
@@ -169,11 +228,33 @@ def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
     return llava.projector_kind(list(tensors.specs), layout.projector), layout
 
 
-def _fresh_projector(config: LlavaConfig, seed: int) -> dict[str, np.ndarray]:
-    module = Projector(config.projector, config.llm.width)
-    variables = module.init(jax.random.key(seed), jnp.zeros((1, config.vision.width)))
-    leaves = params.flatten(variables["params"]) if "params" in variables else {}
-    return {f"projector/{name}": np.asarray(leaf) for name, leaf in leaves.items()}
+def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:
+    """All leaves that are in no file."""
+    read = tuple(start for part in parts for start in part.leaves)
+    fresh = {}
+    if "projector/" not in read:
+        module = Projector(config.projector, config.llm.width)
+        variables = module.init(jax.random.key(seed), jnp.zeros((1, input_width(config))))
+        leaves = params.flatten(variables["params"]) if "params" in variables else {}
+        fresh = {f"projector/{name}": leaf for name, leaf in leaves.items()}
+    others = [start for start in ("resampler/", "ln_vision/") if start not in read] + ["llm/cross/"]
+    names = [name for name in params.flatten(abstract_params(config)) if name.startswith(tuple(others))]
+    if names:
+
+        def draw(key: jax.Array) -> dict[str, jax.Array]:  # compiled, so that nothing else is drawn
+            flat = params.flatten(init_params(config, key))
+            return {name: flat[name] for name in names}
+
+        fresh |= jax.jit(draw)(jax.random.key(seed))
+    return {name: np.asarray(leaf) for name, leaf in fresh.items()}
+
+
+def _scales(added: Mapping[str, tuple[int, int]], config: LlavaConfig) -> dict[str, np.ndarray]:
+    """The constant of each adapter, which files leave to their readers."""
+    return {
+        lora.beside(kernel, lora.SCALE): np.full(config.llm.layers, alpha / rank, np.float32)
+        for kernel, (rank, alpha) in added.items()
+    }
 
 
 def _with_image_numbers(config: LlavaConfig, directory: Path) -> LlavaConfig:
@@ -189,6 +270,9 @@ def _with_image_numbers(config: LlavaConfig, directory: Path) -> LlavaConfig:
 def _prompt(directory: Path, content: Mapping[str, Any], options: PromptOptions) -> cards.PromptCard:
     """Options first, then what an export of ours kept, then what the format itself says."""
     kept = content.get(OURS) or {}
+    if minigpt4.is_hub(content):
+        usual = processor.read_settings(directory).mode or "squash"
+        kept = {"template": minigpt4.TEMPLATES["qformer"], "image_mode": usual} | kept
     mode = options.image_mode or kept.get("image_mode")
     if mode is None and llava.is_original(content):
         mode = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
@@ -207,8 +291,9 @@ def _write(
     prompt: cards.PromptCard,
     words_directory: Path,
     origin: Mapping[str, Any],
+    adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
-    """Checks that everything fits, then writes the checkpoint."""
+    """Checks that everything fits, then writes the checkpoint. A leaf is of the first part that can hold it."""
     templates.get(prompt.template)
     words = tokenizer.load(words_directory, prompt.legacy)
     if words.size > config.llm.vocab:
@@ -216,12 +301,13 @@ def _write(
             f"{words_directory}: its tokenizer has {words.size} tokens, its embeddings {config.llm.vocab} rows; "
             "wanted a row for each, so one of the two files is of another model"
         )
-    leaves = params.flatten(abstract_params(config))
+    leaves = params.flatten(lora.add(abstract_params(config), adapters or {}))
     sources, dtypes = [], {}
     for part in parts:
-        mine = {name: leaf for name, leaf in leaves.items() if name.startswith(part.leaves) and name not in fresh}
+        open_ = {name: leaf for name, leaf in leaves.items() if name not in fresh and name not in dtypes}
+        mine = {name: leaf for name, leaf in open_.items() if name.startswith(part.leaves)}
         found = table.entries(mine, part.rows, clip.first_layers(config.vision), "conversion")
-        dtypes |= table.check(found, part.tensors, llava.IGNORED)
+        dtypes |= table.check(found, part.tensors, (*llava.IGNORED, *part.ignored))
         sources += [(entry, part.tensors) for entry in found]
     dtypes |= {name: leaf.dtype for name, leaf in fresh.items()}
     store.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.files import read_json
-from llava_jax.models.presets import CLIP_MEAN, CLIP_STD, VisionConfig
+from llava_jax.models.presets import CLIP_MEAN, CLIP_STD, TowerConfig, VisionConfig
 
 
 class ImageSettings(NamedTuple):
@@ -42,7 +42,8 @@ def _mode(content: Mapping[str, Any], where: str) -> str:
     # CLIPImageProcessor knows no do_pad and passes over the key.
     if str(content.get("image_processor_type", "")).startswith("Llava") and content.get("do_pad"):
         return "pad"
-    if content.get("do_center_crop", True):
+    # BlipImageProcessor knows no crop, and its files seldom speak of one.
+    if content.get("do_center_crop", not str(content.get("image_processor_type", "")).startswith("Blip")):
         return "square"
     size = content.get("size")
     if isinstance(size, Mapping) and size.get("height", 0) == size.get("width", 1):
@@ -79,6 +80,25 @@ def preprocessor_json(config: VisionConfig, mode: str) -> dict[str, Any]:
         "image_std": list(config.std),
     }
     return content | ({"do_pad": True} if mode == "pad" else {})
+
+
+def blip_json(config: TowerConfig) -> dict[str, Any]:
+    """preprocessor_config.json of BLIP-2, which makes the pixels of `prompt.images.to_pixels(..., "squash")`."""
+    side = config.image_size
+    return {
+        "image_processor_type": "BlipImageProcessor",
+        "processor_class": "Blip2Processor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"height": side, "width": side},
+        "resample": 3,
+        "do_center_crop": False,
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(config.mean),
+        "image_std": list(config.std),
+    }
 
 
 def processor_json(config: VisionConfig) -> dict[str, Any]:

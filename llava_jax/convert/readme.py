@@ -1,7 +1,7 @@
 """README.md of what `export` writes: what it is, how to load it, how to write a prompt for it."""
 
 from llava_jax.checkpoint.card import PromptCard
-from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.presets import EvaConfig, LlavaConfig
 
 _HUB = """# {name}
 
@@ -16,6 +16,23 @@ processor = AutoProcessor.from_pretrained("{name}")
 Images: {images}. Use the PIL image processor (`backend="pil"`) for the very pixels of training.
 
 {prompt}
+"""
+
+_BLIP2 = """# {name}
+
+A MiniGPT-4 exported by llava_jax as a BLIP-2 with a LLaMA: {model}.
+
+```python
+from transformers import AutoTokenizer, Blip2ForConditionalGeneration
+model = Blip2ForConditionalGeneration.from_pretrained("{name}")
+tokenizer = AutoTokenizer.from_pretrained("{name}")
+```
+
+Images: {images}.
+
+Prompts: `Blip2Processor` puts the image before `<s>`, where this model has never seen it. Write the ids yourself as
+`{template}` has them: `<s>`, the text before the image, {queries} times `<image>`, the text after it, each text made
+into tokens apart. The norm after the tower has an eps of 1e-6 in transformers; it was trained with 1e-5.
 """
 
 _CHAT = """Prompts: the chat template writes what the model was trained on (`{template}`), `<s>` included:
@@ -71,6 +88,14 @@ def hub(config: LlavaConfig, prompt: PromptCard, name: str, chat: bool) -> str:
     return _HUB.format(name=name, model=_model(config), images=_IMAGES[prompt.image_mode], prompt=words)
 
 
+def blip2(config: LlavaConfig, prompt: PromptCard, name: str) -> str:
+    """README.md of a BLIP-2 directory."""
+    return _BLIP2.format(
+        name=name, model=_model(config), images=_IMAGES[prompt.image_mode], queries=config.image_features,
+        template=prompt.template,
+    )  # fmt: skip
+
+
 def original(config: LlavaConfig, prompt: PromptCard, name: str, tower: str | None) -> str:
     """README.md of the original format; tower: its name on the hub, None where it lies in a directory beside."""
     where = f"The vision tower's weights are in the files; its sizes come from `{tower}`."
@@ -98,7 +123,8 @@ def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:
 
 def _model(config: LlavaConfig) -> str:
     vision, llm = config.vision, config.llm
+    tower = "an EVA" if isinstance(vision, EvaConfig) else "a CLIP"
     return (
-        f"a CLIP tower of {vision.layers} blocks at {vision.image_size} pixels, projector {config.projector}, "
+        f"{tower} tower of {vision.layers} blocks at {vision.image_size} pixels, projector {config.projector}, "
         f"a LLaMA of {llm.layers} blocks, width {llm.width}"
     )

@@ -1,8 +1,8 @@
 """One table of names, read both ways: which of their tensors make each of our leaves, and with which axes.
 
 A row is (pattern over our names, their name, order of axes). Their name may hold `{layer}`: our leaf then stacks
-theirs over the layers. Import checks that every tensor of theirs is used exactly once and has the shape and dtype
-that the model asks for; export walks the same entries backwards.
+theirs over the layers, or with `{layer*2}` over every second one. Import checks that every tensor of theirs is used
+exactly once and has the shape and dtype that the model asks for; export walks the same entries backwards.
 """
 
 import math
@@ -23,25 +23,49 @@ FLOATS = ("float32", "float16", "bfloat16")
 
 
 class Axes(NamedTuple):
-    """How their axes become ours: `ours = theirs.transpose(order)`; empty is the same order."""
+    """How their axes become ours: `ours = theirs.transpose(order)`; empty is the same order.
+
+    Attributes:
+      ones: axes of size 1 that theirs begin with and ours have not.
+    """
 
     order: tuple[int, ...] = ()
+    ones: int = 0
 
     def ours(self, array: np.ndarray) -> np.ndarray:
+        array = array.reshape(array.shape[self.ones :])
         return array.transpose(self.order) if self.order else array
 
     def theirs(self, array: np.ndarray) -> np.ndarray:
-        return array.transpose(np.argsort(self.order)) if self.order else array
+        array = array.transpose(np.argsort(self.order)) if self.order else array
+        return array.reshape(*[1] * self.ones, *array.shape) if self.ones else array
 
     def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        return tuple(shape[i] for i in np.argsort(self.order)) if self.order else tuple(shape)
+        kept = [shape[i] for i in np.argsort(self.order)] if self.order else shape
+        return (*[1] * self.ones, *kept)
 
 
 SAME = Axes()
+ROW, CELL = Axes(ones=1), Axes(ones=2)  # theirs [1, ...] and [1, 1, ...]
 LINEAR = Axes((1, 0))  # torch keeps [out, in], we [in, out]
 PATCH = Axes((2, 3, 1, 0))  # torch keeps [out, in, row, column], we [row, column, in, out]
 
 Row = tuple[str, tuple[str, Axes]]
+_LAYER = re.compile(r"\{layer(?:\*(\d+))?\}")
+
+
+class Part(NamedTuple):
+    """Some leaves, the files that hold them and the table between the two.
+
+    Attributes:
+      leaves: beginnings of our names; "" is all.
+      ignored: patterns over names of theirs that are of other parts, or nothing of the model.
+    """
+
+    leaves: tuple[str, ...]
+    tensors: TensorFiles
+    rows: list[Row]
+    ignored: tuple[str, ...] = ()
 
 
 class Entry(NamedTuple):
@@ -80,13 +104,17 @@ def entries(leaves: Mapping[str, Any], rows: Sequence[Row], first_layer: Mapping
         assert match is not None
         theirs = match.expand(theirs)
         shape = tuple(leaves[name].shape)
-        if "{layer}" not in theirs:
+        if not _LAYER.search(theirs):
             found.append(Entry(name, shape, (theirs,), False, axes))
             continue
         first = next((number for start, number in first_layer.items() if name.startswith(start)), 0)
-        layers = tuple(theirs.replace("{layer}", str(first + i)) for i in range(shape[0]))
+        layers = tuple(_numbered(theirs, first + i) for i in range(shape[0]))
         found.append(Entry(name, shape, layers, True, axes))
     return found
+
+
+def _numbered(theirs: str, layer: int) -> str:
+    return _LAYER.sub(lambda match: str(layer * int(match[1] or 1)), theirs)
 
 
 def check(found: Sequence[Entry], tensors: TensorFiles, ignored: Iterable[str] = ()) -> dict[str, np.dtype]:

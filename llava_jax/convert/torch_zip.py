@@ -34,6 +34,9 @@ _BAD_ZIP = (zipfile.BadZipFile, NotImplementedError, RuntimeError, ValueError, L
 _PICKLE_BYTES = 64 * 2**20  # a state dict's pickle holds names and shapes: 100 kB for a 13B
 
 
+TRAINER = "model"  # where LAVIS and MiniGPT-4 keep the weights in a checkpoint
+
+
 class Storage(NamedTuple):
     """Raw bytes in the zip that tensors look at."""
 
@@ -104,6 +107,8 @@ class TorchZip:
             raise UnusableCheckpoint(f"{self._path}: refused, its pickle is not plain weights ({error})") from None
         if not isinstance(state, dict):
             raise UnusableCheckpoint(f"{self._path}: holds a {type(state).__name__}; wanted a dictionary of tensors")
+        if isinstance(state.get(TRAINER), dict):  # a trainer's checkpoint: optimizer, config and epoch lie beside
+            state = state[TRAINER]
         for name, tensor in state.items():
             if not isinstance(name, str) or not isinstance(tensor, StoredTensor):
                 raise UnusableCheckpoint(f"{self._path}: entry {name!r} is a {type(tensor).__name__}; wanted tensors")
@@ -163,14 +168,19 @@ _ALLOWED = {
 }
 
 
-def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
+def write_torch(path: Path, tensors: Mapping[str, np.ndarray], within: str | None = None) -> None:
     """Writes a dictionary of arrays so that `torch.load(path, weights_only=True)` reads it.
+
+    within: the dictionary becomes the only value, under this key, of another.
 
     The pickle is put together by hand, since Python's pickler would import the torch names that it writes.
     """
     names = {dtype: name for name, dtype in _STORAGES.items()}
     out = io.BytesIO()
-    out.write(pickle.PROTO + b"\x02" + pickle.EMPTY_DICT + pickle.MARK)
+    out.write(pickle.PROTO + b"\x02")
+    if within is not None:
+        out.write(pickle.EMPTY_DICT + _text(within))
+    out.write(pickle.EMPTY_DICT + pickle.MARK)
     for key, (name, array) in enumerate(tensors.items()):
         storage = [_text("storage"), _global("torch", names[array.dtype]), _text(str(key)), _text("cpu")]
         storage += [_int(array.size)]
@@ -179,7 +189,7 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
         arguments += [_tuple(map(_int, strides)), pickle.NEWFALSE]
         arguments += [_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE]
         out.write(_text(name) + _global("torch._utils", "_rebuild_tensor_v2") + _tuple(arguments) + pickle.REDUCE)
-    out.write(pickle.SETITEMS + pickle.STOP)
+    out.write(pickle.SETITEMS + (pickle.SETITEM if within is not None else b"") + pickle.STOP)
     root = path.stem
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         file.writestr(f"{root}/data.pkl", out.getvalue())

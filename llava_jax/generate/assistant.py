@@ -92,7 +92,7 @@ class Assistant:
         kind = _dtype(dtype)
         words = tokenizer.load(epath.Path(directory) / cards.TOKENIZER, legacy=card.prompt.legacy)
         format = Format(
-            templates.get(card.prompt.template), words, config.vision.image_size, config.vision.features,
+            templates.get(card.prompt.template), words, config.vision.image_size, config.image_features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
         specs = store.leaf_specs(directory, step)
@@ -102,7 +102,7 @@ class Assistant:
         def put(name: str, array: np.ndarray) -> Any:
             dtype = lora.running_dtype(name, array.dtype, kind)
             # Parts, not stacks: XLA takes the slices of a stack out of the decode loop, a second copy of the model.
-            if name.startswith("llm/blocks/"):
+            if name.startswith(("llm/blocks/", "llm/cross/")):
                 return tuple(jnp.asarray(layer.astype(dtype)) for layer in array)
             return jnp.asarray(array.astype(dtype))
 

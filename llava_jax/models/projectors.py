@@ -36,6 +36,13 @@ def depth(kind: str) -> int:
     return int(match[1])
 
 
+def input_width(config: LlavaConfig) -> int:
+    """Width of what the first linear layer reads."""
+    if isinstance(config.resampler, QFormerConfig):
+        return config.resampler.width
+    return config.vision.width * (CONCATENATED if config.projector == "concat4_linear" else 1)
+
+
 def resampler_of(config: LlavaConfig, dtype: Any, lora_dropout: float) -> nn.Module | None:
     """What makes fewer features of an image's, if the connector has such a part."""
     if config.resampler is None:

@@ -138,7 +138,7 @@ def build(config: configs.Config, place: Place) -> Program:
         evenly.
     """
     model = model_of(config)
-    features = model.vision.features
+    features = model.image_features
     if config.data.row_tokens <= features:
         raise ValueError(
             f"data.row_tokens={config.data.row_tokens}: an image takes {features} positions and its text some more; "

@@ -24,7 +24,7 @@ FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
 
 # Where an operation belongs, by the name that the program gives it; the first that matches.
 PARTS = (
-    ("tower and projector", r"/(vision|projector)/"),
+    ("tower and projector", r"/(vision|ln_vision|resampler|projector)/"),
     ("attention", r"/llm/.*(splash_|bkgts|btkgh|dot_product_attention)"),
     ("decoder", r"/llm/"),
     ("logits", ""),
@@ -48,13 +48,13 @@ class Load:
 def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None) -> Load:
     """The load of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
     text, learned = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
-    length = min(sample_tokens or model.vision.features + text, config.data.row_tokens)
+    length = min(sample_tokens or model.image_features + text, config.data.row_tokens)
     rows, row_tokens = program.batch.tokens.shape
     packed = config.data.layout == "packed"
     fill = next(share for least, share in FILLS if row_tokens >= least)
     samples = fill * rows * row_tokens / length if packed else float(rows)
     slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
-    supervised = int(samples * learned * max(1, length - model.vision.features))
+    supervised = int(samples * learned * max(1, length - model.image_features))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
     return Load(
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),

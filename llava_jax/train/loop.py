@@ -99,7 +99,7 @@ def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple
     """
     first, last = int(state.step) + 1, run.program.steps
     rates = _highest_rate(run.program) * optimizer.schedule(run.config.train, last)
-    features, surprise = run.program.model.config.vision.features, Surprise()
+    features, surprise = run.program.model.config.image_features, Surprise()
     now = time.monotonic()
     progress, waiting = Progress(Since(now), Since(now)), None
     tracer = Tracer(run.checkpoints.directory, run.config.profile, first)

@@ -12,7 +12,8 @@ import optax
 from llava_jax import config, params
 
 # Norm scales and biases do not decay. Source: LLaVA llava/train/llava_trainer.py:162-209 (LayerNorm types, "bias").
-DECAY = ((r".*/(scale|bias)", False), (".*", True))
+# Nor do the gates of cross-attention. Source: open_flamingo/train/train.py@655f693.
+DECAY = ((r".*/(scale|bias|attn_gate|ff_gate)", False), (".*", True))
 
 
 def schedule(train: config.Train, steps: int) -> np.ndarray:

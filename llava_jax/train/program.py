@@ -175,10 +175,10 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
         parts = sharding.shards(mesh, "tokens")
         if length % parts:
             raise ValueError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
-    if data.layout == "packed" and data.row_tokens <= model_config.vision.features:
+    if data.layout == "packed" and data.row_tokens <= model_config.image_features:
         raise ValueError(
-            f"data.row_tokens={data.row_tokens}: an image takes {model_config.vision.features} positions and its text "
-            f"some more; want more than {model_config.vision.features}"
+            f"data.row_tokens={data.row_tokens}: an image takes {model_config.image_features} positions and its text "
+            f"some more; want more than {model_config.image_features}"
         )
     fields = batches.spec(
         rows=rows, row_tokens=data.row_tokens, groups=rows // data.rows_per_group,

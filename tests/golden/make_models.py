@@ -96,7 +96,7 @@ def to_names(state: dict, config: LlavaConfig = CONFIG) -> dict[str, np.ndarray]
 def inputs(config: LlavaConfig = CONFIG, rows: int = 2, tokens: int = 24, seed: int = 1) -> dict[str, np.ndarray]:
     """A batch with one image a row, in our fields; the answer is the last third of the row."""
     rng = np.random.default_rng(seed)
-    features = config.vision.features
+    features = config.image_features
     ids = rng.integers(1, IMAGE_ID, (rows, tokens)).astype(np.int32)
     slots = np.full((rows, tokens), -1, np.int32)
     slots[:, 3 : 3 + features] = np.arange(features)
