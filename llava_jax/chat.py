@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 from llava_jax.generate.assistant import DTYPES, Assistant, Reply
 from llava_jax.generate.sampling import Sampling
+from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import open_image
 
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, FileNotFoundError) as error:
         _fail(USAGE, error)
     try:
-        assistant = Assistant.open(args.checkpoint, dtype=args.dtype)
+        assistant = Assistant.open(args.checkpoint, dtype=args.dtype, template=args.template)
     except (ValueError, FileNotFoundError) as error:
         _fail(NO_CHECKPOINT, error)
     try:
@@ -85,6 +86,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what `train` or `convert` wrote")
     parser.add_argument("--image", metavar="FILE", help="the picture; left out, the talk is text alone")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end; left out, questions are read in turn")
+    parser.add_argument("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from this mass of the likeliest ids")
     parser.add_argument("--top-k", type=int, default=0, help="draw from this many of the likeliest ids; 0: all")

@@ -1,7 +1,6 @@
 """The steps of `curate` as the door runs them: files in, files out, one line of counts."""
 
 import argparse
-import dataclasses
 import functools
 import random
 import sys
@@ -13,7 +12,6 @@ from llava_jax.datagen.options import open_client
 from llava_jax.datagen.progress import Progress, unanswered
 from llava_jax.generate.assistant import Assistant, UnusableCheckpoint
 from llava_jax.openai_client.cache import Cache
-from llava_jax.prompt import templates
 
 NO_CHECKPOINT = 66  # exit code
 
@@ -48,10 +46,7 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.Wording) -> list[dict[str, Any]]:
-    assistant = Assistant.open(options.checkpoint, slots=options.slots)
-    if options.template:
-        format = dataclasses.replace(assistant.format, template=templates.get(options.template))
-        assistant = dataclasses.replace(assistant, format=format)
+    assistant = Assistant.open(options.checkpoint, slots=options.slots, template=options.template)
     place = Path(options.checkpoint)
     # Its steps are part of the name: a checkpoint that was trained further answers anew.
     name = f"{place.resolve()} {sorted(path.name for path in place.iterdir())} {options.template}"

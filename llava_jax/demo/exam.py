@@ -1,13 +1,11 @@
 """Asks a checkpoint every question of an exam and counts the answers that are exactly right."""
 
-import dataclasses
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.demo import world
 from llava_jax.demo.records import BLANK, Exam
 from llava_jax.generate.assistant import Assistant
-from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn
 
 SLOTS = 64
@@ -24,9 +22,7 @@ class Result(NamedTuple):
 
 def open_assistant(checkpoint: Path) -> Assistant:
     """The assistant of a checkpoint, asked in the words of stage 2, whatever it was trained on last."""
-    assistant = Assistant.open(checkpoint, slots=SLOTS)
-    format = dataclasses.replace(assistant.format, template=templates.get("v1"))
-    return dataclasses.replace(assistant, format=format)
+    return Assistant.open(checkpoint, slots=SLOTS, template="v1")
 
 
 def take(assistant: Assistant, exam: Exam, root: Path, blind: bool = False) -> Result:

@@ -82,8 +82,7 @@ def _answer(told: argparse.Namespace) -> int:
     )  # fmt: skip
     folder = epath.Path(told.data) / benchmark.images
     if told.checkpoint is not None:
-        assistant = Assistant.open(told.checkpoint, told.slots, told.dtype, told.step)
-        assistant = answer.worded(assistant, told.template)
+        assistant = Assistant.open(told.checkpoint, told.slots, told.dtype, told.step, told.template)
         speak = answer.from_checkpoint(assistant, settings, folder)
         facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
         found = _spoken(told, asked, speak, facts, settings, gone, str(told.checkpoint))

@@ -218,7 +218,7 @@ def _examined(checkpoint: Path, row: Row, exam: Exam, plan: Plan) -> Result:
     asked, _ = questions.load(exam.benchmark, exam.data, options, images=True)
     # A stage 1 alone was trained on bare captions: it is asked in the words of stage 2.
     template = exam.template or ("v1" if row.mix is None else None)
-    assistant = answer.worded(Assistant.open(checkpoint, exam.slots), template)
+    assistant = Assistant.open(checkpoint, exam.slots, template=template)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
     path = plan.workdir / row.name / "answers.jsonl"
     speak = answer.from_checkpoint(assistant, exam.settings, exam.data / exam.benchmark.images)

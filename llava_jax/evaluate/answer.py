@@ -23,7 +23,6 @@ from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import FAULTS, Fault, Question
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import Client, Failure, Request
-from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import encode_jpeg, open_image
 
@@ -119,14 +118,6 @@ def fingerprint(questions: Sequence[Question], settings: Settings, model: Mappin
     """A hash of all that the answers depend on: the questions' words, the settings and what the model is."""
     told = {"questions": [(q.id, q.text) for q in questions], "settings": dataclasses.asdict(settings), **model}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def worded(assistant: Assistant, template: str | None) -> Assistant:
-    """The assistant, asked in the words of another template; None keeps its own."""
-    if template is None:
-        return assistant
-    format = dataclasses.replace(assistant.format, template=templates.get(template))
-    return dataclasses.replace(assistant, format=format)
 
 
 def weights_id(assistant: Assistant) -> str:

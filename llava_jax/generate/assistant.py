@@ -75,13 +75,15 @@ class Assistant:
 
     @classmethod
     def open(
-        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: int | None = None
-    ) -> "Assistant":
+        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: int | None = None,
+        template: str | None = None,
+    ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
         Args:
           dtype: of weights and matrix products; None is float32 on a CPU, bfloat16 elsewhere.
           step: None is the latest.
+          template: to be asked in the words of another one; None is the checkpoint's own.
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its card.
@@ -92,7 +94,7 @@ class Assistant:
         kind = _dtype(dtype)
         words = tokenizer.load(epath.Path(directory) / cards.TOKENIZER, legacy=card.prompt.legacy)
         format = Format(
-            templates.get(card.prompt.template), words, config.vision.image_size, config.image_features,
+            templates.get(template or card.prompt.template), words, config.vision.image_size, config.image_features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
         specs = store.leaf_specs(directory, step)
