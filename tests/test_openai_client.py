@@ -213,7 +213,8 @@ for index, answer in client.ask_many(Request([{"role": "user", "content": str(i)
             assert client.spent.unsure <= 4
             outcomes = dict(client.ask_many(Request(user(str(i))) for i in range(40)))
             assert all(outcomes[i].text == f"You said {i}" for i in range(40)) and client.spent.cached >= 10
-            assert len(server.bodies) == 40 + client.spent.unsure
+            # A request may be noted and not have reached the server yet when the kill comes.
+            assert 40 <= len(server.bodies) <= 40 + client.spent.unsure
             assert client.spent.tokens_out == 40 * 3
 
 
