@@ -1,21 +1,32 @@
-"""A tiny random Blip2ForConditionalGeneration with a LLaMA, its names in ours, and what it computes. Needs torch.
+"""A tiny random Blip2ForConditionalGeneration with a LLaMA, its names in ours, and what it computes.
 
+All but CASES, `inputs` and the levels needs torch; `tests/golden/blip2.npz` records what it computes for tests without.
 transformers' own first values make vacuous tests (weights of 1e-10, queries of 0), so every one is drawn again.
 """
 
 import re
+from dataclasses import replace
 
 import numpy as np
 
 from llava_jax.models.presets import EvaConfig, LlamaConfig, LlavaConfig, QFormerConfig
+from tests.golden import make_models
 
-IMAGE_ID = 95
+IMAGE_ID = make_models.IMAGE_ID
 CONFIG = LlavaConfig(
     EvaConfig(image_size=28, patch_size=14, width=44, mlp_width=120, layers=3, heads=2), "qformer",  # heads of 22
     LlamaConfig(vocab=96, width=32, mlp_width=48, layers=2, heads=4, kv_heads=4, head_width=8, max_positions=256),
     ln_vision_eps=1e-6,
     resampler=QFormerConfig(queries=5, width=24, mlp_width=40, layers=4, heads=3),
 )  # fmt: skip
+CASES = {
+    "heads of 22, eps of HF": CONFIG,
+    "another eps, every third layer looks": replace(
+        CONFIG, vision=replace(CONFIG.vision, width=32, heads=4, eps=1e-3), ln_vision_eps=1e-3,
+        resampler=QFormerConfig(queries=3, width=16, mlp_width=20, layers=6, heads=2, cross_every=3, eps=1e-5),
+    ),
+}  # fmt: skip
+STEP = 1 / 65  # between two levels; no number of theirs is 0, and four fit in bfloat16, so a lost digit is seen
 # Theirs, without what both say of a layer -> ours. Written apart from the conversion's tables, which it tests.
 RENAMES = (
     (r"vision_model\.embeddings\.class_embedding", "vision/cls"),
@@ -71,15 +82,43 @@ def hf_model(config: LlavaConfig = CONFIG, seed: int = 0):
         vision_config=vision, qformer_config=qformer, text_config=llama, num_query_tokens=q.queries,
         image_token_index=IMAGE_ID,
     )  # fmt: skip
-    model = Blip2ForConditionalGeneration(config)
-    generator = torch.Generator().manual_seed(seed)
+    model = redrawn(Blip2ForConditionalGeneration(config), seed)
     with torch.no_grad():
         for name, value in model.named_parameters():
-            draw = 0.2 * torch.randn(value.shape, generator=generator)
-            value.copy_(1 + draw if "norm" in name.lower() and name.endswith("weight") else draw)
             if name.endswith("qkv.bias"):
                 value[v.width : 2 * v.width] = 0
+    return model
+
+
+def inputs(config: LlavaConfig = CONFIG, seed: int = 1) -> dict[str, np.ndarray]:
+    """A batch with one image a row, in our fields."""
+    return make_models.inputs(config, seed=seed)
+
+
+def redrawn(model, seed: int):
+    """The torch module in float64 for inference, with each parameter drawn around 0, or around 1 if it scales a norm.
+
+    Each is one of 256 levels, so that a recording holds a byte for it.
+    """
+    import torch
+
+    rng = np.random.default_rng(seed)
+    with torch.no_grad():
+        for name, value in model.named_parameters():
+            centre = float(bool(re.search(r"norm|\.ln\.", name.lower())) and name.endswith("weight"))
+            draw = centre + 0.2 * rng.standard_normal(tuple(value.shape))
+            value.copy_(torch.from_numpy(of_levels(to_levels(draw))))
     return model.double().eval()
+
+
+def to_levels(values: np.ndarray) -> np.ndarray:
+    """Numbers from -2 to 2 -> the levels below them, int8."""
+    return np.clip(np.floor(values / STEP), -128, 127).astype(np.int8)
+
+
+def of_levels(levels: np.ndarray) -> np.ndarray:
+    """Levels -> their numbers, float32: the middle between a level and the next."""
+    return (levels.astype(np.float32) + np.float32(0.5)) * np.float32(STEP)
 
 
 def to_names(state: dict, config: LlavaConfig = CONFIG) -> dict[str, np.ndarray]:

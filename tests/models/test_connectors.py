@@ -12,13 +12,15 @@ from llava_jax import params as names
 from llava_jax.models import flamingo, presets
 from llava_jax.models.flamingo import Perceiver
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.models.presets import CrossConfig, EvaConfig, LlavaConfig, PerceiverConfig, QFormerConfig
+from llava_jax.models.presets import CrossConfig, EvaConfig, LlavaConfig, QFormerConfig
+from tests.golden import make_blip2
+from tests.models import idefics
 from tests.models.test_parity import CLOSE, difference
 
 TINY = replace(presets.get("tiny"), vision=replace(presets.get("tiny").vision, image_size=56))  # 16 patches
 EVA = EvaConfig(image_size=56, patch_size=14, width=32, mlp_width=64, layers=2, heads=2)
 QFORMER = QFormerConfig(queries=3, width=24, mlp_width=40, layers=4, heads=3)
-PERCEIVER = PerceiverConfig(latents=3, layers=2, heads=2, head_width=8)
+PERCEIVER = idefics.CONFIG
 PATCHES = replace(EVA, select_feature="patch")
 
 
@@ -130,49 +132,16 @@ def _tower(model, pixels):
     return model.vision(pixels)
 
 
-@pytest.fixture(scope="module")
-def perceivers():
-    """(ours, its parameters, transformers' Idefics resampler with GELU, as OpenFlamingo has it)"""
-    torch = pytest.importorskip("torch")
-    from transformers import IdeficsConfig
-    from transformers.models.idefics.perceiver import IdeficsPerceiverResampler
-
-    theirs = IdeficsConfig(vision_config={"embed_dim": 32})
-    module = IdeficsPerceiverResampler(theirs, 32, depth=2, n_heads=2, head_dim=8, n_latents=3)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in module.named_parameters():
-            draw = 0.3 * torch.randn(value.shape, generator=generator)
-            value.copy_(1 + draw if ("norm" in name or ".ln." in name) and name.endswith("weight") else draw)
-    for _, mlp in module.blocks:
-        mlp.act = torch.nn.GELU()
-    state = {name: value.detach().numpy() for name, value in module.named_parameters()}
-    places = {"ln_media": "0.context_layer_norm", "ln1": "0.latents_layer_norm", "q": "0.q_proj", "k": "0.k_proj",
-              "v": "0.v_proj", "o": "0.output_proj", "ln2": "1.ln", "fc1": "1.fc", "fc2": "1.c_proj"}  # fmt: skip
-    blocks = {}
-    for ours, name in places.items():
-        weights = [state.pop(f"blocks.{i}.{name}.weight") for i in range(2)]
-        if ours.startswith("ln"):
-            biases = [state.pop(f"blocks.{i}.{name}.bias") for i in range(2)]
-            blocks[ours] = {"scale": np.stack(weights), "bias": np.stack(biases)}
-        else:
-            blocks[ours] = {"kernel": np.stack([weight.T for weight in weights])}
-    tree = {"latents": state.pop("latents"), "blocks": blocks,
-            "norm": {"scale": state.pop("layer_norm.weight"), "bias": state.pop("layer_norm.bias")}}  # fmt: skip
-    assert not state
-    return Perceiver(PERCEIVER), jax.tree.map(jnp.asarray, tree), module.double()
-
-
-def test_the_perceiver_is_that_of_transformers_idefics_with_gelu(perceivers):
-    import torch
-
-    ours, tree, theirs = perceivers
-    features = np.random.default_rng(0).standard_normal((2, 7, 32)).astype(np.float32)
-    wanted = theirs(torch.tensor(features).double()).detach().numpy()
-    found = jax.jit(ours.apply)({"params": tree}, jnp.asarray(features))
-    assert difference(found, wanted) < CLOSE
-    shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), jnp.asarray(features)))["params"]
+@pytest.mark.parametrize("source", [make_blip2.recorded, make_blip2.live], ids=["recorded", "live"])
+def test_the_perceiver_is_that_of_transformers_idefics_with_gelu(source):
+    if source is make_blip2.live:
+        pytest.importorskip("torch")
+    flat, inputs, expected = source("perceiver")
+    tree, ours = names.unflatten({name: jnp.asarray(array) for name, array in flat.items()}), Perceiver(idefics.CONFIG)
+    features = jnp.asarray(inputs["features"])
+    shapes = jax.eval_shape(lambda: ours.init(jax.random.key(0), features))["params"]
     assert jax.tree.map(jnp.shape, tree) == jax.tree.map(jnp.shape, shapes)
+    assert difference(apply(ours, tree, features), expected["latents"]) < CLOSE
 
 
 def test_gates_at_their_start_give_exactly_the_plain_decoder():

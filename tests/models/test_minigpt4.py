@@ -1,4 +1,7 @@
-"""EVA, the Q-Former and the whole MiniGPT-4 against transformers' BLIP-2, which is the same network."""
+"""EVA, the Q-Former and the whole MiniGPT-4 against transformers' BLIP-2, which is the same network.
+
+Against its recorded arrays without torch, and live with it.
+"""
 
 import functools
 from dataclasses import replace
@@ -12,48 +15,58 @@ from llava_jax import params as names
 from llava_jax.models import presets
 from llava_jax.models.eva import EvaTower
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.models.presets import QFormerConfig
 from llava_jax.models.qformer import QFormer
-from tests.golden import make_models as golden
+from tests.golden import make_blip2 as golden
 from tests.models import blip2
 from tests.models.test_parity import CLOSE, difference, loss_of
 
-CASES = {
-    "heads of 22, eps of HF": blip2.CONFIG,
-    "another eps, every third layer looks": replace(
-        blip2.CONFIG, vision=replace(blip2.CONFIG.vision, width=32, heads=4, eps=1e-3), ln_vision_eps=1e-3,
-        resampler=QFormerConfig(queries=3, width=16, mlp_width=20, layers=6, heads=2, cross_every=3, eps=1e-5),
-    ),
-}  # fmt: skip
+SOURCES = {"recorded": golden.recorded, "live": golden.live}
+BOTH = {f"{source}: {case}": (source, case) for source in SOURCES for case in blip2.CASES}
+LIVE = {name: found for name, found in BOTH.items() if found[0] == "live"}  # with every gradient
 
 
-@pytest.fixture(scope="module", params=CASES)
+@pytest.fixture(scope="module", params=BOTH.values(), ids=BOTH)
 def both(request):
     """(config, our parameters, a batch, what transformers computes)"""
-    pytest.importorskip("torch")
-    config = CASES[request.param]
-    model = blip2.hf_model(config, seed=7)
-    flat = blip2.to_names(dict(model.named_parameters()), config)
+    source, case = request.param
+    if source == "live":
+        pytest.importorskip("torch")
+    config, (flat, batch, expected) = blip2.CASES[case], SOURCES[source](case)
     shapes = {name: leaf.shape for name, leaf in names.flatten(abstract_params(config)).items()}
     assert {name: array.shape for name, array in flat.items()} == shapes
-    batch = golden.inputs(config, seed=3)
-    tree = names.unflatten({name: jnp.asarray(array) for name, array in flat.items()})
-    return config, tree, batch, blip2.expected(model, batch, config)
+    return config, names.unflatten({name: jnp.asarray(array) for name, array in flat.items()}), batch, expected
+
+
+@functools.partial(jax.jit, static_argnums=0, static_argnames="method")
+def apply(model, tree, *args, method):
+    return model.apply({"params": tree}, *args, method=method)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def slopes(model, tree, batch):
+    """((loss, logits), the projection's gradient)"""
+    compute = jax.value_and_grad(lambda own: loss_of(model, tree | {"projector": own}, batch), has_aux=True)
+    return compute(tree["projector"])
 
 
 def test_every_hidden_state_of_the_tower_is_that_of_transformers(both):
     config, tree, batch, expected = both
-    look = jax.jit(functools.partial(EvaTower(config.vision).apply, method="hidden_states"))
-    states = look({"params": tree["vision"]}, jnp.asarray(batch["pixels"])[:, 0])
+    pixels = jnp.asarray(batch["pixels"])[:, 0]
+    states = apply(EvaTower(config.vision), tree["vision"], pixels, method="hidden_states")
     assert len(states) == config.vision.layers + 1
     for index, state in enumerate(states):
         assert difference(state, expected[f"vision/{index}"]) < CLOSE, index
+    assert difference(apply(Llava(config), tree, states[-1], method=_ln_vision), expected["normed"]) < CLOSE
+
+
+def _ln_vision(model, features):
+    return model.ln_vision(features)
 
 
 def test_every_hidden_state_of_the_q_former_is_that_of_transformers(both):
     config, tree, _, expected = both
-    look = jax.jit(functools.partial(QFormer(config.resampler).apply, method="hidden_states"))
-    states = look({"params": tree["resampler"]}, jnp.asarray(expected["normed"]))
+    features = jnp.asarray(expected["normed"])
+    states = apply(QFormer(config.resampler), tree["resampler"], features, method="hidden_states")
     assert len(states) == config.resampler.layers + 1
     for index, state in enumerate(states):
         assert difference(state, expected[f"resampler/{index}"]) < CLOSE, index
@@ -62,10 +75,9 @@ def test_every_hidden_state_of_the_q_former_is_that_of_transformers(both):
 def test_features_logits_loss_and_the_projections_gradient_are_those_of_transformers(both):
     config, tree, batch, expected = both
     model = Llava(config)
-    features = jax.jit(functools.partial(model.apply, method="encode_images"))
-    assert difference(features({"params": tree}, jnp.asarray(batch["pixels"])), expected["features"]) < CLOSE
-    compute = jax.value_and_grad(lambda own: loss_of(model, tree | {"projector": own}, batch), has_aux=True)
-    (loss, logits), gradients = jax.jit(compute)(tree["projector"])
+    features = apply(model, tree, jnp.asarray(batch["pixels"]), method="encode_images")
+    assert difference(features, expected["features"]) < CLOSE
+    (loss, logits), gradients = slopes(model, tree, batch)
     assert difference(logits, expected["logits"]) < CLOSE
     assert difference(loss, expected["loss"]) < CLOSE
     for name in ("kernel", "bias"):
@@ -74,6 +86,7 @@ def test_features_logits_loss_and_the_projections_gradient_are_those_of_transfor
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("both", LIVE.values(), ids=LIVE, indirect=True)
 def test_every_gradient_is_that_of_transformers(both):
     config, tree, batch, expected = both
     compute = jax.jit(jax.grad(lambda tree: loss_of(Llava(config), tree, batch)[0]))
@@ -89,7 +102,7 @@ def test_the_norm_after_the_tower_has_an_eps_of_its_own():
     ones = {"scale": jnp.ones(features.shape[-1]), "bias": jnp.zeros(features.shape[-1])}
     for eps in (1e-5, 1e-6):
         model = Llava(replace(blip2.CONFIG, ln_vision_eps=eps))
-        found = model.apply({"params": {"ln_vision": ones}}, features, method=lambda model, x: model.ln_vision(x))
+        found = model.apply({"params": {"ln_vision": ones}}, features, method=_ln_vision)
         wanted = (features - features.mean(axis=-1, keepdims=True)) / jnp.sqrt(variance + eps)
         np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
 
