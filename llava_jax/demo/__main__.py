@@ -1,8 +1,8 @@
-"""The doors `python -m llava_jax.demo [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+"""The doors `python -m llava_jax.demo [--family minigpt4] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
 
-The first tells LLaVA's story in miniature: a drawn world, base models that can talk about it but not see, the two
-stages of training and what is lost without them, an exam on pictures never seen, and an export for transformers. It
-ends with a table and writes DIR/demo.json and DIR/report.html. The second trains the base models anew.
+The first tells LLaVA's story, or MiniGPT-4's, in miniature: a drawn world, base models that can talk about it but not
+see, the two stages of training and what is lost without them, an exam on pictures never seen, and an export for
+transformers. It ends with a table and writes DIR/demo.json and DIR/report.html. The second trains the base models anew.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llava_jax.demo import bases, report, story
-from llava_jax.demo.story import Failed
+from llava_jax.demo.bases import Failed
 
 USAGE = 64
 
@@ -33,13 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(words: list[str]) -> int:
     parser = _Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--workdir", default="runs/demo", help="a new directory (default: runs/demo)")
+    parser.add_argument("--family", choices=sorted(story.FAMILIES), default="llava", help="default: llava")
+    parser.add_argument("--workdir", help="a new directory (default: runs/demo, or runs/demo_minigpt4)")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
     told = parser.parse_args(words)
-    workdir = Path(told.workdir)
+    usual = "runs/demo" if told.family == "llava" else f"runs/demo_{told.family}"
+    workdir, family = Path(told.workdir or usual), story.FAMILIES[told.family]
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
-    outcome = story.tell(workdir, told.seed)
+    outcome = story.tell(workdir, told.seed, family)
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
     print(report.table(outcome))

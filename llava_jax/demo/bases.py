@@ -1,17 +1,19 @@
-"""Trains the demo's base models: `python -m llava_jax.demo bases`, 32 minutes on two busy cores.
+"""Trains the demo's base models: `python -m llava_jax.demo bases`, about an hour on two busy cores.
 
-It makes the directories `clip/` and `llama/` as Hugging Face would hold them, in float16; the demo reads them
-through `convert assemble`, the way real weights come in. Pictures are of training scenes only; a quarter of LLaMA's
-texts also speak of the pairs that no picture shows, as books do.
+It makes the directories `clip/`, `llama/` and `blip2/` (a tower and its Q-Former) as Hugging Face would hold them, in
+float16; the demo reads them through `convert assemble`, the way real weights come in. Pictures are of training scenes
+only; a quarter of LLaMA's texts also speak of the pairs that no picture shows, as books do.
 
-The `llama/` that ships was made by this code with seed 0 (its tokenizer comes out again byte for byte; its weights
-were not made twice). The `clip/` that ships was made when captions still said "top left" for "northwest": the same
-scenes and steps, so expect a tower as good but not the same file.
+The `llama/` and the `blip2/` that ship were made by this code with seed 0 (the tokenizer comes out again byte for byte;
+weights were not made twice). The `clip/` that ships was made when captions still said "top left" for "northwest": the
+same scenes and steps, so expect a tower as good but not the same file.
 """
 
 import dataclasses
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,24 +24,40 @@ from jaxtyping import Array, Float
 
 from llava_jax import config, params
 from llava_jax.batch import Batch
+from llava_jax.checkpoint import store
 from llava_jax.convert import clip as clip_files
-from llava_jax.convert import files, processor, table
+from llava_jax.convert import eva as eva_files
+from llava_jax.convert import files, importing, minigpt4, processor, table
 from llava_jax.convert import llama as llama_files
+from llava_jax.convert import qformer as qformer_files
 from llava_jax.data.packing import padded
-from llava_jax.demo import clip, words
+from llava_jax.demo import clip, records, words
+from llava_jax.demo.records import Sizes
 from llava_jax.models.llama import Llama
-from llava_jax.models.presets import LlamaConfig
+from llava_jax.models.llava import init_params
+from llava_jax.models.presets import LlamaConfig, LlavaConfig, QFormerConfig, TowerConfig
 from llava_jax.prompt import tokenizer as tokenizers
 from llava_jax.prompt.tokenizer import Tokenizer
+from llava_jax.train import __main__ as trainer
 from llava_jax.train import optimizer
 
 ASSETS = Path(__file__).parent / "assets"
 LLM = LlamaConfig(
     vocab=words.VOCABULARY, width=128, mlp_width=320, layers=4, heads=4, kv_heads=4, head_width=32, max_positions=512
 )  # fmt: skip
+BLIP2 = LlavaConfig(
+    dataclasses.replace(clip.EVA, layers=clip.EVA.layers - 1), "qformer", LLM, ln_vision_eps=minigpt4.LN_EPS,
+    resampler=QFormerConfig(queries=16, width=96, mlp_width=192, layers=4, heads=4),
+)  # fmt: skip
+BLIP2_CONFIG = Path(__file__).parent / "blip2.py"
+BLIP2_SIZES = Sizes(train=8000, heldout=40, unseen=40, heldout_per_kind=4, unseen_per_kind=2)
 ROW_TOKENS = 128
 UNLEARNED_WEIGHT = 0.1  # of tokens that are no answer: enough to make it a language model
 LOG_EVERY = 50
+
+
+class Failed(Exception):
+    """A door ended with an exit code other than 0; `args[0]` is the code."""
 
 
 class Plan(NamedTuple):
@@ -55,24 +73,63 @@ LLM_PLAN = Plan(steps=4000, rate=2e-3, rows=16)
 FAMILIES = 1000  # of eight pictures each
 
 
-def train(directory: Path, seed: int = 0, clip_plan: Plan = CLIP_PLAN, llm_plan: Plan = LLM_PLAN) -> None:
-    """Makes `directory`/clip and `directory`/llama; prints how it goes."""
+def train(
+    directory: Path, seed: int = 0, clip_plan: Plan = CLIP_PLAN, llm_plan: Plan = LLM_PLAN,
+    qformer_steps: int | None = None, sizes: Sizes = BLIP2_SIZES,
+) -> None:  # fmt: skip
+    """Makes `directory`/clip, `directory`/llama and `directory`/blip2; prints how it goes.
+
+    qformer_steps: in place of those of the config `blip2.py`.
+
+    Raises:
+      Failed: the training of the Q-Former failed; it has said why.
+    """
     start = time.monotonic()
-    (directory / "llama").mkdir(parents=True, exist_ok=True)
-    (directory / "clip").mkdir(exist_ok=True)
+    for name in ("llama", "clip", "blip2"):
+        (directory / name).mkdir(parents=True, exist_ok=True)
     tokenizer = _write_tokenizer(directory / "llama", seed)
     _write_llama(directory / "llama", train_llama(tokenizer, llm_plan, seed), tokenizer)
-    _write_clip(directory / "clip", train_clip(tokenizer, clip_plan, seed))
+    _write_clip(directory / "clip", train_tower("clip", clip.VISION, tokenizer, clip_plan, seed))
+    eva = train_tower("eva", clip.EVA, tokenizer, clip_plan, seed)
+    train_blip2(directory, eva, seed, qformer_steps, sizes)
     size = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
     print(f"{directory}: {size / 1e6:.2f} MB in {time.monotonic() - start:.0f} s")
 
 
-def train_clip(tokenizer: Tokenizer, plan: Plan, seed: int) -> dict[str, Any]:
-    """Parameters of the vision tower."""
+def train_tower(name: str, vision: TowerConfig, tokenizer: Tokenizer, plan: Plan, seed: int) -> dict[str, Any]:
+    """Parameters of a vision tower."""
     rng = np.random.default_rng([seed, 1])
     album = clip.Album(FAMILIES, rng)
     batches = iter(lambda: album.pairs(plan.rows, rng, tokenizer), None)
-    return _fit("clip", clip.init(jax.random.key(seed)), clip.loss, batches, plan)["vision"]
+    first, loss = clip.init(jax.random.key(seed), vision), partial(clip.loss, vision=vision)
+    return _fit(name, first, loss, batches, plan)["vision"]
+
+
+def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int | None, sizes: Sizes) -> None:
+    """Makes `directory`/blip2 of a tower and `directory`/llama: all blocks but the last, and a Q-Former for it.
+
+    Training is the house's own, from a checkpoint to a checkpoint.
+    """
+    first = params.flatten(init_params(BLIP2, jax.random.key(seed)))
+    kept = {**eva, "blocks": jax.tree.map(lambda leaf: leaf[: BLIP2.vision.layers], eva["blocks"])}
+    _write_blip2(directory / "blip2", first | params.flatten({"vision": kept}))
+    with tempfile.TemporaryDirectory() as folder:
+        work, place = Path(folder), directory / "blip2"
+        records.write(work / "world", seed + 1, sizes)
+        importing.assemble(work / "base", place, directory / "llama", seed=seed, connector=place)
+        settings = {"model.base": work / "base", "data.sources.0.path": work / "world" / records.FINETUNE,
+                    "data.sources.0.images": work / "world", "train.seed": seed}  # fmt: skip
+        settings |= {} if steps is None else {"train.steps": steps}
+        words_ = [f"--config.{key}={value}" for key, value in settings.items()]
+        code = trainer.main(["--config", str(BLIP2_CONFIG), "--workdir", str(work / "run"), *words_])
+        if code:
+            raise Failed(code)
+        _write_blip2(place, params.flatten(store.load_params(work / "run", _of_blip2(first))))
+
+
+def _of_blip2(names: Iterable[str]) -> list[str]:
+    """The leaves that ship: without the decoder, and without the linear layer that learned with the Q-Former."""
+    return [name for name in names if name.startswith(("vision/", "ln_vision/", "resampler/"))]
 
 
 def train_llama(tokenizer: Tokenizer, plan: Plan, seed: int) -> dict[str, Any]:
@@ -163,6 +220,19 @@ def _write_clip(directory: Path, tree: Mapping[str, Any]) -> None:
     _write_weights(directory, leaves, clip_files.rows("vision_model."), clip_files.first_layers(vision))
 
 
+def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
+    """A BLIP-2 directory without a language model."""
+    assert isinstance(BLIP2.resampler, QFormerConfig)
+    config_json = {
+        "architectures": [minigpt4.HUB_CLASS], "model_type": minigpt4.HUB_TYPE, "torch_dtype": "float16",
+        "num_query_tokens": BLIP2.resampler.queries, "vision_config": eva_files.hub_config_json(BLIP2.vision),
+        "qformer_config": qformer_files.hub_config_json(BLIP2.resampler, BLIP2.vision.width),
+    }  # fmt: skip
+    files.write_json(directory / "config.json", config_json)
+    files.write_json(directory / "preprocessor_config.json", processor.blip_json(BLIP2.vision))
+    _write_weights(directory, {name: leaves[name] for name in _of_blip2(leaves)}, minigpt4.hub_rows(BLIP2), {})
+
+
 def _write_weights(
     directory: Path, leaves: Mapping[str, np.ndarray], rows: list[table.Row], first_layers: Mapping[str, int]
 ) -> None:
@@ -171,4 +241,4 @@ def _write_weights(
     found = table.entries(leaves, rows, first_layers, "conversion")
     specs = {name: files.Spec(entry.their_shape, np.dtype(np.float16)) for entry in found for name in entry.theirs}
     tensors = (pair for entry in found for pair in table.their_tensors(entry, leaves[entry.ours]))
-    files.write_safetensors(directory / "model.safetensors", specs, tensors)
+    files.write_safetensors(directory / "model.safetensors", eva_files.joined_specs(specs), eva_files.joined(tensors))

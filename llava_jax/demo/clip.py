@@ -1,6 +1,7 @@
-"""The demo's tiny CLIP: a vision tower and a text encoder that learn which caption belongs to which picture.
+"""The demo's tiny CLIPs: a vision tower and a text encoder that learn which caption belongs to which picture.
 
-Only the tower ships; the text encoder exists to train it. Source: Radford et al. 2021, section 2.3.
+One tower is CLIP's own, one EVA's. The text encoders exist to train them and do not ship. Source: Radford et al. 2021,
+section 2.3.
 """
 
 from typing import Any, NamedTuple
@@ -12,18 +13,20 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.demo import world
 from llava_jax.demo.world import Scene
+from llava_jax.models.eva import EvaTower
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.llama import Llama
-from llava_jax.models.presets import LlamaConfig, VisionConfig
-from llava_jax.models.vit import VisionTower
+from llava_jax.models.presets import EvaConfig, LlamaConfig, TowerConfig, VisionConfig
+from llava_jax.models.vit import Tower, VisionTower
 from llava_jax.prompt.images import open_image, to_pixels
 from llava_jax.prompt.tokenizer import Tokenizer
 
-# 16 features an image: four patches for each corner of the world.
+# 16 patches an image: four for each corner of the world.
 VISION = VisionConfig(
     image_size=48, patch_size=12, width=128, mlp_width=384, layers=5, heads=4, select_layer=-1,
     select_feature="cls_patch",
 )  # fmt: skip
+EVA = EvaConfig(image_size=48, patch_size=12, width=128, mlp_width=256, layers=5, heads=4)  # the last is cut off
 TEXT = LlamaConfig(
     vocab=512, width=128, mlp_width=256, layers=2, heads=4, kv_heads=4, head_width=32, max_positions=32
 )  # fmt: skip
@@ -66,25 +69,31 @@ def _tokenized(scenes: list[Scene], rng: np.random.Generator, tokenizer: Tokeniz
     return tokens, last
 
 
-def init(key: Array) -> dict[str, Any]:
-    """Random parameters: `vision` (the tower, named as in a LLaVA), `text`, `joint` (projections and scale)."""
+def init(key: Array, vision: TowerConfig) -> dict[str, Any]:
+    """Random parameters: `vision` (the tower, named as in a LLaVA), `text`, `joint` (norm, projections and scale)."""
     keys = jax.random.split(key, 4)
     one = jnp.zeros((1, 1), jnp.int32)
-    side = VISION.image_size
+    side, width = vision.image_size, vision.width
+    tower = _tower(vision).init(keys[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"]
+    norm = {"post_ln": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}  # a CLIP has it among its own leaves
     return {
-        "vision": VisionTower(VISION).init(keys[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"],
+        "vision": tower,
         "text": Llama(TEXT).init(keys[1], jnp.zeros((1, 1, TEXT.width)), one, one)["params"],
-        "joint": {
-            "image": jax.random.normal(keys[2], (VISION.width, VISION.width)) * VISION.width**-0.5,
-            "text": jax.random.normal(keys[3], (TEXT.width, VISION.width)) * TEXT.width**-0.5,
+        "joint": ({} if "tail" in tower else norm) | {
+            "image": jax.random.normal(keys[2], (width, width)) * width**-0.5,
+            "text": jax.random.normal(keys[3], (TEXT.width, width)) * TEXT.width**-0.5,
             "log_scale": jnp.log(10.0),
         },
     }
 
 
-def loss(params: Any, pairs: Pairs) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def _tower(vision: TowerConfig) -> Tower:
+    return EvaTower(vision) if isinstance(vision, EvaConfig) else VisionTower(vision)
+
+
+def loss(params: Any, pairs: Pairs, vision: TowerConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Contrastive loss in both directions, and the share of pictures that find their caption."""
-    images = _unit(_image_vectors(params, pairs.pixels))
+    images = _unit(_image_vectors(params, pairs.pixels, vision))
     texts = _unit(_text_vectors(params, pairs.tokens, pairs.last))
     scale = jnp.minimum(jnp.exp(params["joint"]["log_scale"]), HIGHEST_SCALE)
     logits = scale * images @ texts.T
@@ -92,10 +101,10 @@ def loss(params: Any, pairs: Pairs) -> tuple[Float[Array, ""], Float[Array, ""]]
     return sum(losses) / 2, (logits.argmax(axis=1) == jnp.arange(len(logits))).mean()
 
 
-def _image_vectors(params: Any, pixels: UInt8[Array, "B Side Side 3"]) -> Float[Array, "B C"]:
-    states = VisionTower(VISION).apply({"params": params["vision"]}, pixels)
-    post_ln = {"params": params["vision"]["tail"]["post_ln"]}
-    return LayerNorm(VISION.eps).apply(post_ln, states[:, 0]) @ params["joint"]["image"]
+def _image_vectors(params: Any, pixels: UInt8[Array, "B Side Side 3"], vision: TowerConfig) -> Float[Array, "B C"]:
+    states = _tower(vision).apply({"params": params["vision"]}, pixels)
+    post_ln = params["vision"].get("tail", params["joint"])["post_ln"]
+    return LayerNorm(vision.eps).apply({"params": post_ln}, states[:, 0]) @ params["joint"]["image"]
 
 
 def _text_vectors(params: Any, tokens: Int[Array, "B T"], last: Int[Array, "B"]) -> Float[Array, "B C"]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from llava_jax.convert import __main__ as convert
 from llava_jax.demo import bases, exam, records
+from llava_jax.demo.bases import Failed
 from llava_jax.demo.exam import Result
 from llava_jax.demo.records import Exam, Sizes
 from llava_jax.generate.assistant import Assistant
@@ -24,35 +25,76 @@ ECHOED = ("step ", "error", "goes on")  # beginnings of the lines of a run that 
 
 
 class Run(NamedTuple):
-    """One training: its folder, what it is, its config, where it starts and what it reads."""
+    """One training: its folder, what it is, its config, where it starts and what it reads; its name in tables."""
 
     name: str
     title: str
     config: str
     start: str
-    data: str = records.FINETUNE
-    examined: bool = True
+    data: str
+    label: str = ""  # none: no exam is taken
 
     @property
     def blind(self) -> bool:
         return self.data == records.FINETUNE_BLIND
 
 
-RUNS = (
-    Run("stage1", "stage 1: captions, only the projector moves", "stage1.py", BASE, records.PRETRAIN),
-    Run("stage2", "stage 2: instructions, the tower is frozen", "stage2.py", "stage1"),
-    Run("blind", "the same stage 2 with blank pictures", "stage2.py", "stage1", records.FINETUNE_BLIND),
-    Run("stage2_without_stage1", "stage 2 at equal steps from a fresh projector", "stage2.py", BASE),
-    Run("stage1_last_layer", "stage 1 on the tower's last layer", "stage1.py", BASE_LAST_LAYER, records.PRETRAIN,
-        examined=False),
-    Run("stage2_last_layer", "stage 2 on the tower's last layer", "stage2.py", "stage1_last_layer"),
-)  # fmt: skip
-EXAMINED = tuple(run.name for run in RUNS if run.examined)
+class Family(NamedTuple):
+    """A system whose story is told.
+
+    bases: {folder: what `convert assemble` makes it of}. told: the story in one sentence.
+    """
+
+    bases: dict[str, tuple[Any, ...]]
+    runs: tuple[Run, ...]
+    told: str
+
+    @property
+    def examined(self) -> tuple[Run, ...]:
+        """The runs with a label, the blind one first."""
+        return tuple(sorted((run for run in self.runs if run.label), key=lambda run: not run.blind))
+
+
+_LLM = ("--llm", bases.ASSETS / "llama")
+_CLIP = ("--vision", bases.ASSETS / "clip", *_LLM)
+FAMILIES = {
+    "llava": Family(
+        {BASE: (*_CLIP, "--select-layer", -2), BASE_LAST_LAYER: (*_CLIP, "--select-layer", -1)},
+        (
+            Run("stage1", "stage 1: captions, only the projector moves", "stage1.py", BASE, records.PRETRAIN,
+                "after stage 1"),
+            Run("stage2", "stage 2: instructions, the tower is frozen", "stage2.py", "stage1", records.FINETUNE,
+                "after stage 2"),
+            Run("blind", "the same stage 2 with blank pictures", "stage2.py", "stage1", records.FINETUNE_BLIND,
+                "blind: stage 2 with blank pictures"),
+            Run("stage2_without_stage1", "stage 2 at equal steps from a fresh projector", "stage2.py", BASE,
+                records.FINETUNE, "stage 2 without stage 1"),
+            Run("stage1_last_layer", "stage 1 on the tower's last layer", "stage1.py", BASE_LAST_LAYER,
+                records.PRETRAIN),
+            Run("stage2_last_layer", "stage 2 on the tower's last layer", "stage2.py", "stage1_last_layer",
+                records.FINETUNE, "last layer instead of before-last"),
+        ),
+        "A tiny CLIP and a tiny LLaMA that has only ever read, joined in LLaVA's two stages",
+    ),
+    "minigpt4": Family(
+        {BASE: ("--vision", bases.ASSETS / "blip2", "--connector", bases.ASSETS / "blip2", *_LLM)},
+        (
+            Run("stage1", "stage 1: captions, only the linear layer moves", "minigpt4_stage1.py", BASE,
+                records.PRETRAIN, "after stage 1"),
+            Run("stage2", "stage 2: instructions, only the linear layer moves", "minigpt4_stage2.py", "stage1",
+                records.FINETUNE, "after stage 2"),
+            Run("blind", "the same stage 2 with blank pictures", "minigpt4_stage2.py", "stage1",
+                records.FINETUNE_BLIND, "blind: stage 2 with blank pictures"),
+        ),
+        "A tiny EVA with a Q-Former and a tiny LLaMA, joined by one linear layer in MiniGPT-4's two stages",
+    ),
+}  # fmt: skip
 
 
 class Outcome(NamedTuple):
     """What a demo found. results: {run: {exam: Result}}; losses: {run: loss at every step}; chat: (who, text)."""
 
+    family: Family
     exams: dict[str, Exam]
     results: dict[str, dict[str, Result]]
     losses: dict[str, list[float]]
@@ -60,12 +102,10 @@ class Outcome(NamedTuple):
     secs: float
 
 
-class Failed(Exception):
-    """A door ended with an exit code other than 0; `args[0]` is the code."""
-
-
-def tell(workdir: Path, seed: int, sizes: Sizes = records.SIZES, steps: Sequence[int] | None = None) -> Outcome:
-    """Runs the whole story in `workdir`, which is new.
+def tell(
+    workdir: Path, seed: int, family: Family, sizes: Sizes = records.SIZES, steps: Sequence[int] | None = None
+) -> Outcome:
+    """Runs the whole story of a family in `workdir`, which is new.
 
     steps: of the two stages, in place of those of their configs.
 
@@ -76,15 +116,14 @@ def tell(workdir: Path, seed: int, sizes: Sizes = records.SIZES, steps: Sequence
     workdir.mkdir(parents=True, exist_ok=True)
     _say(start, "draws the world")
     exams = records.write(workdir / WORLD, seed, sizes)
-    _say(start, "assembles CLIP, LLaMA and a fresh projector, once for each layer of the tower")
-    for name, layer in ((BASE, -2), (BASE_LAST_LAYER, -1)):
-        _convert("assemble", workdir / name, "--vision", bases.ASSETS / "clip", "--llm", bases.ASSETS / "llama",
-                 "--select-layer", layer, "--seed", seed)  # fmt: skip
+    _say(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
+    for name, parts in family.bases.items():
+        _convert("assemble", workdir / name, *parts, "--seed", seed)
     results: dict[str, dict[str, Result]] = {}
-    for run in RUNS:
+    for run in family.runs:
         _say(start, f"trains {run.name}, {run.title}")
         _train(workdir, run, seed, steps)
-        if run.examined:
+        if run.label:
             assistant = exam.open_assistant(workdir / run.name)
             taken = {name: exam.take(assistant, one, workdir / WORLD, run.blind) for name, one in exams.items()}
             results[run.name] = taken
@@ -92,8 +131,8 @@ def tell(workdir: Path, seed: int, sizes: Sizes = records.SIZES, steps: Sequence
     _say(start, "exports stage 2 for transformers")
     _convert("export", "--format", "hf", workdir / "stage2", workdir / EXPORT)
     chat = _chat(workdir, exams["heldout"])
-    losses = {run.name: _losses(workdir / run.name) for run in RUNS}
-    return Outcome(exams, results, losses, chat, time.monotonic() - start)
+    losses = {run.name: _losses(workdir / run.name) for run in family.runs}
+    return Outcome(family, exams, results, losses, chat, time.monotonic() - start)
 
 
 def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> None:
@@ -102,7 +141,7 @@ def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> N
         "data.sources.0.images": workdir / WORLD, "train.seed": seed,
     }  # fmt: skip
     if steps is not None:
-        settings["train.steps"] = steps[run.config != "stage1.py"]
+        settings["train.steps"] = steps["stage2" in run.config]
     arguments = [f"--config.{key}={value}" for key, value in settings.items()]
     with _quietly(workdir / f"{run.name}.log"):
         code = train.main(["--config", str(CONFIGS / run.config), "--workdir", str(workdir / run.name), *arguments])

@@ -10,7 +10,7 @@ from llava_jax.checkpoint import store
 from llava_jax.convert import importing
 from llava_jax.convert.files import open_tensors
 from llava_jax.data.packing import padded
-from llava_jax.demo import bases, words, world
+from llava_jax.demo import bases, records, words, world
 from llava_jax.models.llama import Llama
 from llava_jax.prompt import tokenizer
 
@@ -28,7 +28,7 @@ def test_the_assets_take_at_most_six_megabytes():
 
 
 def test_the_assets_are_float16_in_the_files_that_hugging_face_would_write():
-    for name, kind in (("clip", "clip_vision_model"), ("llama", "llama")):
+    for name, kind in (("clip", "clip_vision_model"), ("llama", "llama"), ("blip2", "blip-2")):
         assert json.loads((bases.ASSETS / name / "config.json").read_text())["model_type"] == kind
         specs = open_tensors(bases.ASSETS / name).specs
         assert {str(spec.dtype) for spec in specs.values()} == {"float16"}
@@ -49,6 +49,25 @@ def test_transformers_reads_the_assets():
     tower = transformers.CLIPVisionModel.from_pretrained(bases.ASSETS / "clip", dtype=torch.float32)
     assert llama.config.vocab_size == words.VOCABULARY
     assert tower(torch.zeros(1, 3, 48, 48)).last_hidden_state.shape == (1, 17, 128)
+
+
+def test_transformers_takes_every_tensor_of_the_blip2():
+    torch = pytest.importorskip("torch")
+    import transformers
+
+    config = transformers.Blip2Config.from_pretrained(bases.ASSETS / "blip2")
+    tensors = open_tensors(bases.ASSETS / "blip2")
+    parts = {
+        "vision_model.": transformers.Blip2VisionModel(config.vision_config),
+        "qformer.": transformers.Blip2QFormerModel(config.qformer_config),
+    }
+    left = set(tensors.specs)
+    for prefix, model in parts.items():
+        mine = {name for name in left if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): torch.tensor(tensors.read(name).astype(np.float32)) for name in mine}
+        model.load_state_dict(state)  # strict: none is missing, none is left
+        left -= mine
+    assert left == {"query_tokens"}
 
 
 def test_the_base_llama_answers_about_a_caption_given_as_text(checkpoint):
@@ -81,3 +100,18 @@ def _most_likely(tree, batch):
     x = model.apply(variables, batch.tokens, method="embed")
     hidden = model.apply(variables, x, batch.positions, batch.segments)
     return model.apply(variables, hidden, method="head").argmax(axis=-1)
+
+
+@pytest.mark.slow
+def test_bases_are_trained_into_a_new_directory_and_read_like_real_weights(tmp_path, capsys):
+    plan, sizes = bases.Plan(steps=2, rate=1e-3, rows=2), records.Sizes(4, 40, 40, 4, 2)
+    bases.train(tmp_path / "bases", 0, plan, plan, qformer_steps=2, sizes=sizes)
+    for tower in ("clip", "blip2"):
+        place = tmp_path / "bases" / tower
+        connector = place if tower == "blip2" else None
+        importing.assemble(tmp_path / tower, place, tmp_path / "bases" / "llama", connector=connector)
+        assert store.latest_step(tmp_path / tower) == 0
+    assert "eva: step 2/2" in capsys.readouterr().out
+    specs = open_tensors(tmp_path / "bases" / "blip2").specs
+    assert specs.keys() == open_tensors(bases.ASSETS / "blip2").specs.keys()
+    assert not [name for name in specs if "language" in name]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax.checkpoint import store
 from llava_jax.demo import __main__ as door
 from llava_jax.demo import story, world
 
@@ -40,3 +41,16 @@ def test_the_demo_learns_to_see(tmp_path):
     assert (tmp_path / story.EXPORT / "model.safetensors").stat().st_size > 1e6
     log = Path(tmp_path / "stage2.log").read_text()
     assert "frozen" in log
+
+
+@pytest.mark.slow
+def test_minigpt4_learns_to_see_by_its_linear_layer_alone(tmp_path):
+    assert door.main(["--family", "minigpt4", "--workdir", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    assert numbers["stage2"] >= numbers["blind"] + 0.35
+    assert numbers["stage2"] > numbers["stage1"] > numbers["blind"]
+    for run in story.FAMILIES["minigpt4"].runs:
+        assert set(store.own_specs(tmp_path / run.name)) == {"projector/0/kernel", "projector/0/bias"}
+    exported = json.loads((tmp_path / story.EXPORT / "config.json").read_text())
+    assert exported["architectures"] == ["Blip2ForConditionalGeneration"]
+    assert "MiniGPT-4" in (tmp_path / "report.html").read_text()
