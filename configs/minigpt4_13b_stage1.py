@@ -5,7 +5,7 @@
     python -m llava_jax.train --config configs/minigpt4_13b_stage1.py --workdir runs/minigpt4_13b_stage1
 
 Sources are directories of img2dataset's tar shards. The paper mixes LAION to Conceptual Captions and SBU 115 : 14, the
-proportion of their sizes; with other amounts of either, set data.sources.0.weight.
+proportion of their sizes; of n pairs and m, it is data.sources.0.weight = 115 / 14 * m / n that mixes them so.
 Numbers: Vision-CAIR/MiniGPT-4 train_configs/minigpt4_stage1_pretrain.yaml @ d94738a: 4 x 5,000 steps of 4 x 64 samples,
   answers of 32 tokens at most (1 + 32 + 32 positions), the mean of each device's mean loss, no clipping.
 Differs from MiniGPT-4: a batch holds both sources, theirs one at a time; bfloat16 instead of float16 with loss scaling;

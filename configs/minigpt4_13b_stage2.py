@@ -3,7 +3,9 @@
     python -m llava_jax.data prepare cc-sbu-align --from data/cc_sbu_align --out data
     python -m llava_jax.train --config configs/minigpt4_13b_stage2.py --workdir runs/minigpt4_13b_stage2
 
-The descriptions are MiniGPT-4's own (filter_cap.json), or those that `python -m llava_jax.datagen curate` makes.
+The descriptions are MiniGPT-4's own (filter_cap.json), or those that the steps of `python -m llava_jax.datagen curate`
+make of your pictures: describe (--checkpoint runs/minigpt4_13b_stage1 --template minigpt4), correct, filter, review and
+export, all with --out data/cc_sbu_align.
 Numbers: Vision-CAIR/MiniGPT-4 train_configs/minigpt4_stage2_finetune.yaml @ d94738a: 5 x 200 steps of 12 samples on one
   device, answers of 160 tokens at most, no clipping. The paper says 400 steps; that file, and its schedule, say 1,000.
 Differs from MiniGPT-4: the way of asking is drawn for each sample, theirs for each batch; bfloat16 for float16; a row

@@ -10,7 +10,7 @@ import pytest
 
 from llava_jax import config as configs
 from llava_jax import params
-from llava_jax.data.orders import resolve_steps
+from llava_jax.data.orders import picks, resolve_steps
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.prompt import templates
@@ -33,6 +33,11 @@ PUBLISHED = {
 }
 # Steps, warm-up and samples of a step. Source: MiniGPT-4 train_configs/minigpt4_stage{1,2}_*.yaml @ d94738a.
 MINIGPT4 = {"stage1": (20_000, 5_000, 256), "stage2": (1_000, 200, 12)}
+MINIGPT4_RATES = {
+    "stage1": {0: 1e-6, 2500: 5.05e-5, 4999: 9.99802e-5, 5000: 9.7071068e-5, 10_000: 9e-5, 15_000: 8.2928932e-5,
+               19_999: 8e-5},
+    "stage2": {0: 1e-6, 100: 1.55e-5, 199: 2.9855e-5, 200: 2.8090170e-5, 399: 2.3120033e-5, 999: 1e-5},
+}  # fmt: skip
 
 
 def load(name):
@@ -78,6 +83,25 @@ def test_the_docstring_gives_the_command_the_source_and_the_result(name):
 def test_minigpt4s_steps_and_warm_up_are_the_published_ones(name):
     train, data = load(name).train, load(name).data
     assert (train.steps, train.warmup_ratio * train.steps, data.batch_samples) == MINIGPT4[name[-6:]]
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("minigpt4")])
+def test_minigpt4s_rates_are_those_of_its_own_schedule(name):
+    """Recorded from MiniGPT-4's common/optims.py @ d94738a; AdamW and what is optimised by runners/runner_base.py."""
+    train, wanted = load(name).train, MINIGPT4_RATES[name[-6:]]
+    rates = train.lr * optimizer.schedule(train, train.steps)
+    assert {step: rates[step] for step in wanted} == pytest.approx(wanted, rel=2e-5)
+    assert (train.b1, train.b2, train.weight_decay, train.clip_norm) == (0.9, 0.999, 0.05, None)
+
+
+def test_minigpt4s_mixture_is_115_to_14_with_the_weight_that_its_config_tells():
+    laion, cc_sbu = 1_000, 630  # what was still there to download
+    weight = {"data.sources.0.weight": str(115 / 14 * cc_sbu / laion)}
+    config = configs.load(HOUSE / "configs" / "minigpt4_13b_stage1.py", weight)
+    picked = picks((laion, cc_sbu), [source.weight for source in config.data.sources], seed=0, epoch=0)
+    shown = int((picked < laion).sum())
+    assert shown / (len(picked) - shown) == pytest.approx(115 / 14, rel=1e-3)
+    assert all(source.weight == 1 for source in load("minigpt4_13b_stage1").data.sources)  # whole: as their sizes
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -4,6 +4,7 @@ import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face o
 import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code
 assemble DST --vision CLIP_DIR --llm LLAMA_DIR         a fresh LLaVA of its parts
 assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4
+assemble DST --vision eva_vit_g.pth --image-size 448 --projector minigptv2.pth --llm LLAMA_DIR    a MiniGPT-v2
 export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
 """
@@ -103,7 +104,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of the new projector")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
-    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True)
+    text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4"
+    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True, help=text)
     text = "of peft, for vLLM: a model with the projector, and an adapter of the decoder alone"
     verb.add_argument("--split-projector", action="store_true", help=text)
     verb.add_argument("--dtype", choices=table.FLOATS, help="of all tensors; default: each its own")
@@ -126,9 +128,11 @@ def _add_step(verb: argparse.ArgumentParser) -> None:
 
 
 def _add_prompt(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--template", help="conversation template; default: what an export of ours kept, else v1")
+    text = "conversation template; default: what an export of ours kept, or a MiniGPT-4's chat has, else v1"
+    verb.add_argument("--template", help=text)
     verb.add_argument("--image-mode", choices=("square", "pad", "squash"), help="default: what the files say")
-    verb.add_argument("--legacy", choices=("true", "false"), help="of a LLaMA tokenizer; default: its files")
+    text = "of a LLaMA tokenizer; default: its files, of a MiniGPT-4 true"
+    verb.add_argument("--legacy", choices=("true", "false"), help=text)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert.files import TensorFiles, open_tensors, read_json
+from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, PATCH, SAME, Row
 from llava_jax.models.presets import CLIP_L14_224, CLIP_L14_336, TowerConfig, VisionConfig
 
@@ -25,6 +25,7 @@ _DEFAULTS = {
     "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }  # fmt: skip
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 def rows(prefix: str) -> list[Row]:
@@ -76,6 +77,7 @@ def read_config(content: Mapping[str, Any], where: str, select_layer: int, selec
     values = {**_DEFAULTS, **inner}
     if values["num_channels"] != 3:
         raise UnusableCheckpoint(f"{where}: num_channels {values['num_channels']}; wanted 3")
+    check_numbers(values, _SIZES, "layer_norm_eps", where)
     return VisionConfig(
         image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
         mlp_width=values["intermediate_size"], layers=values["num_hidden_layers"],

@@ -3,13 +3,14 @@
 Hugging Face keeps one bias for queries, keys and values; here it is read as two and written as one.
 """
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert.files import Spec, TensorFiles
+from llava_jax.convert.files import Spec, TensorFiles, check_numbers
 from llava_jax.convert.table import CELL, LINEAR, PATCH, ROW, SAME, Row
 from llava_jax.models.presets import EvaConfig
 
@@ -22,6 +23,7 @@ _DEFAULTS = {  # of transformers' Blip2VisionConfig. Source: transformers 4.57.6
     "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
 }  # fmt: skip
 _FIXED = {"hidden_act": "gelu", "qkv_bias": True}
+_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 class Names(NamedTuple):
@@ -80,6 +82,7 @@ def read_hub_config(content: Mapping[str, Any], where: str, select_feature: str)
     for key, wanted in _FIXED.items():
         if values[key] != wanted:
             raise UnusableCheckpoint(f"{where}: {key} is {values[key]!r}; wanted {wanted!r}, BLIP-2 as released")
+    check_numbers(values, _SIZES, "layer_norm_eps", where)
     return EvaConfig(
         image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
         mlp_width=values["intermediate_size"], layers=values["num_hidden_layers"],
@@ -115,20 +118,22 @@ def read_lavis_config(tensors: TensorFiles, select_feature: str) -> tuple[EvaCon
     """
     specs = tensors.specs
     prefix = LAVIS_PREFIX if LAVIS_PREFIX + LAVIS.cls in specs else ""
-    blocks = {int(name.removeprefix(prefix).split(".")[1]) for name in specs if name.startswith(f"{prefix}blocks.")}
+    found = map(re.compile(re.escape(prefix) + r"blocks\.(\d+)\..*").fullmatch, specs)
+    blocks = {int(match[1]) for match in found if match}
+    layers = len(blocks) if prefix else len(blocks) - 1
     try:
         width, _, patch_size, _ = specs[f"{prefix}{LAVIS.patch}weight"].shape
-        positions = specs[prefix + LAVIS.pos].shape[1]
-        mlp_width = specs[f"{prefix}blocks.0.mlp.fc1.weight"].shape[0]
+        _, positions, _ = specs[prefix + LAVIS.pos].shape
+        mlp_width, _ = specs[f"{prefix}blocks.0.mlp.fc1.weight"].shape
     except (KeyError, ValueError):
         shown = ", ".join(list(specs)[:3])
         raise UnusableCheckpoint(f"{tensors.path}: no EVA ViT here; its tensors are such as {shown}") from None
     side = round((positions - 1) ** 0.5)
-    if side * side + 1 != positions or width % HEAD_WIDTH:
+    if side * side + 1 != positions or width % HEAD_WIDTH or layers < 1:
         raise UnusableCheckpoint(
-            f"{tensors.path}: {positions} positions, width {width}; wanted a square and one more, a multiple of 88"
+            f"{tensors.path}: {positions} positions, width {width}, {layers} blocks to run; wanted a square and one "
+            f"more, a multiple of {HEAD_WIDTH}, at least 1"
         )
-    layers = len(blocks) if prefix else len(blocks) - 1
     config = EvaConfig(
         image_size=side * patch_size, patch_size=patch_size, width=width, mlp_width=mlp_width, layers=layers,
         heads=width // HEAD_WIDTH, select_feature=select_feature,

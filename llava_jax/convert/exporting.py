@@ -5,9 +5,10 @@ there, in the base's own dtype.
 """
 
 import dataclasses
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,7 +31,7 @@ from llava_jax.convert import (
 )  # fmt: skip
 from llava_jax.convert.files import Spec, write_json, write_shards
 from llava_jax.convert.importing import OURS, SIDE_TOWER
-from llava_jax.convert.source import Source, merge_adapters, open_source
+from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
 from llava_jax.models import lora
 from llava_jax.models.presets import EvaConfig, LlavaConfig
 from llava_jax.prompt import templates
@@ -49,7 +50,8 @@ def export(
     """Writes the checkpoint `source` as the new directory `destination`.
 
     Args:
-      format: "hf", "llava", "projector", or "peft". All but the last hold no adapters: these are merged.
+      format: "hf", "llava", "projector", or "peft". All but the last, and a MiniGPT-v2's projector, hold no adapters:
+        these are merged.
       dtype: of all tensors ("float32", "float16", "bfloat16"); None leaves each in its own.
       split_projector: of "peft": a model in `destination/base` that has all but the decoder's adapters, and these in
         `destination/adapter`.
@@ -80,7 +82,7 @@ def export(
         })  # fmt: skip
     write = _export_split if split_projector else formats[format]
     with store.staged(final) as partial:
-        write(opened if format == "peft" else merge_adapters(opened), Path(partial), final)
+        write(opened if write in _WITH_ADAPTERS else merge_adapters(opened), Path(partial), final)
 
 
 def _export_peft(source: Source, partial: Path, final: Path) -> None:
@@ -107,18 +109,38 @@ def _export_split(source: Source, partial: Path, final: Path) -> None:
     write_json(partial / "adapter" / peft.PROMPT, _kept(source.card.prompt))
 
 
-def _export_hf(source: Source, partial: Path, final: Path) -> None:
-    config, prompt = source.config, source.card.prompt
-    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, prompt.legacy)
-    rows = config.llm.vocab + config.llm.added_tokens
+class Vocabulary(NamedTuple):
+    """What transformers has to know of the words. rows: of the embedding; ends: ids that begin and end a text."""
+
+    words: tokenizer_files.Words
+    rows: int
+    image_id: int
+    pad_id: int
+    ends: tuple[int, int]
+
+
+def _vocabulary(source: Source) -> Vocabulary:
+    """The tokenizer with a token for the image, and as many rows as that takes."""
+    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, source.card.prompt.legacy)
+    llm = source.config.llm
+    rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
     image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
-    ends = (source.words.bos_id, source.words.eos_id)
+    return Vocabulary(words, rows, image_id, pad_id, (source.words.bos_id, source.words.eos_id))
+
+
+def _write_generation(partial: Path, pad_id: int, ends: tuple[int, int]) -> None:
+    told = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
+    write_json(partial / "generation_config.json", told)
+
+
+def _export_hf(source: Source, partial: Path, final: Path) -> None:
+    config, prompt = source.config, source.card.prompt
+    words, rows, image_id, pad_id, ends = _vocabulary(source)
     dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config.projector), "")
     content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt)})
-    generation = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
-    write_json(partial / "generation_config.json", generation)
+    _write_generation(partial, pad_id, ends)
     _write_bytes(partial, tokenizer_files.files(words, "LlavaProcessor"))
     write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
     write_json(partial / "processor_config.json", processor.processor_json(config.vision))
@@ -134,19 +156,14 @@ def _export_hf(source: Source, partial: Path, final: Path) -> None:
 def _export_blip2(source: Source, partial: Path, final: Path) -> None:
     """A Blip2ForConditionalGeneration with a LLaMA."""
     config, prompt = source.config, source.card.prompt
-    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, prompt.legacy)
-    rows = config.llm.vocab + config.llm.added_tokens
-    rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
-    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
-    ends = (source.words.bos_id, source.words.eos_id)
+    words, rows, image_id, pad_id, ends = _vocabulary(source)
     content = minigpt4.hub_config_json(config, rows, "float32", image_id, pad_id, ends)  # refuses before it writes
     if prompt.image_mode != "squash":
         raise ValueError(f"{source.directory}: image mode {prompt.image_mode!r}; BLIP-2's processor only squashes")
     dtype = _write_tensors(source, partial, rows, minigpt4.hub_rows(config), "")
     content = minigpt4.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt) | {"ln_vision_eps": config.ln_vision_eps}})
-    generation = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
-    write_json(partial / "generation_config.json", generation)
+    _write_generation(partial, pad_id, ends)
     _write_bytes(partial, tokenizer_files.files(words, None))  # Blip2Processor wants no image_token of its own
     write_json(partial / "preprocessor_config.json", processor.blip_json(config.vision))
     processing = {"processor_class": "Blip2Processor", "num_query_tokens": config.image_features}
@@ -155,14 +172,31 @@ def _export_blip2(source: Source, partial: Path, final: Path) -> None:
 
 
 def _export_llama_proj(source: Source, partial: Path, final: Path) -> None:
-    """`checkpoint.pth` as the original code's training leaves it: the linear layer alone, under "model"."""
-    leaves = {name: spec for name, spec in source.specs.items() if name.startswith("projector/")}
+    """`checkpoint.pth` as the original code's training leaves it, under "model": the linear layer and adapters."""
+    decoder = [name for name in adapted(source) if name.startswith("llm/")]
+    merged = merge_adapters(source, set(adapted(source)) - set(decoder))
+    leaves = {name: spec for name, spec in merged.specs.items() if name.startswith("projector/")}
     if set(leaves) != {"projector/0/kernel", "projector/0/bias"}:
         raise ValueError(f"{source.directory}: the original code has no linear layer for {source.config.projector!r}")
-    tensors = {}
-    for entry in table.entries(leaves, minigpt4.projection_rows("llama_proj."), {}, "conversion"):
-        tensors |= dict(table.their_tensors(entry, source.read(entry.ours)))
+    for kernel in decoder:
+        _check_original_adapter(source, kernel)
+        leaves |= {name: source.specs[name] for name in (lora.beside(kernel, lora.A), lora.beside(kernel, lora.B))}
+    merged, tensors = merged._replace(specs=leaves), {}
+    rows = [*minigpt4.projection_rows("llama_proj."), *minigpt4.adapter_rows()]
+    for entry in table.entries(leaves, rows, {}, "conversion"):
+        tensors |= dict(table.their_tensors(entry, merged.read(entry.ours)))
     torch_zip.write_torch(partial / "checkpoint.pth", tensors, within=torch_zip.TRAINER)
+
+
+def _check_original_adapter(source: Source, kernel: str) -> None:
+    """The original code has adapters of the attention only, and takes their alpha from its own settings."""
+    rank = source.specs[lora.beside(kernel, lora.A)].shape[-1]
+    alphas = rank * source.read(lora.beside(kernel, lora.SCALE))
+    if not re.fullmatch("llm/blocks/[qkvo]/kernel", kernel) or not np.allclose(alphas, minigpt4.LORA_ALPHA):
+        raise ValueError(
+            f"{source.directory}: an adapter of {kernel} with alpha {alphas.max():g}; the original code reads adapters "
+            f"of q, k, v and o with alpha {minigpt4.LORA_ALPHA}: train it so, or keep the whole with `convert merge`"
+        )
 
 
 def _export_llava(source: Source, partial: Path, final: Path) -> None:
@@ -302,3 +336,7 @@ def _kept(prompt: cards.PromptCard) -> dict[str, Any]:
 def _write_bytes(directory: Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
         (directory / name).write_bytes(content)
+
+
+# They say what becomes of adapters themselves; for all others these are merged.
+_WITH_ADAPTERS = (_export_peft, _export_split, _export_llama_proj)

@@ -117,9 +117,11 @@ def assemble(
         concat4_linear on an EVA. Its linear layers start like torch's nn.Linear; all that is drawn comes from `seed`,
         in float32.
       select_layer: of a CLIP; None is -2.
-      options: where nothing is said, template v1 and images padded; of a MiniGPT-4 its chat's template, and squashed.
+      options: where nothing is said, template v1 and images padded; of a MiniGPT-4 its chat's template, squashed, and
+        the words of a LLaMA cut as by the transformers that it was trained with.
       connector: the Q-Former with the norm before it: `blip2_pretrained_*.pth`, or a BLIP-2 directory.
-      image_size: pixels a side, to which an EVA's positions are interpolated; None is the tower's own.
+      image_size: pixels a side, to which an EVA's positions are interpolated; None is the tower's own. MiniGPT-v2's
+        file does not say it.
 
     Raises:
       As `import_checkpoint`.
@@ -129,6 +131,12 @@ def assemble(
     if projector is not None:
         kind, parts = _projector_parts(open_tensors(projector))
         given = kind or projector_type
+    added = minigpt4.adapters(parts)
+    if added and is_eva and image_size is None:
+        raise ValueError(
+            f"--projector {projector}: a MiniGPT-v2's, since it has adapters of the decoder; it does not say how large "
+            "the pictures were: give --image-size (448 as released)"
+        )
     pretrained = None if connector is None else minigpt4.connector(Path(connector))
     kind = given or ("qformer" if pretrained else "concat4_linear" if is_eva else "mlp2x_gelu")
     if pretrained is not None:
@@ -146,13 +154,19 @@ def assemble(
     )  # fmt: skip
     if not is_eva:
         config = _with_image_numbers(config, Path(vision))
-    added = minigpt4.adapters(parts)
     fresh = _fresh(config, parts, seed) | _scales(added, config)
     origin = {"vision": str(vision), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
     origin |= {} if connector is None else {"connector": str(connector)}
-    template, mode = (minigpt4.TEMPLATES.get(kind, "v1"), "squash") if is_eva else ("v1", "pad")
-    prompt = cards.PromptCard(options.template or template, options.legacy, options.image_mode or mode, False)
+    prompt = _assembled_prompt(options, kind, is_eva, bool(added), llm_directory)
     _write(destination, config, parts, fresh, prompt, llm_directory, origin, added)
+
+
+def _assembled_prompt(options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: Path) -> cards.PromptCard:
+    template, mode, legacy = "v1", "pad", options.legacy
+    if is_eva:
+        template = minigpt4.V2_TEMPLATE if adapted else minigpt4.TEMPLATES.get(kind, template)
+        mode, legacy = "squash", minigpt4.legacy(llm) if legacy is None else legacy
+    return cards.PromptCard(options.template or template, legacy, options.image_mode or mode, False)
 
 
 def _tower(
@@ -223,7 +237,7 @@ def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
     first = next(iter(tensors.specs), "")
     prefix, mark, _ = first.partition("mm_projector.")
     if not mark:
-        raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's weights only")
+        raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's or llama_proj's")
     layout = llava.ORIGINAL._replace(projector=prefix + mark)
     return llava.projector_kind(list(tensors.specs), layout.projector), layout
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert.files import TensorFiles, open_tensors, read_json
+from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Row
 from llava_jax.models.presets import LlamaConfig, RopeScaling
 
@@ -20,6 +20,10 @@ _DEFAULTS = {
 }  # fmt: skip
 # What the models room has no other form of.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
 
 
 def rows(prefix: str, head: str) -> list[Row]:
@@ -46,6 +50,8 @@ def read_config(content: Mapping[str, Any], where: str) -> LlamaConfig:
     for key, wanted in _FIXED.items():
         if values[key] != wanted:
             raise UnusableCheckpoint(f"{where}: {key} is {values[key]!r}; wanted {wanted!r}, LLaMA as released")
+    optional = [key for key in ("num_key_value_heads", "head_dim") if values[key]]
+    check_numbers(values, (*_SIZES, *optional), "rms_norm_eps", where)
     heads = values["num_attention_heads"]
     theta, scaling = _read_rope(values, where)
     return LlamaConfig(

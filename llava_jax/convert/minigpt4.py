@@ -22,10 +22,10 @@ LN_EPS = 1e-5  # of the norm after the tower: torch's default, which LAVIS leave
 # What MiniGPT-v2's adapters were scaled by; their checkpoint does not say it. Source: minigpt_v2.py@d94738a.
 LORA_ALPHA = 16
 TEMPLATES = {"qformer": "minigpt4_chat", "concat4_linear": "minigpt4_llama_2_chat"}
+V2_TEMPLATE = "minigptv2"  # of what comes with adapters of the decoder
 _TEXT, _HEAD = "language_model.model.", "language_model.lm_head.weight"
-_LORA = re.compile(
-    r"(llama_model\.base_model\.model\.model\.layers)\.\d+\.self_attn\.([qkvo])_proj\.lora_([AB])((?:\.default)?)\.weight"
-)
+_LORA_LAYERS = "llama_model.base_model.model.model.layers"
+_LORA = re.compile(rf"({re.escape(_LORA_LAYERS)})\.\d+\.self_attn\.([qkvo])_proj\.lora_([AB])((?:\.default)?)\.weight")
 _TOWER_FILE = r"(?:visual_encoder)\..*"
 _CONNECTOR_FILE = r"query_tokens|(?:ln_vision|Qformer)\..*"
 _LLM_FILE = r"(?:llama_proj|llama_model)\..*"
@@ -50,7 +50,12 @@ def is_hub(content: Mapping[str, Any]) -> bool:
 
 
 def holds_eva(path: epath.PathLike) -> bool:
-    """Whether that is a file of tensors or a BLIP-2 directory, and no CLIP directory."""
+    """Whether that is a file of tensors or a BLIP-2 directory, and no CLIP directory.
+
+    Raises:
+      FileNotFoundError: it is not there.
+    """
+    _want(Path(path), "a CLIP directory, eva_vit_g.pth or a BLIP-2 directory")
     file = Path(path) / "config.json"
     return Path(path).is_file() or (file.is_file() and is_hub(read_json(file)))
 
@@ -107,6 +112,15 @@ def projection_rows(prefix: str) -> list[Row]:
     return [("projector/0/kernel", (prefix + "weight", LINEAR)), ("projector/0/bias", (prefix + "bias", SAME))]
 
 
+def adapter_rows(default: str = ".default") -> list[Row]:
+    """The table of the decoder's adapters; `default` is what newer versions of peft put into their names."""
+    return [
+        (f"llm/blocks/([qkvo])/lora_{half.lower()}",
+         (rf"{_LORA_LAYERS}.{{layer}}.self_attn.\1_proj.lora_{half}{default}.weight", LINEAR))
+        for half in "AB"
+    ]  # fmt: skip
+
+
 def tower(path: Path, select_feature: str, image_size: int | None) -> tuple[EvaConfig, Part]:
     """The tower out of a file with LAVIS's names, or of a BLIP-2 directory.
 
@@ -136,9 +150,10 @@ def connector(path: Path) -> Connector:
     """The Q-Former and the norm before it, out of a file with LAVIS's names or of a BLIP-2 directory.
 
     Raises:
-      UnusableCheckpoint: there is none in it.
+      FileNotFoundError: it is not there. UnusableCheckpoint: there is none in it.
     """
     leaves = ("resampler/", "ln_vision/")
+    _want(path, "blip2_pretrained_*.pth or a BLIP-2 directory")
     if path.is_file():
         tensors = open_tensors(path)
         config = qformer.read_lavis_config(tensors)
@@ -159,24 +174,35 @@ def projection(tensors: TensorFiles) -> list[Part] | None:
     linear = Part(("projector/",), tensors, projection_rows("llama_proj."), (*others, _LORA.pattern))
     if not found:
         return [linear]
-    layers, default = found[0][1], found[0][4]
-    rows: list[Row] = [
-        (f"llm/blocks/([qkvo])/lora_{half.lower()}",
-         (rf"{layers}.{{layer}}.self_attn.\1_proj.lora_{half}{default}.weight", LINEAR))
-        for half in "AB"
-    ]  # fmt: skip
-    leaves = tuple(sorted({f"llm/blocks/{match[2]}/lora_{match[3].lower()}" for match in found}))
+    rows = adapter_rows(found[0][4])
+    letters = sorted({match[2] for match in found})
+    leaves = tuple(f"llm/blocks/{letter}/lora_{half}" for letter in letters for half in "ab")
     return [linear, Part(leaves, tensors, rows, (*others, r"llama_proj\..*"))]
 
 
 def adapters(parts: Sequence[Part]) -> dict[str, tuple[int, int]]:
-    """{our kernel: (rank, alpha)} of the adapters in `projection`'s parts."""
+    """{our kernel: (rank, alpha)} of the adapters in `projection`'s parts.
+
+    Raises:
+      UnusableCheckpoint: one of their tensors is no matrix.
+    """
     found = {}
     for part in parts:
         for match in filter(None, map(_LORA.fullmatch, part.tensors.specs)):
+            shape = part.tensors.specs[match[0]].shape
+            if len(shape) != 2 or not min(shape):
+                raise UnusableCheckpoint(f"{part.tensors.path}: {match[0]} has shape {shape}; wanted a matrix")
             if match[3] == "A":
-                found[f"llm/blocks/{match[2]}/kernel"] = (part.tensors.specs[match[0]].shape[0], LORA_ALPHA)
+                found[f"llm/blocks/{match[2]}/kernel"] = (shape[0], LORA_ALPHA)
     return found
+
+
+def legacy(llm: Path) -> bool | None:
+    """True for a LLaMA's words, None for others, which have no such switch.
+
+    The original's environment.yml pins transformers 4.30, which cuts them in the older way, whatever their files say.
+    """
+    return True if (llm / "tokenizer.model").is_file() else None
 
 
 def hub_config_json(
@@ -222,6 +248,11 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
     if not isinstance(part, dict):
         raise UnusableCheckpoint(f"{where}: {key} is missing; wanted transformers' config of that part")
     return part
+
+
+def _want(path: Path, what: str) -> None:
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: no such file or directory; wanted {what}")
 
 
 def _open_hub(directory: Path) -> tuple[dict[str, Any], TensorFiles]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.convert.files import TensorFiles
+from llava_jax.convert.files import TensorFiles, check_numbers
 from llava_jax.convert.table import LINEAR, ROW, SAME, Row
 from llava_jax.models.presets import QFormerConfig
 
@@ -18,6 +18,7 @@ _DEFAULTS = {  # of transformers' Blip2QFormerConfig. Source: transformers 4.57.
     "use_qformer_text_input": False,
 }  # fmt: skip
 _FIXED = {"hidden_act": "gelu", "use_qformer_text_input": False}
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "cross_attention_frequency")
 
 
 class Names(NamedTuple):
@@ -64,8 +65,8 @@ def rows(names: Names, cross_every: int) -> list[Row]:
     return table
 
 
-def read_hub_config(content: Mapping[str, Any], where: str, queries: int) -> QFormerConfig:
-    """A Q-Former's config from transformers' `qformer_config`.
+def read_hub_config(content: Mapping[str, Any], where: str, queries: Any) -> QFormerConfig:
+    """A Q-Former's config from transformers' `qformer_config`, and `num_query_tokens` beside it.
 
     Raises:
       UnusableCheckpoint: not a Q-Former as the models room has it.
@@ -74,6 +75,8 @@ def read_hub_config(content: Mapping[str, Any], where: str, queries: int) -> QFo
     for key, wanted in _FIXED.items():
         if values[key] != wanted:
             raise UnusableCheckpoint(f"{where}: {key} is {values[key]!r}; wanted {wanted!r}, BLIP-2 as released")
+    values["num_query_tokens"] = queries
+    check_numbers(values, (*_SIZES, "num_query_tokens"), "layer_norm_eps", where)
     return QFormerConfig(
         queries=queries, width=values["hidden_size"], mlp_width=values["intermediate_size"],
         layers=values["num_hidden_layers"], heads=values["num_attention_heads"],
@@ -113,14 +116,20 @@ def read_lavis_config(tensors: TensorFiles) -> QFormerConfig:
     found = [match for match in map(pattern.fullmatch, specs) if match]
     layers = {int(match[1]) for match in found}
     looking = sorted({int(match[1]) for match in found if match[2] == "crossattention"})
-    first = f"{LAVIS.layer}0.intermediate_query.dense.weight"
-    if "query_tokens" not in specs or first not in specs or looking[:1] != [0]:
+    every = looking[1] if len(looking) > 1 else len(layers)
+    try:
+        _, queries, _ = specs["query_tokens"].shape
+        mlp_width, width = specs[f"{LAVIS.layer}0.intermediate_query.dense.weight"].shape
+    except (KeyError, ValueError):
         shown = ", ".join(list(specs)[:3])
-        raise UnusableCheckpoint(f"{tensors.path}: no Q-Former of BLIP-2 here; its tensors are such as {shown}")
-    mlp_width, width = specs[first].shape
-    if width % HEAD_WIDTH:
-        raise UnusableCheckpoint(f"{tensors.path}: a Q-Former of width {width}; wanted a multiple of {HEAD_WIDTH}")
+        text = f"{tensors.path}: no Q-Former of BLIP-2 here; its tensors are such as {shown}"
+        raise UnusableCheckpoint(text) from None
+    if width % HEAD_WIDTH or len(layers) % every or looking != list(range(0, len(layers), every)):
+        raise UnusableCheckpoint(
+            f"{tensors.path}: a Q-Former of width {width} whose layers {looking} of {len(layers)} look at the image; "
+            f"wanted a multiple of {HEAD_WIDTH}, and layer 0 and every n-th after it"
+        )
     return QFormerConfig(
-        queries=specs["query_tokens"].shape[1], width=width, mlp_width=mlp_width, layers=len(layers),
-        heads=width // HEAD_WIDTH, cross_every=looking[1] if len(looking) > 1 else len(layers),
+        queries=queries, width=width, mlp_width=mlp_width, layers=len(layers), heads=width // HEAD_WIDTH,
+        cross_every=every,
     )  # fmt: skip

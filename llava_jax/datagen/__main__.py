@@ -111,7 +111,7 @@ def _add_curate(verbs: Any) -> None:
     sub = step("describe", "a checkpoint or an endpoint describes each picture, and goes on where that was short")
     sub.add_argument("--images", metavar="DIR", required=True)
     sub.add_argument("--checkpoint", metavar="DIR", help="the describer; or give --base-url and --model")
-    sub.add_argument("--template", help="of the checkpoint's prompt, if not its own: v0 where it is a stage 1's")
+    sub.add_argument("--template", help="of the checkpoint's prompt, if not its own; of a stage 1's: v0, or minigpt4")
     sub.add_argument("--slots", type=int, default=8, help="pictures at once on this machine; default 8")
     sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
     sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")

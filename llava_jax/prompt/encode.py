@@ -157,7 +157,7 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
 def _system(conversation: Conversation, template: Template, name: str) -> list[Piece]:
     text = template.system if conversation.system is None else conversation.system
     check_text(text, f"{name}: system")
-    if not text:
+    if not text and not template.system_kept:
         return []
     before, after = template.system_frame
     return [Piece(before), Piece(text, typed=conversation.system is not None), Piece(after)]

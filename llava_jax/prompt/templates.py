@@ -35,7 +35,7 @@ class Template:
 
         system_frame[0] system system_frame[1] | user.before m user.after | assistant.before m assistant.after | ...
 
-    system: the default text; with an empty one its frame is left out too.
+    system: the default text; with an empty one its frame is left out too, unless `system_kept`.
     stops: strings that end a reply; the tokenizer's eos always does.
     between: text before every user turn but the first.
     ending: text after the last turn.
@@ -46,6 +46,7 @@ class Template:
     image_frame: what stands around each image.
     image_joint: text between a turn's one image and its words.
     reply_apart: what the assistant says is made into tokens by itself, not together with the text before it.
+    system_kept: its frame stands there with an empty system text too.
     examples: turns that stand before the conversation and are never learned.
     """
 
@@ -64,6 +65,7 @@ class Template:
     image_frame: tuple[str, str] = ("", "")
     image_joint: str = "\n"
     reply_apart: bool = False
+    system_kept: bool = False
     examples: tuple[Turn, ...] = ()
 
 
@@ -182,12 +184,13 @@ _MINIGPT4 = Template(
     name="minigpt4",
     system="",
     system_frame=("", "###"),
-    user=Frame((Part("###Human: "),), (Part(" "),)),
+    user=Frame((Part("Human: "),), (Part(" "),)),
     assistant=Frame((Part("###Assistant: "),), (Part("###", True),)),
     stops=("###",),
     image_frame=_IMG,
     image_joint=" ",
     reply_apart=True,
+    system_kept=True,
 )
 _MINIGPT4_CHAT = replace(
     _MINIGPT4,
@@ -196,14 +199,22 @@ _MINIGPT4_CHAT = replace(
     user=Frame((Part("Human: "),), (Part("###"),)),
     assistant=Frame((Part("Assistant: "),), (Part("###", True),)),
     reply_apart=False,
+    system_kept=False,
 )
 _MINIGPT4_LLAMA_2 = replace(
     _MINIGPT4,
     name="minigpt4_llama_2",
+    system_frame=("", "<s>"),
     user=Frame((Part("[INST] "),), (Part(" "),)),
     assistant=Frame((Part("[/INST] "),), (Part("</s>", True),)),
     stops=("</s>",),
+    between="<s>",
+    system_kept=False,
 )
+# As its training but for one space: there two stand before "[/INST]", in its chat and for its published scores one.
+# Differs from MiniGPT-v2: its chat begins with two "<s>" and joins earlier answers without their "</s>", on neither
+# of which it was trained. A task's mark, such as "[vqa]" or "[refer]", is the beginning of the question.
+_MINIGPTV2 = replace(_MINIGPT4_LLAMA_2, name="minigptv2", assistant=Frame((Part("[/INST]"),), (Part("</s>", True),)))
 
 TEMPLATES = {
     template.name: template
@@ -224,8 +235,8 @@ TEMPLATES = {
         _MINIGPT4_CHAT,
         _MINIGPT4_LLAMA_2,
         # Differs from MiniGPT-4: its chat leaves the "</s>" behind earlier answers out, which the model did write.
-        replace(_MINIGPT4_LLAMA_2, name="minigpt4_llama_2_chat", system=_IMAGE_CONTENT, system_frame=("", "<s>"),
-                between="<s>", reply_apart=False),
+        replace(_MINIGPT4_LLAMA_2, name="minigpt4_llama_2_chat", system=_IMAGE_CONTENT, reply_apart=False),
+        _MINIGPTV2,
     )
 }
 

@@ -1,6 +1,9 @@
 """MiniGPT-4 in and out: the released files, BLIP-2 directories, the original's checkpoints; bit for bit, no torch."""
 
 import json
+import os
+import pickle
+import zipfile
 
 import numpy as np
 import pytest
@@ -13,6 +16,7 @@ from llava_jax.convert.__main__ import main
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import EvaConfig, QFormerConfig, config_from_json
 from tests.convert import tiny, tiny_blip2
+from tests.convert.test_files import Evil
 from tests.convert.test_roundtrip import loaded, read_all, same
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -129,20 +133,70 @@ def test_the_linear_layer_goes_out_as_the_original_code_saves_it(tmp_path, relea
     assert same(read_all(tmp_path / "torch.pth"), read_all(out))
 
 
-def test_without_a_q_former_four_tokens_are_joined_and_adapters_come_along(tmp_path, released):
-    """MiniGPT-v2: at another size, with adapters of the decoder in the file of the linear layer."""
-    rng = np.random.default_rng(5)
-    file = tiny_blip2.projection(rng, 4 * 88) | tiny_blip2.adapters(rng)
-    file["llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(6, np.float32)
-    tiny.torch_zip.write_torch(tmp_path / "v2.pth", file, within="model")
-    importing.assemble(tmp_path / "ours", released[0], released[3], tmp_path / "v2.pth", image_size=56)
-    config = config_from_json(dict(card.read_card(tmp_path / "ours").model))
+@pytest.fixture(scope="module", params=[".default", ""], ids=["peft 0.3 and newer", "older"])
+def v2(request, tmp_path_factory, released):
+    """(what is in its file, a MiniGPT-v2 assembled of it at another size): adapters lie beside the linear layer."""
+    folder, rng = tmp_path_factory.mktemp("v2"), np.random.default_rng(5)
+    file = tiny_blip2.projection(rng, 4 * 88) | tiny_blip2.adapters(rng, default=request.param)
+    buffers = {"llama_model.base_model.model.model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(6, np.float32)}
+    tiny.torch_zip.write_torch(folder / "v2.pth", file | buffers, within="model")
+    importing.assemble(folder / "ours", released[0], released[3], folder / "v2.pth", image_size=56)
+    return file, folder / "ours"
+
+
+def test_without_a_q_former_four_tokens_are_joined_and_adapters_come_along(v2):
+    file, place = v2
+    found = card.read_card(place)
+    config = config_from_json(dict(found.model))
     assert (config.projector, config.vision.select_feature, config.image_features) == ("concat4_linear", "patch", 4)
-    leaves = loaded(tmp_path / "ours")
+    # The older way of cutting words, whatever the LLaMA's files say (here: the newer): the original knows no other.
+    assert (found.prompt.template, found.prompt.image_mode, found.prompt.legacy) == ("minigptv2", "squash", True)
+    leaves = loaded(place)
     assert leaves["vision/pos"].shape == (17, 88) and (leaves["ln_vision/scale"] == 1).all()
-    b = file["llama_model.base_model.model.model.layers.2.self_attn.v_proj.lora_B.default.weight"]
-    np.testing.assert_array_equal(leaves["llm/blocks/v/lora_b"][2], b.T)
+    (name,) = (name for name in file if "layers.2.self_attn.v_proj.lora_B" in name)
+    np.testing.assert_array_equal(leaves["llm/blocks/v/lora_b"][2], file[name].T)
     np.testing.assert_array_equal(leaves["llm/blocks/q/lora_scale"], np.full(3, 16 / 2, np.float32))
+
+
+def test_the_adapters_of_minigptv2_are_added_as_peft_does(tmp_path, v2, released):
+    """W + alpha / r * B A, of queries and values only."""
+    file, place = v2
+    assert main(["merge", str(place), str(tmp_path / "merged")]) == 0
+    leaves, llm = loaded(tmp_path / "merged"), read_all(released[3])
+    assert not any("lora" in name for name in leaves)
+    for layer in range(3):
+        for letter in "qkvo":
+            wanted = llm[f"model.layers.{layer}.self_attn.{letter}_proj.weight"]
+            halves = {name[: name.index("lora_") + 6][-1]: tensor for name, tensor in file.items()
+                      if f"layers.{layer}.self_attn.{letter}_proj" in name}  # fmt: skip
+            assert bool(halves) == (letter in "qv")
+            if halves:  # summed in float32, kept as the LLaMA is
+                wanted = (wanted + 16 / 2 * halves["B"] @ halves["A"]).astype(wanted.dtype)
+            np.testing.assert_allclose(leaves[f"llm/blocks/{letter}/kernel"][layer], wanted.T, rtol=1e-3, atol=1e-6)
+
+
+def test_minigptv2s_file_goes_out_whole_and_comes_in_again(tmp_path, v2, released):
+    file, place = v2
+    exporting.export("projector", place, tmp_path / "out")
+    out = read_all(tmp_path / "out" / "checkpoint.pth")
+    assert same(out, {name.replace("_A.weight", "_A.default.weight").replace("_B.weight", "_B.default.weight"): tensor
+                      for name, tensor in file.items()})  # fmt: skip
+    importing.assemble(tmp_path / "again", released[0], released[3], tmp_path / "out" / "checkpoint.pth", image_size=56)
+    assert same(loaded(tmp_path / "again"), loaded(place))
+
+
+def test_adapters_that_the_original_would_scale_otherwise_are_not_exported(tmp_path, v2, monkeypatch):
+    monkeypatch.setattr(minigpt4, "LORA_ALPHA", 8)
+    with pytest.raises(ValueError, match="adapter of llm/blocks/q/kernel with alpha 16; the original .* alpha 8"):
+        exporting.export("projector", v2[1], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_of_minigptv2_the_size_of_the_pictures_has_to_be_said(tmp_path, capsys, v2, released):
+    exporting.export("projector", v2[1], tmp_path / "out")
+    words = ["--vision", released[0], "--llm", released[3], "--projector", tmp_path / "out" / "checkpoint.pth"]
+    assert main(["assemble", str(tmp_path / "dst"), *map(str, words)]) == 64
+    assert "give --image-size (448 as released)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size, side", [(16, 32), (4, 7), (7, 4)])
@@ -192,6 +246,79 @@ def test_parts_that_do_not_fit_are_one_line_and_a_code(tmp_path, capsys, release
     found = main(["assemble", str(tmp_path / "dst"), "--llm", str(released[3]), *given])
     error = capsys.readouterr().err
     assert (found, message in error, error.count("\n")) == (code, True, 1), error
+    assert not (tmp_path / "dst").exists()
+
+
+_LAYER = "Qformer.bert.encoder.layer."
+_ADAPTER = "llama_model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize("part, changes, message", [
+    ("EVA", {"blocks.1.attn.q_bias": None}, "damaged.pth does not fit its config: blocks.1.attn.q_bias is missing"),
+    ("EVA", {"blocks.1.mlp.fc1.weight": (95, 88)}, "fc1.weight has shape (95, 88), wanted (96, 88)"),
+    ("EVA", {"blocks.x.norm1.bias": (88,)}, "blocks.x.norm1.bias (88,) is not known"),
+    ("EVA", {"pos_embed": (5,)}, "damaged.pth: no EVA ViT here"),
+    ("EVA", {"pos_embed": (1, 4, 88)}, "4 positions, width 88, 3 blocks to run; wanted a square and one more"),
+    ("BLIP2", {"query_tokens": (5,)}, "damaged.pth: no Q-Former of BLIP-2 here"),
+    ("BLIP2", {_LAYER + "0.intermediate_query.dense.weight": (80, 70)}, "a Q-Former of width 70"),
+    ("BLIP2", {_LAYER + "3.crossattention.self.key.bias": (64,)}, "layers [0, 2, 3] of 4 look at the image"),
+    ("BLIP2", {_LAYER + "0.crossattention.self.key.weight": (64, 96)}, "has shape (64, 96), wanted (64, 88)"),
+    ("PROJ", {"llama_proj.bias": None}, "llama_proj.bias is missing"),
+    ("PROJ", {"extra": (3,)}, "extra (3,) is not known"),
+    ("PROJ", {_ADAPTER: ()}, "has shape (); wanted a matrix"),
+])  # fmt: skip
+def test_a_file_with_other_tensors_is_refused_by_the_tensors_name(tmp_path, capsys, released, part, changes, message):
+    places = dict(zip(("EVA", "BLIP2", "PROJ"), released))
+    tensors = read_all(places[part]) | {n: np.zeros(shape or (), np.float32) for n, shape in changes.items()}
+    kept = {name: tensor for name, tensor in tensors.items() if changes.get(name, ()) is not None}
+    places[part] = tmp_path / "damaged.pth"
+    tiny.torch_zip.write_torch(places[part], kept, within="model")
+    assert _assemble(tmp_path / "dst", places, released[3]) == 66
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "dst").exists()
+
+
+@pytest.mark.parametrize("part", ["EVA", "BLIP2", "PROJ"])
+def test_no_pickle_is_run_and_a_missing_or_broken_file_is_named(tmp_path, capsys, released, part):
+    places = dict(zip(("EVA", "BLIP2", "PROJ"), released))
+    whole = places[part].read_bytes()
+    with zipfile.ZipFile(tmp_path / "evil.pth", "w") as file:
+        evil = Evil(os.system, (f"touch {tmp_path / 'owned'}",))
+        file.writestr("evil/data.pkl", pickle.dumps({"model": {"llama_proj.weight": evil}}))
+    (tmp_path / "half.pth").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "page.pth").write_bytes(b"<html>Google Drive can't scan this file for viruses</html>")
+    for name, message in (("evil", "which could run any code; ask for safetensors"), ("half", "download it again"),
+                          ("page", "download it again"), ("gone", "gone.pth")):  # fmt: skip
+        assert _assemble(tmp_path / "dst", places | {part: tmp_path / f"{name}.pth"}, released[3]) == 66
+        error = capsys.readouterr().err
+        assert f"{name}.pth" in error and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "owned").exists() and not (tmp_path / "dst").exists()
+
+
+def _assemble(to, places, llm):
+    words = ["--vision", places["EVA"], "--connector", places["BLIP2"], "--projector", places["PROJ"], "--llm", llm]
+    return main(["assemble", str(to), *map(str, words)])
+
+
+@pytest.mark.parametrize("section, key, value, message", [
+    ("vision_config", "hidden_size", "wide", "vision_config: hidden_size is 'wide'; wanted a whole number above 0"),
+    ("vision_config", "layer_norm_eps", "small", "layer_norm_eps is 'small'; wanted a number above 0"),
+    ("vision_config", "hidden_act", "relu", "hidden_act is 'relu'; wanted 'gelu', BLIP-2 as released"),
+    ("qformer_config", "cross_attention_frequency", 0, "cross_attention_frequency is 0; wanted a whole number above 0"),
+    ("text_config", "num_attention_heads", 0, "text_config: num_attention_heads is 0; wanted a whole number above 0"),
+    (None, "num_query_tokens", None, "num_query_tokens is None"),
+    (None, "num_query_tokens", 4, "query_tokens has shape (1, 5, 64), wanted (1, 4, 64)"),
+    (None, "qformer_config", [], "qformer_config is missing"),
+])  # fmt: skip
+def test_a_hub_config_that_says_nonsense_is_refused_by_key(tmp_path, capsys, section, key, value, message):
+    place = tiny_blip2.write_hub(tmp_path / "in", tiny_blip2.hub_tensors())
+    content = json.loads((place / "config.json").read_text())
+    (content[section] if section else content)[key] = value
+    (place / "config.json").write_text(json.dumps(content))
+    assert main(["import", str(place), str(tmp_path / "dst")]) == 66
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1, error
     assert not (tmp_path / "dst").exists()
 
 

@@ -3,19 +3,27 @@
 import base64
 import json
 import re
+import shutil
 import zlib
+from pathlib import Path
 
 import pytest
 
+from llava_jax import config as configs
 from llava_jax.data.__main__ import main as data_door
-from llava_jax.datagen import curate, rules
+from llava_jax.data.prepare import ALIGNMENT
+from llava_jax.data.sources import open_source
+from llava_jax.datagen import curate, rules, shots
 from llava_jax.datagen.__main__ import main
 from llava_jax.datagen.options import SHORT_TOKENS
 from llava_jax.datagen.progress import Progress
 from llava_jax.openai_client import Answer
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.encode import Format, encode
 from tests.datagen import small
 from tests.fake_openai import FakeOpenAI, first
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 PICTURES = 8
 GOOD = ("A wooden table stands in front of a window. On the left there is a blue vase with three tulips, and on the "
         "right lies an open book beside a pair of glasses.")  # fmt: skip
@@ -174,6 +182,35 @@ def test_only_what_a_person_accepted_or_edited_is_exported(filtered, images, tmp
     assert "2 records, 0 bad" in capsys.readouterr().out
 
 
+def test_what_is_curated_goes_into_minigpt4s_second_stage_as_its_config_names_it(filtered, images, tmp_path,
+                                                                                 monkeypatch, capsys):  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    config = configs.load(small.HOUSE / "configs" / "minigpt4_13b_stage2.py")
+    (records,) = config.data.sources
+    out = Path("data/cc_sbu_align")
+    shutil.copytree(filtered[0], out)
+    assert step("export", out, "--images", images, "--no-review") == 0
+    assert data_door(["prepare", "cc-sbu-align", "--from", str(out), "--out", "data"]) == 0
+    assert data_door(["validate", records.path, "--images", records.images, "--open-images"]) == 0
+    taken = {row["image_id"]: row["corrected"] for row in lines(out / curate.FILTERED) if row["dropped"] is None}
+    assert f"{len(taken)} records, 0 bad" in capsys.readouterr().out and len(taken) > 1
+    words = tokenizer.load(GOLDEN / "tiny_llama.model", legacy=True)
+    form = Format(templates.get(config.prompt.template), words, 28, 4, config.prompt.image_mode)
+    for place, folder, questions in (
+        (records.path, records.images, ALIGNMENT),
+        (out / "llava.json", out, shots.lines("curation/instructions.txt", shots.PROMPTS)),
+    ):
+        for record in open_source(place, folder):
+            example = encode(record.conversation, form, folder)
+            (span,), (pixels,) = example.image_spans, example.images
+            ids, end = example.tokens.tolist(), span.start + span.length
+            assert pixels.shape == (28, 28, 3) and words.decode(ids[: span.start]) == "###Human: <Img>"
+            asked, _, answer = words.decode(ids[end:]).partition(" ###Assistant: ")
+            assert asked.removeprefix("</Img> ") in questions
+            learned = words.decode(example.tokens[example.learned].tolist())
+            assert answer.strip() == learned == f"{taken[record.id]}###"
+
+
 def test_without_a_review_the_report_says_so(filtered, images, tmp_path):
     out, _ = filtered
     for name in (curate.DESCRIBED, curate.FILTERED):
@@ -204,9 +241,7 @@ def test_a_decision_that_makes_no_sense_is_named(row, words, filtered, images, t
 
 
 def test_a_damaged_picture_and_a_failed_request_cost_only_themselves(images, tmp_path, capsys):
-    from shutil import copytree
-
-    damaged = copytree(images, tmp_path / "images")
+    damaged = shutil.copytree(images, tmp_path / "images")
     (damaged / f"{3:012}.jpg").write_bytes(b"no picture")
 
     def fault(number, body):

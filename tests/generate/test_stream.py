@@ -7,7 +7,7 @@ import pytest
 
 from llava_jax.generate import stream
 from llava_jax.generate.stream import Text
-from llava_jax.prompt import tokenizer
+from llava_jax.prompt import templates, tokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 WORDS = tokenizer.load(GOLDEN / "tiny_llama.model", legacy=False)
@@ -61,6 +61,19 @@ def test_a_stop_string_across_tokens_never_shows():
     assert text.stopped
     assert text.said == "No."
     assert not any("#" in piece for piece in pieces)
+
+
+@pytest.mark.parametrize("hashes", [[835], [2277, 29937]], ids=["one token", "two"])
+def test_both_ways_in_which_llama_writes_three_hashes_end_minigpt4s_answer(shared, hashes):
+    """Source: Vision-CAIR/MiniGPT-4 demo.py @ d94738a, which stops at these ids."""
+    words = tokenizer.load(shared / "data" / "llama_tokenizer.model", legacy=True)
+    assert words.decode(hashes) == "###"
+    text, pieces = Text(), []
+    for token in [*words.encode("A cat.", False), *hashes]:
+        assert not text.stopped
+        text, piece = stream.push(text, token, words, templates.get("minigpt4_chat").stops)
+        pieces.append(piece)
+    assert text.stopped and text.said == "".join(pieces) == "A cat."
 
 
 def test_what_only_looked_like_a_stop_string_is_shown():

@@ -261,10 +261,39 @@ def test_minigpt4s_chat_begins_with_its_system_sentence_and_goes_on_behind_hashe
     assert example.tokens.tolist() == by_hand(1, f"{system}###Human: <Img>", True, rest)
 
 
-def test_minigpt4_on_llama_2_asks_between_inst_marks():
-    conversation = talk("<image>\nDescribe it.", "A cat.", images=("a.png",))
-    example = encode(conversation, format_of("minigpt4_llama_2", legacy=True), open_images=False)
-    before = by_hand(1, "[INST] <Img>", True, "</Img> Describe it. [/INST] ")
+def test_minigpt4s_second_question_follows_the_answers_own_hashes():
+    """As its curation goes on with "Continue" after what stage 1 has described."""
+    conversation = talk("<image>\nDescribe it.", "A cat.", "Continue", images=("a.png",))
+    example = encode(conversation, format_of("minigpt4", legacy=True), reply=True, open_images=False)
+    before = by_hand(1, "###Human: <Img>", True, "</Img> Describe it. ###Assistant: ")
+    assert example.tokens.tolist() == before + by_hand("A cat.###Human: Continue ###Assistant: ")
+    told = encode(replace(conversation, system="Be brief."), format_of("minigpt4", legacy=True), reply=True,
+                  open_images=False)  # fmt: skip
+    first = by_hand(1, "Be brief.###Human: <Img>", True)
+    assert told.tokens.tolist()[: len(first)] == first
+
+
+@pytest.mark.parametrize(("template", "end"), [("minigpt4_llama_2", " [/INST] "), ("minigptv2", " [/INST]")])
+def test_minigpt4_on_llama_2_and_minigptv2_ask_between_inst_marks(template, end):
+    conversation = talk("<image>\nDescribe it.", "A cat.", "[vqa] Where?", "Here.", images=("a.png",))
+    example = encode(conversation, format_of(template, legacy=True), open_images=False)
+    before = by_hand(1, "[INST] <Img>", True, f"</Img> Describe it.{end}")
     answer = by_hand("A cat.", 2)
-    assert example.tokens.tolist() == before + answer
-    assert example.learned.tolist() == [False] * len(before) + [True] * len(answer)
+    # Later questions begin with <s>; the words after a special token are cut as at a text's beginning.
+    asked, said = by_hand(1, f"[INST] [vqa] Where?{end}"), by_hand("Here.", 2)
+    assert example.tokens.tolist() == before + answer + asked + said
+    learned = [(before, False), (answer, True), (asked, False), (said, True)]
+    assert example.learned.tolist() == [flag for ids, flag in learned for _ in ids]
+
+
+def test_minigptv2_is_asked_about_text_alone_too_and_begins_once():
+    example = encode(talk("Hello?"), format_of("minigptv2", legacy=True), reply=True)
+    assert example.tokens.tolist() == by_hand(1, "[INST] Hello? [/INST]")
+
+
+def test_minigpt4s_chat_on_llama_2_begins_with_its_system_sentence():
+    conversation = talk("<image>\nWhat is it?", "A cat.", "Where?", images=("a.png",))
+    example = encode(conversation, format_of("minigpt4_llama_2_chat", legacy=True), reply=True, open_images=False)
+    system = templates.get("minigpt4_llama_2_chat").system
+    first = by_hand(1, system, 1, "[INST] <Img>", True, "</Img> What is it? [/INST] A cat.", 2)
+    assert example.tokens.tolist() == first + by_hand(1, "[INST] Where? [/INST] ")

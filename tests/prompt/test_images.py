@@ -59,6 +59,18 @@ def test_pixels_are_bit_equal_to_transformers_and_to_the_reference(processor, si
         assert ours.dtype == np.uint8 and np.array_equal(ours, theirs), mode
 
 
+@pytest.mark.parametrize("side", [224, 449, 27])
+@pytest.mark.parametrize("size", SIZES)
+def test_squashed_pixels_are_bit_equal_to_transformers_blip_processor(size, side):
+    pytest.importorskip("torch")
+    module = pytest.importorskip("transformers.models.blip.image_processing_pil_blip")
+    theirs = module.BlipImageProcessorPil(size={"height": side, "width": side}, do_rescale=False, do_normalize=False)
+    picture = noise(*size)
+    wanted = theirs(picture, return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
+    ours = to_pixels(picture, side, "squash")
+    assert ours.dtype == np.uint8 and np.array_equal(ours, wanted)
+
+
 @pytest.mark.parametrize("size", [(700, 513), (513, 700), (90, 1100), (1100, 90), (28, 28)])
 def test_padding_in_strips_is_bit_equal_to_padding_the_square(size):
     picture = noise(*size)

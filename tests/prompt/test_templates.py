@@ -9,6 +9,7 @@ def test_all_templates_of_the_references_are_there():
     assert set(templates.TEMPLATES) == {
         "v0", "llava_v0", "v0_mmtag", "v1", "llava_v1", "v1_mmtag", "llama_2", "llava_llama_2", "mistral_instruct",
         "mpt", "chatml_direct", "plain", "minigpt4", "minigpt4_chat", "minigpt4_llama_2", "minigpt4_llama_2_chat",
+        "minigptv2",
     }  # fmt: skip
     assert all(templates.get(name).name == name for name in templates.TEMPLATES)
 

@@ -40,22 +40,6 @@ def test_a_constant_schedule_stays_at_its_peak_after_the_warm_up():
     np.testing.assert_array_equal(shares, [0, 0.5] + [1.0] * 8)
 
 
-@pytest.mark.parametrize(
-    ("steps", "warmup", "peak", "first", "last", "wanted"),
-    [
-        (20_000, 0.25, 1e-4, 1e-6, 8e-5, {0: 1e-6, 2500: 5.05e-5, 4999: 9.99802e-5, 5000: 9.7071068e-5, 10_000: 9e-5,
-                                          15_000: 8.2928932e-5, 19_999: 8e-5}),
-        (1000, 0.2, 3e-5, 1e-6, 1e-5, {0: 1e-6, 100: 1.55e-5, 199: 2.9855e-5, 200: 2.8090170e-5, 399: 2.3120033e-5,
-                                       999: 1e-5}),
-    ],
-)  # fmt: skip
-def test_rates_of_minigpt4s_stages_are_as_its_own_code_gives_them(steps, warmup, peak, first, last, wanted):
-    """Recorded from MiniGPT-4's common/optims.py @ d94738a."""
-    train = settings(lr=peak, steps=steps, warmup_ratio=warmup, first_lr=first, last_lr=last, schedule="cosine_whole")
-    rates = peak * optimizer.schedule(train, steps)
-    assert {step: rates[step] for step in wanted} == pytest.approx(wanted, rel=2e-5)
-
-
 def test_updates_are_adamw_written_out_and_biases_and_scales_do_not_decay():
     train = settings(weight_decay=0.1, warmup_ratio=0.0)
     names = ("llm/blocks/q/kernel", "projector/0/bias", "llm/norm/scale", "llm/embed/table")
