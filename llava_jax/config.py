@@ -19,7 +19,7 @@ from llava_jax import typed
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
 
-def _in_range(branch: Any, name: str, **bounds: tuple[int, int | None]) -> None:
+def _in_range(branch: Any, name: str, **bounds: tuple[int, int | float | None]) -> None:
     for key, (low, high) in bounds.items():
         value = vars(branch)[key]
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
@@ -132,7 +132,13 @@ class Train:
             raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
         _in_range(self, "train", lr=(0, None), projector_lr=(0, None), steps=(1, None), epochs=(0, None))
         _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
-        _in_range(self, "train", first_lr=(0, None), last_lr=(0, None))
+        _in_range(self, "train", first_lr=(0, self.lr), last_lr=(0, self.lr))
+        if self.first_lr and not self.warmup_ratio or self.last_lr and self.schedule == "constant":
+            raise ValueError(
+                f"train.first_lr={self.first_lr}, train.last_lr={self.last_lr}: the first is of a warm-up "
+                f"(warmup_ratio={self.warmup_ratio}), the last of a cosine (schedule={self.schedule}); leave out what "
+                "is not used"
+            )
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
         if not 0 <= self.lora_dropout < 1:

@@ -80,6 +80,7 @@ def test_no_base_is_random(write):
         ("train.lr", "nan", "train.lr=nan: want a finite number, at least 0"),
         ("train.seed", "1.5", "train.seed='1.5': want int"),
         ("train.steps", "3", "train.steps=3, train.epochs=1.0: want exactly one"),
+        ("train.last_lr", "1", "train.last_lr=1.0: want 0 to "),
         ("train.loss", "grop_mean", "want one of token_mean, group_mean; did you mean 'group_mean'"),
         ("train.accumulate", "3", "train.accumulate=3 does not divide data.batch_samples=128"),
         ("log.tensorboard", "maybe", "log.tensorboard='maybe': want bool"),
@@ -92,6 +93,12 @@ def test_a_wrong_override_is_refused_by_file_and_key(write, key, text, message):
     with pytest.raises(ValueError, match=message) as error:
         configs.load(write(), {key: text})
     assert "one.py" in str(error.value)
+
+
+@pytest.mark.parametrize("unused", [{"first_lr": 1e-6, "warmup_ratio": 0.0}, {"last_lr": 1e-6, "schedule": "constant"}])
+def test_a_rate_that_no_schedule_uses_is_refused(unused):
+    with pytest.raises(ValueError, match="leave out what is not used"):
+        configs.Train(lr=1e-3, steps=10, **unused)
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.data import scienceqa
+from llava_jax.data.files import field, read_json
 from llava_jax.data.sources import DataError, open_source
 
 # Records of a whole download. Source: the dataset cards of liuhaotian/LLaVA-CC3M-Pretrain-595K, LLaVA-Pretrain and
@@ -35,7 +36,6 @@ ALIGNMENT = (
     "Please provide a detailed description of the picture.",
     "Could you describe the contents of this image for me?",
 )
-_ALIGNED = {"image_id", "caption"}
 
 
 class Options(NamedTuple):
@@ -139,24 +139,26 @@ def _coco(root: epath.Path, options: Options) -> Made:
     path = next((one for one in (root / name, root / "annotations" / name) if one.exists()), None)
     if path is None:
         raise DataError(f"{root} lacks {name} and annotations/{name}: cocodataset.org, annotations_trainval")
-    told = _json(path)
-    if not isinstance(told, dict) or not all(isinstance(told.get(key), list) for key in ("images", "annotations")):
-        raise DataError(f"{path}: want COCO's object with the lists images and annotations")
+    told = read_json(path)
+    annotations, pictures = (field(told, key, list, str(path)) for key in ("annotations", "images"))
     if options.captions not in ("first", "random", "all"):
         raise ValueError(f"--captions {options.captions}: want first, random or all")
     captions: dict[int, list[str]] = {}
-    for row in told["annotations"]:
-        captions.setdefault(row["image_id"], []).append(row["caption"].strip())
+    for number, row in enumerate(annotations):
+        where = f"{path}: annotations[{number}]"
+        captions.setdefault(field(row, "image_id", int, where), []).append(field(row, "caption", str, where).strip())
     rng, records, bare = np.random.default_rng(options.seed), [], 0
-    for image in told["images"]:
-        said = captions.get(image["id"], [])
+    for place, image in enumerate(pictures):
+        where = f"{path}: images[{place}]"
+        name, identity = field(image, "file_name", str, where), field(image, "id", int, where)
+        said = captions.get(identity, [])
         bare += not said
         chosen = said if options.captions == "all" else said[:1]
         if options.captions == "random" and said:
             chosen = [said[int(rng.integers(len(said)))]]
         for number, caption in enumerate(chosen):
-            identity = f"{image['id']:012}" + (f"-{number}" if options.captions == "all" else "")
-            records.append(_pair(identity, image["file_name"], caption))
+            apart = f"-{number}" if options.captions == "all" else ""
+            records.append(_pair(f"{identity:012}{apart}", name, caption))
     images = root / split if (root / split).is_dir() else root
     _want(images, records, f"{split}.zip of cocodataset.org, unpacked")
     notes = (f"{bare:,} pictures without a caption are left out",) if bare else ()
@@ -168,14 +170,11 @@ def _cc_sbu_align(root: epath.Path, options: Options) -> Made:
     if not path.exists():
         raise DataError(f"{root} lacks filter_cap.json: MiniGPT-4's dataset/README_2_STAGE.md says where it is, and "
                         "`python -m llava_jax.datagen curate` makes one of your own pictures")  # fmt: skip
-    told = _json(path)
-    rows = told.get("annotations") if isinstance(told, dict) else None
-    if not isinstance(rows, list) or not all(isinstance(row, dict) and _ALIGNED <= row.keys() for row in rows):
-        raise DataError(f'{path}: want {{"annotations": [{{"image_id": ..., "caption": ...}}, ...]}}')
-    rng = np.random.default_rng(options.seed)
-    asked = [ALIGNMENT[i] for i in rng.integers(len(ALIGNMENT), size=len(rows))]
-    records = [_pair(str(row["image_id"]), f"{row['image_id']}.jpg", str(row["caption"]), question)
-               for row, question in zip(rows, asked)]  # fmt: skip
+    rng, records = np.random.default_rng(options.seed), []
+    for number, row in enumerate(field(read_json(path), "annotations", list, str(path))):
+        where = f"{path}: annotations[{number}]"
+        identity, caption = str(field(row, "image_id", (str, int), where)), field(row, "caption", str, where)
+        records.append(_pair(identity, f"{identity}.jpg", caption, ALIGNMENT[int(rng.integers(len(ALIGNMENT)))]))
     _want(root / "image", records, "image/ of the same archive")
     return Made(records, root / "image", "cc_sbu_align")
 
@@ -209,13 +208,6 @@ def _counted(path: epath.Path, names: dict[str, int | None], records: Sequence[A
     if published is None or published == len(records):
         return ()
     return (f"{path.name} holds {len(records):,} records, the published file {published:,}: is it whole?",)
-
-
-def _json(path: epath.Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
 
 
 NAMES: dict[str, Callable[[epath.Path, Options], Made]] = {

@@ -5,12 +5,12 @@ Source: lupantech/ScienceQA README.md @ 2cbf831 (the files); haotian-liu/LLaVA s
 convert_sqa_to_llava_base_prompt.py @ c121f04 (the formats).
 """
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from etils import epath
 
+from llava_jax.data.files import read_json
 from llava_jax.data.sources import DataError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
@@ -154,10 +154,7 @@ def _json(path: epath.Path) -> Any:
     if not path.exists():
         raise DataError(f"{path} does not exist: it is one of the files that lupantech/ScienceQA's tools/download.sh "
                         "and data/scienceqa provide")  # fmt: skip
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
+    return read_json(path)
 
 
 def _problem(identity: str, row: Any, path: epath.Path) -> Problem:

@@ -22,16 +22,17 @@ _MARKS = re.compile(r"[.!\"()*#:;~]")
 
 
 class Place(NamedTuple):
-    """Bytes of a shard."""
+    """Bytes of a shard. json: they are an object with a caption, and no plain text."""
 
     shard: int
     start: int
     size: int
+    json: int
 
 
 @dataclass(frozen=True)
 class ShardSource(Source):
-    """shards: the tar files; keys: names of the pairs; pictures, captions: int64 [n, 3], a `Place` in each row."""
+    """shards: the tar files; keys: names of the pairs; pictures, captions: int64 [n, 4], a `Place` in each row."""
 
     shards: tuple[epath.Path, ...]
     keys: tuple[str, ...]
@@ -43,13 +44,14 @@ class ShardSource(Source):
 
     def __getitem__(self, index: int) -> Record:
         key = self.keys[index]
-        picture, text = (self._read(Place(*map(int, table[index]))) for table in (self.pictures, self.captions))
+        of_picture, of_text = (Place(*map(int, table[index])) for table in (self.pictures, self.captions))
+        caption = _caption(self._read(of_text), bool(of_text.json), f"{self.path}: {key}")
         raw = {
             "id": key, "image": key,
             "conversations": [{"from": "human", "value": "<image>"},
-                              {"from": "gpt", "value": clean_caption(_caption(text, f"{self.path}: {key}"))}],
+                              {"from": "gpt", "value": clean_caption(caption)}],
         }  # fmt: skip
-        return Record(self.path, index, None, raw, (picture,))
+        return Record(self.path, index, None, raw, (self._read(of_picture),))
 
     def _read(self, place: Place) -> bytes:
         with self.shards[place.shard].open("rb") as file:
@@ -86,7 +88,10 @@ def open_shards(place: epath.Path, name: str, weight: float | int) -> ShardSourc
         pairs: dict[str, dict[str, Place]] = {}
         for key, kind, start, size in _members(shard):
             hashed.update(f"{shard.name}/{key}.{kind}:{size}\n".encode())
-            pairs.setdefault(key, {})[kind] = Place(number, start, size)
+            found = pairs.setdefault(key, {})
+            if kind in found:
+                raise DataError(f"{shard}: holds {key}.{kind} twice: write it again")
+            found[kind] = Place(number, start, size, kind == "json")
         for key, kinds in pairs.items():
             picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
             caption = kinds.get("txt", kinds.get("json"))
@@ -96,7 +101,7 @@ def open_shards(place: epath.Path, name: str, weight: float | int) -> ShardSourc
             keys.append(key)
             tables[0].append(picture)
             tables[1].append(caption)
-    pictures, captions = (np.asarray(table, np.int64).reshape(-1, 3) for table in tables)
+    pictures, captions = (np.asarray(table, np.int64).reshape(-1, 4) for table in tables)
     return ShardSource(name, str(place), None, weight, hashed.hexdigest(), shards, tuple(keys), pictures, captions)
 
 
@@ -118,11 +123,10 @@ def _members(shard: epath.Path) -> Iterator[tuple[str, str, int, int]]:
             raise DataError(f"{shard}: no whole, plain tar file ({error}): unpack or copy it again") from None
 
 
-def _caption(data: bytes, where: str) -> str:
+def _caption(data: bytes, is_json: bool, where: str) -> str:
     try:
-        text = data.decode()
-        value: Any = json.loads(text)["caption"] if text.lstrip().startswith("{") else text
-    except (ValueError, KeyError) as error:
+        value: Any = json.loads(data)["caption"] if is_json else data.decode()
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: no caption can be read ({error!r})") from None
     if not isinstance(value, str):
         raise DataError(f"{where}: caption={value!r}: want a string")

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax.data.files import read_json
 from llava_jax.data.sources import DataError
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import llava_bench
-from llava_jax.evaluate.questions import Question, read_json
+from llava_jax.evaluate.questions import Question
 from llava_jax.openai_client import Client, Failure, Request
 
 # Of a review. Source: haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py @ c121f04 (there with gpt-4-0314).

@@ -199,31 +199,6 @@ def sound_lines(path: epath.Path) -> list[tuple[str, Any]]:
     return rows
 
 
-def read_json(path: epath.Path) -> Any:
-    """The value in a JSON file.
-
-    Raises:
-      DataError: it is no JSON, for instance because a download was cut short.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
-
-
-def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
-    """`row[name]`, of that type.
-
-    Raises:
-      DataError: it is not there or has another type.
-    """
-    if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
-        found = row.get(name, "nothing") if isinstance(row, dict) else row
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{where}: {name}={str(found)[:60]!r}: want {names}")
-    return row[name]
-
-
 def with_choices(question: str, choices: Sequence[str], suffix: str = LETTER) -> str:
     """The question, a line for each choice, and what to answer with."""
     listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices)]

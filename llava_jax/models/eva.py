@@ -7,15 +7,13 @@ and values, and no bias of the keys. Source: LAVIS lavis/models/eva_vit.py@50696
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, Float
 
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
+from llava_jax.models.layers import Dense, LayerNorm, stacked
 from llava_jax.models.presets import EvaConfig
-from llava_jax.models.vit import flat_patches, normalise
-from llava_jax.sharding import constrain
+from llava_jax.models.vit import Tower
 
 
 class EvaBlock(nn.Module):
@@ -46,12 +44,10 @@ class EvaBlock(nn.Module):
         return self.param(name, lambda key: {"bias": jnp.zeros(self.config.width)})["bias"].astype(self.dtype)
 
 
-class EvaTower(nn.Module):
+class EvaTower(Tower):
     """Pixels to the features of the last block."""
 
     config: EvaConfig
-    dtype: Any = jnp.float32
-    lora_dropout: float = 0.0
 
     def setup(self) -> None:
         config = self.config
@@ -65,29 +61,3 @@ class EvaTower(nn.Module):
     def _init_patch(self, key: Array, init: Any) -> dict[str, Array]:
         size, width = self.config.patch_size, self.config.width
         return {"kernel": init(key, (size, size, 3, width)), "bias": jnp.zeros(width)}
-
-    def __call__(self, pixels: UInt8[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        """uint8 pictures -> features: [.., patches, C], with the class token first for "cls_patch"."""
-        states = self.hidden_states(pixels, every=False)
-        return states[-1][:, 1:] if self.config.select_feature == "patch" else states[-1]
-
-    def hidden_states(self, pixels: UInt8[Array, "Img Side Side 3"], every: bool = True) -> list[Array]:
-        """Hidden states [Img, 1 + patches, C]: before the first block and after each (or the last only)."""
-        x = self._embed(normalise(pixels, self.config).astype(self.dtype))
-        keys = jax.random.split(self.make_rng("dropout"), self.config.layers) if self.has_rng("dropout") else None
-
-        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Array | None]:
-            weights, key = layer
-            rngs = {} if key is None else {"dropout": key}
-            y = constrain(self.block.apply({"params": weights}, x, rngs=rngs), "images")
-            return y, y if every else None
-
-        last, all_states = jax.lax.scan(body, x, (self.blocks, keys))
-        return [x, *all_states] if every else [last]
-
-    def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        patches = flat_patches(x, self.config.patch_size)
-        x = patches @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
-        x = x + self.patch["bias"].astype(self.dtype)
-        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)

@@ -12,9 +12,8 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention, attention_by_number
 from llava_jax.models.cache import LayerCache
-from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
+from llava_jax.models.layers import Dense, LayerNorm, stacked, through
 from llava_jax.models.presets import CrossConfig, PerceiverConfig
-from llava_jax.sharding import constrain
 
 
 class PerceiverBlock(nn.Module):
@@ -60,14 +59,7 @@ class Perceiver(nn.Module):
         x = jnp.broadcast_to(latents.astype(self.dtype), (images, *latents.shape))
         block = PerceiverBlock(config, self.dtype, self.lora_dropout, parent=None)
         blocks = stacked(self, "blocks", block, config.layers, x[:1], features[:1])
-        keys = jax.random.split(self.make_rng("dropout"), config.layers) if self.has_rng("dropout") else None
-
-        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
-            weights, key = layer
-            rngs = {} if key is None else {"dropout": key}
-            return constrain(block.apply({"params": weights}, x, features, rngs=rngs), "images"), None
-
-        x, _ = jax.lax.scan(body, x, (blocks, keys))
+        (x,) = through(self, block, blocks, config.layers, x, features)
         return LayerNorm(config.eps, self.dtype, name="norm")(x)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.presets import LlamaConfig
+from llava_jax.sharding import constrain
 
 Params = Mapping[str, Any]  # nested: a dict, or Flax's frozen one inside a module
 
@@ -127,6 +128,26 @@ def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *exampl
     if parent.is_initializing():
         return parent.param(name, init)
     return parent.get_variable("params", name)
+
+
+def through(
+    parent: nn.Module, block: nn.Module, stack: Params, layers: int, x: Float[Array, "Img P C"], *others: Any,
+    every: bool = False,
+) -> list[Float[Array, "Img P C"]]:  # fmt: skip
+    """`x` through the blocks of a stack, one after another: [x, after the first, ...], or (not `every`) the last only.
+
+    others: what each block is called with besides. Each layer has its own key where `parent` has a "dropout" rng.
+    """
+    keys = jax.random.split(parent.make_rng("dropout"), layers) if parent.has_rng("dropout") else None
+
+    def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Array | None]:
+        weights, key = layer
+        y = block.apply({"params": weights}, x, *others, rngs={} if key is None else {"dropout": key})
+        y = constrain(y, "images")
+        return y, y if every else None
+
+    last, states = jax.lax.scan(body, x, (stack, keys))
+    return [x, *states] if every else [last]
 
 
 def take_layer(stack: Params, index: int) -> Params:

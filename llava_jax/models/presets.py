@@ -9,11 +9,9 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
 @dataclass(frozen=True)
-class VisionConfig:
-    """A CLIP vision transformer. Source: openai/CLIP; names as in transformers' CLIPVisionConfig.
+class TowerConfig:
+    """What the sizes of all vision transformers here say; each kind adds its own and says where its blocks end.
 
-    select_layer: index into the hidden states (0 is the output of `pre_ln`, k that of block k, negative from
-      the end); blocks after it never run. LLaVA takes -2, without `post_ln`.
     select_feature: "patch" drops the class token, "cls_patch" keeps it.
     """
 
@@ -23,62 +21,14 @@ class VisionConfig:
     mlp_width: int
     layers: int
     heads: int
-    act: str = "quick_gelu"
     eps: float = 1e-5
-    select_layer: int = -2
     select_feature: str = "patch"
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        _check(self.image_size % self.patch_size == 0, "image_size", self.image_size,
-               f"a multiple of patch_size={self.patch_size}")  # fmt: skip
-        _check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
-        _check(self.act in ("quick_gelu", "gelu"), "act", self.act, "quick_gelu or gelu")
-        _check(self.select_feature in ("patch", "cls_patch"), "select_feature", self.select_feature,
-               "patch or cls_patch")  # fmt: skip
-        _check(-self.layers - 1 <= self.select_layer <= self.layers, "select_layer", self.select_layer,
-               f"between {-self.layers - 1} and {self.layers}")  # fmt: skip
-
-    @property
-    def patches(self) -> int:
-        """Patches of one image, without the class token."""
-        return (self.image_size // self.patch_size) ** 2
-
-    @property
-    def features(self) -> int:
-        """Features that one image gives to the projector."""
-        return self.patches + (self.select_feature == "cls_patch")
-
-    @property
-    def run_layers(self) -> int:
-        """Blocks that run to reach `select_layer`; the others are kept in `vision/tail`."""
-        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
-
-
-@dataclass(frozen=True)
-class EvaConfig:
-    """EVA-CLIP's vision transformer as BLIP-2 uses it: all `layers` run, without a norm before or after them.
-
-    layers: 39 of the 40 that EVA released, since BLIP-2 reads the second-last hidden state.
-    select_feature: "cls_patch" keeps the class token (for a Q-Former), "patch" drops it.
-    Source: LAVIS lavis/models/eva_vit.py@506965b.
-    """
-
-    image_size: int
-    patch_size: int
-    width: int
-    mlp_width: int
-    layers: int
-    heads: int
-    eps: float = 1e-6
-    select_feature: str = "cls_patch"
-    mean: tuple[float, float, float] = CLIP_MEAN
-    std: tuple[float, float, float] = CLIP_STD
-
-    def __post_init__(self) -> None:
-        _check(self.image_size % self.patch_size == 0, "image_size", self.image_size,
-               f"a multiple of patch_size={self.patch_size}")  # fmt: skip
+        _check(self.image_size > 0 and self.image_size % self.patch_size == 0, "image_size", self.image_size,
+               f"a multiple of patch_size={self.patch_size}, above 0")  # fmt: skip
         _check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
         _check(self.select_feature in ("patch", "cls_patch"), "select_feature", self.select_feature,
                "patch or cls_patch")  # fmt: skip
@@ -95,11 +45,44 @@ class EvaConfig:
 
     @property
     def run_layers(self) -> int:
-        """Blocks that run: all of them."""
+        """Blocks that run."""
         return self.layers
 
 
-TowerConfig = VisionConfig | EvaConfig
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """A CLIP vision transformer. Source: openai/CLIP; names as in transformers' CLIPVisionConfig.
+
+    select_layer: index into the hidden states (0 is the output of `pre_ln`, k that of block k, negative from
+      the end); blocks after it never run. LLaVA takes -2, without `post_ln`.
+    """
+
+    act: str = "quick_gelu"
+    select_layer: int = -2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check(self.act in ("quick_gelu", "gelu"), "act", self.act, "quick_gelu or gelu")
+        _check(-self.layers - 1 <= self.select_layer <= self.layers, "select_layer", self.select_layer,
+               f"between {-self.layers - 1} and {self.layers}")  # fmt: skip
+
+    @property
+    def run_layers(self) -> int:
+        """Blocks that run to reach `select_layer`; the others are kept in `vision/tail`."""
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
+
+
+@dataclass(frozen=True)
+class EvaConfig(TowerConfig):
+    """EVA-CLIP's vision transformer as BLIP-2 uses it: all `layers` run, without a norm before or after them.
+
+    layers: 39 of the 40 that EVA released, since BLIP-2 reads the second-last hidden state.
+    select_feature: BLIP-2's Q-Former also reads the class token.
+    Source: LAVIS lavis/models/eva_vit.py@506965b.
+    """
+
+    eps: float = 1e-6
+    select_feature: str = "cls_patch"
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Dense, LayerNorm, Params, stacked
+from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, through
 from llava_jax.models.presets import TowerConfig, VisionConfig
-from llava_jax.sharding import constrain
 
 ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
 
@@ -38,12 +37,39 @@ class VisionBlock(nn.Module):
         return Dense(features, True, self.dtype, self.lora_dropout, name=name)
 
 
-class VisionTower(nn.Module):
-    """Pixels to the hidden state `select_layer`; `vision/tail` holds what CLIP has after it and never runs here."""
+class Tower(nn.Module):
+    """What all vision transformers here share: patches with a class token and positions, through a stack of blocks.
 
-    config: VisionConfig
+    Their `setup` makes `cls`, `pos`, `patch` (a kernel, and a bias where there is one), `block` and `blocks`.
+    """
+
+    config: TowerConfig
     dtype: Any = jnp.float32
     lora_dropout: float = 0.0
+
+    def __call__(self, pixels: UInt8[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
+        """uint8 pictures -> features: [.., patches, C], with the class token first for "cls_patch"."""
+        states = self.hidden_states(pixels, every=False)
+        return states[-1][:, 1:] if self.config.select_feature == "patch" else states[-1]
+
+    def hidden_states(self, pixels: UInt8[Array, "Img Side Side 3"], every: bool = True) -> list[Array]:
+        """Hidden states [Img, 1 + patches, C]: before the first block and after each that runs (or the last only)."""
+        x = self._embed(normalise(pixels, self.config).astype(self.dtype))
+        return through(self, self.block, self.blocks, self.config.run_layers, x, every=every)
+
+    def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
+        x = _flat_patches(x, self.config.patch_size)
+        x = x @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
+        if "bias" in self.patch:
+            x = x + self.patch["bias"].astype(self.dtype)
+        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
+        return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)
+
+
+class VisionTower(Tower):
+    """CLIP's, up to the hidden state `select_layer`; `vision/tail` holds what CLIP has after it and never runs here."""
+
+    config: VisionConfig
 
     def setup(self) -> None:
         config = self.config
@@ -68,34 +94,11 @@ class VisionTower(nn.Module):
             tail["blocks"] = jax.vmap(lambda k: self.block.init(k, example)["params"])(jax.random.split(key, after))
         return tail
 
-    def __call__(self, pixels: UInt8[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        """uint8 pictures -> features: [.., patches, C], with the class token first for "cls_patch"."""
-        states = self.hidden_states(pixels, every=False)
-        return states[-1][:, 1:] if self.config.select_feature == "patch" else states[-1]
-
-    def hidden_states(self, pixels: UInt8[Array, "Img Side Side 3"], every: bool = True) -> list[Array]:
-        """Hidden states [Img, 1 + patches, C]: after `pre_ln` and after each block that runs (or the last only)."""
-        x = self.pre_ln(self._embed(normalise(pixels, self.config).astype(self.dtype)))
-
-        keys = jax.random.split(self.make_rng("dropout"), self.config.run_layers) if self.has_rng("dropout") else None
-
-        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Array | None]:
-            weights, key = layer
-            rngs = {} if key is None else {"dropout": key}
-            y = constrain(self.block.apply({"params": weights}, x, rngs=rngs), "images")
-            return y, y if every else None
-
-        last, all_states = jax.lax.scan(body, x, (self.blocks, keys))
-        return [x, *all_states] if every else [last]
-
     def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        patches = flat_patches(x, self.config.patch_size)
-        x = patches @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
-        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)
+        return self.pre_ln(super()._embed(x))
 
 
-def flat_patches(x: Float[Array, "Img Side Side 3"], size: int) -> Float[Array, "Img P Patch"]:
+def _flat_patches(x: Float[Array, "Img Side Side 3"], size: int) -> Float[Array, "Img P Patch"]:
     """Each patch as a row, in reading order, flattened as (row, column, channel).
 
     A convolution with a stride of its own size is a product with these.

@@ -120,7 +120,7 @@ def test_random_captions_repeat_with_their_seed(tmp_path):
     ("llava-pretrain", {"chat.json": [pair("1", "1.jpg")]}, 65, "1.jpg does not exist: want images.zip"),
     ("llava-pretrain", {"chat.json": '[{"id": "1"'}, 65, "no valid JSON"),
     ("llava-instruct", {"detail_23k.json": [pair("1", "1.jpg")]}, 65, "COCO_train2014_1.jpg"),
-    ("coco", {"captions_train2017.json": {"images": []}}, 65, "the lists images and annotations"),
+    ("coco", {"captions_train2017.json": {"images": []}}, 65, "annotations='nothing': want list"),
     ("coco", {}, 65, "lacks captions_train2017.json"),
 ])  # fmt: skip
 def test_what_is_missing_or_damaged_is_named(tmp_path, capsys, name, files, code, said):
@@ -163,7 +163,17 @@ def test_minigpt4s_second_stage_is_asked_for_in_its_four_ways(tmp_path):
     assert asked == {f"<image>\n{question}" for question in ALIGNMENT} and len(asked) == 4
 
 
-def test_a_list_in_place_of_filter_cap_is_refused(tmp_path, capsys):
-    put(tmp_path / "filter_cap.json", [{"image_id": "1", "caption": "A."}])
-    assert prepare("cc-sbu-align", tmp_path, tmp_path / "out") == 65
-    assert '{"annotations"' in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("name", "file", "content", "message"),
+    [
+        ("cc-sbu-align", "filter_cap.json", [{"image_id": "1", "caption": "A."}], "annotations="),
+        ("cc-sbu-align", "filter_cap.json", {"annotations": [{"image_id": "1", "caption": None}]}, "caption='None'"),
+        ("coco", "captions_train2017.json", {"annotations": [], "images": [{"id": 1}]}, "images[0]: file_name="),
+        ("coco", "captions_train2017.json", {"annotations": [{"image_id": 1}]}, "images='nothing'"),
+        ("coco", "captions_train2017.json", {"annotations": [{"id": 1}], "images": []}, "annotations[0]: image_id="),
+    ],
+)
+def test_a_raw_file_of_another_shape_is_refused_by_row_and_field(tmp_path, capsys, name, file, content, message):
+    put(tmp_path / file, content)
+    assert prepare(name, tmp_path, tmp_path / "out") == 65
+    assert message in capsys.readouterr().err

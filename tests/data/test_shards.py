@@ -33,6 +33,8 @@ def test_pairs_of_all_shards_are_records_with_their_pictures(shards):
     assert [turn.text for turn in talk.turns] == ["<image>", "a boat"] and talk.images == (png(7),)
     assert source[0].conversation.turns[1].text == "a cat" and source[0].pictures == (b"not opened here",)
     assert len(open_source(shards / "00001.tar")) == 1
+    write(shards / "2.tar", {"2.jpg": b"x", "2.txt": b'{"cap"} on a shelf'})  # a text may begin as JSON does
+    assert open_source(shards / "2.tar")[0].conversation.turns[1].text == '{ cap } on a shelf'
 
 
 def test_the_fingerprint_is_of_what_is_in_the_shards_and_not_where_they_lie(shards, tmp_path_factory):
@@ -63,6 +65,7 @@ def test_captions_are_cleaned_as_blips(text, clean):
     [
         ({"0.jpg": b"x"}, "0 has jpg but lacks a caption"),
         ({"0.txt": b"x"}, "0 has txt but lacks a picture"),
+        ({"0.txt": b"x", "0.jpg": b"x", "0.JPG": b"y"}, "holds 0.jpg twice"),
     ],
 )
 def test_half_a_pair_is_refused_by_name(tmp_path, files, message):

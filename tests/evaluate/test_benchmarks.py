@@ -83,6 +83,14 @@ def test_vqav2_asks_and_submits_and_scores_where_truth_is_public(tmp_path):
     assert score.numbers == pytest.approx({"accuracy": 90, "number": 90})
 
 
+def test_annotations_of_another_shape_are_refused_by_row_and_field(tmp_path):
+    asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
+    put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
+    put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [{"question_id": 1, "answers": [{}]}]})
+    with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer="):
+        load("vqav2", tmp_path, "split=val2014")
+
+
 def test_vizwiz_asks_for_unanswerable_and_keeps_ids_by_picture(tmp_path):
     put(tmp_path, "test.json", [{"image": "VizWiz_test_1.jpg", "question": "What?"}])
     benchmark, made, options = load("vizwiz", tmp_path)

@@ -68,6 +68,13 @@ def test_adapters_on_the_7b_fit_on_four_v5e(tmp_path):
     assert planned(tmp_path, "llava15_7b_lora", "v5e:2x2", 2)["fits"]
 
 
+def test_stage_1_of_minigpt4_13b_fits_on_eight_v5e(tmp_path):
+    words = ["--config", str(CONFIGS / "minigpt4_13b_stage1.py"), "--config.model.base=", "--topology", "v5e:2x4"]
+    assert main([*words, "--json", str(tmp_path / "plan.json")]) == 0
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert found["fits"] and found["peak_hbm_bytes"] <= 6 * GIB, found["peak_hbm_bytes"] / GIB
+
+
 @pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x2"])
 def test_stage_2_of_the_13b_fits(tmp_path, topology):
     assert planned(tmp_path, "llava15_13b_finetune", topology, 2)["fits"]

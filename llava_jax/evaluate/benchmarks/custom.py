@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.data.files import field
 from llava_jax.evaluate.benchmarks.mmbench import letter
 from llava_jax.evaluate.benchmarks.vqa import normalised
 from llava_jax.evaluate.questions import (
@@ -23,7 +24,6 @@ from llava_jax.evaluate.questions import (
     Question,
     Read,
     Score,
-    field,
     lines,
     percent,
     with_choices,

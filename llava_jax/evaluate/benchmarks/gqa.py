@@ -8,19 +8,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.evaluate.questions import (
-    SHORT,
-    Answers,
-    Benchmark,
-    Need,
-    Options,
-    Question,
-    Read,
-    Score,
-    field,
-    percent,
-    read_json,
-)  # fmt: skip
+from llava_jax.data.files import field, read_json
+from llava_jax.evaluate.questions import SHORT, Answers, Benchmark, Need, Options, Question, Read, Score, percent
 
 KINDS = ("binary", "open")
 

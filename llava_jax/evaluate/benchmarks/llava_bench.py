@@ -12,18 +12,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.evaluate.questions import (
-    Answers,
-    Benchmark,
-    Fault,
-    Need,
-    Options,
-    Question,
-    Read,
-    Score,
-    field,
-    sound_lines,
-)
+from llava_jax.data.files import field
+from llava_jax.evaluate.questions import Answers, Benchmark, Fault, Need, Options, Question, Read, Score, sound_lines
 
 KINDS = ("conv", "detail", "complex")
 COCO_PREFIX = "COCO_val2014_"  # of the picture files; the questions' names lack it

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.evaluate.questions import Answers, Benchmark, Need, Options, Question, Read, field, read_json
+from llava_jax.data.files import field, read_json
+from llava_jax.evaluate.questions import Answers, Benchmark, Need, Options, Question, Read
 
 _FILE = "mm-vet.json"
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax.data.files import field
 from llava_jax.evaluate.questions import (
     SHORT,
     Answers,
@@ -18,7 +19,6 @@ from llava_jax.evaluate.questions import (
     Question,
     Read,
     Score,
-    field,
     percent,
     sound_lines,
 )  # fmt: skip

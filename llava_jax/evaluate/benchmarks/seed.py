@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
+from llava_jax.data.files import field, read_json
 from llava_jax.evaluate.questions import (
     LETTERS,
     Answers,
@@ -18,9 +19,7 @@ from llava_jax.evaluate.questions import (
     Question,
     Read,
     Score,
-    field,
     percent,
-    read_json,
     with_choices,
 )  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.data.files import field, read_json
 from llava_jax.data.sources import DataError
 from llava_jax.evaluate.questions import (
     SHORT,
@@ -21,9 +22,7 @@ from llava_jax.evaluate.questions import (
     Question,
     Read,
     Score,
-    field,
     percent,
-    read_json,
     sound_lines,
 )  # fmt: skip
 
@@ -83,6 +82,11 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(numbers, "accuracy", {f"{name} of": len(members) for name, members in groups.items()})
 
 
+def _people(row: Any, where: str) -> list[str]:
+    """The answers of all who were asked."""
+    return [field(one, "answer", str, f"{where}: answers") for one in field(row, "answers", list, where)]
+
+
 def _vqav2_questions(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}_questions.json"
 
@@ -94,8 +98,10 @@ def _vqav2(root: epath.Path, options: Options) -> Read:
     truths = {}
     if split == "val2014":
         path = root / "v2_mscoco_val2014_annotations.json"
-        for row in field(read_json(path), "annotations", list, str(path)):
-            truths[row["question_id"]] = ([one["answer"] for one in row["answers"]], row["answer_type"])
+        for number, row in enumerate(field(read_json(path), "annotations", list, str(path))):
+            where = f"{path}: annotations[{number}]"
+            truth = _people(row, where), field(row, "answer_type", str, where)
+            truths[field(row, "question_id", int, where)] = truth
     folder = "test2015" if split.startswith("test") else split
     made = []
     for number, row in enumerate(asked):
@@ -112,7 +118,8 @@ def _vqav2_files(
 ) -> dict[str, bytes]:
     """EvalAI wants an answer to every question of test2015; those that are not in test-dev2015 get an empty one."""
     name = _vqav2_questions("test2015" if options["split"].startswith("test") else options["split"])
-    ids = [row["question_id"] for row in field(read_json(root / name), "questions", list, name)]
+    asked = field(read_json(root / name), "questions", list, name)
+    ids = [field(row, "question_id", int, f"{name}[{number}]") for number, row in enumerate(asked)]
     rows = [{"question_id": one, "answer": normalised(answers.get(str(one), ""))} for one in ids]
     return {f"vqav2_{options['split']}.json": json.dumps(rows).encode()}
 
@@ -123,7 +130,7 @@ def _vizwiz(root: epath.Path, options: Options) -> Read:
     for number, row in enumerate(read_json(root / name)):
         where = f"{name}[{number}]"
         image = field(row, "image", str, where)
-        people = [one["answer"] for one in row["answers"]] if "answers" in row else None
+        people = _people(row, where) if "answers" in row else None
         text = f"{field(row, 'question', str, where)}\n{UNANSWERABLE}\n{SHORT}"
         made.append(Question(image, text, (image,), str(row.get("answer_type", "")) if people else "", 0, people))
     return made, []
@@ -151,7 +158,7 @@ def _textvqa(root: epath.Path, options: Options) -> Read:
             if key not in lines:
                 raise DataError(f"{where}: llava_textvqa_val_v051_ocr.jsonl has no question {words!r} about {image}")
             text = lines[key]
-        made.append(Question(str(row["question_id"]), text, (f"{image}.jpg",), "", 0,
+        made.append(Question(str(field(row, "question_id", int, where)), text, (f"{image}.jpg",), "", 0,
                              field(row, "answers", list, where)))  # fmt: skip
     return made, []
 

@@ -1,0 +1,33 @@
+"""JSON files of others, and fields that must be in them: an error names the file, the row and what was wanted."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from llava_jax.data.sources import DataError
+
+
+def read_json(path: epath.Path) -> Any:
+    """The value in a JSON file.
+
+    Raises:
+      DataError: it is no JSON, for instance because a download was cut short.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
+
+
+def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
+    """`row[name]`, of that type.
+
+    Raises:
+      DataError: it is not there or has another type.
+    """
+    if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
+        found = row.get(name, "nothing") if isinstance(row, dict) else row
+        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+        raise DataError(f"{where}: {name}={str(found)[:60]!r}: want {names}")
+    return row[name]
