@@ -110,7 +110,7 @@ def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int |
 
     Training is the house's own, from a checkpoint to a checkpoint.
     """
-    first = params.flatten(init_params(BLIP2, jax.random.key(seed)))
+    first = params.flatten(jax.device_get(init_params(BLIP2, jax.random.key(seed))))
     kept = {**eva, "blocks": jax.tree.map(lambda leaf: leaf[: BLIP2.vision.layers], eva["blocks"])}
     _write_blip2(directory / "blip2", first | params.flatten({"vision": kept}))
     with tempfile.TemporaryDirectory() as folder:
