@@ -25,7 +25,8 @@ _DEFAULTS = {
     "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }  # fmt: skip
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+# What every tower's config has, CLIP's and BLIP-2's.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 def rows(prefix: str) -> list[Row]:
@@ -68,16 +69,20 @@ def read_config(content: Mapping[str, Any], where: str, select_layer: int, selec
       UnusableCheckpoint: not a CLIP tower as the models room has it.
     """
     inner = content.get("vision_config", content)
+    old = content.get("vision_config_dict") or {}
+    if not isinstance(inner, Mapping) or not isinstance(old, Mapping):
+        found = old if isinstance(inner, Mapping) else inner
+        raise UnusableCheckpoint(f"{where}: vision_config is {str(found)[:60]!r}; wanted an object of a tower's sizes")
     kind = inner.get("model_type", "clip_vision_model")
     if kind not in ("clip_vision_model", "clip"):
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted clip_vision_model")
     if "vision_config" in content and content.get("model_type") == "clip":
         # Old CLIP configs keep the sizes in vision_config_dict too, which wins. Source: transformers CLIPConfig.
-        inner = {**inner, **(content.get("vision_config_dict") or {})}
+        inner = {**inner, **old}
     values = {**_DEFAULTS, **inner}
     if values["num_channels"] != 3:
         raise UnusableCheckpoint(f"{where}: num_channels {values['num_channels']}; wanted 3")
-    check_numbers(values, _SIZES, "layer_norm_eps", where)
+    check_numbers(values, SIZES, "layer_norm_eps", where)
     return VisionConfig(
         image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
         mlp_width=values["intermediate_size"], layers=values["num_hidden_layers"],

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.convert.clip import SIZES
 from llava_jax.convert.files import Spec, TensorFiles, check_numbers
 from llava_jax.convert.table import CELL, LINEAR, PATCH, ROW, SAME, Row
 from llava_jax.models.presets import EvaConfig
@@ -23,7 +24,6 @@ _DEFAULTS = {  # of transformers' Blip2VisionConfig. Source: transformers 4.57.6
     "image_size": 224, "patch_size": 14, "hidden_act": "gelu", "layer_norm_eps": 1e-6, "qkv_bias": True,
 }  # fmt: skip
 _FIXED = {"hidden_act": "gelu", "qkv_bias": True}
-_SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
 class Names(NamedTuple):
@@ -82,7 +82,7 @@ def read_hub_config(content: Mapping[str, Any], where: str, select_feature: str)
     for key, wanted in _FIXED.items():
         if values[key] != wanted:
             raise UnusableCheckpoint(f"{where}: {key} is {values[key]!r}; wanted {wanted!r}, BLIP-2 as released")
-    check_numbers(values, _SIZES, "layer_norm_eps", where)
+    check_numbers(values, SIZES, "layer_norm_eps", where)
     return EvaConfig(
         image_size=values["image_size"], patch_size=values["patch_size"], width=values["hidden_size"],
         mlp_width=values["intermediate_size"], layers=values["num_hidden_layers"],

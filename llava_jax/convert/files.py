@@ -151,7 +151,7 @@ def check_numbers(values: Mapping[str, Any], sizes: Sequence[str], eps: str, whe
     """Raises UnusableCheckpoint unless a config's sizes are whole numbers above 0, and its eps a number above 0."""
     for key in (*sizes, eps):
         value = values[key]
-        if not isinstance(value, (int, float) if key == eps else int) or value <= 0:
+        if not isinstance(value, (int, float) if key == eps else int) or not value > 0:
             kind = "number" if key == eps else "whole number"
             raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted a {kind} above 0")
 

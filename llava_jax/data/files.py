@@ -8,16 +8,19 @@ from etils import epath
 from llava_jax.data.sources import DataError
 
 
-def read_json(path: epath.Path) -> Any:
-    """The value in a JSON file.
+def read_json(path: epath.Path, kind: type = object) -> Any:
+    """The value in a JSON file, of that type.
 
     Raises:
-      DataError: it is no JSON, for instance because a download was cut short.
+      DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: JSON of type {type(value).__name__}: want {kind.__name__}; is it the right file?")
+    return value
 
 
 def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:

@@ -39,6 +39,7 @@ def _demo(words: list[str]) -> int:
     told = parser.parse_args(words)
     usual = "runs/demo" if told.family == "llava" else f"runs/demo_{told.family}"
     workdir, family = Path(told.workdir or usual), story.FAMILIES[told.family]
+    _check(workdir, told.seed)
     if workdir.exists() and any(workdir.iterdir()):
         raise ValueError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
     outcome = story.tell(workdir, told.seed, family)
@@ -59,8 +60,16 @@ def _bases(words: list[str]) -> int:
     parser.add_argument("directory", nargs="?", type=Path, default=bases.ASSETS, help="default: the package's own")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args(words)
+    _check(told.directory, told.seed)
     bases.train(told.directory, told.seed)
     return 0
+
+
+def _check(directory: Path, seed: int) -> None:
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"{directory} is a file: name a directory")
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: want 0 or more")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -86,3 +86,13 @@ def test_the_module_is_a_program():
     command = [sys.executable, "-m", "llava_jax.convert", "inspect", "nowhere"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 66 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+def test_a_clip_config_that_says_nonsense_is_one_line_and_a_code(capsys, tmp_path):
+    clip, llm = tiny.write_clip(tmp_path / "clip"), tiny.write_llama(tmp_path / "llm")
+    old = '{"vision_config": {}, "vision_config_dict": [1]}'
+    for content in ('{"vision_config": [1]}', old, '{"hidden_size": "wide"}', '{"layer_norm_eps": NaN}'):
+        (clip / "config.json").write_text(content)
+        code, _, error = run(capsys, "assemble", tmp_path / "dst", "--vision", clip, "--llm", llm)
+        assert code == 66 and "; wanted " in error and error.count("\n") == 1, error
+    assert not (tmp_path / "dst").exists()

@@ -16,9 +16,17 @@ def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
-def test_an_unknown_option_is_refused(capsys):
-    assert door.main(["--wrkdir", "x"]) == 64
-    assert "--wrkdir" in capsys.readouterr().err
+@pytest.mark.parametrize("words, message", [
+    (["--wrkdir", "x"], "--wrkdir"),
+    (["--workdir", __file__], "is a file: name a directory"),
+    (["bases", __file__], "is a file: name a directory"),
+    (["--seed", "-1", "--workdir", "never"], "--seed -1: want 0 or more"),
+    (["--family", "blip"], "choose from"),
+])  # fmt: skip
+def test_what_is_typed_wrong_is_refused_before_anything_is_made(capsys, words, message):
+    assert door.main(words) == 64
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1 and not Path("never").exists()
 
 
 def test_only_progress_of_a_training_reaches_the_terminal(tmp_path, capsys):

@@ -4,6 +4,7 @@ import base64
 import csv
 import io
 import json
+import re
 import zipfile
 from xml.etree import ElementTree
 
@@ -89,6 +90,20 @@ def test_annotations_of_another_shape_are_refused_by_row_and_field(tmp_path):
     put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [{"question_id": 1, "answers": [{}]}]})
     with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer="):
         load("vqav2", tmp_path, "split=val2014")
+
+
+@pytest.mark.parametrize("name, file, content, message", [
+    ("mmvet", "mm-vet.json", [], "mm-vet.json: JSON of type list: want dict"),
+    ("gqa", "testdev_balanced_questions.json", [], "type list: want dict"),
+    ("vizwiz", "test.json", 5, "type int: want list"),
+    ("seed", "SEED-Bench.json", {"question_type": {"Scene": 1}, "questions": [
+        {"question_id": 1, "data_type": "image", "data_id": "1", "question_type_id": 2, "question": "What?"}
+        | {f"choice_{letter}": "a" for letter in "abcd"}]}, "questions[0]: question_type_id=2: want one of"),
+])  # fmt: skip
+def test_a_file_of_another_shape_is_refused(tmp_path, name, file, content, message):
+    put(tmp_path, file, content)
+    with pytest.raises(DataError, match=re.escape(message)):
+        load(name, tmp_path)
 
 
 def test_vizwiz_asks_for_unanswerable_and_keeps_ids_by_picture(tmp_path):

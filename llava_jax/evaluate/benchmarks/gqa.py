@@ -31,7 +31,7 @@ def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, o
 def _read(root: epath.Path, options: Options) -> Read:
     name = f"{options['split']}_questions.json"
     made = []
-    for identity, row in read_json(root / name).items():
+    for identity, row in read_json(root / name, dict).items():
         where = f"{name}: question {identity!r}"
         structure = field(field(row, "types", dict, where), "structural", str, where)
         made.append(Question(

@@ -16,7 +16,7 @@ _FILE = "mm-vet.json"
 
 def _read(root: epath.Path, options: Options) -> Read:
     made = []
-    for identity, row in read_json(root / _FILE).items():
+    for identity, row in read_json(root / _FILE, dict).items():
         where = f"{_FILE}: {identity!r}"
         made.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
                              "+".join(field(row, "capability", list, where))))  # fmt: skip

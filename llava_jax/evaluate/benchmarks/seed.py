@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llava_jax.data.files import field, read_json
+from llava_jax.data.sources import DataError
 from llava_jax.evaluate.questions import (
     LETTERS,
     Answers,
@@ -53,7 +54,10 @@ def _read(root: epath.Path, options: Options) -> Read:
         medium, identity = field(row, "data_type", str, where), str(field(row, "question_id", (str, int), where))
         choices = [field(row, f"choice_{letter}", str, where) for letter in "abcd"]
         file = field(row, "data_id", str, where) if medium == "image" else f"{identity}.png"
-        kind = names[field(row, "question_type_id", int, where)]
+        number = field(row, "question_type_id", int, where)
+        if number not in names:
+            raise DataError(f"{where}: question_type_id={number}: want one of question_type, {sorted(names)}")
+        kind = names[number]
         made.append(Question(
             identity, with_choices(field(row, "question", str, where), choices), (f"{_FOLDERS[medium]}/{file}",), kind,
             len(choices), field(row, "answer", str, where), {"medium": medium},

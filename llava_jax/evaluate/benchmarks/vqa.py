@@ -127,7 +127,7 @@ def _vqav2_files(
 def _vizwiz(root: epath.Path, options: Options) -> Read:
     name = f"{options['split']}.json"
     made = []
-    for number, row in enumerate(read_json(root / name)):
+    for number, row in enumerate(read_json(root / name, list)):
         where = f"{name}[{number}]"
         image = field(row, "image", str, where)
         people = _people(row, where) if "answers" in row else None
