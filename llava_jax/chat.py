@@ -6,44 +6,30 @@ With `--prompt` it answers once; without, it goes on turn by turn until an empty
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from llava_jax import cli
 from llava_jax.generate.assistant import DTYPES, Assistant, Reply
 from llava_jax.generate.sampling import Sampling
 from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import open_image
 
-USAGE, NO_CHECKPOINT, INTERRUPTED = 64, 66, 130  # exit codes; 130 is a shell's own after Ctrl-C
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        _fail(USAGE, f"{message} (see --help)")
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chat and returns its exit code; what is wrong is said in one line."""
     args = _arguments(argv)
-    try:
-        Sampling(args.temperature, args.top_p, args.top_k, args.seed)
-        images = () if args.image is None else (open_image(args.image),)
-    except (ValueError, FileNotFoundError) as error:
-        _fail(USAGE, error)
-    try:
-        assistant = Assistant.open(args.checkpoint, dtype=args.dtype, template=args.template)
-    except (ValueError, FileNotFoundError) as error:
-        _fail(NO_CHECKPOINT, error)
-    try:
-        if args.prompt is None:
-            talk(assistant, images, args)
-        else:
-            _answer(assistant, (Turn("user", _first(args.prompt, images)),), images, args)
-    except ValueError as error:
-        _fail(USAGE, error)
-    except KeyboardInterrupt:
-        print()
-        return INTERRUPTED
+    return cli.run("chat", lambda: _run(args), "")
+
+
+def _run(args: argparse.Namespace) -> int:
+    Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    images = () if args.image is None else (open_image(args.image),)
+    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, template=args.template)
+    if args.prompt is None:
+        talk(assistant, images, args)
+    else:
+        _answer(assistant, (Turn("user", _first(args.prompt, images)),), images, args)
     return 0
 
 
@@ -82,7 +68,7 @@ def _question() -> str:
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = _Parser(prog="python -m llava_jax.chat", description=__doc__, allow_abbrev=False)
+    parser = cli.Parser(prog="python -m llava_jax.chat", description=__doc__, allow_abbrev=False)
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="what `train` or `convert` wrote")
     parser.add_argument("--image", metavar="FILE", help="the picture; left out, the talk is text alone")
     parser.add_argument("--prompt", metavar="TEXT", help="answer this and end; left out, questions are read in turn")
@@ -94,11 +80,6 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: float32 on a CPU, bfloat16 elsewhere")
     return parser.parse_args(argv)
-
-
-def _fail(code: int, what: object) -> NoReturn:
-    print(f"chat: {what}", file=sys.stderr)
-    raise SystemExit(code)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from llava_jax.errors import UsageError
+
 GIB = 2**30
 
 
@@ -117,12 +119,12 @@ def of_topology(topology: str) -> Chip:
     leased = {chip.name: chip for chip in CHIPS if chip.shapes}
     name, _, shape = topology.partition(":")
     if name not in leased:
-        raise ValueError(f"unknown topology {topology!r}: want CHIP:SHAPE with a chip of {', '.join(leased)}")
+        raise UsageError(f"unknown topology {topology!r}: want CHIP:SHAPE with a chip of {', '.join(leased)}")
     chip = leased[name]
     if shape not in chip.shapes:
         near = difflib.get_close_matches(shape, chip.shapes, n=1)
         hint = f"; did you mean {name}:{near[0]}?" if near else ""
-        raise ValueError(f"topology {topology!r} is not leased: {name} comes as {', '.join(chip.shapes)}{hint}")
+        raise UsageError(f"topology {topology!r} is not leased: {name} comes as {', '.join(chip.shapes)}{hint}")
     return chip
 
 

@@ -15,6 +15,7 @@ from typing import Any, Literal, NamedTuple
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from llava_jax import typed
+from llava_jax.errors import MissingFile, UsageError
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -24,7 +25,7 @@ def _in_range(branch: Any, name: str, **bounds: tuple[int, int | float | None]) 
         value = vars(branch)[key]
         if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
             wish = f"a finite number, at least {low}" if high is None else f"{low} to {high}"
-            raise ValueError(f"{name}.{key}={value}: want {wish}")
+            raise UsageError(f"{name}.{key}={value}: want {wish}")
 
 
 @dataclass(frozen=True)
@@ -74,27 +75,27 @@ class Data:
         _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None))
         self._check_layout()
         if not self.sources:
-            raise ValueError("data.sources is empty: want at least one Source(path, images)")
+            raise UsageError("data.sources is empty: want at least one Source(path, images)")
         for i, source in enumerate(self.sources):
             _in_range(source, f"data.sources.{i}", weight=(0, None))
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
-            raise ValueError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
+            raise UsageError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
 
     def _check_layout(self) -> None:
         if self.layout == "padded":
             if self.rows_per_chip or self.rows_per_group != 1:
-                raise ValueError(
+                raise UsageError(
                     f"data.rows_per_chip={self.rows_per_chip}, data.rows_per_group={self.rows_per_group}: these are "
                     "of packed rows; set data.layout=packed, or say data.batch_samples alone"
                 )
             return
         if self.rows_per_chip < 1 or self.rows_per_chip % self.rows_per_group:
-            raise ValueError(
+            raise UsageError(
                 f"data.rows_per_chip={self.rows_per_chip}: want a multiple of data.rows_per_group="
                 f"{self.rows_per_group}, at least 1, where data.layout=packed"
             )
         if self.order == "modality_length" or self.lengths:
-            raise ValueError(
+            raise UsageError(
                 f"data.order={self.order}, data.lengths={self.lengths}: packed rows need neither samples of like "
                 "length nor shorter rows; want order=shuffle or sequential and no lengths"
             )
@@ -129,12 +130,12 @@ class Train:
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
+            raise UsageError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
         _in_range(self, "train", lr=(0, None), projector_lr=(0, None), steps=(1, None), epochs=(0, None))
         _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
         _in_range(self, "train", first_lr=(0, self.lr), last_lr=(0, self.lr))
         if self.first_lr and not self.warmup_ratio or self.last_lr and self.schedule == "constant":
-            raise ValueError(
+            raise UsageError(
                 f"train.first_lr={self.first_lr}, train.last_lr={self.last_lr}: the first is of a warm-up "
                 f"(warmup_ratio={self.warmup_ratio}), the last of a cosine (schedule={self.schedule}); leave out what "
                 "is not used"
@@ -142,7 +143,7 @@ class Train:
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
         if not 0 <= self.lora_dropout < 1:
-            raise ValueError(f"train.lora_dropout={self.lora_dropout}: want 0 <= lora_dropout < 1")
+            raise UsageError(f"train.lora_dropout={self.lora_dropout}: want 0 <= lora_dropout < 1")
 
 
 @dataclass(frozen=True)
@@ -167,9 +168,9 @@ class Mesh:
     def __post_init__(self) -> None:
         sizes = dataclasses.asdict(self)
         if sizes.pop("slices") < 1:
-            raise ValueError(f"mesh.slices={self.slices}: want at least 1")
+            raise UsageError(f"mesh.slices={self.slices}: want at least 1")
         if any(size < 1 and size != -1 for size in sizes.values()) or list(sizes.values()).count(-1) > 1:
-            raise ValueError(f"mesh={sizes}: want sizes of at least 1, or -1 for at most one of them")
+            raise UsageError(f"mesh={sizes}: want sizes of at least 1, or -1 for at most one of them")
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ class Config:
     def __post_init__(self) -> None:
         _in_range(self, "config", profile=(0, None))
         if not self.lora and self.train.lora_dropout:
-            raise ValueError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
+            raise UsageError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":
             self._check_packed()
             return
@@ -220,14 +221,14 @@ class Config:
             divisors["group_samples"] = self.train.group_samples
         for key, size in divisors.items():
             if self.data.batch_samples % size:
-                raise ValueError(f"train.{key}={size} does not divide data.batch_samples={self.data.batch_samples}")
+                raise UsageError(f"train.{key}={size} does not divide data.batch_samples={self.data.batch_samples}")
 
     def _check_packed(self) -> None:
         if self.train.loss != "token_mean":
-            raise ValueError(f"train.loss={self.train.loss}: packed rows know no groups of samples; want token_mean")
+            raise UsageError(f"train.loss={self.train.loss}: packed rows know no groups of samples; want token_mean")
         groups = self.data.rows_per_chip // self.data.rows_per_group
         if groups % self.train.accumulate:
-            raise ValueError(
+            raise UsageError(
                 f"train.accumulate={self.train.accumulate} does not divide the {groups} groups of a chip "
                 "(data.rows_per_chip / data.rows_per_group)"
             )
@@ -273,22 +274,24 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")
         _refuse_idle_scalars(path, overrides, config)
+    except MissingFile:
+        raise
     except ValueError as error:
-        raise ValueError(f"config {path}: {error}") from None
+        raise UsageError(f"config {path}: {error}") from None
     return dataclasses.replace(config, init=tuple((pattern, place or "random") for pattern, place in config.init))
 
 
 def _run(path: Path) -> ConfigDict:
     if not path.is_file():
         hint = typed.near(path.name, [file.name for file in path.parent.glob("*.py")])
-        raise FileNotFoundError(f"config {path}: no such file{hint}; want a Python file with get_config()")
+        raise MissingFile(f"config {path}: no such file{hint}; want a Python file with get_config()")
     names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
     exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
     if "get_config" not in names:
-        raise ValueError("it has no function get_config()")
+        raise UsageError("it has no function get_config()")
     config = names["get_config"]()
     if not isinstance(config, ConfigDict):
-        raise ValueError(f"get_config() returns {type(config).__name__}: want the ConfigDict that default() made")
+        raise UsageError(f"get_config() returns {type(config).__name__}: want the ConfigDict that default() made")
     return config
 
 
@@ -309,9 +312,9 @@ def _hint(branch: str, name: str, key: str) -> Any:
     if branch in BRANCHES and name in typing.get_type_hints(BRANCHES[branch]):
         return typing.get_type_hints(BRANCHES[branch])[name]
     if branch in TABLES:
-        raise ValueError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
+        raise UsageError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
     known = [*TOP, *(f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls))]
-    raise ValueError(f"unknown key {key!r}{typed.near(key, known)}")
+    raise UsageError(f"unknown key {key!r}{typed.near(key, known)}")
 
 
 def _override_source(config: ConfigDict, rest: str, text: str) -> None:
@@ -321,7 +324,7 @@ def _override_source(config: ConfigDict, rest: str, text: str) -> None:
     sources = list(config.data[name])
     if not index.isdigit() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
         keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
-        raise ValueError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
+        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
     value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
     sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
     config.data[name] = tuple(sources)
@@ -348,7 +351,7 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
         before = _plain((probe.rates, probe.init))
         probe[branch][name] = 1e9 if branch == "train" else "another/directory"
         if _plain((probe.rates, probe.init)) == before:
-            raise ValueError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
+            raise UsageError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
 
 
 class Command(NamedTuple):
@@ -371,12 +374,12 @@ def command(argv: Sequence[str], program: str, description: str = "") -> Command
             print(f"{description}\n{usage}")
             raise SystemExit(0)
         if option not in ("--config", "--workdir") and not option.startswith("--config."):
-            raise ValueError(f"unknown argument {word!r}; {usage}")
+            raise UsageError(f"unknown argument {word!r}; {usage}")
         told[option] = text if equals else next(words, "")
         if not told[option] and not equals:
-            raise ValueError(f"{option} wants a value; {usage}")
+            raise UsageError(f"{option} wants a value; {usage}")
     for option in ("--config", "--workdir"):
         if not told.get(option):
-            raise ValueError(f"{option} is missing; {usage}")
+            raise UsageError(f"{option} is missing; {usage}")
     overrides = {key.removeprefix("--config."): text for key, text in told.items() if key.startswith("--config.")}
     return Command(told["--config"], told["--workdir"], overrides)

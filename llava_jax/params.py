@@ -11,6 +11,8 @@ from typing import Any
 
 import jax
 
+from llava_jax.errors import UsageError
+
 
 def flatten(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested dict -> {name: leaf}, in the tree's own (sorted) order. A leaf is anything that is no mapping."""
@@ -65,10 +67,10 @@ def lookup(
         idle.difference_update(matching)
     if uncovered:
         shown = ", ".join(uncovered[:5]) + (f" and {len(uncovered) - 5} more" if len(uncovered) > 5 else "")
-        raise ValueError(f'table `{what}` covers no row for {shown}: add a row (".*", ...) at its end')
+        raise UsageError(f'table `{what}` covers no row for {shown}: add a row (".*", ...) at its end')
     if every_row and idle:
         pattern = rows[min(idle)][0].pattern
-        raise ValueError(
+        raise UsageError(
             f"table `{what}`: pattern {pattern!r} matches no parameter; the names begin with "
             f"{', '.join(sorted({name.split('/')[0] for name in found}))} (see `python -m llava_jax.convert inspect`)"
         )
@@ -79,7 +81,7 @@ def _compile(pattern: str, what: str) -> re.Pattern[str]:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(f"table `{what}`: {pattern!r} is no regular expression ({error})") from None
+        raise UsageError(f"table `{what}`: {pattern!r} is no regular expression ({error})") from None
 
 
 def split(tree: Mapping[str, Any], chosen: Iterable[str]) -> tuple[dict[str, Any], dict[str, Any]]:

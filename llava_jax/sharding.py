@@ -13,6 +13,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from llava_jax import params
+from llava_jax.errors import UsageError
 
 AXES = ("data", "fsdp", "tensor", "context")
 
@@ -59,7 +60,7 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
         return Mesh(mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True), AXES, types)
     found = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
     if found != slices:
-        raise ValueError(f"mesh.slices={slices}: these {len(devices)} devices are of {found} slice(s)")
+        raise UsageError(f"mesh.slices={slices}: these {len(devices)} devices are of {found} slice(s)")
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
     placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, types)
@@ -74,7 +75,7 @@ def fill(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
     Raises: as `make_mesh`.
     """
     if set(sizes) - {"slices"} != set(AXES):
-        raise ValueError(f"mesh={dict(sizes)}: want exactly the axes {', '.join(AXES)} (and slices)")
+        raise UsageError(f"mesh={dict(sizes)}: want exactly the axes {', '.join(AXES)} (and slices)")
     shape = [sizes[axis] for axis in AXES]
     slices = sizes.get("slices", 1)
     given = math.prod(size for size in shape if size != -1) * slices
@@ -82,7 +83,7 @@ def fill(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
         shape[shape.index(-1)] = devices // given
     shape[0] *= slices
     if -1 in shape or math.prod(shape) != devices:
-        raise ValueError(
+        raise UsageError(
             f"mesh={dict(sizes)} does not fit {devices} devices: the product of the sizes must be {devices} "
             "(one size may be -1 and takes what is left)"
         )

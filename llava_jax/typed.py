@@ -7,15 +7,17 @@ import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from llava_jax.errors import UsageError
+
 
 def build(cls: Any, tree: Any, prefix: str) -> Any:
     """A frozen dataclass from a dict; `prefix` is the path so far, "train."."""
     if not isinstance(tree, dict):
-        raise ValueError(f"{prefix.rstrip('.')}={tree!r}: want keys of {cls.__name__}")
+        raise UsageError(f"{prefix.rstrip('.')}={tree!r}: want keys of {cls.__name__}")
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            raise ValueError(f"unknown key {prefix + key!r}{near(prefix + key, [prefix + name for name in hints])}")
+            raise UsageError(f"unknown key {prefix + key!r}{near(prefix + key, [prefix + name for name in hints])}")
     return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in tree.items()})
 
 
@@ -26,7 +28,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return build(hint, vars(value) if isinstance(value, hint) else value, key + ".")
     if origin is Literal:
         if value not in args:
-            raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}{near(str(value), args)}")
+            raise UsageError(f"{key}={value!r}: want {_describe_type(hint)}{near(str(value), args)}")
         return value
     if origin in (types.UnionType, typing.Union):
         return _typed_union(value, hint, key)
@@ -38,7 +40,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         return float(value)
     elif type(value) is hint:
         return value
-    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
+    raise UsageError(f"{key}={value!r}: want {_describe_type(hint)}")
 
 
 def _typed_union(value: Any, hint: Any, key: str) -> Any:
@@ -47,7 +49,7 @@ def _typed_union(value: Any, hint: Any, key: str) -> Any:
             return _typed(value, option, key)
         except ValueError:
             continue
-    raise ValueError(f"{key}={value!r}: want {_describe_type(hint)}")
+    raise UsageError(f"{key}={value!r}: want {_describe_type(hint)}")
 
 
 def _describe_type(hint: Any) -> str:

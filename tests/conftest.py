@@ -1,8 +1,13 @@
 """Fixtures that several rooms' tests use."""
 
+import itertools
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from tests import buckets
 
 
 @pytest.fixture(scope="session")
@@ -12,3 +17,23 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"{path} is not there: it holds recordings of the reference that are too large to commit")
     return path
+
+
+@pytest.fixture(scope="session")
+def bucket_server() -> Iterator[str]:
+    """The address of a bucket server that this process, and those that it starts, take for Google's.
+
+    The environment keeps it: libraries make one client of a process and never ask again.
+    """
+    with buckets.serve() as url:
+        os.environ.update(buckets.environment(url))
+        yield url
+
+
+@pytest.fixture
+def bucket(bucket_server: str) -> str:
+    """A new, empty bucket: "gs://NAME"."""
+    return buckets.make(bucket_server, f"bucket-{next(_numbers)}")
+
+
+_numbers = itertools.count()

@@ -75,9 +75,11 @@ def test_text_alone_with_a_temperature_repeats_with_its_seed(place, assistant, c
 )
 def test_a_fault_is_one_clear_line_and_its_exit_code(place, capsys, monkeypatch, arguments, code, message):
     monkeypatch.chdir(place)
-    with pytest.raises(SystemExit) as ended:
-        run(place, "--prompt", "Hello", *arguments)
-    assert ended.value.code == code
+    try:
+        ended = run(place, "--prompt", "Hello", *arguments)
+    except SystemExit as stop:  # argparse's own way to end
+        ended = stop.code
+    assert ended == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert message in error

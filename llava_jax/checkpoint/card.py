@@ -15,6 +15,8 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.errors import UnusableCheckpoint, UsageError
+
 FORMAT = 1
 FILE = "model.json"
 TOKENIZER = "tokenizer"
@@ -23,10 +25,6 @@ _JSON_TYPES: dict[str, Any] = {
     "template": str, "legacy": bool | None, "image_mode": str, "image_start_end": bool,
     "path": str, "step": int, "fingerprint": str, "patterns": list,
 }  # fmt: skip
-
-
-class UnusableCheckpoint(ValueError):
-    """A checkpoint is missing, damaged, or rests on a base that moved or changed (exit code 66)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,7 +94,7 @@ def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[s
     (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
-            raise ValueError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
+            raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
         write_whole(directory / TOKENIZER / name, content)
     write_whole(directory / FILE, json.dumps(dataclasses.asdict(card), indent=2).encode())
 

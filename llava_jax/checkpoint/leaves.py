@@ -18,7 +18,8 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from llava_jax.checkpoint.card import UnusableCheckpoint, write_whole
+from llava_jax.checkpoint.card import write_whole
+from llava_jax.errors import UnusableCheckpoint, UsageError
 
 CHECKSUMS = "_CHECKSUMS"
 # A chunk is one file. A layer of a 7B or 13B stack fits in one (4,096 x 11,008 bf16 is 90 MB), so that reading
@@ -43,7 +44,7 @@ class LeafWriter:
     def __init__(self, path: epath.PathLike):
         self._path = epath.Path(path)
         if self._path.exists():
-            raise ValueError(f"{self._path} exists already: name a new directory, or delete it first")
+            raise UsageError(f"{self._path} exists already: name a new directory, or delete it first")
         self._partial = partial_of(self._path)
         self._metadata: dict[str, Any] = {}
         self._checksums: dict[str, int] = {}
@@ -55,11 +56,11 @@ class LeafWriter:
           ValueError: a second leaf of that name, an empty one, or a dtype that is not stored.
         """
         if name in self._checksums:
-            raise ValueError(f"leaf {name} is written twice")
+            raise UsageError(f"leaf {name} is written twice")
         if array.dtype.name not in _DTYPES:
-            raise ValueError(f"leaf {name} has dtype {array.dtype}; wanted one of {', '.join(_DTYPES)}")
+            raise UsageError(f"leaf {name} has dtype {array.dtype}; wanted one of {', '.join(_DTYPES)}")
         if array.size == 0:
-            raise ValueError(f"leaf {name} has shape {array.shape}, which is empty; leave it out")
+            raise UsageError(f"leaf {name} has shape {array.shape}, which is empty; leave it out")
         keys = name.split("/")
         chunk = _chunk_shape(array.shape, array.dtype.itemsize)
         metadata = {
@@ -80,7 +81,7 @@ class LeafWriter:
     def close(self) -> None:
         """Writes the tree's metadata and the checksums, then gives the directory its final name."""
         if not self._checksums:
-            raise ValueError(f"{self._path}: no leaf was written")
+            raise UsageError(f"{self._path}: no leaf was written")
         tree = {"tree_metadata": self._metadata, "use_ocdbt": False, "use_zarr3": False}
         tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
         (self._partial / CHECKSUMS).write_text(json.dumps(self._checksums, indent=1))
@@ -198,7 +199,7 @@ def staged(directory: epath.PathLike) -> Iterator[epath.Path]:
     """
     final = epath.Path(directory)
     if final.exists():
-        raise ValueError(f"{final} exists already and is not overwritten: name a new directory, or delete it first")
+        raise UsageError(f"{final} exists already and is not overwritten: name a new directory, or delete it first")
     partial = partial_of(final)
     try:
         yield partial

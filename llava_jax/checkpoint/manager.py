@@ -23,15 +23,11 @@ from jaxtyping import Array, UInt32
 
 from llava_jax import params
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.checkpoint.leaves import open_leaves
+from llava_jax.errors import SaveFailed, UnusableCheckpoint
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ASIDE = ".corrupt"
-
-
-class SaveFailed(OSError):
-    """A checkpoint could not be written; the older ones are untouched (exit code 66)."""
 
 
 class Saved(NamedTuple):

@@ -16,8 +16,9 @@ from etils import epath
 
 from llava_jax import params
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint.card import UnusableCheckpoint, absolute
+from llava_jax.checkpoint.card import absolute
 from llava_jax.checkpoint.leaves import LeafWriter, Leaves, checksum, open_leaves, staged, write_checksums
+from llava_jax.errors import UnusableCheckpoint
 
 __all__ = [
     "PARAMS", "LeafWriter", "absolute", "check_specs", "checksum", "fingerprint", "latest_step", "leaf_specs",

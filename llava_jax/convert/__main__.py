@@ -10,17 +10,15 @@ inspect DIR      verify DIR      merge DIR OUT
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 
 import jax
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax import cli, errors
 from llava_jax.convert import exporting, importing, peft_import, reports, table
 from llava_jax.convert.importing import PromptOptions
-
-USAGE, NO_CHECKPOINT = 64, 66
+from llava_jax.errors import UsageError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -28,21 +26,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         options = _parser().parse_args(arguments)
     except SystemExit as stop:  # argparse's own code for wrong usage is 2
-        return USAGE if stop.code else 0
-    try:
-        _run(options)
-    except BrokenPipeError:  # `inspect ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-    except (UnusableCheckpoint, OSError) as error:  # a file is not there, or a disk is full
-        print(f"convert {options.verb}: {error}", file=sys.stderr)
-        return NO_CHECKPOINT
-    except ValueError as error:
-        print(f"convert {options.verb}: {error}", file=sys.stderr)
-        return USAGE
-    return 0
+        return errors.USAGE if stop.code else 0
+    return cli.run(f"convert {options.verb}", lambda: _run(options))
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace) -> int:
     match options.verb:
         case "import":
             _import(options)
@@ -63,16 +51,17 @@ def _run(options: argparse.Namespace) -> None:
                 print(line)
     if "destination" in options:
         print(f"{options.verb} has written {options.destination}")
+    return 0
 
 
 def _import(options: argparse.Namespace) -> None:
     if peft_import.is_adapter(options.source):
         if options.vision is not None:
-            raise ValueError(f"--vision {options.vision}: {options.source} is an adapter; its tower is that of --base")
+            raise UsageError(f"--vision {options.vision}: {options.source} is an adapter; its tower is that of --base")
         peft_import.import_adapter(options.source, options.destination, options.base, _prompt(options))
         return
     if options.base is not None:
-        raise ValueError(f"--base {options.base}: {options.source} holds no adapter_config.json; leave --base out")
+        raise UsageError(f"--base {options.base}: {options.source} holds no adapter_config.json; leave --base out")
     importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
 
 

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.clip import SIZES
 from llava_jax.convert.files import Spec, TensorFiles, check_numbers
 from llava_jax.convert.table import CELL, LINEAR, PATCH, ROW, SAME, Row
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import EvaConfig
 
 HUB_PREFIX, LAVIS_PREFIX = "vision_model.", "visual_encoder."

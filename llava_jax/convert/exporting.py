@@ -32,6 +32,7 @@ from llava_jax.convert import (
 from llava_jax.convert.files import Spec, write_json, write_shards
 from llava_jax.convert.importing import OURS, SIDE_TOWER
 from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
+from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.presets import EvaConfig, LlavaConfig
 from llava_jax.prompt import templates
@@ -63,14 +64,14 @@ def export(
     formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft}
     kin = {"hf": _export_blip2, "projector": _export_llama_proj}
     if format not in formats:
-        raise ValueError(f"format {format!r}: wanted one of {', '.join(formats)}")
+        raise UsageError(f"format {format!r}: wanted one of {', '.join(formats)}")
     if split_projector and format != "peft":
-        raise ValueError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
+        raise UsageError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
     final = Path(destination)
     opened = open_source(source, step)
     if minigpt4.is_kin(opened.config):
         if format not in kin:
-            raise ValueError(
+            raise UsageError(
                 f"--format {format}: {source} has the connector {opened.config.projector!r}, which that format lacks; "
                 f"wanted one of {', '.join(kin)}"
             )
@@ -159,7 +160,7 @@ def _export_blip2(source: Source, partial: Path, final: Path) -> None:
     words, rows, image_id, pad_id, ends = _vocabulary(source)
     content = minigpt4.hub_config_json(config, rows, "float32", image_id, pad_id, ends)  # refuses before it writes
     if prompt.image_mode != "squash":
-        raise ValueError(f"{source.directory}: image mode {prompt.image_mode!r}; BLIP-2's processor only squashes")
+        raise UsageError(f"{source.directory}: image mode {prompt.image_mode!r}; BLIP-2's processor only squashes")
     dtype = _write_tensors(source, partial, rows, minigpt4.hub_rows(config), "")
     content = minigpt4.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt) | {"ln_vision_eps": config.ln_vision_eps}})
@@ -177,7 +178,7 @@ def _export_llama_proj(source: Source, partial: Path, final: Path) -> None:
     merged = merge_adapters(source, set(adapted(source)) - set(decoder))
     leaves = {name: spec for name, spec in merged.specs.items() if name.startswith("projector/")}
     if set(leaves) != {"projector/0/kernel", "projector/0/bias"}:
-        raise ValueError(f"{source.directory}: the original code has no linear layer for {source.config.projector!r}")
+        raise UsageError(f"{source.directory}: the original code has no linear layer for {source.config.projector!r}")
     for kernel in decoder:
         _check_original_adapter(source, kernel)
         leaves |= {name: source.specs[name] for name in (lora.beside(kernel, lora.A), lora.beside(kernel, lora.B))}
@@ -193,7 +194,7 @@ def _check_original_adapter(source: Source, kernel: str) -> None:
     rank = source.specs[lora.beside(kernel, lora.A)].shape[-1]
     alphas = rank * source.read(lora.beside(kernel, lora.SCALE))
     if not re.fullmatch("llm/blocks/[qkvo]/kernel", kernel) or not np.allclose(alphas, minigpt4.LORA_ALPHA):
-        raise ValueError(
+        raise UsageError(
             f"{source.directory}: an adapter of {kernel} with alpha {alphas.max():g}; the original code reads adapters "
             f"of q, k, v and o with alpha {minigpt4.LORA_ALPHA}: train it so, or keep the whole with `convert merge`"
         )
@@ -201,13 +202,13 @@ def _check_original_adapter(source: Source, kernel: str) -> None:
 
 def _export_llava(source: Source, partial: Path, final: Path) -> None:
     if "llava" not in final.name.lower():
-        raise ValueError(
+        raise UsageError(
             f"{final}: the original code tells a model's kind by its directory's name; wanted one with 'llava' in it, "
             f"such as {final.parent / ('llava-' + final.name)}"
         )
     config, prompt = source.config, source.card.prompt
     if prompt.image_mode == "squash":
-        raise ValueError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
+        raise UsageError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
     words = tokenizer_files.without_image_token(source.words)
     rows = tokenizer_files.kept_rows(source.words, config.llm.vocab + config.llm.added_tokens)
     table_rows = llava.rows(llava.ORIGINAL, config.projector)
@@ -233,7 +234,7 @@ def _export_projector(source: Source, partial: Path, final: Path) -> None:
     config = source.config
     leaves = {name: spec for name, spec in source.specs.items() if name.startswith("projector/")}
     if not leaves:
-        raise ValueError(f"{source.directory}: projector {config.projector!r} has no weights to export")
+        raise UsageError(f"{source.directory}: projector {config.projector!r} has no weights to export")
     found = table.entries(leaves, llava.projector_rows(llava.ORIGINAL, config.projector), {}, "conversion")
     tensors = {}
     for entry in found:

@@ -13,8 +13,8 @@ import ml_dtypes
 import numpy as np
 import safetensors
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import torch_zip
+from llava_jax.errors import MissingWeights, UnusableCheckpoint
 
 INDEX = "model.safetensors.index.json"
 # In the order in which transformers prefers them.
@@ -115,7 +115,7 @@ def open_tensors(path: str | Path) -> TensorFiles:
         return TensorFiles(path, {path: _open(path)})
     entry = next((path / name for name in _ENTRIES if (path / name).is_file()), None)
     if entry is None:
-        raise FileNotFoundError(f"{path}: no weights here; wanted one of {', '.join(_ENTRIES)} in a local directory")
+        raise MissingWeights(f"{path}: no weights here; wanted one of {', '.join(_ENTRIES)} in a local directory")
     if entry.suffix != ".json":
         return TensorFiles(path, {entry: _open(entry)})
     listed = _read_index(entry)
@@ -137,7 +137,7 @@ def open_files(directory: Path, files: Sequence[Path]) -> TensorFiles:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FileNotFoundError, or UnusableCheckpoint where the file holds something else."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; wanted a local copy of the whole directory")
+        raise MissingWeights(f"{path} is missing; wanted a local copy of the whole directory")
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
@@ -227,7 +227,7 @@ def _nbytes(spec: Spec) -> int:
 
 def _open(path: Path) -> _Reader:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; download the directory again, whole")
+        raise MissingWeights(f"{path} is missing; download the directory again, whole")
     with path.open("rb") as file:
         start: Sequence[int] = file.read(9)
     # A safetensors file begins with the header's length and its brace, a torch file with a zip's signature.

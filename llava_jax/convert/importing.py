@@ -16,10 +16,10 @@ from etils import epath
 from llava_jax import params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import clip, llama, llava, minigpt4, processor, table
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
+from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import abstract_params, init_params
 from llava_jax.models.presets import (
@@ -92,7 +92,7 @@ def import_checkpoint(
 
 def _refuse_vision(vision: epath.PathLike | None, directory: Path) -> None:
     if vision is not None:
-        raise ValueError(f"--vision {vision}: {directory} is in the Hugging Face format, which holds its own tower")
+        raise UsageError(f"--vision {vision}: {directory} is in the Hugging Face format, which holds its own tower")
 
 
 def assemble(
@@ -133,7 +133,7 @@ def assemble(
         given = kind or projector_type
     added = minigpt4.adapters(parts)
     if added and is_eva and image_size is None:
-        raise ValueError(
+        raise UsageError(
             f"--projector {projector}: a MiniGPT-v2's, since it has adapters of the decoder; it does not say how large "
             "the pictures were: give --image-size (448 as released)"
         )
@@ -141,7 +141,7 @@ def assemble(
     kind = given or ("qformer" if pretrained else "concat4_linear" if is_eva else "mlp2x_gelu")
     if pretrained is not None:
         if kind != "qformer":
-            raise ValueError(f"--connector {connector}: a Q-Former, which the connector {kind!r} has not")
+            raise UsageError(f"--connector {connector}: a Q-Former, which the connector {kind!r} has not")
         parts.append(pretrained.part)
     tower, part = _tower(vision, kind, select_layer, image_size)
     decoder, llm_tensors = llama.open_directory(llm_directory)
@@ -175,10 +175,10 @@ def _tower(
     directory = Path(vision)
     if minigpt4.holds_eva(vision):
         if select_layer is not None:
-            raise ValueError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
+            raise UsageError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
         return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
     if image_size is not None:
-        raise ValueError(f"--image-size {image_size}: {vision} is a CLIP, whose positions are not interpolated")
+        raise UsageError(f"--image-size {image_size}: {vision} is a CLIP, whose positions are not interpolated")
     content, tensors, prefix = clip.open_directory(directory)
     layer = -2 if select_layer is None else select_layer
     config = clip.read_config(content, str(directory / "config.json"), layer, "patch")
@@ -214,7 +214,7 @@ def _original(
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
     if vision is None and not (in_file and name in clip.HUB_TOWERS):
-        raise ValueError(
+        raise UsageError(
             f"{directory}: its vision tower {name!r} is not in it; download that CLIP model and give it as --vision"
         )
     kind = llava.projector_kind(list(tensors.specs), layout.projector)
@@ -292,7 +292,7 @@ def _prompt(directory: Path, content: Mapping[str, Any], options: PromptOptions)
         mode = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
     mode = mode or processor.read_settings(directory).mode
     if mode is None:
-        raise ValueError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
+        raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     return cards.PromptCard(options.template or kept.get("template", "v1"), options.legacy, mode, marks)
 

@@ -4,9 +4,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Row
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import LlamaConfig, RopeScaling
 
 IGNORED = (r".*\brotary_emb\.inv_freq",)

@@ -4,10 +4,10 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import clip, llama
 from llava_jax.convert.files import TensorFiles
 from llava_jax.convert.table import LINEAR, SAME, Row
+from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.projectors import depth
 
@@ -80,7 +80,7 @@ def projector_rows(layout: Layout, projector: str) -> list[Row]:
     elif projector == "mlp2x_gelu":
         names = [(f"projector/{2 * i}", f"{layout.projector}linear_{i + 1}.") for i in range(2)]
     else:
-        raise ValueError(f"the Hugging Face format has no projector {projector!r}, only mlp2x_gelu; use --format llava")
+        raise UsageError(f"the Hugging Face format has no projector {projector!r}, only mlp2x_gelu; use --format llava")
     kinds = (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
     return [(f"{ours}/{k}", (theirs + w, axes)) for ours, theirs in names for k, w, axes in kinds]
 

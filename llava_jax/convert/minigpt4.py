@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import eva, llama, qformer
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Part, Row
+from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models.presets import EvaConfig, LlavaConfig, QFormerConfig
 
 HUB_CLASS, HUB_TYPE = "Blip2ForConditionalGeneration", "blip-2"
@@ -214,7 +214,7 @@ def hub_config_json(
       ValueError: the format has no such model.
     """
     if not isinstance(config.vision, EvaConfig) or not isinstance(config.resampler, QFormerConfig):
-        raise ValueError(
+        raise UsageError(
             f"the Hugging Face format has no model with the connector {config.projector!r} on this tower; only EVA "
             "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu"
         )
@@ -252,7 +252,7 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 def _want(path: Path, what: str) -> None:
     if not path.exists():
-        raise FileNotFoundError(f"{path}: no such file or directory; wanted {what}")
+        raise MissingWeights(f"{path}: no such file or directory; wanted {what}")
 
 
 def _open_hub(directory: Path) -> tuple[dict[str, Any], TensorFiles]:

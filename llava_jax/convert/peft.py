@@ -17,6 +17,7 @@ from llava_jax.convert import clip, llava, readme, table
 from llava_jax.convert.files import Spec, write_json, write_safetensors
 from llava_jax.convert.source import Source, adapted
 from llava_jax.convert.table import LINEAR, Entry
+from llava_jax.errors import UsageError
 from llava_jax.models import lora
 
 CONFIG = "adapter_config.json"
@@ -64,7 +65,7 @@ def adapter_of(source: Source) -> Adapter:
     if moved and any(kernel.startswith("projector/") for kernel in kernels):
         others = moved
     if others:
-        raise ValueError(
+        raise UsageError(
             f"{source.directory}: {others[0]} moved too ({len(others)} such leaves), and a PEFT adapter holds adapters "
             "and a projector without one; use --split-projector, whose base has all the rest, or --format hf"
         )
@@ -80,11 +81,11 @@ def text_adapter_of(source: Source) -> tuple[Adapter, list[str]]:
     kernels = _kernels(source)
     text = [name for name in kernels if name.startswith("llm/")]
     if not text:
-        raise ValueError(f"{source.directory}: no adapter in the decoder, which --split-projector parts from the rest")
+        raise UsageError(f"{source.directory}: no adapter in the decoder, which --split-projector parts from the rest")
     kinds = sorted({(module.rank, module.scale) for module in _modules(source, text)})
     if len(kinds) > 1:
         shown = ", ".join(f"rank {rank} scale {scale:g}" for rank, scale in kinds)
-        raise ValueError(
+        raise UsageError(
             f"{source.directory}: adapters of {shown}; vLLM, which --split-projector is for, takes one of each; "
             "leave the flag out, or use --format hf"
         )
@@ -100,7 +101,7 @@ def write(source: Source, adapter: Adapter, directory: Path, name: str, base: st
     """
     modules = _modules(source, adapter.kernels)
     if not modules:
-        raise ValueError(f"{source.directory}: all adapters are zero, so there is nothing to export")
+        raise UsageError(f"{source.directory}: all adapters are zero, so there is nothing to export")
     saved = _entries(source, adapter.saved)
     specs = {
         f"{PREFIX}{module.name}.lora_{letter}.weight": Spec(_shape(source, module, leaf), _dtype(source, module, leaf))
@@ -115,7 +116,7 @@ def write(source: Source, adapter: Adapter, directory: Path, name: str, base: st
 def _kernels(source: Source) -> list[str]:
     kernels = adapted(source)
     if not kernels:
-        raise ValueError(f"{source.directory}: no adapters in it, so there is nothing for --format peft; use hf")
+        raise UsageError(f"{source.directory}: no adapters in it, so there is nothing for --format peft; use hf")
     return kernels
 
 

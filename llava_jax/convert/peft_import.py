@@ -14,13 +14,13 @@ from etils import epath
 
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import clip, llama, llava, table
 from llava_jax.convert.files import TensorFiles, open_files, read_json
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.convert.peft import CONFIG, PREFIX, PROMPT
 from llava_jax.convert.source import Source, adapted, open_source
 from llava_jax.convert.table import LINEAR, Entry
+from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.prompt import templates
 
@@ -73,11 +73,11 @@ def import_adapter(
     """
     directory = Path(source)
     if base is None:
-        raise ValueError(f"{directory} holds an adapter: say --base CHECKPOINT, the imported model it was trained on")
+        raise UsageError(f"{directory} holds an adapter: say --base CHECKPOINT, the imported model it was trained on")
     config = _read_config(directory)
     opened = open_source(base)
     if adapted(opened):
-        raise ValueError(f"--base {base} has adapters of its own: `convert merge {base} OUT` first, and say --base OUT")
+        raise UsageError(f"--base {base} has adapters of its own: `convert merge {base} OUT` first, and say --base OUT")
     tensors = open_files(directory, [_weights(directory), *_existing(directory, OTHER_WEIGHTS)])
     found = _find(tensors, _known(opened), config)
     adapters = {t.entry.ours: [o for o in found if o.part and o.entry == t.entry] for t in found if t.part}
@@ -113,7 +113,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _weights(directory: Path) -> Path:
     found = _existing(directory, WEIGHTS)
     if not found:
-        raise FileNotFoundError(f"{directory}: no weights here; wanted {' or '.join(WEIGHTS)}")
+        raise MissingWeights(f"{directory}: no weights here; wanted {' or '.join(WEIGHTS)}")
     return found[0]
 
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.files import read_json
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import CLIP_MEAN, CLIP_STD, TowerConfig, VisionConfig
 
 

@@ -4,9 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert.files import TensorFiles, check_numbers
 from llava_jax.convert.table import LINEAR, ROW, SAME, Row
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import QFormerConfig
 
 HEAD_WIDTH = 64  # of BERT; LAVIS's files do not say it

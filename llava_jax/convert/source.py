@@ -11,6 +11,7 @@ from llava_jax import params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.checkpoint.leaves import Leaves
+from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import LlavaConfig, config_from_json
@@ -46,7 +47,7 @@ class Source(NamedTuple):
                 cast = leaf.astype(dtype)
         # One layer at a time: a stack in float32 is twice its size in memory.
         if not all(np.isfinite(part.astype(np.float32)).all() for part in (cast if cast.ndim > 1 else [cast])):
-            raise ValueError(f"{self.directory}: {name} does not fit in {dtype}; use --dtype bfloat16 or float32")
+            raise UsageError(f"{self.directory}: {name} does not fit in {dtype}; use --dtype bfloat16 or float32")
         return cast
 
 

@@ -15,9 +15,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_jax import params
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.checkpoint.store import LeafWriter
 from llava_jax.convert.files import Spec, TensorFiles
+from llava_jax.errors import UnusableCheckpoint
 
 FLOATS = ("float32", "float16", "bfloat16")
 

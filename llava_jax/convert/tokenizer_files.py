@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.convert.chat_template import IMAGE
+from llava_jax.errors import UsageError
 from llava_jax.prompt.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer, load
 
 PAD = "<pad>"
@@ -92,7 +93,7 @@ def _llama_json(tokenizer: LlamaTokenizer, specials: Mapping[str, int]) -> dict[
     vocab = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
     scores = [processor.get_score(number) for number in vocab.values()]
     if any(score != int(score) for score in scores):
-        raise ValueError("tokenizer.model is no BPE (its scores are no ranks), so no tokenizer.json gives the same ids")
+        raise UsageError("tokenizer.model is no BPE (its scores are no ranks), so no tokenizer.json gives the same ids")
     # legacy: every stretch between special tokens gets a "▁"; else only the one that begins the text.
     prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
     metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}

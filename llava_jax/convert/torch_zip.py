@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.errors import UnusableCheckpoint
 
 _STORAGES = {
     "FloatStorage": np.dtype("f4"), "HalfStorage": np.dtype("f2"), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),

@@ -6,29 +6,23 @@ import dataclasses
 import itertools
 import json
 import logging
-import os
 import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from typing import NoReturn
 
 import numpy as np
 from etils import epath
 
+from llava_jax import cli, errors
 from llava_jax.data import index, prepare
-from llava_jax.data.sources import DataError, JsonSource, open_source
+from llava_jax.data.sources import JsonSource, open_source
 from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
+from llava_jax.errors import DataError, UsageError
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
-_USAGE, _DATA = 64, 65
 _NOTES_SHOWN = 20
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -36,21 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)
-    try:
-        return options.run(options)
-    except BrokenPipeError:  # `show ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        return 0
-    except DataError as error:
-        print(f"data: {error}", file=sys.stderr)
-        return _DATA
-    except (ValueError, FileNotFoundError) as error:
-        print(f"data: {error}", file=sys.stderr)
-        return _USAGE
+    return cli.run("data", lambda: options.run(options))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m llava_jax.data", description=__doc__)
+    parser = cli.Parser(prog="python -m llava_jax.data", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs_help = {
         "show": (_show, "print each record's tokens, with what is learned marked"),
@@ -105,7 +89,7 @@ def _show(options: argparse.Namespace) -> int:
             example = encode(record.conversation, format, open_images=False)
         except ValueError as error:
             print(f"data: {record.where}: {error}", file=sys.stderr)
-            code = _DATA
+            code = errors.DATA
             continue
         if options.json:
             ids, labels = with_labels(example)
@@ -144,13 +128,13 @@ def _report(options: argparse.Namespace, records: int, findings: Iterable[Findin
     secs = time.monotonic() - start
     if options.json:
         print(json.dumps({"records": records, "bad": len(bad), "counts": counts, "secs": round(secs, 3)}))
-        return _DATA if bad else 0
+        return errors.DATA if bad else 0
     for reason, count in counts.most_common():
         refused, meaning = REASONS[reason]
         print(f"{count:9,} {reason:22} {'refused' if refused else 'used   '} {meaning}")
     print(f"{options.records}: {records:,} records, {len(bad):,} bad, in {secs:.1f} s ({records / secs:,.0f}/s)"
           + _unchecked(options))  # fmt: skip
-    return _DATA if bad else 0
+    return errors.DATA if bad else 0
 
 
 def _unchecked(options: argparse.Namespace) -> str:
@@ -210,10 +194,10 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 def _prepare(options: argparse.Namespace) -> int:
     if options.records not in prepare.NAMES:
         if options.raw is not None or options.to == "json":
-            raise ValueError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")
+            raise UsageError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")
         return _write_tfds(options.records, options.images, options.split or "train", options.out)
     if options.raw is None:
-        raise ValueError(f"prepare {options.records} wants --from DIR, the folder of its raw files")
+        raise UsageError(f"prepare {options.records} wants --from DIR, the folder of its raw files")
     asked = prepare.Options(options.split, options.format, options.file, options.captions, options.seed)
     made = prepare.make(options.records, options.raw, asked)
     for note in made.notes:

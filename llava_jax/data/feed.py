@@ -17,8 +17,9 @@ import numpy as np
 from llava_jax.batch import Batch, Example
 from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
-from llava_jax.data.sources import DataError, Record, Source
+from llava_jax.data.sources import Record, Source
 from llava_jax.data.validate import REASONS, Finding, Problem, brief, check, found, rules
+from llava_jax.errors import DataError, UsageError
 from llava_jax.prompt.encode import Format, encode
 
 _log = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Feed(abc.ABC):
         if not isinstance(step, int) or step < 0:
             differences.append(f"step: saved {brief(step)}, want a number of steps")
         if differences:
-            raise ValueError(
+            raise UsageError(
                 f"the saved data state does not fit this run ({'; '.join(differences)}): resume with the same data "
                 "and settings, or start a new run in another directory"
             )
@@ -224,8 +225,8 @@ def _empty(id: str) -> Example:
 def check_sources(sources: Sequence[Source], host: int, hosts: int, skip_budget: float | int) -> None:
     """Raises ValueError where these arguments of any pipeline do not fit; names them."""
     if not sources:
-        raise ValueError("data sources=() is empty: want at least one")
+        raise UsageError("data sources=() is empty: want at least one")
     if hosts < 1 or not 0 <= host < hosts:
-        raise ValueError(f"data host={host}: want 0 to {hosts - 1}, as hosts={hosts}")
+        raise UsageError(f"data host={host}: want 0 to {hosts - 1}, as hosts={hosts}")
     if not 0 <= skip_budget < 1:
-        raise ValueError(f"data skip_budget={skip_budget}: want a part of all records, 0 <= skip_budget < 1")
+        raise UsageError(f"data skip_budget={skip_budget}: want a part of all records, 0 <= skip_budget < 1")

@@ -5,7 +5,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 
 
 def read_json(path: epath.Path, kind: type = object) -> Any:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from llava_jax.errors import UsageError
+
 ORDERS = ("shuffle", "modality_length", "sequential")
 
 
@@ -130,7 +132,7 @@ def resolve_steps(records: int, batch_samples: int, epochs: float | int) -> int:
       ValueError: a number below 1 record, 1 sample or above 0 epochs is wanted.
     """
     if records < 1 or batch_samples < 1 or epochs <= 0:
-        raise ValueError(
+        raise UsageError(
             f"cannot resolve steps of epochs={epochs} over {records} records in batches of {batch_samples}: "
             "each must be above 0"
         )

@@ -12,6 +12,7 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import Plans
 from llava_jax.data.sources import Source
+from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
 
 _ORDERS = ("shuffle", "sequential")
@@ -63,9 +64,9 @@ class Packed(Feed):
         check_sources(sources, host, hosts, skip_budget)
         _check_sizes(rows, rows_per_group, images_per_group, hosts)
         if order not in _ORDERS:
-            raise ValueError(f"data order={order!r}: packed rows come in order {' or '.join(_ORDERS)}")
+            raise UsageError(f"data order={order!r}: packed rows come in order {' or '.join(_ORDERS)}")
         if row_tokens <= format.image_features:
-            raise ValueError(
+            raise UsageError(
                 f"data row_tokens={row_tokens} is too short for an image, whose features take {format.image_features} "
                 f"positions and its words some more: want at least {format.image_features + _WORDS}"
             )
@@ -108,7 +109,7 @@ class Packed(Feed):
 def _check_sizes(rows: int, rows_per_group: int, images_per_group: int, hosts: int) -> None:
     for name, value in {"rows": rows, "rows_per_group": rows_per_group, "images_per_group": images_per_group}.items():
         if value < 1:
-            raise ValueError(f"data {name}={value}: want at least 1")
+            raise UsageError(f"data {name}={value}: want at least 1")
     if rows % (hosts * rows_per_group):
-        raise ValueError(f"data rows={rows}: want a multiple of {hosts * rows_per_group}, which is hosts={hosts} x "
+        raise UsageError(f"data rows={rows}: want a multiple of {hosts * rows_per_group}, which is hosts={hosts} x "
                          f"rows_per_group={rows_per_group}")  # fmt: skip

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.batch import Batch, Example
+from llava_jax.errors import UsageError
 
 
 def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
@@ -62,7 +63,7 @@ def packed(
     for example, group, row, segment, start, image in _places(kept):
         n, images = len(example.tokens), len(example.images)
         if start + n > row_tokens or image + images > images_per_group:
-            raise ValueError(
+            raise UsageError(
                 f"record {example.id!r} fills its row to {start + n} of {row_tokens} tokens and its group to "
                 f"{image + images} of {images_per_group} images: want a plan that keeps within both"
             )

@@ -11,6 +11,7 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.index import token_lengths, word_lengths
 from llava_jax.data.orders import ORDERS, Schedule, resolve_steps
 from llava_jax.data.sources import Source
+from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
 
 
@@ -97,7 +98,7 @@ def _check_order(order: str) -> None:
     if order not in ORDERS:
         near = difflib.get_close_matches(order, ORDERS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"data order={order!r} is unknown: {hint}choose one of {', '.join(ORDERS)}")
+        raise UsageError(f"data order={order!r} is unknown: {hint}choose one of {', '.join(ORDERS)}")
 
 
 def _check_sizes(
@@ -106,9 +107,9 @@ def _check_sizes(
     for name, value in {"batch_samples": batch_samples, "group_samples": group_samples, "row_tokens": row_tokens,
                         "images_per_group": images_per_group}.items():  # fmt: skip
         if value < 1:
-            raise ValueError(f"data {name}={value}: want at least 1")
+            raise UsageError(f"data {name}={value}: want at least 1")
     if batch_samples % hosts or batch_samples % group_samples:
-        raise ValueError(f"data batch_samples={batch_samples}: want a multiple of hosts={hosts} and of "
+        raise UsageError(f"data batch_samples={batch_samples}: want a multiple of hosts={hosts} and of "
                          f"group_samples={group_samples}")  # fmt: skip
     if list(lengths) != sorted(set(lengths)) or any(not 0 < length <= row_tokens for length in lengths):
-        raise ValueError(f"data lengths={tuple(lengths)}: want rising row lengths up to row_tokens={row_tokens}")
+        raise UsageError(f"data lengths={tuple(lengths)}: want rising row lengths up to row_tokens={row_tokens}")

@@ -18,7 +18,8 @@ from etils import epath
 
 from llava_jax.data import scienceqa
 from llava_jax.data.files import field, read_json
-from llava_jax.data.sources import DataError, open_source
+from llava_jax.data.sources import open_source
+from llava_jax.errors import DataError, UsageError
 
 # Records of a whole download. Source: the dataset cards of liuhaotian/LLaVA-CC3M-Pretrain-595K, LLaVA-Pretrain and
 # LLaVA-Instruct-150K; haotian-liu/LLaVA README @ c121f04 for the mixture.
@@ -83,7 +84,7 @@ def write(made: Made, out: epath.PathLike) -> epath.Path:
     """
     path = epath.Path(out) / f"{made.name}.json"
     if path.exists():
-        raise ValueError(f"{path} exists already: remove it or choose another --out")
+        raise UsageError(f"{path} exists already: remove it or choose another --out")
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     beside.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in made.records) + "\n]\n")
@@ -142,7 +143,7 @@ def _coco(root: epath.Path, options: Options) -> Made:
     told = read_json(path)
     annotations, pictures = (field(told, key, list, str(path)) for key in ("annotations", "images"))
     if options.captions not in ("first", "random", "all"):
-        raise ValueError(f"--captions {options.captions}: want first, random or all")
+        raise UsageError(f"--captions {options.captions}: want first, random or all")
     captions: dict[int, list[str]] = {}
     for number, row in enumerate(annotations):
         where = f"{path}: annotations[{number}]"
@@ -187,12 +188,12 @@ def _pair(identity: str, image: str, caption: str, question: str = CAPTION_QUEST
 def _raw(root: epath.Path, names: Sequence[str] | dict[str, int | None], options: Options, source: str) -> epath.Path:
     wanted = [options.file] if options.file else list(names)
     if options.file and options.file not in names:
-        raise ValueError(f"--file {options.file}: want one of {', '.join(names)}")
+        raise UsageError(f"--file {options.file}: want one of {', '.join(names)}")
     found = [root / name for name in wanted if (root / name).exists()]
     if not found:
         raise DataError(f"{root} holds none of {', '.join(wanted)}; they come from {source}")
     if len(found) > 1:
-        raise ValueError(f"{root} holds {', '.join(path.name for path in found)}: choose one with --file")
+        raise UsageError(f"{root} holds {', '.join(path.name for path in found)}: choose one with --file")
     return found[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.data.files import read_json
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError, UsageError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
 LETTERS = "ABCDE"  # no problem has more choices
@@ -112,7 +112,7 @@ def record(problem: Problem, format: str) -> dict[str, Any]:
 def check_format(format: str) -> None:
     """Raises ValueError if there is no such format."""
     if format not in FORMATS:
-        raise ValueError(f"ScienceQA format {format!r}: want INPUT-OUTPUT with INPUT one of {', '.join(INPUTS)} and "
+        raise UsageError(f"ScienceQA format {format!r}: want INPUT-OUTPUT with INPUT one of {', '.join(INPUTS)} and "
                          f"OUTPUT one of {', '.join(OUTPUTS)}")  # fmt: skip
 
 

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.data.sources import DataError, Record, Source
+from llava_jax.data.sources import Record, Source
+from llava_jax.errors import DataError
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 CAPTION_WORDS = 50

@@ -15,14 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from llava_jax.errors import DataError, MissingFile, UsageError
 from llava_jax.prompt.conversation import Conversation, from_record
 
 _KINDS = ".json (one list), .jsonl (a record a line), a TFDS directory, .tar or a directory of .tar"
 _SPACE = re.compile(r"[ \t\n\r]*")
-
-
-class DataError(ValueError):
-    """The data is bad (not the configuration): doors exit 65."""
 
 
 @dataclass(frozen=True)
@@ -140,9 +137,9 @@ def open_source(
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
     if not place.exists():
-        raise FileNotFoundError(f"data source {str(path)!r} does not exist: want {_KINDS}")
+        raise MissingFile(f"data source {str(path)!r} does not exist: want {_KINDS}")
     if folder is not None and not folder.is_dir():
-        raise FileNotFoundError(f"image folder {str(images)!r} of {str(path)!r} is no directory")
+        raise MissingFile(f"image folder {str(images)!r} of {str(path)!r} is no directory")
     name = name or place.name
     if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
         from llava_jax.data import shards  # here only: it builds upon this module
@@ -157,11 +154,11 @@ def open_source(
     elif place.suffix == ".jsonl":
         source = _open_lines(place, folder, name, weight, keep_broken)
     else:
-        raise ValueError(f"data source {str(path)!r}: want {_KINDS}")
+        raise UsageError(f"data source {str(path)!r}: want {_KINDS}")
     if not len(source) and not keep_broken:
         raise DataError(f"{place}: holds no records")
     if weight <= 0 or (len(source) and round(len(source) * weight) < 1):
-        raise ValueError(f"data source {name!r}: weight={weight} shows none of its {len(source)} records an epoch")
+        raise UsageError(f"data source {name!r}: weight={weight} shows none of its {len(source)} records an epoch")
     return source
 
 

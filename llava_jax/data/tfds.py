@@ -11,7 +11,8 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.data.sources import DataError, Record, Source
+from llava_jax.data.sources import Record, Source
+from llava_jax.errors import DataError, UsageError
 
 _KNOWN = {"id", "conversations", "image", "images", "images_in_place"}
 
@@ -68,7 +69,7 @@ def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> 
     builder = tfds.builder_from_directory(place)
     features, splits = builder.info.features, builder.info.splits
     if split not in splits:
-        raise ValueError(f"{place}: split {split!r} does not exist: choose one of {', '.join(sorted(splits))}")
+        raise UsageError(f"{place}: split {split!r} does not exist: choose one of {', '.join(sorted(splits))}")
     if builder.info.file_format is not tfds.core.FileFormat.ARRAY_RECORD:
         raise DataError(f"{place}: file format is {builder.info.file_format}, want array_record: write it again with "
                         "`python -m llava_jax.data prepare`")  # fmt: skip
@@ -91,5 +92,5 @@ def _version(place: epath.Path) -> epath.Path:
     if not versions:
         raise DataError(f"{place}: no TFDS data set (no features.json, here or one level down)")
     if len(versions) > 1:
-        raise ValueError(f"{place}: holds several versions ({', '.join(v.name for v in versions)}): name one of them")
+        raise UsageError(f"{place}: holds several versions ({', '.join(v.name for v in versions)}): name one of them")
     return versions[0]

@@ -4,13 +4,12 @@ Killed or interrupted, each verb goes on where it was when it is run again: OUT/
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+from llava_jax import cli
 from llava_jax.datagen import files, filters, generate, phrases, shots
-from llava_jax.datagen.files import DataError
 from llava_jax.datagen.options import (
     DESCRIBE_TOKENS,
     SHORT_TOKENS,
@@ -20,36 +19,18 @@ from llava_jax.datagen.options import (
     read_subjects,
 )
 from llava_jax.datagen.progress import Progress, unanswered
-
-USAGE, DATA, INTERRUPTED = 64, 65, 130  # exit codes; 130 is a shell's own after Ctrl-C
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+from llava_jax.errors import DataError, UsageError
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data, 66 no checkpoint, 75 not all answered: run again."""
     options = _parser().parse_args(arguments)
-    try:
-        return options.run(options)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
-        return 0
-    except DataError as error:
-        print(f"datagen: {error}", file=sys.stderr)
-        return DATA
-    except (ValueError, FileNotFoundError) as error:
-        print(f"datagen: {error}", file=sys.stderr)
-        return USAGE
-    except KeyboardInterrupt:
-        print("datagen: interrupted; what was answered is kept: run the same command again", file=sys.stderr)
-        return INTERRUPTED
+    return cli.run("datagen", lambda: options.run(options),
+                   "interrupted; what was answered is kept: run the same command again")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m llava_jax.datagen", description=__doc__)
+    parser = cli.Parser(prog="python -m llava_jax.datagen", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     for kind, text in {
         "conversation": "questions and answers about each picture, from its captions alone",
@@ -134,7 +115,7 @@ def _add_curate(verbs: Any) -> None:
 
 def _generate(options: argparse.Namespace) -> int:
     if options.attempts < 1:
-        raise ValueError(f"--attempts {options.attempts}: want at least 1")
+        raise UsageError(f"--attempts {options.attempts}: want at least 1")
     found = read_subjects(options)
     questions = _questions(options, shots.DETAIL)
     job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,

@@ -18,9 +18,10 @@ import numpy as np
 from etils import epath
 
 from llava_jax.datagen import files, rules
-from llava_jax.datagen.files import DataError, field
+from llava_jax.datagen.files import field
 from llava_jax.datagen.generate import MARKER, drawn, record
 from llava_jax.datagen.parsing import Pair
+from llava_jax.errors import DataError, MissingFile
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import Answer, Client, Failure, Request
 from llava_jax.openai_client.cache import Cache
@@ -52,10 +53,10 @@ def pictures(folder: epath.PathLike) -> list[str]:
     """
     root = epath.Path(folder)
     if not root.is_dir():
-        raise FileNotFoundError(f"images {str(root)!r}: no such folder")
+        raise MissingFile(f"images {str(root)!r}: no such folder")
     found = sorted(str(path.relative_to(root)) for path in _below(root) if path.suffix.lower() in SUFFIXES)
     if not found:
-        raise FileNotFoundError(f"images {str(root)!r}: no picture in it ({', '.join(SUFFIXES)})")
+        raise MissingFile(f"images {str(root)!r}: no picture in it ({', '.join(SUFFIXES)})")
     names: dict[str, str] = {}
     for path in found:
         if names.setdefault(Path(path).stem, path) != path:

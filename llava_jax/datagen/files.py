@@ -10,9 +10,7 @@ from typing import Any
 
 from etils import epath
 
-
-class DataError(ValueError):
-    """The data is bad (not the command): the door exits 65."""
+from llava_jax.errors import DataError, MissingFile
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -114,7 +112,7 @@ def _text(path: epath.PathLike) -> str:
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise FileNotFoundError(f"{path}: {error.strerror}: want a .json or .jsonl file that can be read") from None
+        raise MissingFile(f"{path}: {error.strerror}: want a .json or .jsonl file that can be read") from None
 
 
 def _lines(path: epath.PathLike) -> Iterator[tuple[str, Any]]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from llava_jax.datagen.phrases import normalised
+from llava_jax.errors import UsageError
 
 # Source: arXiv:2304.08485, appendix (CC3M): phrases rarer than 3 are skipped, those above 100 give 100 captions.
 LEAST, MOST = 3, 100
@@ -43,7 +44,7 @@ def balance(
       ValueError: the limits are out of order.
     """
     if not 1 <= least <= most:
-        raise ValueError(f"least={least}, most={most}: want 1 <= least <= most")
+        raise UsageError(f"least={least}, most={most}: want 1 <= least <= most")
     holders: dict[str, list[int]] = collections.defaultdict(list)
     for index, found in enumerate(phrases):
         for phrase in sorted({normalised(phrase) for phrase in found} - {""}):

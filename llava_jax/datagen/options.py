@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llava_jax.datagen import subjects
 from llava_jax.datagen.subjects import Subject
+from llava_jax.errors import UsageError
 from llava_jax.openai_client import KEY_VARIABLE, Budget, Client, Endpoint
 
 # "does not exceed 80 tokens" is short. Source: arXiv:2304.10592, section 3.2
@@ -57,7 +58,7 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
       ValueError: not exactly one source. FileNotFoundError, DataError: see `subjects`.
     """
     if (options.captions is None) == (options.records is None):
-        raise ValueError("want either --captions captions.json [--instances instances.json] or --records FILE")
+        raise UsageError("want either --captions captions.json [--instances instances.json] or --records FILE")
     if options.records:
         found = subjects.from_records(options.records)
     else:

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterable
 
 from etils import epath
 
-from llava_jax.datagen.files import DataError, field, read_rows
+from llava_jax.datagen.files import field, read_rows
+from llava_jax.errors import DataError, UsageError
 
 # Words that stand between noun phrases of captions: function words, auxiliaries, and the commonest verbs.
 _BETWEEN = frozenset(
@@ -57,7 +58,7 @@ def spacy_chunks(model: str) -> Phrases:
 
         language = spacy.load(model, exclude=["ner", "lemmatizer"])
     except (ImportError, OSError) as error:
-        raise ValueError(f"phrases spacy:{model}: {error}: pip install spacy, python -m spacy download {model}; "
+        raise UsageError(f"phrases spacy:{model}: {error}: pip install spacy, python -m spacy download {model}; "
                          "or use --phrases runs, or a file of phrases made elsewhere") from None  # fmt: skip
     return lambda caption: (chunk.text for chunk in language(caption).noun_chunks)
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from llava_jax.datagen import files
+from llava_jax.errors import UsageError
 
 PAGE = Path(__file__).parent / "review.html"
 
@@ -20,7 +21,7 @@ def write(folder: Path, rows: Sequence[dict[str, Any]], picture: Callable[[str],
       ValueError: per_page is below 1.
     """
     if per_page < 1:
-        raise ValueError(f"per_page={per_page}: want at least 1")
+        raise UsageError(f"per_page={per_page}: want at least 1")
     shown = [row for row in rows if row["dropped"] is None]
     pages = []
     for start in range(0, len(shown), per_page):

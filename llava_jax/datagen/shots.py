@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax.errors import MissingFile, UsageError
+
 PROMPTS = Path(__file__).parent / "prompts"
 BRIEF, DETAIL = "brief_questions.txt", "detail_questions.txt"
 
@@ -67,12 +69,12 @@ def lines(name: str, prompts: epath.PathLike = PROMPTS) -> Sequence[str]:
     """
     found = [line.strip() for line in _text(epath.Path(prompts) / name).splitlines() if line.strip()]
     if not found:
-        raise ValueError(f"{epath.Path(prompts) / name}: empty: want one question a line")
+        raise UsageError(f"{epath.Path(prompts) / name}: empty: want one question a line")
     return found
 
 
 def _text(path: epath.Path) -> str:
     if not path.is_file():
-        raise FileNotFoundError(f"prompts {str(path)!r}: no such file: want the layout of "
+        raise MissingFile(f"prompts {str(path)!r}: no such file: want the layout of "
                                 f"{PROMPTS}: KIND/system_message.txt, 000_caps.txt, 000_conv.txt ...")  # fmt: skip
     return path.read_text().strip()

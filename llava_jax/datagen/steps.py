@@ -10,7 +10,8 @@ from typing import Any
 from llava_jax.datagen import curate, files, review, shots
 from llava_jax.datagen.options import open_client
 from llava_jax.datagen.progress import Progress, unanswered
-from llava_jax.generate.assistant import Assistant, UnusableCheckpoint
+from llava_jax.errors import MissingFile, UnusableCheckpoint, UsageError
+from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client.cache import Cache
 
 NO_CHECKPOINT = 66  # exit code
@@ -18,7 +19,7 @@ NO_CHECKPOINT = 66  # exit code
 
 def _describe(options: argparse.Namespace) -> int:
     if (options.checkpoint is None) == (options.base_url is None or options.model is None):
-        raise ValueError("want a describer: either --checkpoint DIR, or --base-url URL with --model NAME")
+        raise UsageError("want a describer: either --checkpoint DIR, or --base-url URL with --model NAME")
     paths = curate.pictures(options.images)
     if options.sample is not None:
         paths = sorted(random.Random(options.seed).sample(paths, min(options.sample, len(paths))))
@@ -92,7 +93,7 @@ def _review(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     if bool(options.decisions) == options.no_review:
-        raise ValueError("want the review's --decisions FILE ..., or --no-review to take what nobody has seen")
+        raise UsageError("want the review's --decisions FILE ..., or --no-review to take what nobody has seen")
     rows = _rows(options, curate.FILTERED, "filter")
     decided = None if options.no_review else curate.decisions(options.decisions)
     taken, counts = curate.chosen(rows, decided)
@@ -114,7 +115,7 @@ def _export(options: argparse.Namespace) -> int:
 def _rows(options: argparse.Namespace, name: str, step: str) -> list[dict[str, Any]]:
     path = options.out / name
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file: run `curate {step} --out {options.out}` first")
+        raise MissingFile(f"{path}: no such file: run `curate {step} --out {options.out}` first")
     return [row for _, row in files.read_rows(path)]
 
 

@@ -5,7 +5,8 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.datagen.files import DataError, brief, field, image_path, read_json, read_rows
+from llava_jax.datagen.files import brief, field, image_path, read_json, read_rows
+from llava_jax.errors import DataError
 
 
 class Box(NamedTuple):

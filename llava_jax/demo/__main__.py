@@ -11,28 +11,23 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from llava_jax import cli
 from llava_jax.demo import bases, report, story
 from llava_jax.demo.bases import Failed
-
-USAGE = 64
+from llava_jax.errors import UsageError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a door; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
     try:
-        if words[:1] == ["bases"]:
-            return _bases(words[1:])
-        return _demo(words)
+        return cli.run("demo", lambda: _bases(words[1:]) if words[:1] == ["bases"] else _demo(words))
     except Failed as error:
         return error.args[0]
-    except (ValueError, FileNotFoundError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return USAGE
 
 
 def _demo(words: list[str]) -> int:
-    parser = _Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=sorted(story.FAMILIES), default="llava", help="default: llava")
     parser.add_argument("--workdir", help="a new directory (default: runs/demo, or runs/demo_minigpt4)")
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
@@ -41,7 +36,7 @@ def _demo(words: list[str]) -> int:
     workdir, family = Path(told.workdir or usual), story.FAMILIES[told.family]
     _check(workdir, told.seed)
     if workdir.exists() and any(workdir.iterdir()):
-        raise ValueError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
+        raise UsageError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
     outcome = story.tell(workdir, told.seed, family)
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
@@ -56,7 +51,7 @@ def _demo(words: list[str]) -> int:
 
 
 def _bases(words: list[str]) -> int:
-    parser = _Parser("python -m llava_jax.demo bases", description=bases.__doc__)
+    parser = cli.Parser("python -m llava_jax.demo bases", description=bases.__doc__)
     parser.add_argument("directory", nargs="?", type=Path, default=bases.ASSETS, help="default: the package's own")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args(words)
@@ -67,14 +62,9 @@ def _bases(words: list[str]) -> int:
 
 def _check(directory: Path, seed: int) -> None:
     if directory.exists() and not directory.is_dir():
-        raise ValueError(f"{directory} is a file: name a directory")
+        raise UsageError(f"{directory} is a file: name a directory")
     if seed < 0:
-        raise ValueError(f"--seed {seed}: want 0 or more")
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise ValueError(f"{message} (see --help)")
+        raise UsageError(f"--seed {seed}: want 0 or more")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.errors import UsageError
 from llava_jax.prompt.images import encode_jpeg
 
 COLOURS = {
@@ -146,7 +147,7 @@ def _cover(shape: str, size: int, centre: np.ndarray, radius: float, turn: float
             long, short = np.maximum(abs(x), abs(y)), np.minimum(abs(x), abs(y))
             distance = np.maximum(long - radius, short - 0.3 * radius)
         case _:
-            raise ValueError(f"shape {shape!r} cannot be drawn; known are {', '.join(SHAPES)}")
+            raise UsageError(f"shape {shape!r} cannot be drawn; known are {', '.join(SHAPES)}")
     return np.clip(0.5 - distance, 0, 1)
 
 
@@ -210,7 +211,7 @@ def ask(kind: str, scene: Scene, rng: np.random.Generator) -> Turn:
             return Turn(kind, f"What is beside the {thing}?", f"a {beside}" if beside else "nothing")
         case "describe":
             return Turn(kind, "Describe the picture.", caption(scene))
-    raise ValueError(f"question kind {kind!r} is unknown; known are {', '.join(KINDS)}")
+    raise UsageError(f"question kind {kind!r} is unknown; known are {', '.join(KINDS)}")
 
 
 def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
@@ -262,7 +263,7 @@ def balanced_questions(scenes: list[Scene], per_kind: int, rng: np.random.Genera
             if not any(left.values()):
                 break
         if any(left.values()):
-            raise ValueError(f"{len(scenes)} scenes have no {kind} question with the answer "
+            raise UsageError(f"{len(scenes)} scenes have no {kind} question with the answer "
                              f"{max(left, key=left.get)!r}: want more scenes")  # fmt: skip
     return questions
 

@@ -12,30 +12,21 @@ ablate          trains, answers and scores the paper's grid -> a table with diff
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
 
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax import cli, errors
+from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import ablate, answer, answers, ensemble, judge, questions, report
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS, get
 from llava_jax.evaluate.questions import Benchmark, Question
-from llava_jax.generate.assistant import DTYPES, Assistant, UnusableCheckpoint
+from llava_jax.generate.assistant import DTYPES, Assistant
 from llava_jax.openai_client import Budget, Client, Endpoint
 from llava_jax.prompt import templates
-
-USAGE, DATA, NO_CHECKPOINT, INTERRUPTED = 64, 65, 66, 130
-EXITS = ((UnusableCheckpoint, NO_CHECKPOINT), (DataError, DATA), (ValueError, USAGE), (OSError, USAGE))
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,17 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         told = _parser().parse_args(argv)
     except SystemExit as stop:  # --help, or a usage error that has been said
         return int(stop.code or 0)
-    try:
-        return told.run(told)
-    except BrokenPipeError:  # `score ... | head` has read enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except KeyboardInterrupt:
-        print("evaluate: stopped; the same command goes on from here", file=sys.stderr)
-        return INTERRUPTED
-    except tuple(kind for kind, _ in EXITS) as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return next(code for kind, code in EXITS if isinstance(error, kind))
+    return cli.run("evaluate", lambda: told.run(told), "stopped; the same command goes on from here")
 
 
 def _list(told: argparse.Namespace) -> int:
@@ -96,7 +77,7 @@ def _answer(told: argparse.Namespace) -> int:
     print(f"{len(found) - len(faults):,} answers, {len(faults):,} questions without one, in {shard}")
     for one in faults:
         print(f"  id={one.id!r} {one.metadata['fault']}: {one.metadata['detail']}")
-    return DATA if any(one.metadata["fault"] == "not_answered" for one in faults) else 0
+    return errors.DATA if any(one.metadata["fault"] == "not_answered" for one in faults) else 0
 
 
 def _spoken(
@@ -135,7 +116,7 @@ def _judge(told: argparse.Namespace) -> int:
     benchmark, options = _benchmark(told)
     asked, _ = questions.load(benchmark, told.data, options)
     if not all("rule" in (question.facts or {}) for question in asked):
-        raise ValueError(f"--benchmark {benchmark.name}: a judge reviews LLaVA-Bench; `score` has the rule of this one")
+        raise UsageError(f"--benchmark {benchmark.name}: a judge reviews LLaVA-Bench; `score` has the rule of this one")
     candidates, rules = _whole(asked, told.answers), judge.rules(told.rules, asked)
     if told.dry_run:
         sys.stdout.write(judge.requests_text(asked, candidates, rules, told.system))
@@ -149,7 +130,7 @@ def _judge(told: argparse.Namespace) -> int:
     for one in lost:
         print(f"  id={one.id!r} repeat {one.repeat} not_answered: {one.metadata['detail']}")
     print(f"{len(reviews) - len(lost):,} reviews in {told.out}: `score` reads them")
-    return DATA if lost else 0
+    return errors.DATA if lost else 0
 
 
 def _ensemble(told: argparse.Namespace) -> int:
@@ -217,7 +198,7 @@ def _place(told: argparse.Namespace) -> tuple[Benchmark, str, dict[str, str]]:
 
 def _client(told: argparse.Namespace, cache: str) -> Client:
     if told.base_url is None or told.model is None:
-        raise ValueError("want --base-url and --model of an OpenAI-compatible server")
+        raise UsageError("want --base-url and --model of an OpenAI-compatible server")
     endpoint = Endpoint(told.base_url, told.model, concurrency=told.concurrency)
     budget = Budget(told.max_tokens_spent, told.max_usd, told.usd_per_million_in, told.usd_per_million_out)
     path = epath.Path(told.cache or cache)
@@ -226,9 +207,9 @@ def _client(told: argparse.Namespace, cache: str) -> Client:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m llava_jax.evaluate", description=__doc__, allow_abbrev=False,
+    parser = cli.Parser(prog="python -m llava_jax.evaluate", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=_Parser)
+    verbs = parser.add_subparsers(required=True, metavar="VERB", parser_class=cli.Parser)
     add = _adder(verbs)
     add("list", _list, "the benchmarks, or what one of them needs").add_argument("name", nargs="?", metavar="NAME")
     _answer_options(add("answer", _answer, "answers of a checkpoint or an endpoint"))

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_jax.data import scienceqa
-from llava_jax.data.sources import DataError, open_source
+from llava_jax.data.sources import open_source
+from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answer, answers, judge, questions, report
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.benchmarks.all import get
@@ -285,9 +286,9 @@ def _plan(told: argparse.Namespace) -> Plan:
     bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
     files = tuple(vars(told)[name] for name in TYPES)
     if told.grid == "scienceqa" and told.scienceqa is None:
-        raise ValueError("grid scienceqa wants --scienceqa DIR")
+        raise UsageError("grid scienceqa wants --scienceqa DIR")
     if told.grid == "mixes" and (None in files or told.benchmark is None or told.data is None):
-        raise ValueError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
+        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
     return Plan(
         told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
         told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,
@@ -314,6 +315,6 @@ def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], 
     if not any("rule" in (question.facts or {}) for question in asked):
         return Exam(benchmark, data, options, settings, told.slots, told.template)
     if told.rules is None or told.base_url is None or told.model is None:
-        raise ValueError(f"--benchmark {benchmark.name} wants a judge: --rules, --base-url and --model")
+        raise UsageError(f"--benchmark {benchmark.name} wants a judge: --rules, --base-url and --model")
     rules = judge.rules(told.rules, asked)
     return Exam(benchmark, data, options, settings, told.slots, told.template, reviewed)

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import FAULTS, Fault, Question
@@ -51,7 +51,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or (self.repeats > 1 and self.temperature == 0):
-            raise ValueError(f"repeats={self.repeats}: want at least 1, and a temperature above 0 for more than one")
+            raise UsageError(f"repeats={self.repeats}: want at least 1, and a temperature above 0 for more than one")
 
 
 class Job(NamedTuple):
@@ -101,7 +101,7 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
       ValueError: two passes, which want the model to go on from its own words.
     """
     if settings.two_pass:
-        raise ValueError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
+        raise UsageError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
 
     def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
         requests = (_request(job, settings, epath.Path(folder)) for job in jobs)
@@ -131,7 +131,7 @@ def weights_id(assistant: Assistant) -> str:
 def shard(path: epath.PathLike, host: int, hosts: int) -> epath.Path:
     """The file of one host: answers.jsonl is answers-00000-of-00002.jsonl for the first of two."""
     if not 0 <= host < hosts:
-        raise ValueError(f"--host {host}: want 0 to {hosts - 1}, as there are --hosts {hosts}")
+        raise UsageError(f"--host {host}: want 0 to {hosts - 1}, as there are --hosts {hosts}")
     place = epath.Path(path)
     return place if hosts == 1 else place.with_name(f"{place.stem}-{host:05}-of-{hosts:05}{place.suffix}")
 

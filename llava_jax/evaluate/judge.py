@@ -11,7 +11,7 @@ from typing import NamedTuple
 from etils import epath
 
 from llava_jax.data.files import read_json
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import llava_bench
 from llava_jax.evaluate.questions import Question
@@ -61,7 +61,7 @@ def review(
     the server never gave is a row with the fault `not_answered`.
     """
     if repeats < 1 or attempts < 1:
-        raise ValueError(f"repeats={repeats}, attempts={attempts}: want at least 1 of each")
+        raise UsageError(f"repeats={repeats}, attempts={attempts}: want at least 1 of each")
     left = [Task(question, candidates[question.id].text, repeat) for repeat in range(repeats) for question in questions]
     done: dict[tuple[str, int], Answer] = {}
     while left:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError, UsageError
 
 SHORT = "Answer the question using a single word or phrase."  # Source: haotian-liu/LLaVA docs/Evaluation.md:13-18
 LETTER = "Answer with the option's letter from the given choices directly."  # Source: the same, 20-29
@@ -161,9 +161,9 @@ def resolved(benchmark: Benchmark, given: Sequence[str]) -> dict[str, str]:
     for word in given:
         name, equals, value = word.partition("=")
         if name not in allowed or not equals:
-            raise ValueError(f"--option {word}: {benchmark.name} knows {_spelled(allowed)}")
+            raise UsageError(f"--option {word}: {benchmark.name} knows {_spelled(allowed)}")
         if value not in allowed[name]:
-            raise ValueError(f"--option {word}: want one of {', '.join(allowed[name])}")
+            raise UsageError(f"--option {word}: want one of {', '.join(allowed[name])}")
         options[name] = value
     return options
 

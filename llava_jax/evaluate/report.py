@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax.errors import UsageError
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.score import Result, Value
 
@@ -132,7 +133,7 @@ def plot(members: Sequence[tuple[str, Result]], published: Sequence[Published], 
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # here only: no number needs it
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("plots want matplotlib: `pip install llava_jax[report]`, or say --plots none") from None
+        raise UsageError("plots want matplotlib: `pip install llava_jax[report]`, or say --plots none") from None
 
     main = members[0][1].main
     bars = [(row.name, Value(row.numbers[main], 0.0), "0.75") for row in published if main in row.numbers]

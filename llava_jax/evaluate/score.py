@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.questions import FAULTS, Benchmark, Fault, Options, Question, Score
 
@@ -54,7 +54,7 @@ def score(
       ValueError: the benchmark's truth is with its server, which wants the files of `submission`.
     """
     if benchmark.score is None or any(question.truth is None for question in questions):
-        raise ValueError(f"{benchmark.name}: not all of its answers are public (options {dict(options)}): "
+        raise UsageError(f"{benchmark.name}: not all of its answers are public (options {dict(options)}): "
                          "--submission DIR writes what its server wants")  # fmt: skip
     found = answers.read(paths)
     by_repeat, unfit = answers.match(questions, found.answers)
@@ -86,10 +86,10 @@ def submission(
       DataError: a question has no answer or several, or a line is broken; names each. ValueError: it has no server.
     """
     if benchmark.submit is None:
-        raise ValueError(f"{benchmark.name} has no submission file: `score` computes its numbers here")
+        raise UsageError(f"{benchmark.name} has no submission file: `score` computes its numbers here")
     merged = answers.merge(questions, paths)
     if any(answer.repeat for answer in merged):
-        raise ValueError(f"{', '.join(map(str, paths))}: holds repeats; a server wants one answer to a question")
+        raise UsageError(f"{', '.join(map(str, paths))}: holds repeats; a server wants one answer to a question")
     place = epath.Path(directory)
     place.mkdir(parents=True, exist_ok=True)
     files = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)

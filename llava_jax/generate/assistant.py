@@ -15,7 +15,7 @@ from etils import epath
 
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.errors import UsageError
 from llava_jax.generate import engine, stream
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
@@ -24,8 +24,6 @@ from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode
-
-__all__ = ["Assistant", "Reply", "UnusableCheckpoint"]
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NEVER_RUN = "vision/tail/"  # leaves that only a round trip needs
@@ -66,9 +64,9 @@ class Assistant:
     def __post_init__(self) -> None:
         llm = self.model.config.llm
         if self.slots < 1:
-            raise ValueError(f"slots={self.slots}: want at least 1")
+            raise UsageError(f"slots={self.slots}: want at least 1")
         if self.format.tokenizer.size > llm.vocab + llm.added_tokens:
-            raise ValueError(
+            raise UsageError(
                 f"the tokenizer has {self.format.tokenizer.size} tokens, the model {llm.vocab + llm.added_tokens}: "
                 "they do not belong together"
             )
@@ -180,7 +178,7 @@ class Assistant:
         try:
             return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
         except ValueError as error:
-            raise ValueError(f"conversation {conversation.id!r}: {error}") from None
+            raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
     def _request(
         self, conversation: Conversation, max_new_tokens: int, sampling: Sampling, image_root: epath.PathLike | None
@@ -259,5 +257,5 @@ def _dtype(name: str | None) -> Any:
     if name is None:  # no CPU multiplies bfloat16 faster than float32 in XLA (jaxlib 0.10.2)
         name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
     if name not in DTYPES:
-        raise ValueError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
+        raise UsageError(f"dtype {name!r}: choose one of {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int, UInt8
 
+from llava_jax.errors import UsageError
 from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, stack
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.llava import Llava
@@ -105,10 +106,10 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
     """
     total = prompt_tokens + max_new_tokens
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens}: want at least 1")
+        raise UsageError(f"max_new_tokens={max_new_tokens}: want at least 1")
     if total > max_positions:
         # Differs from LLaVA: there such a prompt is cut without a word (llava_arch.py, tokenizer_model_max_length).
-        raise ValueError(
+        raise UsageError(
             f"the prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {total} positions, the "
             f"model has {max_positions}: shorten the conversation or lower max_new_tokens"
         )

@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from llava_jax.errors import UsageError
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,13 +33,13 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature={self.temperature}: want a number >= 0 (0 is greedy)")
+            raise UsageError(f"temperature={self.temperature}: want a number >= 0 (0 is greedy)")
         if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: want 0 < top_p <= 1 (1 cuts nothing)")
+            raise UsageError(f"top_p={self.top_p}: want 0 < top_p <= 1 (1 cuts nothing)")
         if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: want at least 0 (0 cuts nothing)")
+            raise UsageError(f"top_k={self.top_k}: want at least 0 (0 cuts nothing)")
         if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed={self.seed}: want 0 <= seed < 2**32")
+            raise UsageError(f"seed={self.seed}: want 0 <= seed < 2**32")
 
 
 class SamplingRows(NamedTuple):

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llava_jax.errors import UsageError
+
 
 class LayerCache(NamedTuple):
     """Rotated keys and values of one layer."""
@@ -37,6 +39,6 @@ def from_prefill(prompt: Sequence[LayerCache], cache_tokens: int) -> tuple[Layer
     """
     room = cache_tokens - prompt[0].k.shape[1]
     if room < 0:
-        raise ValueError(f"cache_tokens={cache_tokens} is shorter than the prompt of {prompt[0].k.shape[1]} tokens")
+        raise UsageError(f"cache_tokens={cache_tokens} is shorter than the prompt of {prompt[0].k.shape[1]} tokens")
     pad = [(0, 0), (0, room), (0, 0), (0, 0)]
     return tuple(LayerCache(jnp.pad(layer.k, pad), jnp.pad(layer.v, pad)) for layer in prompt)

@@ -16,6 +16,8 @@ import numpy as np
 from flax import traverse_util
 from jaxtyping import Array, Float, Int8
 
+from llava_jax.errors import UsageError
+
 A, B, SCALE = LEAVES = ("lora_a", "lora_b", "lora_scale")
 KERNEL, KERNEL_SCALE = "kernel", "kernel_scale"
 CONSTANTS = (SCALE, KERNEL_SCALE)  # leaves that never move, and stay float32 whatever the others are
@@ -119,7 +121,7 @@ def quantised(shapes: Mapping[str, Any]) -> dict[str, Any]:
     flat = _flat(shapes)
     chosen = [name for name in flat if _INT8.fullmatch(name)]
     if not chosen:
-        raise ValueError(
+        raise UsageError(
             "model.frozen_dtype=int8: no matrix of the decoder's blocks is frozen, so none could be kept in int8; "
             'give "llm/blocks/.*/kernel" no rate (None), or set model.frozen_dtype=compute'
         )

@@ -4,6 +4,8 @@ import difflib
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
+from llava_jax.errors import UsageError
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -240,7 +242,7 @@ class LlavaConfig:
 
 def _check(fine: bool, name: str, value: object, wish: str) -> None:
     if not fine:
-        raise ValueError(f"model config {name}={value!r}: want {wish}")
+        raise UsageError(f"model config {name}={value!r}: want {wish}")
 
 
 CLIP_L14_224 = VisionConfig(image_size=224, patch_size=14, width=1024, mlp_width=4096, layers=24, heads=16)
@@ -292,7 +294,7 @@ def get(name: str) -> LlavaConfig:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"unknown model preset {name!r}: there are {', '.join(PRESETS)}{hint}")
+        raise UsageError(f"unknown model preset {name!r}: there are {', '.join(PRESETS)}{hint}")
     return PRESETS[name]
 
 
@@ -338,5 +340,5 @@ def _build(kind: type, values: dict[str, Any], where: str) -> Any:
     known = [field.name for field in fields(kind)]
     wrong = sorted(set(values) ^ set(known))
     if wrong:
-        raise ValueError(f"{where} in model.json: keys {wrong} are missing or unknown; want exactly {known}")
+        raise UsageError(f"{where} in model.json: keys {wrong} are missing or unknown; want exactly {known}")
     return kind(**values)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from llava_jax.errors import UsageError
 from llava_jax.models.flamingo import Perceiver
 from llava_jax.models.layers import Dense
 from llava_jax.models.presets import CONCATENATED, LlavaConfig, QFormerConfig
@@ -32,7 +33,7 @@ def depth(kind: str) -> int:
     match = re.fullmatch(r"mlp([1-9]\d*)x_gelu", kind)
     if match is None:
         others = ", ".join(name for name in _LAYERS if name != "linear")
-        raise ValueError(f"unknown projector {kind!r}: there are linear, mlp2x_gelu (any number of layers), {others}")
+        raise UsageError(f"unknown projector {kind!r}: there are linear, mlp2x_gelu (any number of layers), {others}")
     return int(match[1])
 
 

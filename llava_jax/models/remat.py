@@ -6,6 +6,8 @@ from typing import Any
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
+from llava_jax.errors import UsageError
+
 Body = Callable[..., Any]
 _kept = jax.checkpoint_policies
 
@@ -41,7 +43,7 @@ def remat(name: str) -> Callable[[Body], Body]:
       ValueError: no such policy.
     """
     if name not in NAMES:
-        raise ValueError(f"unknown remat policy {name!r}: there are {', '.join(NAMES)}")
+        raise UsageError(f"unknown remat policy {name!r}: there are {', '.join(NAMES)}")
     if name == "none":
         return lambda body: body
     # Inside a scan nothing can be merged with the first pass anyway, so XLA need not be kept from it.

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from llava_jax.errors import UsageError
 from llava_jax.openai_client.wire import Answer
 
 _FIELDS = ("text", "finish_reason", "tokens_in", "tokens_out")
@@ -28,7 +29,7 @@ class Cache:
 
     def __init__(self, path: Path) -> None:
         if "://" in str(path) or ":/" in str(path):
-            raise ValueError(f"cache {str(path)!r}: want a local file, for it is locked and appended to")
+            raise UsageError(f"cache {str(path)!r}: want a local file, for it is locked and appended to")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.lost, self.tokens_in, self.tokens_out = path, 0, 0, 0
         self._lock, self._places = threading.Lock(), {}  # key -> (offset, bytes) of its answer's line
@@ -38,7 +39,7 @@ class Cache:
             self._read()
         except BlockingIOError:
             os.close(self._file)
-            raise ValueError(f"cache {path}: another process is writing it: wait, or name another file") from None
+            raise UsageError(f"cache {path}: another process is writing it: wait, or name another file") from None
         except ValueError:
             os.close(self._file)
             raise
@@ -91,7 +92,7 @@ class Cache:
             for number, line in enumerate(file, 1):
                 told, whole = _parsed(line), line.endswith(b"\n")
                 if told is None and whole:
-                    raise ValueError(f"cache {self.path}:{number}: no line of a cache: is this the right file? "
+                    raise UsageError(f"cache {self.path}:{number}: no line of a cache: is this the right file? "
                                      "If it was damaged, take the line out")  # fmt: skip
                 if told is None:
                     os.ftruncate(self._file, place)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from llava_jax.errors import UsageError
 from llava_jax.openai_client import wire
 from llava_jax.openai_client.cache import Cache
 from llava_jax.openai_client.wire import Answer, AskError, Endpoint, Failure, Request
@@ -36,7 +37,7 @@ class Budget:
 
     def __post_init__(self) -> None:
         if self.max_usd is not None and not (self.usd_per_million_in or self.usd_per_million_out):
-            raise ValueError(f"max_usd={self.max_usd} without prices: give usd_per_million_in and usd_per_million_out")
+            raise UsageError(f"max_usd={self.max_usd} without prices: give usd_per_million_in and usd_per_million_out")
 
     def usd(self, tokens_in: int, tokens_out: int) -> float:
         """What so many tokens cost."""

@@ -15,6 +15,8 @@ from urllib.parse import urlsplit
 
 import httpx2
 
+from llava_jax.errors import UsageError
+
 KEY_VARIABLE = "OPENAI_API_KEY"
 _RETRIED = (408, 409, 425, 429)  # and every 5xx
 _HOPELESS = (401, 404)  # key, address or model: no other request would fare better; 403 may be about one text
@@ -51,18 +53,18 @@ class Endpoint:
     def __post_init__(self) -> None:
         parts = urlsplit(self.base_url)
         if "@" in parts.netloc or parts.query:
-            raise ValueError(f"base_url holds more than a place (not shown): put the key into ${self.key_variable}")
+            raise UsageError(f"base_url holds more than a place (not shown): put the key into ${self.key_variable}")
         try:
             httpx2.URL(self.base_url)
         except httpx2.InvalidURL as error:
-            raise ValueError(f"base_url={self.base_url!r}: {error}: want http(s)://HOST[:PORT]/v1") from None
+            raise UsageError(f"base_url={self.base_url!r}: {error}: want http(s)://HOST[:PORT]/v1") from None
         if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"base_url={self.base_url!r}: want http(s)://HOST[:PORT]/v1")
+            raise UsageError(f"base_url={self.base_url!r}: want http(s)://HOST[:PORT]/v1")
         if not self.model:
-            raise ValueError("model='': want the name that the server knows the model by")
+            raise UsageError("model='': want the name that the server knows the model by")
         for name, least in {"timeout_secs": 0.001, "retries": 0, "concurrency": 1, "backoff_secs": 0}.items():
             if asdict(self)[name] < least:
-                raise ValueError(f"{name}={asdict(self)[name]}: want at least {least}")
+                raise UsageError(f"{name}={asdict(self)[name]}: want at least {least}")
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
 
     def key(self) -> str:
@@ -73,7 +75,7 @@ class Endpoint:
         """
         key = os.environ.get(self.key_variable, "").strip()
         if not (key.isascii() and key.isprintable()) or " " in key:
-            raise ValueError(f"${self.key_variable}: holds characters that no key has (not shown): set it again")
+            raise UsageError(f"${self.key_variable}: holds characters that no key has (not shown): set it again")
         return key
 
 

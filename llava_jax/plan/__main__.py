@@ -11,43 +11,37 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 from etils import epath
 
-from llava_jax import chips
+from llava_jax import chips, cli
 from llava_jax import config as configs
 from llava_jax.data.sources import open_source
+from llava_jax.errors import UsageError
 from llava_jax.plan import report, search
 from llava_jax.plan.compile import build, compile_step, find_place, model_of
 from llava_jax.plan.report import Bill
-
-_USAGE = 64
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        self.exit(_USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans; the exit code: 0 done (also where it does not fit), 64 what cannot be asked."""
     jax.config.update("jax_platforms", "cpu")  # a plan on a TPU machine must not take its chips
-    try:
-        words, overrides = _overrides(sys.argv[1:] if argv is None else argv)
-        options = _parser().parse_args(words)
-        if options.topologies:
-            print("\n".join(_topologies()))
-            return 0
-        return _search(options, overrides) if options.search else _plan(options, overrides)
-    except (ValueError, FileNotFoundError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return _USAGE
+    return cli.run("error", lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    words, overrides = _overrides(argv)
+    options = _parser().parse_args(words)
+    if options.topologies:
+        print("\n".join(_topologies()))
+        return 0
+    return _search(options, overrides) if options.search else _plan(options, overrides)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m llava_jax.plan", description=__doc__, allow_abbrev=False,
+    parser = cli.Parser(prog="python -m llava_jax.plan", description=__doc__, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--config", metavar="FILE", help="the experiment; any of its scalars is set by --config.BRANCH.KEY=VALUE")
@@ -72,7 +66,7 @@ def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         key, equals, text = word.removeprefix("--config.").partition("=")
         overrides[key] = text if equals else next(words, "")
         if not overrides[key] and not equals:
-            raise ValueError(f"{word} wants a value")
+            raise UsageError(f"{word} wants a value")
     return rest, overrides
 
 
@@ -107,7 +101,7 @@ def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.Config:
     for name in ("config", "topology"):
         if not vars(options)[name]:
-            raise ValueError(f"--{name} is missing; see --help, and --topologies for what there is")
+            raise UsageError(f"--{name} is missing; see --help, and --topologies for what there is")
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from llava_jax import chips, sharding
 from llava_jax import config as configs
 from llava_jax.chips import Chip
+from llava_jax.errors import UsageError
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import hlo
@@ -97,7 +98,7 @@ def find_place(mesh: configs.Mesh, topology: str) -> Place:
     """
     chip = chips.of_topology(topology)
     if importlib.util.find_spec("libtpu") is None:
-        raise ValueError(
+        raise UsageError(
             "plan compiles with the TPU's own compiler, which is not installed: `pip install libtpu` (it needs no "
             "TPU; `pip install 'jax[tpu]'` takes the version that suits this jax)"
         )
@@ -123,7 +124,7 @@ def model_of(config: configs.Config) -> LlavaConfig:
       ValueError: the config takes them from a checkpoint.
     """
     if not config.model.preset:
-        raise ValueError(
+        raise UsageError(
             "model.preset is empty, and plan opens no checkpoint: add --config.model.preset=NAME with one of "
             f"{', '.join(presets.PRESETS)}"
         )
@@ -140,7 +141,7 @@ def build(config: configs.Config, place: Place) -> Program:
     model = model_of(config)
     features = model.image_features
     if config.data.row_tokens <= features:
-        raise ValueError(
+        raise UsageError(
             f"data.row_tokens={config.data.row_tokens}: an image takes {features} positions and its text some more; "
             f"want more than {features}"
         )
@@ -148,7 +149,7 @@ def build(config: configs.Config, place: Place) -> Program:
     rows = program.batch.tokens.shape[0]
     if rows % place.hosts:
         key = "data.batch_samples" if config.data.layout == "padded" else "data.rows_per_chip"
-        raise ValueError(
+        raise UsageError(
             f"{rows} rows a step do not divide over {place.hosts} hosts of {place.topology}: each host loads its own; "
             f"set {key} for a multiple of {place.hosts} rows"
         )
@@ -206,5 +207,5 @@ def _too_much(program: Program, error: str) -> Memory:
         if found:
             needed = int(float(found[1]) * UNITS[found[2]])
             return dataclasses.replace(memory, temporaries=max(0, needed - held))
-    raise ValueError(f"XLA ran out of memory and does not say by how much: {error[:500]}")
+    raise UsageError(f"XLA ran out of memory and does not say by how much: {error[:500]}")
 

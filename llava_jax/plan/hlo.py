@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llava_jax.errors import UsageError
+
 
 class Instruction(NamedTuple):
     """One line: %name = shape opcode(operands), attributes. literal: what stands between the parentheses."""
@@ -130,7 +132,7 @@ def _closing(text: str, start: int) -> int:
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if depth == 0:
             return place + 1
-    raise ValueError(f"HLO text has an open parenthesis: {text[start : start + 80]!r}")
+    raise UsageError(f"HLO text has an open parenthesis: {text[start : start + 80]!r}")
 
 
 def _split(literal: str) -> list[str]:
@@ -375,7 +377,7 @@ def _group(one: Instruction) -> int:
         return int(iota.split(",")[-1])
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", one.attributes)
     if axes is None:
-        raise ValueError(f"HLO text of {one.name} has replica groups of an unknown form: {one.attributes[:200]!r}")
+        raise UsageError(f"HLO text of {one.name} has replica groups of an unknown form: {one.attributes[:200]!r}")
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])  # an axis, or a part of one: 'x':(2)4
     return math.prod(int(part or sizes[axis]) for axis, part in parts)

@@ -6,6 +6,8 @@ Training records, chat messages and benchmark questions all become a `Conversati
 from dataclasses import dataclass
 from typing import Any
 
+from llava_jax.errors import UsageError
+
 # LLaVA's own names first; the others occur in published data sets and mean the same.
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
@@ -53,12 +55,12 @@ def from_record(record: Any, where: str = "") -> Conversation:
       ValueError: a field is missing or has the wrong type; names the record and the path inside it.
     """
     if not isinstance(record, dict):
-        raise ValueError(f"record {where!r}: want a JSON object with 'conversations', got {type(record).__name__}")
+        raise UsageError(f"record {where!r}: want a JSON object with 'conversations', got {type(record).__name__}")
     identity = str(record.get("id", where))
     name = f"record {identity!r}" + (f" ({where})" if where and where != identity else "")
     rows = record.get("conversations")
     if not isinstance(rows, list) or not rows:
-        raise ValueError(f"{name}: conversations={_brief(rows)}: want a list of at least one {{from, value}} object")
+        raise UsageError(f"{name}: conversations={_brief(rows)}: want a list of at least one {{from, value}} object")
     system, turns = None, []
     for index, row in enumerate(rows):
         role, text = _row(row, f"{name}: conversations[{index}]", first=index == 0)
@@ -67,7 +69,7 @@ def from_record(record: Any, where: str = "") -> Conversation:
         else:
             turns.append(Turn(role, text))
     if not turns:
-        raise ValueError(f"{name}: conversations holds a system turn only: want at least one turn from human or gpt")
+        raise UsageError(f"{name}: conversations holds a system turn only: want at least one turn from human or gpt")
     images = _images(record, name)
     return Conversation(tuple(turns), images, identity, system, isinstance(record.get("image"), list))
 
@@ -77,7 +79,7 @@ def check_text(text: str, where: str) -> None:
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(
+        raise UsageError(
             f"{where}: character {error.start} is a lone surrogate (U+{ord(text[error.start]):04X}), which is no "
             "text: repair the record's \\u escapes"
         ) from error
@@ -86,15 +88,15 @@ def check_text(text: str, where: str) -> None:
 def _row(row: Any, where: str, first: bool) -> tuple[str, str]:
     """Role ("user", "assistant", or "system" if `first`) and text of one {from, value} object."""
     if not isinstance(row, dict):
-        raise ValueError(f"{where}={_brief(row)}: want an object {{from, value}}")
+        raise UsageError(f"{where}={_brief(row)}: want an object {{from, value}}")
     speaker, text = row.get("from"), row.get("value")
     if not isinstance(text, str):
-        raise ValueError(f"{where}.value={_brief(text)}: want a string")
+        raise UsageError(f"{where}.value={_brief(text)}: want a string")
     check_text(text, f"{where}.value")
     if first and speaker == "system":
         return "system", text
     if not isinstance(speaker, str) or speaker not in ROLES:
-        raise ValueError(
+        raise UsageError(
             f"{where}.from={_brief(speaker)}: want 'human' or 'gpt' (or 'user', 'assistant', and 'system' as the "
             "first turn only)"
         )
@@ -108,7 +110,7 @@ def _images(record: dict[str, Any], name: str) -> tuple[str, ...]:
     paths = given if isinstance(given, list) else [given]
     for path in paths:
         if not isinstance(path, str) or not path:
-            raise ValueError(f"{name}: image={_brief(given)}: want a path or a list of paths (leave it out for text)")
+            raise UsageError(f"{name}: image={_brief(given)}: want a path or a list of paths (leave it out for text)")
         check_text(path, f"{name}: image")
     return tuple(paths)
 

@@ -12,6 +12,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax.batch import Example, Span
+from llava_jax.errors import UsageError
 from llava_jax.prompt.conversation import Conversation, Turn, check_text
 from llava_jax.prompt.images import open_image, to_pixels
 from llava_jax.prompt.templates import Frame, Template
@@ -81,7 +82,7 @@ def encode(
     chunks = _chunks(_pieces(conversation, format, reply, name))
     markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
-        raise ValueError(
+        raise UsageError(
             f"{name}: {len(conversation.images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text: "
             f"write one {IMAGE_MARKER} for each image"
         )
@@ -173,22 +174,22 @@ def _arranged(conversation: Conversation, template: Template, reply: bool, name:
     roles = [turn.role for turn in turns]
     wanted = ["user", "assistant"] * (len(turns) // 2) + ["user"] * (len(turns) % 2)
     if template.alternates and (not turns or roles != wanted):
-        raise ValueError(
+        raise UsageError(
             f"{name}: roles {roles} do not fit template {template.name!r}: want user, assistant, user, ... in turn"
         )
     if reply and (not turns or roles[-1] != "user"):
-        raise ValueError(f"{name}: roles {roles}: a reply wants the last turn to be the user's; drop what follows it")
+        raise UsageError(f"{name}: roles {roles}: a reply wants the last turn to be the user's; drop what follows it")
     if template.images_only:
         _check_images_only(conversation, turns, reply, name)
     if template.system_inside and not turns[0].text:
-        raise ValueError(f"{name}: the first turn is empty: template {template.name!r} wants a question there")
+        raise UsageError(f"{name}: the first turn is empty: template {template.name!r} wants a question there")
     return turns
 
 
 def _check_images_only(conversation: Conversation, turns: list[Turn], reply: bool, name: str) -> None:
     wanted = 1 if reply else 2
     if len(turns) != wanted or not conversation.images or IMAGE_MARKER not in turns[0].text:
-        raise ValueError(
+        raise UsageError(
             f"{name}: {len(turns)} turn(s), {len(conversation.images)} image(s): template 'plain' wants one "
             f"question with {IMAGE_MARKER} and its image, and one caption"
         )
@@ -269,4 +270,4 @@ def _pixels(
             to_pixels(open_image(image, root), format.image_size, format.image_mode) for image in conversation.images
         )
     except (ValueError, FileNotFoundError) as error:
-        raise ValueError(f"{name}: {error}") from error
+        raise UsageError(f"{name}: {error}") from error

@@ -14,6 +14,8 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from llava_jax.errors import MissingFile, UsageError
+
 MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
 MAX_ASPECT = 200  # a 1 x 5000 picture of 99 bytes would be resized to 336 x 1,680,000: 2.3 GB
 MAX_FILE_BYTES = 256_000_000
@@ -47,10 +49,10 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
     name = f"image {str(path)!r}"
     # Plain pathlib for local paths: epath's is_file() is true for a pipe, and reading one would wait for ever.
     if not (Path(path) if _is_local(path) else path).is_file():
-        raise ValueError(f"{name}: not a regular file")
+        raise UsageError(f"{name}: not a regular file")
     size = path.stat().length
     if size > MAX_FILE_BYTES:
-        raise ValueError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are read: make it smaller")
+        raise UsageError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are read: make it smaller")
     return _decoded(path.read_bytes(), name)
 
 
@@ -65,7 +67,7 @@ def to_pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
     """
     modes = {"square": _square, "pad": _pad, "squash": _squash}
     if mode not in modes:
-        raise ValueError(f"image_mode {mode!r} is unknown: choose one of {', '.join(modes)}")
+        raise UsageError(f"image_mode {mode!r} is unknown: choose one of {', '.join(modes)}")
     return np.asarray(modes[mode](image, size))
 
 
@@ -109,20 +111,20 @@ def _located(ref: str, root: epath.PathLike | None) -> epath.Path:
     """The existing path that `ref` means, under `root` if there is one."""
     parts = ref.replace("\\", "/").split("/")
     if root is not None and ("://" in ref or ref.startswith(("/", "\\")) or ".." in parts):
-        raise ValueError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
+        raise UsageError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
     if not ref or "\0" in ref:
-        raise ValueError(f"image {ref!r}: not a path")
+        raise UsageError(f"image {ref!r}: not a path")
     # macOS writes é as two characters where Linux data sets write one: try as given, then both spellings.
     for spelling in dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref))):
         path = epath.Path(spelling) if root is None else epath.Path(root) / spelling
         if path.exists():
             break
     else:
-        raise FileNotFoundError(f"image {str(path)!r}: no such file")
+        raise MissingFile(f"image {str(path)!r}: no such file")
     if root is None or not _is_local(path):  # object stores have no links
         return path
     if not Path(path).resolve().is_relative_to(Path(root).resolve()):
-        raise ValueError(
+        raise UsageError(
             f"image {str(path)!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
             "folder that really holds the images, or copy them"
         )
@@ -137,7 +139,7 @@ def _decoded(content: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except _DAMAGE as error:
-        raise ValueError(f"{name}: {_reason(content, error)}: replace the file or drop the record") from error
+        raise UsageError(f"{name}: {_reason(content, error)}: replace the file or drop the record") from error
     return _rgb(image, name)
 
 
@@ -151,15 +153,15 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
     """Decodes `image`, after its header has been found harmless."""
     width, height = image.size
     if min(width, height) < 1 or width * height > MAX_PIXELS:
-        raise ValueError(f"{name}: {width} x {height} pixels, want 1 to {MAX_PIXELS} in all: resize it")
+        raise UsageError(f"{name}: {width} x {height} pixels, want 1 to {MAX_PIXELS} in all: resize it")
     if max(width, height) > MAX_ASPECT * min(width, height):
-        raise ValueError(f"{name}: {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut it")
+        raise UsageError(f"{name}: {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut it")
     if image.mode in ("I", "F"):
-        raise ValueError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
+        raise UsageError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
     try:
         if image.mode.startswith("I;16"):
             grey = (np.asarray(image).astype(np.uint32) + 128) // 257
             image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")
     except _DAMAGE as error:
-        raise ValueError(f"{name}: damaged picture ({error}): replace the file or drop the record") from error
+        raise UsageError(f"{name}: damaged picture ({error}): replace the file or drop the record") from error

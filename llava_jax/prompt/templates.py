@@ -9,6 +9,7 @@ import difflib
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from llava_jax.errors import UsageError
 from llava_jax.prompt.conversation import Turn
 
 
@@ -251,4 +252,4 @@ def get(name: str) -> Template:
         return TEMPLATES[name]
     near = difflib.get_close_matches(name, TEMPLATES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(f"template {name!r} is unknown: {hint}choose one of {', '.join(TEMPLATES)}")
+    raise UsageError(f"template {name!r} is unknown: {hint}choose one of {', '.join(TEMPLATES)}")

@@ -17,6 +17,8 @@ import numpy as np
 import sentencepiece
 from etils import epath
 
+from llava_jax.errors import MissingFile, UsageError
+
 # `tokenizer_class` of the directories whose tokenizer.model follows LLaMA's rules.
 _LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 # The files that make up a tokenizer in a Hugging Face directory.
@@ -212,7 +214,7 @@ def load(path: epath.PathLike, legacy: bool | None = None, added: tuple[str, ...
     """
     path = epath.Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"tokenizer {path}: no such file or directory")
+        raise MissingFile(f"tokenizer {path}: no such file or directory")
     if not path.is_dir():
         return _llama(path.read_bytes(), {}, {}, legacy, added, str(path))
     config = _json(path / "tokenizer_config.json")
@@ -221,9 +223,9 @@ def load(path: epath.PathLike, legacy: bool | None = None, added: tuple[str, ...
         return _llama(model.read_bytes(), config, _json(path / "added_tokens.json"), legacy, added, str(path))
     files = {name: (path / name).read_bytes() for name in _FILES if (path / name).exists()}
     if not files:
-        raise FileNotFoundError(f"tokenizer {path}: want tokenizer.model or tokenizer.json in it")
+        raise MissingFile(f"tokenizer {path}: want tokenizer.model or tokenizer.json in it")
     if legacy is not None:
-        raise ValueError(f"tokenizer {path}: legacy={legacy} is for LLaMA's tokenizer.model only: leave it out")
+        raise UsageError(f"tokenizer {path}: legacy={legacy} is for LLaMA's tokenizer.model only: leave it out")
     return _hub(files, added, str(path))
 
 
@@ -257,7 +259,7 @@ def _llama(
     """config: tokenizer_config.json; older_added: added_tokens.json, text -> id."""
     legacy = config.get("legacy") if legacy is None else legacy
     if legacy is None:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer {where}: legacy is not stated: give legacy=true or false (true: 'US ER' after '</s>' as "
             "LLaVA-1.5 was served at first; false: 'USER', what LLaVA-1.5 checkpoints say)"
         )
@@ -267,7 +269,7 @@ def _llama(
     found = {entry["content"]: int(number) for number, entry in config.get("added_tokens_decoder", {}).items()}
     later = {text: number for text, number in {**older_added, **found}.items() if number >= own}
     if sorted(later.values()) != list(range(own, own + len(later))):
-        raise ValueError(f"tokenizer {where}: added tokens {later} leave gaps: want ids from {own} upwards")
+        raise UsageError(f"tokenizer {where}: added tokens {later} leave gaps: want ids from {own} upwards")
     names = tuple(dict.fromkeys([*sorted(later, key=later.get), *added]))
     specials = base | {text: own + index for index, text in enumerate(names)}
     pad = config.get("pad_token")
@@ -284,9 +286,9 @@ def _processor(model: bytes, where: str) -> sentencepiece.SentencePieceProcessor
     try:
         processor.load_from_serialized_proto(model + _NO_DUMMY_PREFIX)
     except RuntimeError as error:
-        raise ValueError(f"tokenizer {where}: not a SentencePiece model ({len(model)} bytes)") from error
+        raise UsageError(f"tokenizer {where}: not a SentencePiece model ({len(model)} bytes)") from error
     if processor.decode(processor.encode(_PROBE)) != _PROBE or processor.bos_id() < 0 or processor.eos_id() < 0:
-        raise ValueError(
+        raise UsageError(
             f"tokenizer {where}: rewrites its input or lacks <s> or </s>, so it does not follow LLaMA's rules: give a "
             "directory with tokenizer.json instead"
         )
@@ -302,12 +304,12 @@ def _hub(files: dict[str, bytes], added: tuple[str, ...], where: str) -> HubToke
         try:
             guest = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(f"tokenizer {where}: transformers cannot load it: {error}") from error
+            raise UsageError(f"tokenizer {where}: transformers cannot load it: {error}") from error
     if not guest.is_fast:
-        raise ValueError(f"tokenizer {where}: has no tokenizer.json: convert it with transformers first")
+        raise UsageError(f"tokenizer {where}: has no tokenizer.json: convert it with transformers first")
     guest.add_tokens(list(added), special_tokens=True)
     if guest.eos_token_id is None:
-        raise ValueError(f"tokenizer {where}: names no eos_token: state it in tokenizer_config.json")
+        raise UsageError(f"tokenizer {where}: names no eos_token: state it in tokenizer_config.json")
     start = guest("").input_ids[:1]
     eos = guest.eos_token_id
     bos = guest.bos_token_id if guest.bos_token_id is not None else eos
@@ -333,4 +335,4 @@ def _json(path: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+        raise UsageError(f"{path}: not JSON: {error}") from error

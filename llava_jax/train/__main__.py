@@ -17,16 +17,17 @@ from typing import Any
 import jax
 from etils import epath
 
+from llava_jax import cli, params, sharding, typed
 from llava_jax import config as configs
-from llava_jax import params, sharding, typed
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import manager
-from llava_jax.checkpoint.card import Card, PromptCard, UnusableCheckpoint
-from llava_jax.checkpoint.manager import Checkpoints, SaveFailed
+from llava_jax.checkpoint.card import Card, PromptCard
+from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import DataError, Source, open_source
+from llava_jax.data.sources import Source, open_source
+from llava_jax.errors import DataError, UsageError
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
@@ -34,7 +35,7 @@ from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import IMAGE_START, Format
 from llava_jax.train import init, loop, metrics
 from llava_jax.train import program as programs
-from llava_jax.train.loop import Hook, NonFinite, Run
+from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
@@ -50,18 +51,15 @@ HARMLESS = (
 SAMPLES = 4  # conversations that `train.sample_every` answers
 SAMPLE_TOKENS = 64
 
-EXITS = ((UnusableCheckpoint, 66), (SaveFailed, 66), (DataError, 65), (NonFinite, loop.NONFINITE),
-         (ValueError, 64), (FileNotFoundError, 64), (PermissionError, 64))  # fmt: skip
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Trains; the exit code. What a user can mend is one line, without a traceback."""
-    try:
-        told = configs.command(sys.argv[1:] if argv is None else argv, "python -m llava_jax.train", __doc__ or "")
-        return _train(configs.load(told.config, told.overrides), epath.Path(told.workdir))
-    except tuple(kind for kind, _ in EXITS) as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return next(code for kind, code in EXITS if isinstance(error, kind))
+    return cli.run("error", lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+def _run(argv: Sequence[str]) -> int:
+    told = configs.command(argv, "python -m llava_jax.train", __doc__ or "")
+    return _train(configs.load(told.config, told.overrides), epath.Path(told.workdir))
 
 
 def _train(config: configs.Config, workdir: epath.Path) -> int:
@@ -101,7 +99,7 @@ def _join_processes() -> None:
         count, index = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=count and int(count), process_id=index and int(index))
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
-        raise ValueError(f"{jax.process_count()} processes share these devices: set LLAVA_JAX_MULTIHOST=1 on each, "
+        raise UsageError(f"{jax.process_count()} processes share these devices: set LLAVA_JAX_MULTIHOST=1 on each, "
                          "so that they agree where to stop")  # fmt: skip
 
 
@@ -114,7 +112,7 @@ def _keep_compilations() -> None:
     found = folder.stat()
     # Entries are machine code: who can write here can run code as this user.
     if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ValueError(f"{folder}: want a directory of your own with mode 700, as compiled code is read from it; "
+        raise UsageError(f"{folder}: want a directory of your own with mode 700, as compiled code is read from it; "
                          f"`chmod 700 {folder}`, or set JAX_COMPILATION_CACHE_DIR")  # fmt: skip
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
@@ -124,12 +122,12 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     """The sizes that `model.base` says, which a named preset must agree with; without a base, the preset's."""
     if not model.base:
         if not model.preset:
-            raise ValueError("model.preset and model.base are both empty: name one of them")
+            raise UsageError("model.preset and model.base are both empty: name one of them")
         return presets.get(model.preset)
     held = presets.config_from_json(dict(cards.read_card(model.base).model))
     if model.preset and presets.get(model.preset) != held:
         wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
-        raise ValueError(
+        raise UsageError(
             f"model.base={model.base} is no {model.preset}: {'; '.join(typed.difference(wanted, found))}. "
             'Set model.preset="" to take the sizes of the base, or name another base'
         )
@@ -138,14 +136,14 @@ def _model_config(model: configs.Model) -> LlavaConfig:
 
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     if not config.prompt.tokenizer and not config.model.base:
-        raise ValueError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
+        raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
     place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
     rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
-        raise ValueError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
+        raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     if config.prompt.image_start_end and IMAGE_START not in words.specials:
-        raise ValueError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
+        raise UsageError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
     return Format(
         templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,
         config.prompt.image_mode, config.prompt.image_start_end,
@@ -162,9 +160,9 @@ def _open(sources: Sequence[configs.Source]) -> list[Source]:
 def _held_out(config: configs.Config) -> list[Source]:
     """The validation sources; what the hooks want is checked here, before anything large is read."""
     if config.train.eval_every and not config.data.validation:
-        raise ValueError(f"train.eval_every={config.train.eval_every} wants data.validation, which is empty")
+        raise UsageError(f"train.eval_every={config.train.eval_every} wants data.validation, which is empty")
     if config.train.sample_every and jax.process_count() > 1:
-        raise ValueError("train.sample_every wants a single process: set it to 0 and chat with a checkpoint")
+        raise UsageError("train.sample_every wants a single process: set it to 0 and chat with a checkpoint")
     return _open(config.data.validation)
 
 
@@ -209,13 +207,13 @@ def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
         return
     path = workdir / SETTINGS
     if not path.exists():
-        raise ValueError(f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory")
+        raise UsageError(f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory")
     changed = typed.difference(*(
         {key: value for key, value in settings.items() if not key.startswith(HARMLESS)}
         for settings in (json.loads(path.read_text()), typed.describe(config))
     ))  # fmt: skip
     if changed:
-        raise ValueError(
+        raise UsageError(
             f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or "
             "begin anew in another --workdir (a checkpoint to start from is `model.start` or a row of `init`)"
         )

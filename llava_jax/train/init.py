@@ -11,7 +11,8 @@ from jax.experimental import multihost_utils
 
 from llava_jax import params
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import Base, UnusableCheckpoint
+from llava_jax.checkpoint.card import Base
+from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import init_params
 from llava_jax.train.program import Program
@@ -61,7 +62,7 @@ def _refuse_lost_adapters(directory: str, found: Mapping[str, Any], sources: Map
     """A kernel is half of what was learned where its checkpoint has an adapter beside it."""
     for name, adapter in ((name, lora.beside(name, lora.A)) for name in lora.targets(found)):
         if adapter in found and sources.get(name) == directory != sources.get(adapter):
-            raise ValueError(
+            raise UsageError(
                 f"table `init`: {directory} has an adapter beside {name}, which this run would leave behind; "
                 f"`python -m llava_jax.convert merge {directory} OUT` adds it to the kernel (start from OUT), or train "
                 'it on: a row of `lora` for it, and `init` without another place for ".*/lora_.*"'
@@ -74,7 +75,7 @@ def _refuse_other_scales(program: Program, directory: str, names: Sequence[str])
         held = store.read_leaf(directory, None, name)
         if not np.array_equal(held, np.full_like(held, alpha / rank)):
             shown = ", ".join(f"{scale:g}" for scale in np.unique(held))
-            raise ValueError(
+            raise UsageError(
                 f"table `init`: the adapter {name} of {directory} was trained at alpha / rank = {shown}, table `lora` "
                 f"says {alpha:g} / {rank}; set alpha so that they agree, as the same factors mean another model"
             )

@@ -24,6 +24,7 @@ from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Checkpoints, Saved
+from llava_jax.errors import NonFinite
 from llava_jax.train import measure, metrics, optimizer
 from llava_jax.train.measure import Counts, Since, Surprise, Tracer, Yardstick
 from llava_jax.train.metrics import Writer
@@ -43,10 +44,6 @@ class Batches(Protocol):
     def __iter__(self) -> Iterator[tuple[Batch, Sequence[str]]]: ...
 
     def state(self) -> dict[str, Any]: ...
-
-
-class NonFinite(Exception):
-    """The loss was not finite in too many updates in a row (exit code 70)."""
 
 
 class Hook(NamedTuple):

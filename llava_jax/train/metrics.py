@@ -10,6 +10,7 @@ import tensorboardX
 from etils import epath
 
 from llava_jax import config
+from llava_jax.errors import UsageError
 
 # One line an update; counts are of the global batch:
 #   step, loss, rate    which update, its loss, the highest learning rate
@@ -130,7 +131,7 @@ def _open_wandb(project: str, name: str, settings: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
-        raise ValueError(
+        raise UsageError(
             f'log.wandb={project!r} wants the package wandb, which is missing: `pip install wandb`, or log.wandb=""'
         ) from None
     return wandb.init(project=project, name=name, config=dict(settings), resume="allow")

@@ -19,6 +19,7 @@ from llava_jax import batch as batches
 from llava_jax import chips, params, sharding
 from llava_jax import config as configs
 from llava_jax.batch import Batch
+from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
@@ -108,13 +109,13 @@ def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> dict[str, configs.Rate]:
     moving = {name: rate for name, rate in rates.items() if rate is not None}
     if not moving:
-        raise ValueError("table `rates` gives every parameter None: nothing would move; give one pattern a rate")
+        raise UsageError("table `rates` gives every parameter None: nothing would move; give one pattern a rate")
     flat = params.flatten(shapes)
     for name, rate in moving.items():
         if name.rpartition("/")[2] in lora.CONSTANTS:
-            raise ValueError(f"table `rates`: {name} is a constant (alpha / rank), which no rate moves: give it None")
+            raise UsageError(f"table `rates`: {name} is a constant (alpha / rank), which no rate moves: give it None")
         if isinstance(rate, tuple) and flat[name].shape[:1] != (len(rate),):
-            raise ValueError(
+            raise UsageError(
                 f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
                 "each layer of a stack (its first dimension)"
             )
@@ -148,7 +149,7 @@ def compiler_options(own: Sequence[tuple[str, Any]], mesh: Mesh) -> dict[str, An
         try:
             probe.lower(jax.ShapeDtypeStruct((), jnp.float32)).compile()
         except jax.errors.JaxRuntimeError as error:
-            raise ValueError(f"compiler_options: XLA refuses {name}={value!r}: {str(error).splitlines()[0]}") from None
+            raise UsageError(f"compiler_options: XLA refuses {name}={value!r}: {str(error).splitlines()[0]}") from None
     return (dict(chip.compiler_options) if chip else {}) | dict(own)
 
 
@@ -167,16 +168,16 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
     rows = rows_of(data, mesh)
     parts = config.train.accumulate * sharding.shards(mesh, "batch")
     if rows % parts:  # of packed rows there are so many a part
-        raise ValueError(
+        raise UsageError(
             f"data.batch_samples={rows} is not divisible by train.accumulate={config.train.accumulate} x "
             f"mesh.data x mesh.fsdp={sharding.shards(mesh, 'batch')}: want a multiple of {parts}"
         )
     for length in (data.row_tokens, *data.lengths):
         parts = sharding.shards(mesh, "tokens")
         if length % parts:
-            raise ValueError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
+            raise UsageError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
     if data.layout == "packed" and data.row_tokens <= model_config.image_features:
-        raise ValueError(
+        raise UsageError(
             f"data.row_tokens={data.row_tokens}: an image takes {model_config.image_features} positions and its text "
             f"some more; want more than {model_config.image_features}"
         )

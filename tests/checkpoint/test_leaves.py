@@ -12,7 +12,7 @@ from etils import epath
 
 from llava_jax import params
 from llava_jax.checkpoint import leaves, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.errors import UnusableCheckpoint
 
 LEAVES = {
     "llm/blocks/q/kernel": np.arange(24, dtype=np.float32).reshape(4, 2, 3).astype(ml_dtypes.bfloat16),

@@ -12,8 +12,8 @@ import optax
 import pytest
 
 from llava_jax.checkpoint import manager, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
-from llava_jax.checkpoint.manager import Saved, SaveFailed
+from llava_jax.checkpoint.manager import Saved
+from llava_jax.errors import SaveFailed, UnusableCheckpoint
 
 ADAM = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam())
 

@@ -9,7 +9,7 @@ import pytest
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
+from llava_jax.errors import UnusableCheckpoint
 
 PROMPT = card.PromptCard("v1", False, "pad", False)
 BASE = {"llm/norm/scale": np.arange(4, dtype=np.float16), "projector/0/bias": np.zeros(2, np.float16)}

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import files, torch_zip
+from llava_jax.errors import UnusableCheckpoint
 from tests.convert.tiny import DTYPES, as_dtype
 
 TENSORS = {"a.weight": np.arange(12, dtype=np.float32).reshape(3, 4), "b": np.ones(5, np.float32), "c": np.float32(3)}

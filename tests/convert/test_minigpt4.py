@@ -10,9 +10,9 @@ import pytest
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import eva, exporting, files, importing, minigpt4, table
 from llava_jax.convert.__main__ import main
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import EvaConfig, QFormerConfig, config_from_json
 from tests.convert import tiny, tiny_blip2

@@ -9,10 +9,10 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import exporting, importing, peft_import, reports, torch_zip
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.importing import UNSAID, PromptOptions
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import lora
 from tests.convert import adapters, tiny
 from tests.convert.adapters import ALPHA, NEW, OLD, ORIGINAL, PREFIX, RANK

@@ -9,9 +9,9 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import clip, exporting, files, importing, reports
 from llava_jax.convert.importing import PromptOptions
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import tokenizer
 from tests.convert import tiny

@@ -11,9 +11,9 @@ from safetensors.numpy import save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import clip, files, llama, llava, table
 from llava_jax.convert.files import TensorFiles, open_tensors
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import get
 from tests.convert import tiny

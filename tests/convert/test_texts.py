@@ -6,8 +6,8 @@ import random
 import pytest
 
 from llava_jax.checkpoint import card
-from llava_jax.checkpoint.card import UnusableCheckpoint
 from llava_jax.convert import chat_template, processor, readme, tokenizer_files
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import get
 from llava_jax.prompt import encode, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation, Turn

@@ -12,7 +12,7 @@ import pytest
 from llava_jax.data import planner
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 
 BAD = {"id": "the bad one", "conversations": [{"from": "human", "value": "Hi"}]}
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import tarfile
 import pytest
 
 from llava_jax.data.shards import clean_caption
-from llava_jax.data.sources import DataError, open_source
+from llava_jax.data.sources import open_source
+from llava_jax.errors import DataError
 from tests.data.conftest import png
 
 

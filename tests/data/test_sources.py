@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from llava_jax.data.index import sizes, token_lengths, word_lengths
-from llava_jax.data.sources import DataError, open_source
+from llava_jax.data.sources import open_source
+from llava_jax.errors import DataError
 from llava_jax.prompt.encode import encode
 
 

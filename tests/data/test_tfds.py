@@ -8,7 +8,8 @@ import pytest
 
 from llava_jax.data.builders.llava_instruct import write
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import DataError, open_source
+from llava_jax.data.sources import open_source
+from llava_jax.errors import DataError
 
 
 def test_a_written_data_set_holds_the_same_conversations_and_the_files_bytes(make, folder, tmp_path):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from llava_jax.datagen import generate, progress, shots, subjects
-from llava_jax.datagen.files import DataError
 from llava_jax.datagen.parsing import REASONS, Pair, Refused, pairs, parse
 from llava_jax.datagen.subjects import Box, Subject, context
+from llava_jax.errors import DataError
 from llava_jax.openai_client import Spent
 
 DOG = Subject("7", "7.jpg", ("A dog on a sofa.", "A brown dog rests."), (Box("dog", (0.25, 0.40064, 0.7, 1.0)),))

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate import questions
 from llava_jax.evaluate.benchmarks import mmbench, mme, pope, vqa
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS, get

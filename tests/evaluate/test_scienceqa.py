@@ -6,7 +6,7 @@ import json
 import pytest
 
 from llava_jax.data import scienceqa as files
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate import ensemble, questions
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import scienceqa

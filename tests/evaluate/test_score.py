@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate import __main__ as door
 from llava_jax.evaluate import answers, questions
 from llava_jax.evaluate import score as scores

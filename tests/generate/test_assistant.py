@@ -6,7 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from llava_jax.generate.assistant import Assistant, UnusableCheckpoint
+from llava_jax.errors import UnusableCheckpoint
+from llava_jax.generate.assistant import Assistant
 from llava_jax.models.llava import Llava
 from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn

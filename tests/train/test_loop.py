@@ -17,8 +17,9 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
+from llava_jax.errors import NonFinite
 from llava_jax.train import loop, metrics
-from llava_jax.train.loop import Hook, NonFinite, Run
+from llava_jax.train.loop import Hook, Run
 from tests.train import tiny
 from tests.train.test_step import STAGE_1, build, start
 

@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.data.sources import DataError, Record, Source
+from llava_jax.data.sources import Record, Source
 from llava_jax.data.validate import check_files, found
+from llava_jax.errors import DataError, UsageError
 
 
 class LlavaInstruct(tfds.core.GeneratorBasedBuilder):
@@ -68,7 +69,7 @@ def write(source: Source, out: epath.PathLike, split: str = "train") -> epath.Pa
     """
     place = epath.Path(out) / "llava_instruct" / str(LlavaInstruct.VERSION)
     if place.exists():
-        raise ValueError(f"{place} exists already: remove it or choose another directory")
+        raise UsageError(f"{place} exists already: remove it or choose another directory")
     with tempfile.TemporaryDirectory() as downloads:  # tfds wants one, and nothing is downloaded
         LlavaInstruct(source, split, out).download_and_prepare(download_dir=downloads)
     return place

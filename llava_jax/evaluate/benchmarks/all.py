@@ -1,5 +1,6 @@
 """The table of all benchmarks, by the name that the doors know them by."""
 
+from llava_jax.errors import UsageError
 from llava_jax.evaluate.benchmarks import custom, gqa, llava_bench, mmbench, mme, mmvet, pope, scienceqa, seed, vqa
 from llava_jax.evaluate.questions import Benchmark
 
@@ -18,5 +19,5 @@ def get(name: str) -> Benchmark:
       ValueError: there is none.
     """
     if name not in BENCHMARKS:
-        raise ValueError(f"--benchmark {name}: want one of {', '.join(BENCHMARKS)}")
+        raise UsageError(f"--benchmark {name}: want one of {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]

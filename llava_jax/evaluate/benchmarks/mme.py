@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     SHORT,
     Answers,

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llava_jax.data.files import field, read_json
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     LETTERS,
     Answers,

@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.data.files import field, read_json
-from llava_jax.data.sources import DataError
+from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     SHORT,
     Answers,
