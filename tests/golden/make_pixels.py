@@ -2,7 +2,8 @@
 
 Run by hand, in an environment of its own: `pip install pillow==12.2.* numpy && python tests/golden/make_pixels.py`.
 Pillow up to 12 resizes the rows of a picture, rounds, and then resizes the columns (of stripes the other way round);
-13 begins with the columns of many upright pictures. Each mode is written here in one resize, without the code under test.
+13 begins with the columns of many upright pictures. Each mode is written here in one resize, without the code under
+test.
 """
 
 import base64
@@ -63,7 +64,8 @@ def files() -> dict[str, bytes]:
     for name, image, kind, options in (
         ("rgb", picture, "PNG", {}), ("rgba", rgba, "PNG", {}), ("grey", grey, "PNG", {}), ("la", two, "PNG", {}),
         ("palette", palette, "PNG", {}), ("hidden", palette, "PNG", {"transparency": 3}),
-        ("bits", picture.convert("1"), "PNG", {}), ("gif", palette, "GIF", {"transparency": 3}), ("bmp", picture, "BMP", {}),
+        ("bits", picture.convert("1"), "PNG", {}), ("gif", palette, "GIF", {"transparency": 3}),
+        ("bmp", picture, "BMP", {}),
         ("ppm", picture, "PPM", {}), ("tiff", rgba, "TIFF", {}), ("cmyk", picture.convert("CMYK"), "TIFF", {}),
         ("lab", picture.convert("LAB"), "TIFF", {}),
         ("webp", rgba, "WEBP", {"lossless": True, "exact": True}),
