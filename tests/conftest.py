@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from tests import buckets
 
@@ -34,6 +35,17 @@ def bucket_server() -> Iterator[str]:
 def bucket(bucket_server: str) -> str:
     """A new, empty bucket: "gs://NAME"."""
     return buckets.make(bucket_server, f"bucket-{next(_numbers)}")
+
+
+@pytest.fixture
+def rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets other code resize as Pillow up to 12 does (but for stripes), whatever is installed."""
+    resize = Image.Image.resize
+
+    def in_order(self, size, resample, *rest, **named):
+        return resize(resize(self, (size[0], self.height), resample), size, resample, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", in_order)
 
 
 _numbers = itertools.count()

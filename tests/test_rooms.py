@@ -48,7 +48,7 @@ GUESTS = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
+    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),

@@ -126,7 +126,7 @@ def _vocabulary(source: Source) -> Vocabulary:
     llm = source.config.llm
     rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
-    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
+    image_id, pad_id = (words.ids[text] for text in (tokenizer_files.IMAGE, words.pad))
     return Vocabulary(words, rows, image_id, pad_id, (source.words.bos_id, source.words.eos_id))
 
 
@@ -221,7 +221,7 @@ def _export_llava(source: Source, partial: Path, final: Path) -> None:
     name = tower or str((final / SIDE_TOWER).absolute())
     content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
     ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
-    pad = {"pad_token_id": words.specials.get(words.pad, 0)}
+    pad = {"pad_token_id": words.ids.get(words.pad, 0)}
     write_json(partial / "config.json", content | ends | pad | {OURS: _kept(prompt)})
     write_json(partial / "generation_config.json", ends | pad)
     _write_bytes(partial, tokenizer_files.files(words, None))

@@ -233,7 +233,7 @@ class Assistant:
 
     def _engine(self) -> Engine:
         words = self.format.tokenizer
-        ends = {words.specials[stop] for stop in self.format.template.stops if stop in words.specials}
+        ends = {words.ids[stop] for stop in self.format.template.stops if stop in words.ids}
         return Engine(self.model, self.slots, words.size, tuple(sorted(ends | {words.eos_id})))
 
 

@@ -142,7 +142,7 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
-    if config.prompt.image_start_end and IMAGE_START not in words.specials:
+    if config.prompt.image_start_end and IMAGE_START not in words.ids:
         raise UsageError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
     return Format(
         templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,

@@ -49,17 +49,6 @@ def padded(image):
     return square
 
 
-@pytest.fixture
-def rows_first(monkeypatch):
-    """Lets other code resize as Pillow up to 12 does (but for stripes), whatever is installed."""
-    resize = Image.Image.resize
-
-    def in_order(self, size, resample, *rest, **named):
-        return resize(resize(self, (size[0], self.height), resample), size, resample, *rest, **named)
-
-    monkeypatch.setattr(Image.Image, "resize", in_order)
-
-
 @pytest.fixture(scope="module")
 def processor():
     pytest.importorskip("torch")  # transformers' image processors want it
