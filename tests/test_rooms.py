@@ -34,6 +34,8 @@ ROOMS = {
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
+    # It refuses what training refuses: a template that the tokenizer cannot write.
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip

@@ -19,7 +19,7 @@ from llava_jax.data import index, prepare
 from llava_jax.data.sources import JsonSource, open_source
 from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
 _NOTES_SHOWN = 20
@@ -79,6 +79,7 @@ def _format(options: argparse.Namespace, image_features: int) -> Format | None:
         return None
     legacy = None if options.legacy is None else options.legacy == "true"
     loaded = tokenizer.load(options.tokenizer, legacy=legacy)
+    ending.check(template, loaded, options.tokenizer)
     return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
 
 

@@ -18,11 +18,13 @@ from etils import epath
 
 from llava_jax import chips, cli
 from llava_jax import config as configs
+from llava_jax.checkpoint import card as cards
 from llava_jax.data.sources import open_source
 from llava_jax.errors import UsageError
 from llava_jax.plan import report, search
 from llava_jax.plan.compile import build, compile_step, find_place, model_of
 from llava_jax.plan.report import Bill
+from llava_jax.prompt import ending, templates, tokenizer
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +107,18 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)
-    return configs.load(options.config, overrides)
+    config = configs.load(options.config, overrides)
+    _check_words(config)
+    return config
+
+
+def _check_words(config: configs.Config) -> None:
+    """Refuses a template that the tokenizer cannot write, where that is on this machine."""
+    prompt, base = config.prompt, config.model.base
+    template = templates.get(prompt.template)
+    place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
+    if place and epath.Path(place).exists():
+        ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:

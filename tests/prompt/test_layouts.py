@@ -15,11 +15,11 @@ from llava_jax.prompt.tokenizer import LlamaTokenizer
 from tests.prompt import layouts
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
-TEXTS = layouts.texts(120, seed=1)
+TEXTS = layouts.texts(90, seed=1)
 # Where a stretch of text begins with a blank, transformers 5 leaves one of SentencePiece's two "▁" out.
 BLANK = re.compile(r"(^|</s>|<s>|<unk>|<tool>|<end>|tool)[ ▁]")
 COMBINATIONS = list(itertools.product(layouts.WORDS, layouts.PLACES, (True, False), layouts.CLASSES))
-QUICK = COMBINATIONS[::7]  # 7 divides none of the factors' sizes, so each value of each is met
+QUICK = COMBINATIONS[::11]  # 11 divides none of the factors' sizes, so each value of each is met
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def check(transformers, place):
     reader = transformers.AutoTokenizer if driven else transformers.PreTrainedTokenizerFast
     theirs = reader.from_pretrained(place)
     texts = [text for text in TEXTS if not (driven and BLANK.search(text))]
-    assert len(texts) > 60
+    assert len(texts) > 40
     for text in texts:
         assert ours.encode(text, bos=False) == theirs(text, add_special_tokens=False).input_ids, text
     added = theirs.added_tokens_decoder
