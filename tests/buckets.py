@@ -120,9 +120,11 @@ def proxy(server: str) -> Iterator[Proxy]:
                 if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            try:
+                self.end_headers()
+                self.wfile.write(b"" if self.command == "HEAD" else content)
+            except ConnectionError:  # clients cancel what they read ahead
+                self.close_connection = True
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
 
