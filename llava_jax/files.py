@@ -61,13 +61,17 @@ def listed(path: epath.PathLike) -> list[epath.Path]:
     (A bucket has no empty directories, and cannot tell one from a directory that was never made.)
 
     Raises:
+      NotADirectoryError: it is a file.
       Unreachable, UsageError: as `retried`.
     """
     path = epath.Path(path)
     try:
-        return retried(lambda: sorted(entry for entry in path.iterdir() if entry != path), path)
+        entries = retried(lambda: sorted(path.iterdir()), path)
     except FileNotFoundError:
         return []
+    if is_bucket(path) and [entry.name for entry in entries] == [path.name] and not exists(entries[0]):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))  # a bucket lists an object
+    return entries
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -110,8 +114,9 @@ def no_bucket(path: epath.PathLike) -> MissingFile:
     )
 
 
-def retried(call: Callable[[], T], path: epath.PathLike, secs: float = RETRY_SECS) -> T:
-    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`.
+def retried(call: Callable[[], T], path: epath.PathLike, secs: float | None = None) -> T:
+    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`
+    (None: RETRY_SECS).
 
     `call` may use etils' paths or TensorStore, and must be fit to be repeated.
 
@@ -121,6 +126,7 @@ def retried(call: Callable[[], T], path: epath.PathLike, secs: float = RETRY_SEC
       Whatever else `call` raises, such as FileNotFoundError; a disk's refusal and a full disk are OSErrors.
     """
     begin, wait = time.monotonic(), 0.5
+    secs = RETRY_SECS if secs is None else secs
     while True:
         try:
             return call()

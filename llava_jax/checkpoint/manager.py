@@ -26,6 +26,7 @@ from llava_jax.errors import SaveFailed, Unreachable, UnusableCheckpoint
 _TEMPORARY = ".orbax-checkpoint-tmp"
 _ASIDE = ".corrupt"  # of the name that a damaged step gets on a disk
 _MARK = "corrupt.txt"  # in a bucket, which renames nothing: the object that takes the place of Orbax's commit file
+_PROBE = "probe"
 _ITEMS = ("params", "state", record.ITEM)
 
 
@@ -67,7 +68,11 @@ def _prepare(directory: epath.Path) -> None:
     this works in the background.)"""
     if not files.is_bucket(directory):
         directory.mkdir(parents=True, exist_ok=True)
-    for entry in files.listed(directory):
+    entries = files.listed(directory)
+    if files.is_bucket(directory) and not entries:  # reading cannot tell an empty bucket from one that does not exist
+        files.write_whole(directory / _PROBE, b"")
+        files.delete(directory / _PROBE)
+    for entry in entries:
         if _TEMPORARY in entry.name:
             files.delete(entry)
     for step in store.numbered(directory):
