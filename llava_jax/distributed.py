@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -243,17 +243,19 @@ class Rows(NamedTuple):
 WHOLE = Rows()  # of a single process
 
 
-def rows(sharding: jax.sharding.NamedSharding, shape: Sequence[int], process: int | None = None) -> Rows:
-    """What a process (None: this one) loads of an array whose first dimension is a step's rows.
+def rows(held: Mapping[Any, tuple[slice, ...]], size: int, process: int | None = None) -> Rows:
+    """What a process (None: this one) loads of a step of `size` rows.
+
+    held: {device: index of its part}, as `sharding.devices_indices_map(shape)` says.
 
     Neighbouring devices of a real mesh are not neighbours of a process, and where other axes span processes several
     hold the same rows. The pipeline's parts are dealt to the processes in order, so each reads neighbours.
     """
-    size, holders = shape[0], dict[int, set[int]]()
-    for device, index_of in sharding.devices_indices_map(tuple(shape)).items():
-        start, end, _ = index_of[0].indices(size)
+    holders = dict[int, set[int]]()
+    for device, part in held.items():
+        start, end, _ = part[0].indices(size)
         holders.setdefault(start, set()).add(device.process_index)
-        assert size % (end - start) == 0, (shape, sharding)  # `sharding._fit` cuts nothing into unequal parts
+        assert size % (end - start) == 0, part  # `sharding._fit` cuts nothing into unequal parts
     starts = sorted(holders)
     order = sorted(starts, key=lambda start: (min(holders[start]), start))
     process = jax.process_index() if process is None else process
