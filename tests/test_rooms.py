@@ -21,8 +21,10 @@ ROOMS = {
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
-    # The door alone joins the prompt's format to the data, and sample answers to the loop.
-    "train/__main__.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
+    # The trainer joins the prompt's format to the data, and sample answers to the loop.
+    "train/__main__.py": ("config",),
+    "train/hooks.py": ("params", "data", "generate", "prompt"),
+    "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
     "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
