@@ -4,6 +4,7 @@ A store that answers with a passing error is asked again for a while; what a use
 """
 
 import errno
+import itertools
 import logging
 import os
 import random
@@ -71,6 +72,7 @@ def listed(path: epath.PathLike) -> list[epath.Path]:
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
+    Directories above it are made.
 
     Raises:
       MissingFile: the bucket does not exist.
@@ -83,6 +85,92 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
         if not is_bucket(path):
             raise
         raise no_bucket(path) from error
+
+
+def read(path: epath.PathLike) -> bytes:
+    """The whole file. In a bucket this is one request, where etils looks three times before it reads.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    return read_range(path, 0, None)
+
+
+def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
+    """`size` bytes of a file from `start` on (None: all), fewer where it ends before. In a bucket: one request.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    name = os.fspath(path)
+    if is_bucket(name):
+        return retried(lambda: _object_range(name, start, size), name)
+    with open(name, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if size is None else size)
+
+
+def set_aside(path: epath.PathLike) -> epath.Path:
+    """Gives a damaged file (on a disk, or a directory in its place) a name that ends in ".damaged"; returns it.
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    target = next(place for place in map(path.with_name, names) if not place.exists())
+    if is_bucket(path):
+        write_whole(target, read(path))
+        delete(path)
+    else:
+        path.rename(target)
+    return target
+
+
+class GrowingFile:
+    """A file to which content is added. On a disk what was added is there at once.
+
+    An object cannot grow: `flush` writes it anew, whole, so call it where its cost is small beside what was done since.
+    """
+
+    def __init__(self, path: epath.PathLike, content: bytes = b"") -> None:
+        """Begins the file anew with `content`. Raises as `write_whole`."""
+        self._path, self._flushed = epath.Path(path), True
+        write_whole(path, content)
+        self._file = None if is_bucket(path) else open(path, "ab")
+        self._content = bytearray() if self._file else bytearray(content)
+
+    def add(self, content: bytes) -> None:
+        """Adds content at the end."""
+        if self._file is None:
+            self._content += content
+            self._flushed = False
+        else:
+            self._file.write(content)
+            self._file.flush()
+
+    def flush(self) -> None:
+        """Returns when everything is in the bucket. Raises as `write_whole`."""
+        if not self._flushed:
+            write_whole(self._path, bytes(self._content))
+            self._flushed = True
+
+    def close(self) -> None:
+        """Flushes, and frees the file."""
+        self.flush()
+        if self._file is not None:
+            self._file.close()
+
+
+def size_bytes(path: epath.PathLike) -> int:
+    """Of a file. (etils' own `stat` fails where a file's owner has no name, as in many containers.)"""
+    return epath.Path(path).stat().length if is_bucket(path) else os.stat(path).st_size
+
+
+def want_disk(path: epath.PathLike, name: str, why: str) -> None:
+    """Raises UsageError for a path into a bucket. `name` is the option that holds it."""
+    if is_bucket(path):
+        raise UsageError(f"{name} {path}: want a path on a disk, as {why}; copy it with `gcloud storage cp -r`")
 
 
 def delete(path: epath.PathLike) -> None:
@@ -188,17 +276,37 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(words.split())[:300]}"
 
 
+def _object_range(name: str, start: int, size: int | None) -> bytes:
+    """Through etils' own client, which can read a part of an object in one request; etils offers no such call."""
+    import fsspec  # of the `gcs` extra
+
+    client = fsspec.filesystem("gcs", finalize_on_close=True)
+    try:
+        return b"" if size == 0 else client.cat_file(name, start or None, None if size is None else start + size)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+    except _client_errors() as error:
+        if str(error).endswith("416"):  # it begins where the object ends
+            return b""
+        raise
+
+
 def _write_object(path: epath.Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
 def _replace_file(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
-    os.replace(partial, path)
+    os.makedirs(path.parent, exist_ok=True)
+    # Other processes and machines may write the same file at this moment.
+    partial = path.parent / f".{path.name}.{os.getpid()}-{time.time_ns()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -51,8 +51,9 @@ def serve() -> Iterator[str]:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What tells gcsfs and TensorStore to talk to the server at `url`, in this process or in another."""
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    """What tells gcsfs, TensorStore and array_record to talk to the server at `url`, in this process or in another."""
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+    return dict.fromkeys(names, url)
 
 
 def make(url: str, name: str) -> str:

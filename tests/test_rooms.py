@@ -51,8 +51,8 @@ GUESTS = {
     "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
-    "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),
-    "gcsfs": ("files",),  # only to name what it raises
+    "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
+    "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
