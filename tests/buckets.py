@@ -53,7 +53,8 @@ def serve() -> Iterator[str]:
 def environment(url: str) -> dict[str, str]:
     """What tells gcsfs, TensorStore and array_record to talk to the server at `url`, in this process or in another."""
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
-    return dict.fromkeys(names, url)
+    # gcsfs asks Google's storage control API for a bucket's kind before each request, and no emulator has that API.
+    return {**dict.fromkeys(names, url), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
 
 
 def make(url: str, name: str) -> str:

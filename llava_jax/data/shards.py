@@ -94,7 +94,7 @@ class ShardSource(Source):
         except OSError as error:
             return dataclasses.replace(record, fault=f"{shard}: cannot be read ({error})")
         if len(picture) != pair.size:
-            return dataclasses.replace(record, fault=f"{shard}: ends within its picture: has it changed since the start?")
+            return dataclasses.replace(record, fault=f"{shard}: ends within its picture: has it changed?")
         return dataclasses.replace(record, pictures=(picture,))
 
 
