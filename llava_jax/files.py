@@ -4,6 +4,7 @@ A store that answers with a passing error is asked again for a while; what a use
 """
 
 import errno
+import io
 import itertools
 import logging
 import os
@@ -12,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from etils import epath
 
@@ -70,6 +71,37 @@ def listed(path: epath.PathLike) -> list[epath.Path]:
         return []
 
 
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is such a file or directory now. (etils' `is_dir` says no where a bucket gives any error.)
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    return retried(path.exists, path)
+
+
+def is_file(path: epath.PathLike) -> bool:
+    """Whether there is such a file now. Raises as `exists`."""
+    return _is_directory(path) is False
+
+
+def is_dir(path: epath.PathLike) -> bool:
+    """Whether there is such a directory now; one without a file is none in a bucket. Raises as `exists`."""
+    return _is_directory(path) is True
+
+
+def _is_directory(path: epath.PathLike) -> bool | None:
+    """None: there is nothing, or what is neither."""
+    if not is_bucket(path):
+        return False if os.path.isfile(path) else True if os.path.isdir(path) else None
+    path = epath.Path(path)
+    try:
+        return retried(lambda: path.stat().is_directory, path)
+    except FileNotFoundError:
+        return None
+
+
 def write_whole(path: epath.PathLike, content: bytes) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
     Directories above it are made.
@@ -108,6 +140,19 @@ def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
     with open(name, "rb") as file:
         file.seek(start)
         return file.read(-1 if size is None else size)
+
+
+def open_read(path: epath.PathLike, block_bytes: int = 2**20) -> io.BufferedReader:
+    """The file, open to be read in any order; a bucket's comes in ranges of at least `block_bytes`."""
+    if not is_bucket(path):
+        return open(path, "rb")
+    return io.BufferedReader(_ObjectReader(os.fspath(path), size_bytes(path)), block_bytes)
+
+
+def make_directory(path: epath.PathLike) -> None:
+    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself)."""
+    if not is_bucket(path):
+        os.makedirs(path, exist_ok=True)
 
 
 def set_aside(path: epath.PathLike) -> epath.Path:
@@ -164,7 +209,33 @@ class GrowingFile:
 
 def size_bytes(path: epath.PathLike) -> int:
     """Of a file. (etils' own `stat` fails where a file's owner has no name, as in many containers.)"""
-    return epath.Path(path).stat().length if is_bucket(path) else os.stat(path).st_size
+    if not is_bucket(path):
+        return os.stat(path).st_size
+    path = epath.Path(path)
+    return retried(lambda: path.stat().length, path)
+
+
+class _ObjectReader(io.RawIOBase):
+    """An object of a bucket as a file: each read is one request."""
+
+    def __init__(self, name: str, size: int) -> None:
+        self._name, self._size, self._place = name, size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._place = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._place, os.SEEK_END: self._size}[whence]
+        return self._place
+
+    def readinto(self, buffer: Any) -> int:
+        content = read_range(self._name, self._place, min(len(buffer), max(0, self._size - self._place)))
+        buffer[: len(content)] = content
+        self._place += len(content)
+        return len(content)
 
 
 def want_disk(path: epath.PathLike, name: str, why: str) -> None:

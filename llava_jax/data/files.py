@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError
 
 
@@ -15,7 +16,7 @@ def read_json(path: epath.Path, kind: type = object) -> Any:
       DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read(path).decode())
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
     if not isinstance(value, kind):

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, MissingFile, UsageError
 from llava_jax.prompt.conversation import Conversation, from_record
 
@@ -144,16 +145,18 @@ def open_source(
       ValueError: a suffix that is not known, or a weight at which no record is shown.
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
-    if not place.exists():
+    if not files.exists(place):
         raise MissingFile(f"data source {str(path)!r} does not exist: want {_KINDS}")
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not files.is_dir(folder):
         raise MissingFile(f"image folder {str(images)!r} of {str(path)!r} is no directory")
     name = name or place.name
-    if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
+    members = [] if place.suffix in (".tar", ".json", ".jsonl") else _members(place)
+    tars = tuple(member for member in members if member.suffix == ".tar")
+    if place.suffix == ".tar" or tars:
         from llava_jax.data import shards  # here only: it builds upon this module
 
-        source: Source = shards.open_shards(place, name, weight)
-    elif place.is_dir():
+        source: Source = shards.open_shards(place, tars or (place,), name, weight)
+    elif members:
         from llava_jax.data import tfds  # here only: it takes a second that JSON readers need not wait
 
         source = tfds.open_tfds(place, name, weight, split)
@@ -168,6 +171,14 @@ def open_source(
     if weight <= 0 or (len(source) and round(len(source) * weight) < 1):
         raise UsageError(f"data source {name!r}: weight={weight} shows none of its {len(source)} records an epoch")
     return source
+
+
+def _members(place: epath.Path) -> list[epath.Path]:
+    """What lies in a directory; none in a file, which a bucket cannot tell from an empty directory."""
+    try:
+        return files.listed(place)
+    except NotADirectoryError:
+        return []
 
 
 def _open_list(path: epath.Path, images: epath.Path | None, name: str, weight: float | int) -> JsonSource:
@@ -229,7 +240,7 @@ def _open_lines(
 
 def _read(path: epath.Path) -> tuple[bytes, str]:
     """The file without a byte-order mark, as bytes and as text."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = files.read(path).removeprefix(b"\xef\xbb\xbf")
     try:
         return data, data.decode()
     except UnicodeDecodeError as error:

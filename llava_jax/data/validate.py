@@ -252,7 +252,7 @@ def check_files(record: Record, root: epath.Path | None, listings: Listings) -> 
 def _is_file(place: epath.Path, listings: Listings) -> bool:
     """In a bucket three requests answer this of one file, and one that of a thousand."""
     if not files.is_bucket(place) or not place.suffix:  # a listing does not tell a folder from a file
-        return place.is_file()
+        return files.is_file(place)
     folder = place.parent
     if folder not in listings:
         listings[folder] = frozenset(entry.name for entry in files.listed(folder))

@@ -5,7 +5,7 @@ TensorFlow is large.
     CRC     CRC-32C, rotated right by 15 bits, plus 0xa282ead8
     data    an `Event` of protocol buffers: a version first, then scalars
 
-Source: tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto.
+Source: TensorFlow's tensorflow/core/lib/io/record_writer.h, util/event.proto and framework/summary.proto.
 """
 
 import functools

@@ -95,7 +95,7 @@ def test_a_bad_pair_costs_itself_by_name(tmp_path, v1, files, fault):
     assert bad.id == "0" and fault in bad.fault, bad.fault
     assert good.fault == "" and good.pictures == (png(3),)
     with pytest.raises(DataError, match=r"a\.tar\[0\] id='0': "):
-        bad.conversation
+        print(bad.conversation)
     assert sizes(source, v1).tolist() == [[0, 0], [sizes(source, v1)[1, 0], 1]]
     for open_images in (False, True):
         (finding,) = validate(source, rules(v1.template), v1, 160, open_images)
@@ -135,7 +135,8 @@ def test_a_shard_whose_end_is_lost_or_damaged_is_refused_as_a_whole(shards):
 def test_a_shard_that_changes_after_the_start_costs_the_pairs_that_are_gone(shards):
     source = open_source(shards)
     (shards / "00001.tar").write_bytes(b"short")
-    assert [record.fault.partition(".tar: ")[2] for record in source] == ["", "ends within its picture: has it changed?"]
+    faults = [record.fault.partition(".tar: ")[2] for record in source]
+    assert faults == ["", "ends within its picture: has it changed?"]
     (shards / "00000.tar").unlink()
     assert "cannot be read" in source[0].fault
 

@@ -139,7 +139,8 @@ def test_the_pictures_of_a_folder_in_a_bucket_are_looked_for_in_one_listing(worl
     copy = open_source(f"{bucket}/a.json", f"{bucket}/images")
     for open_images in (False, True):
         with buckets.faults(bucket_proxy, lambda method, path: None):
-            found = [list(validate(one, rules(v1.template, v1.tokenizer), v1, 400, open_images)) for one in (source, copy)]
+            fit = rules(v1.template, v1.tokenizer)
+            found = [list(validate(one, fit, v1, 400, open_images)) for one in (source, copy)]
             listings = [request for request in bucket_proxy.requests if request.path.endswith("maxResults=1000")]
         here, there = ([(one.index, one.reason) for one in findings] for findings in found)
         assert here == there and len(here) > 30

@@ -1,7 +1,6 @@
 """The loop: its rows, its hooks, and how it ends when losses are not finite or nothing moves any more."""
 
 import contextlib
-import json
 import subprocess
 import sys
 import time
