@@ -12,8 +12,8 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 from jax._src import distributed as internal
@@ -23,7 +23,8 @@ from llava_jax.errors import UsageError
 _POLL_SECS = 0.5
 _LEAVE_SECS = 10.0  # for the others to hear that a process ends
 _WAIT_MS = 24 * 3600 * 1000  # a peer that never comes is the watchdog's affair
-_SIGNALS, _END, _STOP = "llava_jax/signals", "end", "stop"
+_SIGNALS, _POINTS, _LEFT = "llava_jax/signals", "llava_jax/points", "llava_jax/left"
+_END, _STOP = "end", "stop"
 
 _rounds: dict[str, Iterator[int]] = defaultdict(itertools.count)
 
@@ -87,29 +88,29 @@ def agree(values: Mapping[str, Any]) -> None:
 def leave(code: int, message: str) -> NoReturn:
     """Ends every process of the job with the same exit code, at once and without any barrier.
 
-    The first that calls it decides the code. `message` is printed by this process, and by process 0 as well.
+    The first that calls it decides the code and the message, which process 0 prints.
     """
     _signals().leave(code, message)
 
 
 class Stop:
-    """The step after which all processes stop, once one of them was asked to (`request`, from any thread).
+    """Where all processes stop, once one of them was asked to (`request`, from any thread).
 
-    The processes run in step but not in the same moment: each says which step it is in, and all go on to the latest.
+    All processes pass the same points, such as the ends of steps, though not in the same moment: each says which it
+    has come to, and all go on to the latest.
     """
 
-    def __init__(self, first: int):
-        """first: the step that comes next."""
+    def __init__(self) -> None:
         self._signals = _signals()
-        self._signals.begin(first)
+        self._signals.begin()
 
     def request(self) -> None:
         """Asks all processes to stop soon."""
         self._signals.request()
 
-    def after(self, step: int) -> bool:
-        """Whether to stop now that `step` has been given to the device; else the next one is begun."""
-        return self._signals.after(step)
+    def point(self) -> bool:
+        """Whether to stop here. All processes must call it as often; once True it stays True."""
+        return self._signals.point()
 
 
 class _Signals:
@@ -117,88 +118,93 @@ class _Signals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._step, self._requested, self._leaving = 0, False, False
+        self._points, self._requested, self._stopped = 0, False, False
+        self._leaving = False
         if count() > 1:
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
-    def begin(self, step: int) -> None:
+    def begin(self) -> None:
         with self._lock:
-            self._step, self._requested = step, False
+            self._points, self._requested, self._stopped = 0, False, False
 
     def request(self) -> None:
-        with self._lock:
-            if count() == 1:
-                self._requested = True
-                return
-        self._set(_STOP, "")
+        if count() > 1:
+            self._set(_STOP, "")
         self._hold()
 
-    def after(self, step: int) -> bool:
+    def point(self) -> bool:
         with self._lock:
             if not self._requested:
-                self._step = step + 1
+                self._points += 1
                 return False
-        if count() == 1:
-            return True
-        get = internal.global_state.client.blocking_key_value_get
-        return step >= max(int(get(f"{_SIGNALS}-at/{i}", _WAIT_MS)) for i in range(count()))
+        if not self._stopped:
+            last = max(map(int, self._gathered())) if count() > 1 else self._points
+            self._stopped = self._points >= last
+            self._points += 1
+        return self._stopped
 
     def leave(self, code: int, message: str) -> NoReturn:
+        with self._lock:
+            self._leaving = True  # the thread must not end the process too
         if count() == 1:
             _end(code, message)
-        with self._lock:
-            self._leaving = True  # the thread must not print or end it a second time
         self._set(_END, json.dumps([code, index(), message]))
-        first_code, number, _ = json.loads(self._read()[_END])
-        _say(message if number == index() else f"{message} (ends with {first_code}, as process {number} does)")
-        self._exit(first_code)
+        self._exit(*json.loads(self._read(_SIGNALS)[_END]))
 
     def _watch(self) -> None:
         while True:
             time.sleep(_POLL_SECS)
             try:
-                found = self._read()
+                signals = self._read(_SIGNALS)
             except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX itself ends this process
                 return
-            if _STOP in found:
+            if _STOP in signals:
                 self._hold()
-            if _END in found:
+            if _END in signals:
                 with self._lock:
                     if self._leaving:
                         return
-                code, number, message = json.loads(found[_END])
-                if index() == 0:
-                    _say(f"process {number}: {message}")
-                self._exit(code)
+                self._exit(*json.loads(signals[_END]))
 
-    def _read(self) -> dict[str, str]:
-        pairs = internal.global_state.client.key_value_dir_get(_SIGNALS)
+    def _read(self, place: str) -> dict[str, str]:
+        pairs = internal.global_state.client.key_value_dir_get(place)
         return {key.rpartition("/")[2]: value for key, value in pairs}
 
     def _set(self, name: str, value: str) -> None:
         try:
             internal.global_state.client.key_value_set(f"{_SIGNALS}/{name}", value)
         except jax.errors.JaxRuntimeError:
-            if name not in self._read():  # another process was first: its word counts
+            if name not in self._read(_SIGNALS):  # else another process was first: its word counts
                 raise
 
     def _hold(self) -> None:
-        """Says once which step this process is in, which it does not go beyond before it has heard the others."""
+        """Says once which point this process comes to next, which it does not pass before it has heard the others."""
         with self._lock:
             if self._requested:
                 return
-            self._requested, step = True, self._step
-        internal.global_state.client.key_value_set(f"{_SIGNALS}-at/{index()}", str(step))
+            self._requested, points = True, self._points
+        if count() > 1:
+            internal.global_state.client.key_value_set(f"{_POINTS}/{index()}", str(points))
 
-    def _exit(self, code: int) -> NoReturn:
-        """Leaves; process 0, which the others talk through, when they have left or are not expected any more."""
+    def _gathered(self) -> list[str]:
+        get = internal.global_state.client.blocking_key_value_get
+        return [get(f"{_POINTS}/{number}", _WAIT_MS) for number in range(count())]
+
+    def _exit(self, code: int, number: int, message: str) -> NoReturn:
+        """Ends this process. Process 0 speaks for all of them, and stays until the others have gone: they need it."""
         client = internal.global_state.client
-        client.key_value_set(f"{_SIGNALS}-left/{index()}", "")
+        if index() == 0:
+            _say(message if number == 0 else f"process {number} of {count()}: {message}")
+        client.key_value_set(f"{_LEFT}/{index()}", "")
+        expected = count() if index() == 0 else 1
         end = time.monotonic() + _LEAVE_SECS
-        while index() == 0 and time.monotonic() < end and len(client.key_value_dir_get(f"{_SIGNALS}-left")) < count():
+        while time.monotonic() < end:
+            left = self._read(_LEFT)
+            if len(left) == expected or (index() and "0" in left):
+                time.sleep(0.5 if index() == 0 else 0)  # from what the others say to their end
+                _end(code)
             time.sleep(0.05)
-        time.sleep(0.5 if index() == 0 else 0)  # between what they say and their end
-        _end(code)
+        _end(code, message if index() and number == index() else "")
 
 
 @functools.cache
@@ -222,25 +228,63 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
-def row_shards(sharding: jax.sharding.NamedSharding, shape: Sequence[int]) -> tuple[tuple[int, ...], int]:
-    """(which parts of the first dimension the devices of this process hold, into how many it is cut).
+class Rows(NamedTuple):
+    """The rows of a step that one process holds, in parts of equal size.
 
-    On real machines neighbouring devices of a mesh are not neighbours of a process, and a mesh whose other axes span
-    processes gives the same rows to several.
-
-    Raises:
-      UsageError: the mesh cuts the dimension into parts of different sizes.
+    places: which parts of the pipeline's step, ascending. shards: the part of the global array that each becomes.
+    of: parts of a step.
     """
-    return parts_of(sharding, shape, lambda device: device.process_index == jax.process_index())
+
+    places: tuple[int, ...] = (0,)
+    shards: tuple[int, ...] = (0,)
+    of: int = 1
 
 
-def parts_of(
-    sharding: jax.sharding.NamedSharding, shape: Sequence[int], is_local: Callable[[Any], bool]
-) -> tuple[tuple[int, ...], int]:
-    """`row_shards` of the devices that `is_local` chooses: of another process, or of a topology that is not here."""
-    rows = shape[0]
-    cuts = {device: place[0].indices(rows)[:2] for device, place in sharding.devices_indices_map(tuple(shape)).items()}
-    sizes = {end - start for start, end in cuts.values()}
-    if len(sizes) != 1 or rows % (size := next(iter(sizes))):
-        raise UsageError(f"{rows} rows: the mesh {dict(sharding.mesh.shape)} does not cut them into equal parts")
-    return tuple(sorted({start // size for device, (start, _) in cuts.items() if is_local(device)})), rows // size
+WHOLE = Rows()  # of a single process
+
+
+def rows(held: Mapping[Any, tuple[slice, ...]], size: int, process: int | None = None) -> Rows:
+    """What a process (None: this one) loads of a step of `size` rows.
+
+    held: {device: index of its part}, as `sharding.devices_indices_map(shape)` says.
+
+    Neighbouring devices of a real mesh are not neighbours of a process, and where other axes span processes several
+    hold the same rows. The pipeline's parts are dealt to the processes in order, so each reads neighbours.
+    """
+    holders = dict[int, set[int]]()
+    for device, part in held.items():
+        start, end, _ = part[0].indices(size)
+        holders.setdefault(start, set()).add(device.process_index)
+        assert size % (end - start) == 0, part  # `sharding._fit` cuts nothing into unequal parts
+    starts = sorted(holders)
+    order = sorted(starts, key=lambda start: (min(holders[start]), start))
+    process = jax.process_index() if process is None else process
+    pairs = [(place, starts.index(start)) for place, start in enumerate(order) if process in holders[start]]
+    return Rows(tuple(place for place, _ in pairs), tuple(shard for _, shard in pairs), len(starts))
+
+
+class SharedSet:
+    """A set of whole numbers that every process adds to, without waiting for any other."""
+
+    def __init__(self, name: str, values: Iterable[int] = ()):
+        """All processes make it, in the same order, with the same values."""
+        self._place = f"llava_jax/sets/{name}/{next(_rounds[name])}"
+        self._local, self._common = set[int](), set(values)
+
+    def add(self, value: int) -> None:
+        """Adds a value, which the others see from now on."""
+        if value not in self._local:
+            self._local.add(value)
+            if count() > 1:
+                internal.global_state.client.key_value_set(f"{self._place}/{value}-{index()}", "")
+
+    def values(self) -> set[int]:
+        """What all processes have added so far."""
+        if count() == 1:
+            return self._common | self._local
+        names = (key.rpartition("/")[2] for key, _ in internal.global_state.client.key_value_dir_get(self._place))
+        return self._common | {int(name.partition("-")[0]) for name in names}
+
+    def agreed(self) -> list[int]:
+        """What all processes have added before each of them called this; the same on all, ascending."""
+        return sorted(set().union(self._common, *exchange("set", sorted(self._local))))

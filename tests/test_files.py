@@ -132,12 +132,23 @@ def test_a_disk_that_fails_for_a_moment_is_asked_again():
     assert files.retried(read, "/mnt/a") == b"1"
 
 
+def test_a_file_has_no_entries(place):
+    files.write_whole(place / "file", b"1")
+    with pytest.raises(NotADirectoryError):
+        files.listed(place / "file")
+    (place / "same").mkdir()
+    files.write_whole(place / "same" / "same", b"1")
+    assert files.listed(place / "same") == [place / "same" / "same"]
+
+
 def test_an_error_of_the_disk_that_stays_is_raised_as_it_is(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(FileExistsError):
         files.write_whole(tmp_path / "file" / "f", b"1")
-    with pytest.raises(NotADirectoryError):
-        files.listed(tmp_path / "file")
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left on device]")
+    with pytest.raises(OSError, match="No space left.*/mnt/a") as error:
+        files.retried(lambda: (_ for _ in ()).throw(full), "/mnt/a")
+    assert error.value.errno == errno.ENOSPC
 
 
 def test_a_write_makes_the_directories_above_it_and_a_failed_one_leaves_nothing(tmp_path):
@@ -164,29 +175,6 @@ def test_a_part_of_a_file_is_one_request_in_a_bucket(place, request):
             files.read(place / "f")
             files.read_range(place / "f", 7, 7)
             assert [one.method for one in proxy.requests] == ["GET", "GET"]
-
-
-def test_a_file_is_read_in_any_order_in_blocks(place, request):
-    content = bytes(range(256)) * 40
-    files.write_whole(place / "f", content)
-    proxy = request.getfixturevalue("bucket_proxy")
-    with buckets.faults(proxy, lambda method, path: None), files.open_read(place / "f", block_bytes=1024) as file:
-        for start, size in ((0, 10), (5, 100), (9_000, 1000), (-3, 3), (10_240, 5), (20_000, 5)):
-            file.seek(start, os.SEEK_END if start < 0 else os.SEEK_SET)
-            assert file.read(size) == content[start:][:size]
-        ranges = [one for one in proxy.requests if one.path.endswith("alt=media")]
-    # The second part lies in the first block; beyond the end nothing is asked.
-    assert [one.sent_bytes for one in ranges] == ([1024, 1024, 3] if files.is_bucket(place) else [])
-
-
-def test_a_growing_file_begins_anew_and_a_damaged_one_is_set_aside(place):
-    for content in (b"old", b"new "):
-        file = files.GrowingFile(place / "f", content)
-        file.add(b"line")
-        file.close()
-    assert files.read(place / "f") == b"new line"
-    assert [files.set_aside(place / "f").name, files.read(place / "f.damaged")] == ["f.damaged", b"new line"]
-    assert [path.name for path in files.listed(place)] == ["f.damaged"]
 
 
 def test_what_wants_a_disk_names_the_option_the_path_and_the_remedy(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, streams
 from llava_jax.convert import torch_zip
 from llava_jax.errors import MissingWeights, UnusableCheckpoint
 
@@ -104,7 +104,7 @@ def _read_header(path: epath.Path) -> tuple[int, dict[str, Any]]:
     Raises:
       SafetensorError: the header is damaged, or does not fit the file.
     """
-    with files.open_read(path) as file, tempfile.NamedTemporaryFile() as stand_in:
+    with streams.open_read(path) as file, tempfile.NamedTemporaryFile() as stand_in:
         end = file.seek(0, 2)
         file.seek(0)
         start = file.read(8)

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, streams
 from llava_jax.errors import UnusableCheckpoint
 
 _STORAGES = {
@@ -65,7 +65,7 @@ class TorchZip:
     def __init__(self, path: epath.Path):
         self._path = path
         try:
-            self._zip = zipfile.ZipFile(files.open_read(path))
+            self._zip = zipfile.ZipFile(streams.open_read(path))
             entries = self._zip.infolist()
         except _BAD_ZIP:
             raise UnusableCheckpoint(

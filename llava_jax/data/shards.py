@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, streams
 from llava_jax.data.sources import Record, Source
 from llava_jax.errors import DataError, Unreachable
 
@@ -170,7 +170,7 @@ def _members(shard: epath.Path) -> Iterator[_Member]:
       DataError: no tar file, or one that is cut off or damaged between its files: nobody knows what is lost.
     """
     try:
-        with files.open_read(shard, _BLOCK_BYTES) as file:
+        with streams.open_read(shard, _BLOCK_BYTES) as file:
             end = file.seek(0, 2)
             file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
