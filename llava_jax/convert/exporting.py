@@ -93,8 +93,7 @@ def _export_peft(source: Source, partial: epath.Path, final: epath.Path) -> None
 
 def _base_name(source: Source) -> str | None:
     """What a frozen decoder was imported from, for a reader of the adapter; nothing is decided by it."""
-    for base in source.card.base:
-        path = source.directory / base.path
+    for path in (path for base in source.card.base for path in cards.places(source.directory, base)):
         if files.exists(path / cards.FILE) and "imported_from" in cards.read_card(path).source:
             return str(cards.read_card(path).source["imported_from"])
     return None

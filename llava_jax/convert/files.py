@@ -7,7 +7,7 @@ import json
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -222,17 +222,17 @@ def write_safetensors(
         header[name] = {"dtype": _CODES[spec.dtype], "shape": list(spec.shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with epath.Path(path).open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for wanted, spec in specs.items():
-            name, array = next(tensors)
-            assert (name, array.shape, array.dtype) == (wanted, *spec), (name, array.shape, array.dtype, wanted, spec)
-            _write_array(file, array)
-            del array  # it may be a view that keeps the whole leaf while the next one is read
 
+    def write() -> None:
+        with epath.Path(path).open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for wanted, spec in specs.items():
+                name, array = next(tensors)
+                assert (name, array.shape, array.dtype) == (wanted, *spec), (name, array.shape, array.dtype, wanted)
+                file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+                del array  # it may be a view that keeps the whole leaf while the next one is read
 
-def _write_array(file: BinaryIO, array: np.ndarray) -> None:
-    file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    files.retried(write, path, secs=0.0)  # once: the tensors come once; what a bucket raises becomes a line
 
 
 def _group(specs: Mapping[str, Spec], shard_bytes: int) -> list[list[str]]:

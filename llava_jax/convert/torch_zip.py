@@ -193,11 +193,9 @@ def write_torch(path: epath.PathLike, tensors: Mapping[str, np.ndarray], within:
     out.write(pickle.SETITEMS + (pickle.SETITEM if within is not None else b"") + pickle.STOP)
     root, whole = epath.Path(path).stem, io.BytesIO()
     with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
-        file.writestr(f"{root}/data.pkl", out.getvalue())
-        file.writestr(f"{root}/byteorder", "little")
-        for key, array in enumerate(tensors.values()):
-            file.writestr(f"{root}/data/{key}", np.ascontiguousarray(array).tobytes())
-        file.writestr(f"{root}/version", "3\n")
+        arrays = {f"data/{key}": np.ascontiguousarray(array).tobytes() for key, array in enumerate(tensors.values())}
+        for name, content in {"data.pkl": out.getvalue(), "byteorder": b"little", **arrays, "version": b"3\n"}.items():
+            file.writestr(zipfile.ZipInfo(f"{root}/{name}"), content)  # without the time: the same tensors, same bytes
     files.write_whole(path, whole.getvalue())
 
 
