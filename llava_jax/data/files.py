@@ -29,8 +29,11 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any
     Raises:
       DataError: it is not there or has another type.
     """
-    if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
-        found = row.get(name, "nothing") if isinstance(row, dict) else row
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{where}: {name}={str(found)[:60]!r}: want {names}")
+    names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {str(row)[:60]!r}: want an object with {name}, {names}")
+    if name not in row:
+        raise DataError(f"{where}: {name} is missing: want {names}")
+    if not isinstance(row[name], kind):
+        raise DataError(f"{where}: {name}={str(row[name])[:60]!r}: want {names}")
     return row[name]

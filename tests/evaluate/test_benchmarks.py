@@ -88,7 +88,7 @@ def test_annotations_of_another_shape_are_refused_by_row_and_field(tmp_path):
     asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
     put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
     put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [{"question_id": 1, "answers": [{}]}]})
-    with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer="):
+    with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer is missing"):
         load("vqav2", tmp_path, "split=val2014")
 
 

@@ -87,9 +87,10 @@ def test_a_report_has_rows_for_runs_and_published_ones(tmp_path):
     assert run("report", *files, "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert any(line.split() == "| a | 80.00 | 60.00 |".split() for line in page)
+    assert any(line.split() == "| b | 81.50 ± 0.25 | |".split() for line in page)
     assert any(line.split() == "| LLaVA-1.5-7B (published) | 85.90 |".split() for line in page)
     assert any(line.split() == "| b | **81.50 ± 0.25** |".split() for line in page)
-    assert "- b: 10 questions, mean and sample standard deviation of 2 repeats, 1 unparsed" in page
+    assert ("- b: 10 questions, mean and sample standard deviation of 2 repeats, 1 unparsed, counted as wrong" in page)
 
 
 def test_differences_are_computed_not_copied():
@@ -108,7 +109,7 @@ def test_plots_want_matplotlib_and_say_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").write_text(json.dumps(scores.to_json(result("a", 80), "a")))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("report", tmp_path / "a.json", "--out", tmp_path / "out", "--plots", "png") == 64
-    assert "pip install llava_jax[report]" in capsys.readouterr().err
+    assert 'pip install ".[report]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])
