@@ -63,8 +63,9 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
 
     interrupted: what Ctrl-C prints, such as how to resume.
     """
-    if isinstance(sys.stdout, io.TextIOWrapper):  # data may hold what the terminal's encoding does not
-        sys.stdout.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # data may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except BrokenPipeError:  # `... | head` has read enough

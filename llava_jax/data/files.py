@@ -15,12 +15,34 @@ def read_json(path: epath.Path, kind: type = object) -> Any:
       DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_bytes().decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: JSON of type {type(value).__name__}: want {kind.__name__}; is it the right file?")
     return value
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a file.
+
+    Raises:
+      DataError: it is no UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is no UTF-8 text: is it the right file?") from None
+
+
+def texts(row: Any, name: str, where: str) -> list[str]:
+    """`row[name]`, a list of texts.
+
+    Raises:
+      DataError: it is not there or holds something else.
+    """
+    values = field(row, name, list, where)
+    return [field({f"{name}[{place}]": value}, f"{name}[{place}]", str, where) for place, value in enumerate(values)]
 
 
 def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:

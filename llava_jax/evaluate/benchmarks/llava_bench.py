@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.files import field
+from llava_jax.data.files import field, texts
 from llava_jax.evaluate.questions import Answers, Benchmark, Fault, Need, Options, Question, Read, Score, sound_lines
 
 KINDS = ("conv", "detail", "complex")
@@ -98,8 +98,9 @@ def rule_name(question: Question) -> str:
 def _coco(root: epath.Path, options: Options) -> Read:
     contexts = {}
     for where, row in sound_lines(root / "caps_boxes_coco2014_val_80.jsonl"):
-        captions = "\n".join(field(row, "captions", list, where))
-        boxes = "\n".join(f"{one['category']}: {one['bbox']}" for one in field(row, "instances", list, where))
+        captions = "\n".join(texts(row, "captions", where))
+        boxes = "\n".join(f"{field(one, 'category', str, where)}: {field(one, 'bbox', list, where)}"
+                          for one in field(row, "instances", list, where))  # fmt: skip
         contexts[field(row, "image", str, where)] = f"{captions}\n\n{boxes}"
     return _joined(root / "qa90_questions.jsonl", root / "qa90_gpt4_answer.jsonl", contexts, "", COCO_PREFIX)
 
@@ -108,7 +109,8 @@ def _wild(root: epath.Path, options: Options) -> Read:
     contexts = {}
     for where, row in sound_lines(root / "context.jsonl"):
         caption = field(row, "caption", (str, list), where)
-        contexts[field(row, "image", str, where)] = caption if isinstance(caption, str) else "\n".join(caption)
+        whole = caption if isinstance(caption, str) else "\n".join(texts(row, "caption", where))
+        contexts[field(row, "image", str, where)] = whole
     return _joined(root / "questions.jsonl", root / "answers_gpt4.jsonl", contexts, "llava_bench_", "")
 
 
