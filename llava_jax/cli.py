@@ -53,9 +53,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(errors.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _nearest(self, word: str) -> str:
-        known = [name for action in self._actions for name in action.option_strings]
-        near = [RENAMED[word]] if RENAMED.get(word) in known else difflib.get_close_matches(word, known, n=1)
-        return f"; did you mean {near[0]}?" if near and word.startswith("-") else ""
+        known = {name.lstrip("-"): name for action in self._actions for name in action.option_strings}
+        near = difflib.get_close_matches(word.lstrip("-"), known, n=1) if word.startswith("-") else []
+        if RENAMED.get(word) in known.values():
+            return f"; did you mean {RENAMED[word]}?"
+        return f"; did you mean {known[near[0]]}?" if near else ""
 
 
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
