@@ -21,7 +21,10 @@ FAMILIES = ("llava", "minigpt4")
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
     words = list(sys.argv[1:] if argv is None else argv)
-    return cli.run("demo", lambda: _bases(words[1:]) if words[:1] == ["bases"] else _demo(words))
+    try:
+        return cli.run("demo", lambda: _bases(words[1:]) if words[:1] == ["bases"] else _demo(words))
+    except SystemExit as stop:  # --help, or a usage error that is printed
+        return int(stop.code or 0)
 
 
 def _demo(words: list[str]) -> int:

@@ -136,13 +136,13 @@ def test_all_topologies_are_listed_with_chips_and_hosts(capsys):
     (["--config.train.lr"], "wants a value"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(words, said, capsys, monkeypatch):
-    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
+    monkeypatch.setattr("llava_jax.plan.compile.compile_step", None)
     assert main([*TINY, *words]) == 64
     assert said in capsys.readouterr().err
 
 
 def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
+    monkeypatch.setattr("llava_jax.plan.compile.compile_step", None)
     text = (HOUSE / "configs" / "tiny_pretrain.py").read_text()
     text = text.replace("return config", 'config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
     (tmp_path / "fast.py").write_text(text)
