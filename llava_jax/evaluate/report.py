@@ -6,7 +6,7 @@ Tables are Markdown, CSV and LaTeX. matplotlib is imported here alone, and only 
 import csv
 import io
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -100,7 +100,8 @@ def page(results: Sequence[tuple[str, Result]]) -> str:
     for name in names:
         members = _of(results, name)
         one = table(members, PUBLISHED.get(name, ()))
-        parts += [f"## {one.title}", "", _markdown(one), ""]
+        rows = _emphasised(one, str, lambda cell: f"**{cell}**")
+        parts += [f"## {one.title}", "", markdown(["", *one.columns], rows), ""]
         parts += [f"- {run}: {line}" for run, result in members for line in _remarks(result)] + [""]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -126,21 +127,28 @@ def latex(results: Sequence[tuple[str, Result]]) -> str:
     parts = ["% needs \\usepackage{booktabs}"]
     for name in _benchmarks(results):
         one = table(_of(results, name), PUBLISHED.get(name, ()))
-        lines = [_tex_row("", map(_tex, one.columns))]
-        for run, cells in one.rows:
-            texts = [rf"\textbf{{{_tex(cell)}}}" if column == one.main and cell else _tex(cell)
-                     for column, cell in zip(one.columns, cells)]  # fmt: skip
-            lines.append(_tex_row(_tex(run), texts))
-        published, ours = lines[1 : 1 + one.published], lines[1 + one.published :]
-        rules = [r"\midrule"] if published else []
+        rows = [_tex_row(row) for row in _emphasised(one, _tex, lambda cell: rf"\textbf{{{cell}}}")]
+        if one.published:
+            rows.insert(one.published, r"\midrule")
         columns = "l" + "r" * len(one.columns)
-        parts += ["", f"% {_tex(one.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule", lines[0],
-                  r"\midrule", *published, *rules, *ours, r"\bottomrule", r"\end{tabular}"]  # fmt: skip
+        parts += ["", f"% {_tex(one.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                  _tex_row(["", *map(_tex, one.columns)]), r"\midrule", *rows, r"\bottomrule",
+                  r"\end{tabular}"]  # fmt: skip
     return "\n".join(parts) + "\n"
 
 
-def _tex_row(name: str, cells: Iterable[str]) -> str:
-    return " & ".join([name, *cells]) + r" \\"
+def _emphasised(one: Table, escape: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
+    """The table's rows, escaped; the headline's column is bold in the rows that are not published ones."""
+    rows = []
+    for number, (run, cells) in enumerate(one.rows):
+        ours = number >= one.published
+        rows.append([escape(run), *(bold(escape(cell)) if ours and column == one.main and cell else escape(cell)
+                                    for column, cell in zip(one.columns, cells))])  # fmt: skip
+    return rows
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
 
 
 def _tex(text: str) -> str:
@@ -156,16 +164,6 @@ def table(members: Sequence[tuple[str, Result]], published: Sequence[Published] 
     rows += [(run, tuple(scores.shown(result, column) for column in columns)) for run, result in members]
     result = members[0][1]
     return Table(result.title, columns, tuple(rows), result.main, len(published))
-
-
-def _markdown(one: Table) -> str:
-    """The table in Markdown; the headline's column is bold in the rows that are not published ones."""
-    rows = []
-    for number, (run, cells) in enumerate(one.rows):
-        bold = number >= one.published
-        rows.append([run, *(f"**{cell}**" if bold and column == one.main and cell else cell
-                            for column, cell in zip(one.columns, cells))])  # fmt: skip
-    return markdown(["", *one.columns], rows)
 
 
 def differences(members: Sequence[tuple[str, Result]], columns: Sequence[str] = ()) -> str:
