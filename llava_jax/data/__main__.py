@@ -192,6 +192,8 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    if options.to == "tfds" or options.records not in prepare.NAMES:
+        files.want_disk(options.out, "--out", "array_record files are written there")
     if options.records not in prepare.NAMES:
         if options.raw is not None or options.to == "json":
             raise UsageError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")
