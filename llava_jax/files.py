@@ -171,7 +171,7 @@ def set_aside(path: epath.PathLike) -> epath.Path:
     """
     path = epath.Path(path)
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
-    target = next(place for place in map(path.with_name, names) if not place.exists())
+    target = next(place for place in map(path.with_name, names) if not exists(place))
     if is_bucket(path):
         write_whole(target, read(path))
         delete(path)

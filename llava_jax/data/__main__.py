@@ -106,7 +106,8 @@ def _validate(options: argparse.Namespace) -> int:
     try:
         source = open_source(options.records, options.images, split=options.split, keep_broken=True)
     except DataError as error:
-        return _report(options, 0, [Finding(options.records, 0, None, "", "malformed_json", str(error))], start)
+        reason = "malformed_json" if options.records.endswith((".json", ".jsonl")) else "unreadable"
+        return _report(options, 0, [Finding(options.records, 0, None, "", reason, str(error))], start)
     broken = source.broken if isinstance(source, JsonSource) else ()
     findings = (Finding(source.path, i, line, "", "malformed_json", detail) for i, line, detail in broken)
     sound = validate(source, limits, format, options.row_tokens, options.open_images)
