@@ -113,7 +113,7 @@ class Loop:
     def goes_on(self, job: Sequence[Process], workdir: str, before: int) -> None:
         """Waits for a random moment, which half of the times is one of the updates."""
         if self.random.random() < 0.5:
-            end = time.monotonic() + self.random.uniform(0, 1.2 * self.secs)
+            end = time.monotonic() + self.random.uniform(0, self.secs)
         else:
             goal, end = before + self.random.randrange(1, STEPS), time.monotonic() + PATIENCE_SECS
             out = job[0].folder / "out"
