@@ -28,6 +28,7 @@ class Example:
     image_spans: where each image's features go, in reading order; never overlapping.
     images: uint8 [H, W, 3] each, resized to the tower's size; one for each span (empty if not opened).
     id: the record's own id, for messages.
+    weight: how much each of its targets counts, relative to those of others.
 
         tokens   <s> A chat ... USER: [0 0 0 0] What is it? ASSISTANT: A cat . </s>
         learned   .  .  .        .     . . . .   .    .  .   .          x  x  x  x
@@ -39,10 +40,15 @@ class Example:
     image_spans: tuple[Span, ...]
     images: tuple[np.ndarray, ...]
     id: str
+    weight: float | int = 1.0
 
 
 class Batch(NamedTuple):
     """One global step: B rows of T tokens; R = B / G neighbouring rows share one pool of I images.
+
+    What a row means travels with it: the host decides how much each target counts (1 for a mean over all tokens, 1 / n
+    in a group of n tokens for a mean of groups' means), and the device knows one rule, whatever the mesh and the order
+    of rows: loss = sum(weights * cross-entropy) / sum(weights) over the whole step.
 
     A NamedTuple, so it is a JAX pytree without importing jax. N is the number of features an image
     gives after the connector.
@@ -50,7 +56,7 @@ class Batch(NamedTuple):
 
     tokens: np.ndarray  # int32 [B, T]: input ids; any valid id where an image feature goes
     targets: np.ndarray  # int32 [B, T]: the next id inside the same sample (already shifted)
-    weights: np.ndarray  # float32 [B, T]: 1 where the target is learned, else 0; 0 at a sample's last position
+    weights: np.ndarray  # float32 [B, T]: how much the target counts; 0: not supervised, or a sample's last position
     positions: np.ndarray  # int32 [B, T]: position inside its own sample, restarting at each packed sample
     segments: np.ndarray  # int32 [B, T]: sample number within the row, from 1; 0 is padding
     image_slots: np.ndarray  # int32 [B, T]: row i * N + p of this group's features, or -1; I * N is image_newline

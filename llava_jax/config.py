@@ -127,6 +127,7 @@ class Train:
     max_nonfinite: int = 3  # so many non-finite losses in a row end the run
     eval_every: int = 0  # steps; 0: never
     sample_every: int = 0  # steps; 0: never
+    watchdog_secs: float = 1800.0  # without any progress after which the run ends with 42; a compilation is none
 
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
@@ -142,6 +143,7 @@ class Train:
             )
         _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
         _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
+        _in_range(self, "train", watchdog_secs=(1, None))
         if not 0 <= self.lora_dropout < 1:
             raise UsageError(f"train.lora_dropout={self.lora_dropout}: want 0 <= lora_dropout < 1")
 

@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
-    "__init__.py": (), "errors": (), "cli": (),
+    "__init__.py": (), "errors": (), "cli": (), "lifecycle": (), "distributed": (),
     "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
@@ -21,8 +21,10 @@ ROOMS = {
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
-    # The door alone joins the prompt's format to the data, and sample answers to the loop.
-    "train/__main__.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
+    # The trainer joins the prompt's format to the data, and sample answers to the loop.
+    "train/__main__.py": ("config",),
+    "train/hooks.py": ("params", "data", "generate", "prompt"),
+    "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
     "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
@@ -38,7 +40,7 @@ ROOMS = {
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors",)  # rooms that all others may import
+EVERYBODY = ("errors", "lifecycle", "distributed")  # rooms that all others may import
 COMMANDS = ("cli",)  # what files that are commands may import beside their room's own list
 
 # A third party -> the rooms or files that may import it.

@@ -5,10 +5,11 @@ state of a run's data is one number of steps.
 """
 
 import abc
+import dataclasses
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -19,6 +20,7 @@ from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
 from llava_jax.data.sources import Record, Source
 from llava_jax.data.validate import REASONS, Finding, Problem, brief, check, found, rules
+from llava_jax.distributed import Rows, SharedSet
 from llava_jax.errors import DataError, UsageError
 from llava_jax.prompt.encode import Format, encode
 
@@ -36,41 +38,51 @@ class _Loaded(NamedTuple):
 
 
 class _Groups:
-    """The numbers of this host's groups, as grain's random-access source."""
+    """The numbers of the groups that this process loads, as grain's random-access source.
 
-    def __init__(self, first_step: int, steps: int, groups: int, host: int, hosts: int):
-        self.first_step, self.steps, self.groups = first_step, steps, groups
-        self.own, self.host = groups // hosts, host
+    places: of the groups within each step.
+    """
+
+    def __init__(self, first_step: int, steps: int, groups: int, places: Sequence[int]):
+        self.first_step, self.steps, self.groups, self.places = first_step, steps, groups, places
 
     def __len__(self) -> int:
-        return self.steps * self.own
+        return self.steps * len(self.places)
 
     def __getitem__(self, index: int) -> int:
-        step, place = divmod(index, self.own)
-        return (self.first_step + step) * self.groups + self.host * self.own + place
+        step, place = divmod(index, len(self.places))
+        return (self.first_step + step) * self.groups + self.places[place]
 
 
 class Feed(abc.ABC):
-    """Batches of this host, step after step, without end (or once through, with `one_pass`).
+    """Batches of this process, step after step, without end (or once through, with `one_pass`).
 
-    A step is so many groups of rows; groups are numbered from the first step on, and a host yields its part of each
+    A step is so many groups of rows; groups are numbered from the first step on, and a process yields its part of each
     step. A subclass says which records are in a group.
+
+    mean_groups: for the loss "group_mean", so many neighbouring groups of rows share a mean. A process loads them whole
+      even where it yields a part, as the weight of a target depends on the other targets of its group.
 
     lost_targets: learned tokens that `row_tokens` has cut off so far.
     """
 
     def __init__(
         self, *, sources: Sequence[Source], format: Format, schedule: Schedule, groups: int, row_tokens: int,
-        images_per_group: int, host: int, hosts: int, skip_budget: float | int, threads: int, start_step: int,
-        one_pass: bool,
+        images_per_group: int, part: Rows, skip_budget: float | int, threads: int, start_step: int, one_pass: bool,
+        mean_groups: int | None = None,
     ):  # fmt: skip
         self.sources, self.format, self.schedule, self.one_pass = tuple(sources), format, schedule, one_pass
-        self.groups, self.host, self.hosts = groups, host, hosts
+        self.groups, self.mean_groups = groups, mean_groups
+        size, whole = groups // part.of, mean_groups or 1
+        self._own = [place * size + i for place in part.places for i in range(size)]
+        starts = {place // whole * whole for place in self._own}
+        self._read = sorted(start + i for start in starts for i in range(whole))
         self.row_tokens, self.images_per_group = row_tokens, images_per_group
         self.skip_budget, self.threads, self.lost_targets = skip_budget, threads, 0
         self._starts = np.cumsum([0, *schedule.sizes])
         self._rules = rules(format.template, format.tokenizer)
         self._bad: dict[int, Finding] = {}
+        self._bad_everywhere = SharedSet("bad")
         self._step = start_step
 
     @property
@@ -106,35 +118,38 @@ class Feed(abc.ABC):
 
     @property
     def bad(self) -> tuple[Finding, ...]:
-        """The records that were skipped, in the order of meeting; a record counts once."""
+        """The records that this process has skipped, in the order of meeting; a record counts once."""
         return tuple(self._bad.values())
 
     def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
-        """(this host's rows of the global batch, their record ids) from the state's step on.
+        """(this process's rows of the global batch, their record ids) from the state's step on.
 
         Raises:
           DataError: the batch that would come next holds a bad record and the skip budget is spent; names it.
         """
         steps = self.steps_of(1) - self._step if self.one_pass else _FOREVER // self.groups
-        places = _Groups(self._step, steps, self.groups, self.host, self.hosts)
-        ahead = max(2 * places.own, self.threads) * bool(self.threads)
+        source = _Groups(self._step, steps, self.groups, self._read)
+        ahead = max(2 * len(self._read), self.threads) * bool(self.threads)
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=ahead)
-        loaded = iter(grain.MapDataset.source(places).map(self._load).to_iter_dataset(options))
+        loaded = iter(grain.MapDataset.source(source).map(self._load).to_iter_dataset(options))
         try:
             for _ in range(steps):
-                groups = [next(loaded) for _ in range(places.own)]
-                samples = [sample for group in groups for row in group for sample in row]
-                self._note(samples)
-                examples = [[[sample.example for sample in row] for row in group] for group in groups]
+                groups = {place: next(loaded) for place in self._read}
+                self._note([sample for group in groups.values() for row in group for sample in row])
+                examples = self._examples(groups)
                 batch, lost = packed(examples, self._row_length(), self.images_per_group, self.format.image_size)
                 self.lost_targets += lost
                 self._step += 1
-                yield batch, tuple(sample.example.id for sample in samples)
+                yield batch, tuple(example.id for group in examples for row in group for example in row)
         finally:
             loaded.close()
 
+    def rewind(self) -> None:
+        """Begins again with the first step; what was bad stays known."""
+        self._step = 0
+
     def state(self, step: int | None = None) -> dict[str, Any]:
-        """What `restore` needs, JSON-safe and the same on every host.
+        """What `restore` needs, JSON-safe and the same on every process; all of them must call it.
 
         step: steps consumed, by default those that this object has handed out. A loop that fetches ahead gives its
           own number.
@@ -143,10 +158,11 @@ class Feed(abc.ABC):
         return {
             "version": _STATE_VERSION, "step": self._step if step is None else step, "fingerprint": digest.hexdigest(),
             "records": self.records, "seed": self.schedule.seed, "order": self.schedule.order, **self._settings(),
+            "bad": self._bad_everywhere.agreed(),
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continues after the step of a state; any number of hosts may have saved it.
+        """Continues after the step of a state; any number of processes may have saved it.
 
         Raises:
           ValueError: the state belongs to other data or another order; names every difference.
@@ -154,7 +170,7 @@ class Feed(abc.ABC):
         mine = self.state()
         differences = [
             f"{key}: saved {brief(state.get(key, 'nothing'))}, now {brief(value)}"
-            for key, value in mine.items() if key != "step" and state.get(key) != value
+            for key, value in mine.items() if key not in ("step", "bad") and state.get(key) != value
         ]  # fmt: skip
         step = state.get("step")
         if not isinstance(step, int) or step < 0:
@@ -165,23 +181,40 @@ class Feed(abc.ABC):
                 "and settings, or start a new run in another directory"
             )
         self._step = step
+        self._bad_everywhere = SharedSet("bad", state.get("bad", []))
+
+    def _examples(self, groups: Mapping[int, list[list[_Loaded]]]) -> list[list[list[Example]]]:
+        """The examples of this process's groups of a step, with the weights that the loss gives them."""
+        if not self.mean_groups:
+            return [[[sample.example for sample in row] for row in groups[place]] for place in self._own]
+        sums = dict.fromkeys((place // self.mean_groups for place in self._read), 0.0)
+        for place, group in groups.items():
+            for sample in (sample for row in group for sample in row):
+                kept, _ = cut(sample.example, self.row_tokens)
+                sums[place // self.mean_groups] += kept.weight * kept.learned[1:].sum()
+        return [
+            [[_weighted(sample.example, sums[place // self.mean_groups]) for sample in row] for row in groups[place]]
+            for place in self._own
+        ]
 
     def _note(self, samples: Sequence[_Loaded]) -> None:
-        """Counts the bad samples of a batch; raises DataError when they are too many."""
+        """Counts the bad samples of a batch, of all processes; raises DataError when they are too many."""
         allowed = int(self.skip_budget * self.records + 1e-9)
         for sample in samples:
             if sample.finding is None:
                 continue
             known = sample.record in self._bad
             self._bad[sample.record] = sample.finding
-            if len(self._bad) > allowed:
+            self._bad_everywhere.add(sample.record)
+            bad = len(self._bad_everywhere.values())
+            if bad > allowed:
                 raise DataError(
-                    f"{sample.finding}. Bad records so far: {len(self._bad)}; skip_budget={self.skip_budget} of "
+                    f"{sample.finding}. Bad records so far: {bad}; skip_budget={self.skip_budget} of "
                     f"{self.records} records allows {allowed}. Repair the data (python -m llava_jax.data validate "
                     f"{sample.finding.path} lists all), or raise data.skip_budget"
                 )
             if not known:
-                _log.warning("skips %s (%d of %d allowed)", sample.finding, len(self._bad), allowed)
+                _log.warning("skips %s (%d of %d allowed)", sample.finding, bad, allowed)
 
     def _load(self, group: int) -> list[list[_Loaded]]:
         return [[self._sample(record) for record in row] for row in self._rows(group)]
@@ -218,15 +251,18 @@ class Feed(abc.ABC):
         return example
 
 
+def _weighted(example: Example, total: float) -> Example:
+    """The example whose targets count as their share of their group's mean."""
+    return dataclasses.replace(example, weight=example.weight / total) if total else example
+
+
 def _empty(id: str) -> Example:
     return Example(np.zeros(0, np.int32), np.zeros(0, bool), (), (), id)
 
 
-def check_sources(sources: Sequence[Source], host: int, hosts: int, skip_budget: float | int) -> None:
+def check_sources(sources: Sequence[Source], skip_budget: float | int) -> None:
     """Raises ValueError where these arguments of any pipeline do not fit; names them."""
     if not sources:
         raise UsageError("data sources=() is empty: want at least one")
-    if hosts < 1 or not 0 <= host < hosts:
-        raise UsageError(f"data host={host}: want 0 to {hosts - 1}, as hosts={hosts}")
     if not 0 <= skip_budget < 1:
         raise UsageError(f"data skip_budget={skip_budget}: want a part of all records, 0 <= skip_budget < 1")

@@ -12,6 +12,7 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import Plans
 from llava_jax.data.sources import Source
+from llava_jax.distributed import WHOLE, Rows
 from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
 
@@ -20,7 +21,7 @@ _WORDS = 64  # positions beside an image for the template and a short question: 
 
 
 class Packed(Feed):
-    """Batches of this host, several samples a row, step after step; each epoch shows every sample once.
+    """Batches of this process, several samples a row, step after step; each epoch shows every sample once.
 
         pipeline = Packed(sources=[open_source("data.json", "images")], format=format, rows=64, row_tokens=2048,
                           rows_per_group=4, images_per_group=9)
@@ -44,25 +45,26 @@ class Packed(Feed):
 
     def __init__(
         self, *, sources: Sequence[Source], format: Format, rows: int, row_tokens: int, rows_per_group: int = 1,
-        images_per_group: int = 1, order: str = "shuffle", seed: int = 42, host: int = 0, hosts: int = 1,
+        images_per_group: int = 1, order: str = "shuffle", seed: int = 42, part: Rows = WHOLE,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0,
         cache_dir: epath.PathLike | None = None, one_pass: bool = False,
     ):  # fmt: skip
         """
         Args:
-          rows: of one global step; host h yields the h-th part.
+          rows: of one global step, of which this process yields its part.
           row_tokens: of each row, image features counted; longer samples are cut, never inside an image.
-          rows_per_group: neighbouring rows that share a pool; hosts x rows_per_group divides `rows`.
+          rows_per_group: neighbouring rows that share a pool; part.of x rows_per_group divides `rows`.
           images_per_group: images of a pool.
           order: that samples are packed in, "shuffle" or "sequential".
+          part: the parts of each step that this process yields.
           one_pass: each record once, then the end.
           the others: as `pipeline.Pipeline`'s.
 
         Raises:
           ValueError: an argument that does not fit; names it.
         """
-        check_sources(sources, host, hosts, skip_budget)
-        _check_sizes(rows, rows_per_group, images_per_group, hosts)
+        check_sources(sources, skip_budget)
+        _check_sizes(rows, rows_per_group, images_per_group, part.of)
         if order not in _ORDERS:
             raise UsageError(f"data order={order!r}: packed rows come in order {' or '.join(_ORDERS)}")
         if row_tokens <= format.image_features:
@@ -76,7 +78,7 @@ class Packed(Feed):
         )  # fmt: skip
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=rows // rows_per_group, row_tokens=row_tokens,
-            images_per_group=images_per_group, host=host, hosts=hosts, skip_budget=skip_budget, threads=threads,
+            images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
             start_step=start_step, one_pass=one_pass,
         )  # fmt: skip
         sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
@@ -106,10 +108,10 @@ class Packed(Feed):
         }  # fmt: skip
 
 
-def _check_sizes(rows: int, rows_per_group: int, images_per_group: int, hosts: int) -> None:
+def _check_sizes(rows: int, rows_per_group: int, images_per_group: int, parts: int) -> None:
     for name, value in {"rows": rows, "rows_per_group": rows_per_group, "images_per_group": images_per_group}.items():
         if value < 1:
             raise UsageError(f"data {name}={value}: want at least 1")
-    if rows % (hosts * rows_per_group):
-        raise UsageError(f"data rows={rows}: want a multiple of {hosts * rows_per_group}, which is hosts={hosts} x "
-                         f"rows_per_group={rows_per_group}")  # fmt: skip
+    if rows % (parts * rows_per_group):
+        raise UsageError(f"data rows={rows}: want a multiple of {parts * rows_per_group}, which is mesh.data x "
+                         f"mesh.fsdp={parts} x rows_per_group={rows_per_group}")  # fmt: skip

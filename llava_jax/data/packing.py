@@ -24,7 +24,8 @@ def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
     if end == len(example.tokens):
         return example, 0
     spans = tuple(span for span in example.image_spans if span.start < end)
-    kept = Example(example.tokens[:end], example.learned[:end], spans, example.images[: len(spans)], example.id)
+    images = example.images[: len(spans)]
+    kept = Example(example.tokens[:end], example.learned[:end], spans, images, example.id, example.weight)
     return kept, int(example.learned[end:].sum())
 
 
@@ -45,7 +46,7 @@ def packed(
         example.tokens    1  0  0  5  6  7 | 1  0  0  8         example.learned  . . . . x x | . . . x
         tokens            1  0  0  5  6  7   1  0  0  8
         targets           0  0  5  6  7  0   0  0  8  0         the next id; 0 at an example's last position
-        weights           0  0  0  1  1  0   0  0  1  0         1 where the next id is learned
+        weights           0  0  0  1  1  0   0  0  1  0         example.weight where the next id is learned
         positions         0  1  2  3  4  5   0  1  2  3
         segments          1  1  1  1  1  1   2  2  2  2
         image_slots      -1  0  1 -1 -1 -1  -1  2  3 -1         the group's image i, feature p: i * N + p
@@ -69,7 +70,7 @@ def packed(
             )
         tokens[row, start : start + n] = example.tokens
         targets[row, start : start + n - 1] = example.tokens[1:]
-        weights[row, start : start + n - 1] = example.learned[1:]
+        weights[row, start : start + n - 1] = example.learned[1:] * np.float32(example.weight)
         positions[row, start : start + n] = np.arange(n)
         segments[row, start : start + n] = segment
         for i, span in enumerate(example.image_spans, image):

@@ -11,12 +11,13 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.index import token_lengths, word_lengths
 from llava_jax.data.orders import ORDERS, Schedule, resolve_steps
 from llava_jax.data.sources import Source
+from llava_jax.distributed import WHOLE, Rows
 from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
 
 
 class Pipeline(Feed):
-    """Batches of this host, one sample a row, step after step.
+    """Batches of this process, one sample a row, step after step.
 
         pipeline = Pipeline(sources=[open_source("data.json", "images")], format=format, batch_samples=128,
                             row_tokens=2048, order="modality_length", seed=42)
@@ -25,18 +26,20 @@ class Pipeline(Feed):
 
     def __init__(
         self, *, sources: Sequence[Source], format: Format, batch_samples: int, row_tokens: int,
-        images_per_group: int = 1, order: str = "shuffle", seed: int = 42, host: int = 0, hosts: int = 1,
+        images_per_group: int = 1, order: str = "shuffle", seed: int = 42, part: Rows = WHOLE,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0, lengths: Sequence[int] = (),
         group_samples: int | None = None, cache_dir: epath.PathLike | None = None, one_pass: bool = False,
+        group_mean: bool = False,
     ):  # fmt: skip
         """
         Args:
           sources: from `open_source`; each is visited `weight` times an epoch.
           format: template, tokenizer and image size that samples are encoded with.
-          batch_samples: rows of one global step; `hosts` divides it, and host h yields the h-th part.
+          batch_samples: rows of one global step, of which this process yields its part.
           row_tokens: longest row, image features counted.
           images_per_group: most images of a record.
           order, seed: see `orders`.
+          part: the parts of each step that this process yields; `part.of` divides batch_samples.
           skip_budget: part of all records that may be bad and skipped; at 0 the first bad one raises.
           threads: that read and encode; 0 does it in the caller's.
           start_step: steps that were consumed before.
@@ -44,6 +47,7 @@ class Pipeline(Feed):
           group_samples: samples of one device for order="modality_length", which deals like sums of length to each;
             None is the whole batch.
           cache_dir: where record lengths are kept between runs; None measures them at each start.
+          group_mean: weigh targets so that the loss is the mean over groups of `group_samples` of each group's mean.
           one_pass: each record once in order, the last batch filled up with rows of weight 0, then the end.
 
         Raises:
@@ -51,8 +55,8 @@ class Pipeline(Feed):
         """
         group = group_samples or batch_samples
         _check_order(order)
-        check_sources(sources, host, hosts, skip_budget)
-        _check_sizes(batch_samples, group, hosts, row_tokens, images_per_group, lengths)
+        check_sources(sources, skip_budget)
+        _check_sizes(batch_samples, group, part.of, row_tokens, images_per_group, lengths)
         self._group_samples, self._lengths, self._tokens = group, (*lengths, row_tokens), None
         words = None
         if order == "modality_length" and not one_pass:
@@ -66,8 +70,8 @@ class Pipeline(Feed):
         )  # fmt: skip
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=batch_samples, row_tokens=row_tokens,
-            images_per_group=images_per_group, host=host, hosts=hosts, skip_budget=skip_budget, threads=threads,
-            start_step=start_step, one_pass=one_pass,
+            images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
+            start_step=start_step, one_pass=one_pass, mean_groups=group if group_mean else None,
         )  # fmt: skip
 
     @property
@@ -102,14 +106,14 @@ def _check_order(order: str) -> None:
 
 
 def _check_sizes(
-    batch_samples: int, group_samples: int, hosts: int, row_tokens: int, images_per_group: int, lengths: Sequence[int]
+    batch_samples: int, group_samples: int, parts: int, row_tokens: int, images_per_group: int, lengths: Sequence[int]
 ) -> None:
     for name, value in {"batch_samples": batch_samples, "group_samples": group_samples, "row_tokens": row_tokens,
                         "images_per_group": images_per_group}.items():  # fmt: skip
         if value < 1:
             raise UsageError(f"data {name}={value}: want at least 1")
-    if batch_samples % hosts or batch_samples % group_samples:
-        raise UsageError(f"data batch_samples={batch_samples}: want a multiple of hosts={hosts} and of "
-                         f"group_samples={group_samples}")  # fmt: skip
+    if batch_samples % parts or batch_samples % group_samples:
+        raise UsageError(f"data batch_samples={batch_samples}: want a multiple of mesh.data x mesh.fsdp={parts} "
+                         f"and of group_samples={group_samples}")  # fmt: skip
     if list(lengths) != sorted(set(lengths)) or any(not 0 < length <= row_tokens for length in lengths):
         raise UsageError(f"data lengths={tuple(lengths)}: want rising row lengths up to row_tokens={row_tokens}")

@@ -5,12 +5,8 @@ to be, so the device always has work; only a checkpoint or a hook waits for the 
 """
 
 import contextlib
-import faulthandler
 import functools
-import os
-import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,23 +14,19 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from llava_jax import config as configs
+from llava_jax import distributed, errors, lifecycle
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Checkpoints, Saved
+from llava_jax.distributed import Stop
 from llava_jax.errors import NonFinite
 from llava_jax.train import measure, metrics, optimizer
 from llava_jax.train.measure import Counts, Since, Surprise, Tracer, Yardstick
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import Metrics, State
-
-DONE, NONFINITE, PREEMPTED, STUCK = 0, 70, 75, 42
-
-# Longer than any compilation or validation should take; a collective whose peer hangs never comes back at all.
-WATCHDOG_SECS = 1800.0
 
 
 @runtime_checkable
@@ -47,10 +39,15 @@ class Batches(Protocol):
 
 
 class Hook(NamedTuple):
-    """`call(step, state)` after every `every` updates."""
+    """`call(step, state, stop)` after every `every` updates; it writes a row for the step into `log`.
+
+    A hook that takes long passes points of `stop` on the way, and comes back at once where it is to stop: its row is
+    then missing, so the next start calls it again.
+    """
 
     every: int
-    call: Callable[[int, State], None]
+    call: Callable[[int, State, Stop], None]
+    log: str
 
 
 @dataclass(frozen=True)
@@ -63,6 +60,7 @@ class Run:
     pipeline: Batches
     checkpoints: Checkpoints
     writer: Writer | None
+    stop: Stop
     hooks: Sequence[Hook] = ()
 
 
@@ -84,10 +82,10 @@ class Waiting(NamedTuple):
     ids: Sequence[str]
 
 
-def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple[int, State]:
+def train(run: Run, state: State) -> tuple[int, State]:
     """Updates from `state` to the program's last step; (DONE or PREEMPTED, the state). The state given is donated.
 
-    Where no update is left the hooks are called once, so that a finished run can still be evaluated.
+    Hooks that were due at the first state, and have not written their row, are called before the first update.
 
     Raises:
       NonFinite: `train.max_nonfinite` updates in a row were skipped.
@@ -101,11 +99,10 @@ def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple
     progress, waiting = Progress(Since(now), Since(now)), None
     tracer = Tracer(run.checkpoints.directory, run.config.profile, first)
     batches = iter(run.pipeline)
-    with (
-        _preemption() as preempted, _watchdog(watchdog_secs) as beat, measure.compilations() as built,
-        contextlib.closing(tracer),
-    ):
+    with measure.compilations() as built, contextlib.closing(tracer):
         report = functools.partial(_report, run, measure.yardstick(run.program), rates, built)
+        if _call_hooks(run, _missed(run, first - 1, last), first - 1, state):
+            return errors.PREEMPTED, state
         for step in range(first, last + 1):
             batch, ids, progress = _next(batches, progress)
             tracer.before(step, state)
@@ -114,39 +111,53 @@ def train(run: Run, state: State, watchdog_secs: float = WATCHDOG_SECS) -> tuple
             surprise = surprise.after(step, batch, built() - before)
             if waiting is not None:
                 progress = report(progress, waiting)
-                beat()
-            waiting = Waiting(step, scalars, measure.count(batch, features, jax.process_count()), ids)
-            stop = preempted(step)
-            if stop or step == last or _is_due(run, step):
+                lifecycle.beat()
+            waiting = Waiting(step, scalars, measure.count(batch, features, run.program.rows), ids)
+            stop, due = run.stop.point(), [hook for hook in run.hooks if step % hook.every == 0]
+            if stop or due or step == last or step % run.config.checkpoint.every == 0:
                 progress, waiting = report(progress, waiting), None
                 _save(run, step, state, stop or step == last)
-                if stop and step < last:  # the time left may be short: no hooks
-                    manager.wait(run.checkpoints)
-                    _say(f"step {step}: preempted and saved; the same command goes on from here")
-                    return PREEMPTED, state
-                _call_hooks(run, step, state)
-                beat()
+                # The time that is left may be short: hooks that are due are called by the next start.
+                if stop or _call_hooks(run, due, step, state):
+                    return _preempted(run, step, state), state
                 progress = _without(progress, time.monotonic() - progress.report.begun)
-    if first > last:
-        for hook in run.hooks:
-            hook.call(last, state)
-    return DONE, state
+    return errors.DONE, state
 
 
 def validate(
-    program: Program, trainable: Mapping[str, Any], frozen: Mapping[str, Any], held_out: Iterable[Any]
-) -> float:
-    """The mean loss over all supervised tokens of one pass over held-out data."""
+    program: Program, trainable: Mapping[str, Any], frozen: Mapping[str, Any], held_out: Iterable[Any], stop: Stop
+) -> float | None:
+    """The mean loss over all supervised tokens of one pass over held-out data; None: `stop` says to stop."""
     total = tokens = 0.0
     for batch, _ in held_out:
         sums = jax.device_get(program.evaluate(trainable, frozen, program.put(batch)))
         total, tokens = total + float(sums[0]), tokens + float(sums[1])
+        lifecycle.beat()
+        if stop.point():
+            return None
     return total / max(1.0, tokens)
 
 
-def _is_due(run: Run, step: int) -> bool:
-    """Whether anything wants the state after this update."""
-    return step % run.config.checkpoint.every == 0 or any(step % hook.every == 0 for hook in run.hooks)
+def _preempted(run: Run, step: int, state: State) -> int:
+    """Brings the state to disk."""
+    _save(run, step, state, True)
+    manager.wait(run.checkpoints)
+    _say(f"step {step}: preempted and saved; the same command goes on from here")
+    return errors.PREEMPTED
+
+
+def _missed(run: Run, step: int, last: int) -> list[Hook]:
+    """The hooks that are due after `step` and have written no row for it: it was saved before a kill or a stop.
+
+    A run that is finished calls all its hooks once more, so that it can still be evaluated with other data.
+    """
+    if step == last:
+        return list(run.hooks)
+    due = [hook for hook in run.hooks if step and step % hook.every == 0]
+    workdir = run.checkpoints.directory
+    mine = [hook.log for hook in due if not any(row["step"] == step for row in metrics.read(workdir, hook.log))]
+    logs = distributed.exchange("missed hooks", mine)[0]  # process 0 writes the logs
+    return [hook for hook in due if hook.log in logs]
 
 
 def _save(run: Run, step: int, state: State, forced: bool) -> None:
@@ -156,12 +167,17 @@ def _save(run: Run, step: int, state: State, forced: bool) -> None:
     manager.save(run.checkpoints, Saved(step, state.params, rest, run.pipeline.state()))
     if run.writer is not None:
         metrics.flush(run.writer)
+    lifecycle.beat()
 
 
-def _call_hooks(run: Run, step: int, state: State) -> None:
-    for hook in run.hooks:
-        if step % hook.every == 0:
-            hook.call(step, state)
+def _call_hooks(run: Run, hooks: Sequence[Hook], step: int, state: State) -> bool:
+    """Calls hooks; whether one of them was told to stop."""
+    for hook in hooks:
+        hook.call(step, state, run.stop)
+        lifecycle.beat()
+        if run.stop.point():
+            return True
+    return False
 
 
 def _next(batches: Iterator[tuple[Batch, Sequence[str]]], progress: Progress) -> tuple[Batch, Sequence[str], Progress]:
@@ -235,49 +251,5 @@ def _highest_rate(program: Program) -> float:
 
 
 def _say(line: str) -> None:
-    if jax.process_index() == 0:
+    if distributed.index() == 0:
         print(line, flush=True)
-
-
-@contextlib.contextmanager
-def _preemption() -> Iterator[Callable[[int], bool]]:
-    """`preempted(step)`, to be asked after every step: whether this is the step to stop at after a SIGTERM.
-
-    Many processes must stop at the same step, wherever the signal came: JAX agrees on one (its notifier lives in
-    `jax.distributed`, and a handler of ours would disable it). A single process has no such notifier and its own.
-    """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    told = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: told.set())
-    try:
-        yield lambda step: told.is_set()
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.contextmanager
-def _watchdog(limit_secs: float) -> Iterator[Callable[[], None]]:
-    """`beat()`, to be called as updates finish. After `limit_secs` without one all stacks are dumped, and that is it.
-
-    A process that hangs while its heartbeat thread lives is noticed by nobody else, JAX included (issue 38503).
-    """
-    last = [time.monotonic()]
-    over = threading.Event()
-
-    def watch() -> None:
-        while not over.wait(min(1.0, limit_secs / 4)):
-            if time.monotonic() - last[0] > limit_secs:
-                print(f"no update has finished for {limit_secs:.0f} s: all threads' stacks follow", file=sys.stderr)
-                faulthandler.dump_traceback(all_threads=True)
-                os._exit(STUCK)
-
-    def beat() -> None:
-        last[0] = time.monotonic()
-
-    threading.Thread(target=watch, daemon=True, name="watchdog").start()
-    try:
-        yield beat
-    finally:
-        over.set()

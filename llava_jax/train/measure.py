@@ -15,6 +15,7 @@ from etils import epath
 
 from llava_jax import chips, params
 from llava_jax.batch import Batch
+from llava_jax.distributed import WHOLE, Rows
 from llava_jax.models.flops import ranks_of, step_flops
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.train.program import Program
@@ -36,11 +37,11 @@ class Counts(NamedTuple):
     image_fill: float  # the share of image slots that hold a picture
 
 
-def count(batch: Batch, features: int, processes: int = 1) -> Counts:
+def count(batch: Batch, features: int, part: Rows = WHOLE) -> Counts:
     """Counts of a batch by its host arrays.
 
     Args:
-      batch: this process's part. The others hold as many rows, and about as much: theirs are taken to be like it.
+      batch: this process's part, which is `part`. The other rows are taken to hold about as much.
       features: positions that one image takes.
     """
     inside = batch.segments > 0
@@ -50,7 +51,7 @@ def count(batch: Batch, features: int, processes: int = 1) -> Counts:
     # Each picture shows its feature 0 once; `image_newline` lies behind the last picture's features.
     first = (batch.image_slots >= 0) & (batch.image_slots % features == 0)
     images = int((first & (batch.image_slots < batch.pixels.shape[1] * features)).sum())
-    totals = (processes * n for n in (tokens, pairs, int((batch.weights > 0).sum()), images))
+    totals = (n * part.of // len(part.places) for n in (tokens, pairs, int((batch.weights > 0).sum()), images))
     return Counts(*totals, round(tokens / inside.size, 4), round(images / slots, 4))
 
 

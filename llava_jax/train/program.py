@@ -16,9 +16,10 @@ import optax
 from jax.sharding import Mesh
 
 from llava_jax import batch as batches
-from llava_jax import chips, params, sharding
+from llava_jax import chips, distributed, params, sharding
 from llava_jax import config as configs
 from llava_jax.batch import Batch
+from llava_jax.distributed import Rows
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
@@ -44,17 +45,23 @@ class Program:
     state: State
     frozen: Mapping[str, Any]  # in the compute dtype
     batch: Batch
+    rows: Rows  # those that this process loads
     step: Callable[..., Any]  # (state, frozen, batch) -> (state, Metrics); donates the state
     evaluate: Callable[..., Any]  # (state.params, frozen, batch) -> (sum of losses, supervised tokens)
 
     def put(self, local: Batch) -> Batch:
         """This process's rows of a batch, on the devices of the mesh."""
-        placed = {}
-        for name, x in local._asdict().items():
-            shape = (x.shape[0] * jax.process_count(), *x.shape[1:])
-            cut = _field_sharding(self.mesh, name, shape)
-            placed[name] = jax.make_array_from_process_local_data(cut, x, shape)
-        return Batch(**placed)
+        return Batch(**{name: self._placed(name, x) for name, x in local._asdict().items()})
+
+    def _placed(self, name: str, local: Any) -> jax.Array:
+        size = local.shape[0] // len(self.rows.shards)
+        shape = (size * self.rows.of, *local.shape[1:])
+
+        def part(index: tuple[slice, ...]) -> Any:
+            place = self.rows.shards.index((index[0].start or 0) // size)
+            return local[place * size : (place + 1) * size][(slice(None), *index[1:])]
+
+        return jax.make_array_from_callback(shape, _field_sharding(self.mesh, name, shape), part)
 
 
 def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: Mesh | None = None) -> Program:
@@ -82,11 +89,12 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
     packed = config.data.layout == "packed"
     train_step = functools.partial(steps_of.train_step, model, optimizer, config.train, packed)
     evaluate = functools.partial(steps_of.eval_step, model, packed)
-    whole = sharding.replicated(mesh)
+    whole, batch = sharding.replicated(mesh), _batch(config, model_config, mesh)
     options = compiler_options(config.compiler_options, mesh)
     return Program(
         model=model, optimizer=optimizer, mesh=mesh, steps=steps, rates=rates, adapters=added, state=state,
-        frozen=_placed(frozen, None, mesh, dtype), batch=_batch(config, model_config, mesh),
+        frozen=_placed(frozen, None, mesh, dtype), batch=batch,
+        rows=rows_here(config.data, mesh),
         step=jax.jit(
             _on(mesh, train_step), donate_argnums=0, out_shardings=(jax.tree.map(lambda x: x.sharding, state), whole),
             compiler_options=options,
@@ -194,6 +202,12 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
 def rows_of(data: configs.Data, mesh: Mesh) -> int:
     """Rows of a step, of all devices together."""
     return data.batch_samples if data.layout == "padded" else data.rows_per_chip * sharding.shards(mesh, "batch")
+
+
+def rows_here(data: configs.Data, mesh: Mesh) -> Rows:
+    """The rows of a step that this process loads."""
+    shape = (rows_of(data, mesh), data.row_tokens)
+    return distributed.rows(_field_sharding(mesh, "tokens", shape), shape)
 
 
 def _field_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
@@ -55,7 +54,7 @@ def train_step(
         return weighted_loss(model, params.merge(trainable, frozen), batch, weights, packed, key)
 
     dropped = jax.random.fold_in(jax.random.key(train.seed), state.step)
-    weights = loss_weights(batch.weights, train.loss, train.group_samples)
+    weights = batch.weights / jnp.maximum(jnp.sum(batch.weights), jnp.finfo(jnp.float32).tiny)
     loss, gradients = _accumulate(jax.value_and_grad(loss_of), state.params, batch, weights, train.accumulate)
     norm = optax.tree.norm(gradients)
     if train.offload_optimizer:  # fetched when the gradients are there, or it would be on the device all the while
@@ -72,27 +71,9 @@ def train_step(
 def eval_step(
     model: Llava, packed: bool, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of the losses of the supervised tokens, their number), so that batches add up to a global mean."""
+    """(sum of weight times loss, sum of weights), so that batches add up to a global mean."""
     total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights, packed)
     return total, jnp.sum(batch.weights)
-
-
-def loss_weights(
-    weights: Float[Array, "B T"] | Float[np.ndarray, "B T"], kind: str, group_samples: int
-) -> Float[Array, "B T"]:
-    """Each token's share of the loss, so that the loss is a plain sum, however it is cut into micro-batches.
-
-    token_mean: the mean over all supervised tokens of the step, wherever they lie.
-    group_mean: the mean over groups of `group_samples` neighbouring rows of each group's token mean. This is the
-      reference's mean on each device: with 16 samples a device a short answer weighs more beside short ones.
-      Differs from LLaVA: a group without targets counts 0, there its loss is NaN (and its gradient 0).
-      Source: transformers' Trainer under DeepSpeed, research/llava_reference.md 1.5.4.
-    """
-    if kind == "token_mean":
-        return weights / jnp.maximum(1, jnp.sum(weights))
-    groups = weights.reshape(-1, group_samples * weights.shape[1])
-    shares = groups / jnp.maximum(1, jnp.sum(groups, axis=1, keepdims=True)) / groups.shape[0]
-    return shares.reshape(weights.shape)
 
 
 def weighted_loss(

@@ -12,9 +12,15 @@ import pytest
 from llava_jax.data import planner
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
+from llava_jax.distributed import Rows
 from llava_jax.errors import DataError
 
 BAD = {"id": "the bad one", "conversations": [{"from": "human", "value": "Hi"}]}
+
+
+def part(number: int, of: int) -> Rows:
+    """What one of `of` processes loads."""
+    return Rows((number,), (number,), of)
 
 
 @pytest.fixture
@@ -101,7 +107,7 @@ def test_the_parts_of_all_hosts_are_the_batch_of_one(make, build, hosts, one_pas
     settings = {"rows": 8, "one_pass": one_pass}
     steps = build(make(40), **settings).steps_of(1)
     whole = take(build(make(40), **settings), steps)
-    parts = [take(build(make(40), host=host, hosts=hosts, **settings), steps) for host in range(hosts)]
+    parts = [take(build(make(40), part=part(host, hosts), **settings), steps) for host in range(hosts)]
     for step, (batch, ids) in enumerate(whole):
         assert sum((part[step][1] for part in parts), ()) == ids
         for name, field in batch._asdict().items():
@@ -110,7 +116,7 @@ def test_the_parts_of_all_hosts_are_the_batch_of_one(make, build, hosts, one_pas
 
 
 def test_a_state_may_move_to_another_number_of_hosts(make, build):
-    two = build(make(30), host=1, hosts=2)
+    two = build(make(30), part=part(1, 2))
     take(two, 3)
     one = build(make(30))
     one.restore(two.state())
@@ -210,11 +216,11 @@ def test_contents_say_how_full_the_rows_are(make, build):
     ("changes", "message"),
     [
         ({"row_tokens": 4}, "row_tokens=4 is too short for an image, whose features take 4 positions"),
-        ({"rows": 6, "hosts": 2}, "rows=6: want a multiple of 4, which is hosts=2 x rows_per_group=2"),
+        ({"rows": 6, "part": part(0, 2)},
+         "rows=6: want a multiple of 4, which is mesh.data x mesh.fsdp=2 x rows_per_group=2"),
         ({"rows": 0}, "rows=0: want at least 1"),
         ({"images_per_group": 0}, "images_per_group=0: want at least 1"),
         ({"order": "modality_length"}, "order='modality_length': packed rows come in order shuffle or sequential"),
-        ({"host": 2, "hosts": 2}, "host=2: want 0 to 1"),
         ({"skip_budget": 1.0}, "skip_budget=1.0"),
         ({"sources": []}, "sources=() is empty"),
     ],

@@ -8,7 +8,13 @@ import numpy as np
 import pytest
 
 from llava_jax.data.pipeline import Pipeline
+from llava_jax.distributed import Rows
 from llava_jax.errors import DataError
+
+
+def part(number: int, of: int) -> Rows:
+    """What one of `of` processes loads."""
+    return Rows((number,), (number,), of)
 
 
 @pytest.fixture
@@ -79,7 +85,7 @@ def test_the_state_is_that_of_the_last_batch_handed_out_whatever_runs_ahead(make
 def test_the_parts_of_all_hosts_are_the_batch_of_one(make, build, hosts, changes):
     steps = 3
     whole = take(build(make(11), **changes), steps)
-    parts = [take(build(make(11), host=host, hosts=hosts, **changes), steps) for host in range(hosts)]
+    parts = [take(build(make(11), part=part(host, hosts), **changes), steps) for host in range(hosts)]
     for step, (batch, ids) in enumerate(whole):
         assert sum((part[step][1] for part in parts), ()) == ids
         for name, field in batch._asdict().items():
@@ -88,7 +94,7 @@ def test_the_parts_of_all_hosts_are_the_batch_of_one(make, build, hosts, changes
 
 
 def test_a_state_may_move_to_another_number_of_hosts(make, build):
-    two = build(make(11), host=1, hosts=2)
+    two = build(make(11), part=part(1, 2))
     take(two, 2)
     one = build(make(11))
     one.restore(two.state())
@@ -195,8 +201,7 @@ def test_more_images_than_a_row_takes_are_a_bad_record(make, build):
     ("changes", "message"),
     [
         ({"order": "shufle"}, "order='shufle' is unknown: did you mean 'shuffle'?"),
-        ({"hosts": 3}, "batch_samples=4: want a multiple of hosts=3"),
-        ({"host": 2, "hosts": 2}, "host=2: want 0 to 1"),
+        ({"part": part(0, 3)}, "batch_samples=4: want a multiple of mesh.data x mesh.fsdp=3"),
         ({"group_samples": 3}, "group_samples=3"),
         ({"batch_samples": 0}, "batch_samples=0: want at least 1"),
         ({"lengths": (200,)}, "lengths=(200,): want rising row lengths up to row_tokens=160"),
@@ -208,3 +213,22 @@ def test_arguments_that_do_not_fit_are_named(make, build, changes, message):
     sources = changes.pop("sources", [make(4)])
     with pytest.raises(ValueError, match=re.escape(message)):
         build(sources, **changes)
+
+
+def shares(weights: np.ndarray, group: int) -> np.ndarray:
+    """Each target's share of the mean over groups of rows of their token means."""
+    groups = weights.reshape(-1, group * weights.shape[1]) > 0
+    means = groups / np.maximum(1, groups.sum(axis=1, keepdims=True))
+    return means.reshape(weights.shape) / groups.any(axis=1).sum()
+
+
+@pytest.mark.parametrize("hosts", [1, 2, 4])
+def test_a_mean_of_groups_means_is_in_the_weights_whoever_loads_the_rows(make, build, hosts):
+    plain = take(build(make(11), batch_samples=8, group_samples=4), 3)
+    settings = {"batch_samples": 8, "group_samples": 4, "group_mean": True}
+    parts = [take(build(make(11), part=part(host, hosts), **settings), 3) for host in range(hosts)]
+    for step, (batch, ids) in enumerate(plain):
+        joined = np.concatenate([part[step][0].weights for part in parts])
+        assert sum((part[step][1] for part in parts), ()) == ids
+        assert len({len(group) for group in np.split(batch.weights > 0, 2)}) == 1
+        np.testing.assert_allclose(joined / joined.sum(), shares(batch.weights, 4), rtol=1e-6)

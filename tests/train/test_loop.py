@@ -1,6 +1,8 @@
 """The loop: its rows, its hooks, and how it ends when losses are not finite or nothing moves any more."""
 
 import contextlib
+import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -17,6 +19,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
+from llava_jax.distributed import Stop
 from llava_jax.errors import NonFinite
 from llava_jax.train import loop, metrics
 from llava_jax.train.loop import Hook, Run
@@ -59,14 +62,14 @@ def running(program, folder, batches, hooks=(), every=100, profile=0):
     state = jax.device_put(state, jax.tree.map(lambda x: x.sharding, program.state))
     checkpoints = manager.open_checkpoints(folder, 2)
     writer = metrics.open_writer(folder, config.log, 0, {})
-    yield Run(program, config, frozen, batches, checkpoints, writer, hooks), state
+    yield Run(program, config, frozen, batches, checkpoints, writer, Stop(), hooks), state
     metrics.close(writer)
     manager.close(checkpoints)
 
 
 def test_every_update_has_its_row_in_order_and_hooks_come_when_they_are_due(program, tmp_path, capsys):
     heard = []
-    hooks = [Hook(4, lambda step, state: heard.append((step, int(state.step))))]
+    hooks = [Hook(4, lambda step, state, stop: heard.append((step, int(state.step))), "heard.jsonl")]
     with running(program, tmp_path, Poisoned(), hooks, every=6) as (run, state):
         code, state = loop.train(run, state)
     rows = metrics.read(tmp_path)
@@ -161,7 +164,30 @@ def test_poisoned_batches_in_a_row_end_the_run_and_no_checkpoint_holds_them(prog
 def test_validation_is_the_mean_over_tokens_not_over_batches():
     sums = iter([(30.0, 10.0), (2.0, 2.0), (0.0, 0.0)])
     program = SimpleNamespace(put=lambda batch: batch, evaluate=lambda *_: tuple(map(jnp.float32, next(sums))))
-    assert loop.validate.__wrapped__(program, {}, {}, [(None, ())] * 3) == pytest.approx(32 / 12)
+    assert loop.validate.__wrapped__(program, {}, {}, [(None, ())] * 3, Stop()) == pytest.approx(32 / 12)
+
+
+def test_a_run_that_is_stopped_calls_what_was_due_when_it_starts_again(program, tmp_path):
+    """The stop comes during step 4's validation: the step is saved, and its row is written by the next start."""
+
+    def validate(stop, step, state, heard):
+        calls.append(step)
+        if stop is not None:
+            stop.request()
+        if not heard.point():
+            with (tmp_path / "validated.jsonl").open("a") as log:
+                log.write(json.dumps({"step": step}) + "\n")
+
+    calls = []
+    with running(program, tmp_path, Poisoned()) as (run, state):
+        hook = Hook(4, functools.partial(validate, run.stop), "validated.jsonl")
+        code, state = loop.train(dataclasses.replace(run, hooks=[hook]), state)
+    assert code == 75 and calls == [4] and int(state.step) == 4
+    assert [path.name for path in tmp_path.iterdir() if path.name.isdigit()] == ["4"]
+    with running(program, tmp_path, Poisoned()) as (run, _):
+        hook = Hook(4, functools.partial(validate, None), "validated.jsonl")
+        assert loop.train(dataclasses.replace(run, hooks=[hook]), state)[0] == 0
+    assert calls == [4, 4, 8]
 
 
 def test_rows_beyond_the_step_of_a_resume_are_dropped_and_a_cut_line_too(tmp_path):
@@ -200,6 +226,7 @@ def test_wandb_that_is_not_installed_is_asked_for_by_name(tmp_path):
 
 
 def test_a_run_that_hangs_ends_with_its_stacks():
-    code = "import time\nfrom llava_jax.train import loop\nwith loop._watchdog(0.5): time.sleep(30)"
+    code = ("import time\nfrom llava_jax import distributed, lifecycle\n"
+            "with lifecycle.WATCHDOG.watching(0.5, distributed.leave): time.sleep(30)")
     done = subprocess.run([sys.executable, "-c", code], cwd=tiny.HOUSE, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 42 and "no update has finished for" in done.stderr and "<string>" in done.stderr
+    assert done.returncode == 42 and "nothing has happened for 0 s" in done.stderr and "<string>" in done.stderr

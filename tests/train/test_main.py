@@ -13,7 +13,8 @@ from llava_jax.checkpoint import store
 from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.train import metrics
-from llava_jax.train.__main__ import _keep_compilations, main
+from llava_jax.train.__main__ import main
+from llava_jax.train.trainer import _keep_compilations
 from tests.train import tiny
 
 

@@ -151,17 +151,7 @@ def test_micro_batches_keep_groups_of_rows_together():
     np.testing.assert_array_equal(parts, [[0, 1, 4, 5], [2, 3, 6, 7]])
 
 
-def test_token_mean_weighs_every_token_alike_and_group_mean_every_group():
-    weights = np.zeros((4, 6), np.float32)
-    weights[0, :3] = weights[1, :1] = weights[2, :5] = 1
-    np.testing.assert_allclose(steps.loss_weights(weights, "token_mean", 2), weights / 9)
-    by_group = np.concatenate([weights[:2] / 4 / 2, weights[2:] / 5 / 2])
-    np.testing.assert_allclose(steps.loss_weights(weights, "group_mean", 2), by_group)
-
-
 def test_a_batch_without_targets_has_loss_0_and_a_finite_gradient(stage_1):
-    for kind in ("token_mean", "group_mean"):
-        assert not np.any(steps.loss_weights(np.zeros((4, 6), np.float32), kind, 2))
     state, frozen = start(stage_1)
     _, metrics = stage_1.step(state, frozen, batch(weights=np.zeros((4, 24), np.float32)))
     assert metrics.loss == 0 and metrics.finite and metrics.grad_norm == 0

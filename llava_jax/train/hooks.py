@@ -1,0 +1,77 @@
+"""What a run does beside its updates: the loss of held-out records, and answers to a few questions.
+
+A bad record never ends a healthy run here: it is named once, when the run starts or when it is first met.
+"""
+
+import dataclasses
+import functools
+import sys
+from collections.abc import Sequence
+
+from llava_jax import distributed, params
+from llava_jax.data.feed import Feed
+from llava_jax.data.sources import Source
+from llava_jax.distributed import Stop
+from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt.conversation import Conversation
+from llava_jax.prompt.encode import Format, encode
+from llava_jax.train import loop, metrics
+from llava_jax.train.loop import Hook, Run
+from llava_jax.train.step import State
+
+SAMPLES = 4  # conversations that `train.sample_every` answers
+SAMPLE_TOKENS = 64
+
+
+def validation(run: Run, held_out: Feed) -> Hook:
+    """The mean loss over all supervised tokens of one pass over `held_out`, into validation.jsonl."""
+    return Hook(run.config.train.eval_every, functools.partial(_validate, run, held_out), metrics.VALIDATION)
+
+
+def samples(run: Run, format: Format, source: Source) -> Hook:
+    """Answers to the first question of a source's first records, into samples.jsonl."""
+    call = functools.partial(_answer, run, format, source, _questions(source, format))
+    return Hook(run.config.train.sample_every, call, metrics.SAMPLES)
+
+
+def _validate(run: Run, held_out: Feed, step: int, state: State, stop: Stop) -> None:
+    held_out.rewind()
+    loss = loop.validate(run.program, state.params, run.frozen, held_out, stop)
+    if run.writer is None or loss is None:
+        return
+    bad = len(held_out.bad)
+    metrics.write(run.writer, metrics.VALIDATION, {"step": step, "loss": loss, "bad": bad})
+    skipped = f" (without {bad} bad records)" if bad else ""
+    print(f"step {step}: validation loss {loss:.4f}{skipped}", flush=True)
+
+
+def _questions(source: Source, format: Format) -> list[Conversation]:
+    """The first turn of the first records that can be asked; every process finds the same."""
+    questions: list[Conversation] = []
+    for index in range(len(source)):
+        try:
+            conversation = source[index].conversation
+            question = dataclasses.replace(conversation, turns=conversation.turns[:1])
+            encode(question, format, source.images, reply=True)
+            questions.append(question)
+        except (ValueError, OSError) as error:
+            if distributed.index() == 0:
+                print(f"train.sample_every leaves out {source.path}[{index}]: {error}", file=sys.stderr, flush=True)
+        if len(questions) == SAMPLES:
+            break
+    return questions
+
+
+def _answer(
+    run: Run, format: Format, source: Source, questions: Sequence[Conversation], step: int, state: State, stop: Stop
+) -> None:
+    """All processes compute the answers; process 0 writes them."""
+    assistant = Assistant(run.program.model, params.merge(state.params, run.frozen), format, slots=SAMPLES)
+    replies = assistant.replies(questions, SAMPLE_TOKENS, image_root=source.images)
+    if run.writer is None:
+        return
+    for conversation, reply in zip(questions, replies):
+        question = conversation.turns[0].text
+        print(f"step {step}: {question!r} -> {reply.text!r}", flush=True)
+        row = {"step": step, "id": conversation.id, "prompt": question, "answer": reply.text}
+        metrics.write(run.writer, metrics.SAMPLES, row)

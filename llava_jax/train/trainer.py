@@ -1,0 +1,342 @@
+"""The training engine: from a config and a workdir to a trained checkpoint, on one process or on many.
+
+Every process runs the same lines. What they must have in common they agree on before anything is compiled, and
+whatever ends one of them ends all of them, with the same exit code.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import secrets
+import sys
+import traceback
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from llava_jax import config as configs
+from llava_jax import distributed, errors, lifecycle, params, sharding, typed
+from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import manager
+from llava_jax.checkpoint.card import Card, PromptCard
+from llava_jax.checkpoint.manager import Checkpoints
+from llava_jax.data.feed import Feed
+from llava_jax.data.packed import Packed
+from llava_jax.data.pipeline import Pipeline
+from llava_jax.data.sources import Source, open_source
+from llava_jax.distributed import Stop
+from llava_jax.errors import DataError, UsageError
+from llava_jax.lifecycle import Sigterm
+from llava_jax.models import presets
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.encode import IMAGE_START, Format
+from llava_jax.train import hooks, init, loop, metrics
+from llava_jax.train import program as programs
+from llava_jax.train.loop import Hook, Run
+from llava_jax.train.metrics import Writer
+from llava_jax.train.program import Program
+from llava_jax.train.step import State
+
+SETTINGS = "config.json"  # in the workdir: the config that its checkpoints were trained with
+# Keys that may change between two starts of one run: they change no number that is trained. On another mesh sums are
+# taken in another order: the state goes over bit for bit, later losses agree to about 2e-6. A step's rows stay as they
+# were, so on half the chips each takes twice the rows_per_chip; the data's own state says so where it does not.
+HARMLESS = re.compile(
+    r"log\..*|checkpoint\..*|mesh\..*|compiler_options.*|profile|model\.(remat|base|start)|init.*"
+    r"|data\.(rows_per_chip|threads|skip_budget|validation.*|sources\.\d+\.(path|images|name))"
+    r"|train\.(eval_every|sample_every|max_nonfinite|offload_optimizer|watchdog_secs)"
+)
+ALL_BUT_ONE = 1 - 1e-9  # a skip budget
+
+
+def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> int:
+    """Trains, or resumes; the exit code: 0 done, or 75 where SIGTERM stopped it after a save.
+
+    Of several processes the first to fail ends all of them with its exit code, so an exception gets out of a single
+    process only.
+
+    Raises:
+      the exceptions of `errors`; any other is a fault, whose traceback is in WORKDIR/error-PROCESS.txt.
+    """
+    workdir = epath.Path(workdir)
+    with contextlib.ExitStack() as stack:
+        stack.push(functools.partial(_end_together, workdir))
+        distributed.join()
+        sigterm.react(functools.partial(distributed.leave, errors.PREEMPTED, "SIGTERM before the first step: nothing "
+                                        "is lost; the same command begins again"))  # fmt: skip
+        stack.callback(sigterm.react, None)
+        stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
+        return _train(config, workdir, sigterm)
+
+
+def _end_together(
+    workdir: epath.Path, kind: type[BaseException] | None, error: BaseException | None,
+    trace: types.TracebackType | None,
+) -> bool:  # fmt: skip
+    """Ends the other processes where this one fails; writes down what no message of ours explains."""
+    if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    code = errors.exit_code(error)
+    message = f"error: {error}"
+    if code is None:
+        code, place = errors.CRASHED, workdir / f"error-{distributed.index()}.txt"
+        text = "".join(traceback.format_exception(kind, error, trace))
+        with contextlib.suppress(OSError):
+            place.write_text(text)
+            message = f"error: {type(error).__name__}, a fault of the program or a library; traceback: {place}"
+        if distributed.count() > 1:
+            print(text, file=sys.stderr, flush=True)
+    if distributed.count() > 1:
+        distributed.leave(code, message)
+    return False
+
+
+def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int:
+    if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
+        logging.basicConfig(format="%(message)s")
+        logging.getLogger("llava_jax").setLevel(logging.INFO)
+    _keep_compilations()
+    model_config = _model_config(config.model)
+    format = _format(config, model_config)
+    held_out = _held_out(config)
+    sources = _open(config.data.sources)
+    _check_shared(workdir)
+    pipeline = _pipeline(config, format, sources, workdir)
+    steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
+    distributed.agree(_common(config, pipeline, steps))
+    program = programs.build(config, model_config, steps)
+    _introduce(program, pipeline, workdir)
+    _check_settings(workdir, config)
+    checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
+    state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
+    writer = _writer(workdir, config, int(state.step))
+    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop())
+    sigterm.react(functools.partial(_stop, run.stop))
+    try:
+        code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
+        sigterm.react(None)  # what is left takes seconds, and ends with 0
+        if code == errors.DONE:
+            manager.seal(checkpoints)
+    finally:
+        if writer is not None:
+            metrics.close(writer)
+        manager.close(checkpoints)
+    if code == errors.DONE:
+        _conclude(program, workdir)
+    return code
+
+
+def _stop(stop: Stop) -> None:
+    print("SIGTERM: stops after this step and saves", file=sys.stderr, flush=True)
+    stop.request()
+
+
+def _check_shared(workdir: epath.Path) -> None:
+    """Refuses a workdir that some process does not see as process 0 does, before any work is done for it."""
+    nonce = distributed.exchange("nonce", secrets.token_hex(8) if distributed.index() == 0 else "")[0]
+    mark = workdir / f".shared-{nonce}"
+    if distributed.index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
+        mark.write_text(nonce)
+    distributed.exchange("the mark is written", True)
+    sees = distributed.exchange("the mark is seen", mark.exists())
+    if distributed.index() == 0:
+        mark.unlink()
+    if not all(sees):
+        raise UsageError(
+            f"--workdir {workdir}: process {sees.index(False)} of {len(sees)} does not see what process 0 writes "
+            "there: want a directory that all hosts share, such as gs://BUCKET/RUN"
+        )
+
+
+def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any]:
+    """What all processes of a run must have in common: settings, code, data and the number of steps."""
+    package = Path(__file__).parent.parent
+    code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
+    data = {f"data state {key}": value for key, value in pipeline.state().items()}
+    return {**typed.describe(config), "code of llava_jax": code, **data, "number of steps": steps}
+
+
+def _keep_compilations() -> None:
+    """Lets XLA keep what it compiles in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR names another."""
+    if jax.config.jax_compilation_cache_dir:
+        return
+    home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("HOME") and Path(os.environ["HOME"]) / ".cache")
+    if not home:  # a container's user without a home
+        return
+    folder = Path(home) / "llava_jax" / "compiled"
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    found = folder.stat()
+    # Entries are machine code: who can write here can run code as this user.
+    if found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise UsageError(f"{folder}: want a directory of your own with mode 700, as compiled code is read from it; "
+                         f"`chmod 700 {folder}`, or set JAX_COMPILATION_CACHE_DIR")  # fmt: skip
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def _model_config(model: configs.Model) -> LlavaConfig:
+    """The sizes that `model.base` says, which a named preset must agree with; without a base, the preset's."""
+    if not model.base:
+        if not model.preset:
+            raise UsageError("model.preset and model.base are both empty: name one of them")
+        return presets.get(model.preset)
+    held = presets.config_from_json(dict(cards.read_card(model.base).model))
+    if model.preset and presets.get(model.preset) != held:
+        wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
+        raise UsageError(
+            f"model.base={model.base} is no {model.preset}: {'; '.join(typed.difference(wanted, found))}. "
+            'Set model.preset="" to take the sizes of the base, or name another base'
+        )
+    return held
+
+
+def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
+    if not config.prompt.tokenizer and not config.model.base:
+        raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
+    place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
+    words = tokenizer.load(place, config.prompt.legacy)
+    rows = model_config.llm.vocab + model_config.llm.added_tokens
+    if words.size > rows:
+        raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
+    if config.prompt.image_start_end and IMAGE_START not in words.specials:
+        raise UsageError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
+    return Format(
+        templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,
+        config.prompt.image_mode, config.prompt.image_start_end,
+    )  # fmt: skip
+
+
+def _open(sources: Sequence[configs.Source]) -> list[Source]:
+    try:
+        return [open_source(s.path, s.images or None, s.name, s.weight) for s in sources]
+    except FileNotFoundError as error:
+        raise DataError(str(error)) from None
+
+
+def _held_out(config: configs.Config) -> list[Source]:
+    """The validation sources; what the hooks want is checked here, before anything large is read."""
+    if config.train.eval_every and not config.data.validation:
+        raise UsageError(f"train.eval_every={config.train.eval_every} wants data.validation, which is empty")
+    return _open(config.data.validation)
+
+
+def _pipeline(
+    config: configs.Config, format: Format, sources: Sequence[Source], workdir: epath.Path, one_pass: bool = False
+) -> Feed:
+    data, mesh = config.data, sharding.make_mesh(dataclasses.asdict(config.mesh))
+    part = programs.rows_here(data, mesh)
+    shared = {
+        "sources": sources, "format": format, "row_tokens": data.row_tokens, "images_per_group": data.images_per_group,
+        "order": data.order, "seed": config.train.seed, "part": part,
+        "skip_budget": data.skip_budget, "threads": data.threads, "cache_dir": str(workdir / "lengths"),
+        "one_pass": one_pass,
+    }  # fmt: skip
+    if data.layout == "packed":
+        return Packed(rows=programs.rows_of(data, mesh), rows_per_group=data.rows_per_group, **shared)
+    return Pipeline(
+        batch_samples=data.batch_samples, lengths=data.lengths,
+        group_samples=math.gcd(data.batch_samples, config.train.group_samples),
+        group_mean=config.train.loss == "group_mean" and not one_pass, **shared,
+    )  # fmt: skip
+
+
+def _introduce(program: Program, pipeline: Feed, workdir: epath.Path) -> None:
+    if distributed.index():
+        return
+    print(f"{_counted(program.state.params)} parameters move, {_counted(program.frozen)} are frozen in "
+          f"{program.model.dtype}")  # fmt: skip
+    sizes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
+    print(f"mesh: {sizes}; {pipeline.records:,} records, {program.steps:,} steps of {pipeline.contents}; "
+          f"workdir {workdir}", flush=True)  # fmt: skip
+
+
+def _counted(tree: Mapping[str, Any]) -> str:
+    """"21,000,000 (projector 20,979,712, ...)"."""
+    parts = ", ".join(f"{name} {params.count(part):,}" for name, part in tree.items())
+    return f"{params.count(tree):,} ({parts})" if parts else "0"
+
+
+def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
+    """Refuses a workdir whose checkpoints were trained with other settings, or not by this command."""
+    fault = _settings_fault(workdir, config) if distributed.index() == 0 else ""
+    if fault := distributed.exchange("settings", fault)[0]:
+        raise UsageError(fault)
+
+
+def _settings_fault(workdir: epath.Path, config: configs.Config) -> str:
+    if not any(path.name.isdigit() for path in workdir.iterdir()):
+        return ""
+    path = workdir / SETTINGS
+    if not path.exists():
+        return f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory"
+    changed = typed.difference(*(
+        {key: value for key, value in settings.items() if not HARMLESS.fullmatch(key)}
+        for settings in (json.loads(path.read_text()), typed.describe(config))
+    ))  # fmt: skip
+    return "" if not changed else (
+        f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or "
+        "begin anew in another --workdir (a checkpoint to start from is `model.start` or a row of `init`)"
+    )
+
+
+def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:
+    rest = {"step": program.state.step, "opt_state": program.state.opt_state}
+    saved = manager.restore(checkpoints, program.state.params, rest)
+    if saved is None:
+        return None
+    pipeline.restore(dict(saved.data))
+    frozen = init.read(checkpoints.directory, params.flatten(program.frozen), saved.step)
+    if distributed.index() == 0:
+        print(f"goes on after step {saved.step} of {checkpoints.directory}", flush=True)
+    return State(saved.state["step"], saved.params, saved.state["opt_state"]), frozen
+
+
+def _begin(program: Program, config: configs.Config, format: Format, workdir: epath.Path) -> tuple[State, Any]:
+    """First values, and the files that make the directory describe itself."""
+    sources = init.resolve(program, config.init, workdir, config.train.seed)
+    if distributed.index() == 0:
+        prompt = PromptCard(config.prompt.template, format.tokenizer.legacy, config.prompt.image_mode,
+                            config.prompt.image_start_end)  # fmt: skip
+        card = Card(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
+        cards.write_card(workdir, card, format.tokenizer.files())
+        settings = json.dumps(typed.describe(config), indent=1)
+        cards.write_whole(workdir / SETTINGS, settings.encode())
+    return init.state(program, sources, config.train.seed), init.frozen(program, sources)
+
+
+def _writer(workdir: epath.Path, config: configs.Config, step: int) -> Writer | None:
+    if distributed.index():
+        return None
+    return metrics.open_writer(workdir, config.log, step, typed.describe(config))
+
+
+def _hooks(run: Run, format: Format, held_out: Sequence[Source]) -> list[Hook]:
+    made, config = list[Hook](), run.config
+    if config.train.eval_every:
+        # A bad record is left out of the loss: it must not end a run that trains well.
+        lenient = dataclasses.replace(config, data=dataclasses.replace(config.data, skip_budget=ALL_BUT_ONE))
+        made.append(hooks.validation(run, _pipeline(lenient, format, held_out, run.checkpoints.directory, True)))
+    if config.train.sample_every:
+        made.append(hooks.samples(run, format, (held_out or _open(config.data.sources))[0]))
+    return made
+
+
+def _conclude(program: Program, workdir: epath.Path) -> None:
+    if distributed.index() == 0:
+        print(f"done after {program.steps} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
+              f"benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
+              f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip
+
+
