@@ -102,6 +102,19 @@ class Engine:
         state, ids = _advance(self, params, state, stop, np.int32(steps))
         return state, np.asarray(ids)[: len(stopped), :steps]
 
+    def compiled(self, params: Any, shape: Shape) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """The programs of `start` and `advance` for parameters that are shapes with shardings on the engine's mesh."""
+        side = self.model.config.vision.image_size
+        blank = Request(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, side, side, 3), np.uint8), 1)
+        prompts = jax.tree.map(lambda x: placement.abstract_rows(x, self.mesh), _padded([blank], shape, self.slots))
+        lowered = _start.lower(self, params, prompts, shape.cache_tokens)
+        start = lowered.compile()
+        state = jax.tree.map(
+            lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+            lowered.out_info[0], start.output_shardings[0],
+        )  # fmt: skip
+        return start, _advance.lower(self, params, state, np.zeros(self.slots, bool), np.int32(STEPS)).compile()
+
 
 def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions: int) -> Shape:
     """The compiled shape that serves a request, from its own sizes alone.

@@ -1,41 +1,42 @@
-"""What answering takes on chips that are not here: prefill and decode compiled from shapes alone."""
+"""The memory that answering takes on chips that are not here: its programs compiled from shapes alone."""
 
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from llava_jax import params as names
-from llava_jax import sharding
-from llava_jax.generate import engine, placement
+from llava_jax import params, sharding
+from llava_jax.generate import placement
 from llava_jax.generate.engine import Engine, Shape
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.models.presets import LlavaConfig
 
 
 class Footprint(NamedTuple):
-    """Bytes of one device at the peak of each program, arguments included."""
+    """Bytes of one device at the peak of each program, its arguments included."""
 
     prefill: int
     decode: int
 
 
-def weights(config: LlavaConfig, dtype: Any, mesh: Mesh) -> dict[str, Any]:
-    """Shapes with shardings, as `Assistant.open` holds a checkpoint's parameters: stacks in parts."""
-    held = {n: x for n, x in names.flatten(abstract_params(config)).items() if not n.startswith("vision/tail/")}
+def footprint(model: Llava, mesh: Mesh, slots: int, shape: Shape) -> Footprint:
+    """What `slots` requests of one shape take on each device of a mesh, with weights in the model's dtype.
+
+    The mesh may be of a topology (`plan.compile.find_place`); nothing is allocated.
+    """
+    runner = Engine(model, slots, model.config.llm.vocab, (), mesh)
+    memory = [program.memory_analysis() for program in runner.compiled(weights(model, mesh), shape)]
+    return Footprint(*(m.argument_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes
+                       + m.temp_size_in_bytes for m in memory))  # fmt: skip
+
+
+def weights(model: Llava, mesh: Mesh) -> dict[str, Any]:
+    """Shapes with shardings of the parameters that `Assistant.open` would place on the mesh."""
 
     def placed(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        x = jax.ShapeDtypeStruct(shape, dtype)
-        (cut,) = names.flatten(sharding.of_parameters(names.unflatten({name: x}), mesh)).values()
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=cut)
+        return jax.ShapeDtypeStruct(shape, model.dtype, sharding=placement.sharding_of(name, shape, mesh))
 
-    return names.unflatten({
-        n: (placed(n, x.shape[1:]),) * x.shape[0] if n.startswith(placement.PARTS) else placed(n, x.shape)
-        for n, x in held.items()
+    names = {n: x for n, x in params.flatten(abstract_params(model.config)).items() if not n.startswith("vision/tail/")}
+    return params.unflatten({
+        name: (placed(name, x.shape[1:]),) * x.shape[0] if name.startswith(placement.PARTS) else placed(name, x.shape)
+        for name, x in names.items()
     })  # fmt: skip
-
-
-def compiled(model: Llava, tree: Any, mesh: Mesh, slots: int, shape: Shape):
-    runner = Engine(model, slots, model.config.llm.vocab, (2,), mesh)
-    return engine.lower(runner, tree, shape)

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 
 from llava_jax import params as names
 from llava_jax import sharding
@@ -66,14 +66,20 @@ def row_bytes(config: LlamaConfig, dtype: Any, positions: int) -> int:
     return 2 * config.layers * config.kv_heads * config.head_width * positions * jnp.dtype(dtype).itemsize
 
 
+def sharding_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
+    """How a mesh cuts a parameter of that name, or one layer of its stack."""
+    tree = names.unflatten({name: jax.ShapeDtypeStruct(shape, jnp.float32)})
+    return names.flatten(sharding.of_parameters(tree, mesh))[name]
+
+
 def put(name: str, array: np.ndarray | jax.Array, mesh: Mesh | None) -> jax.Array:
     """A parameter, or one layer of its stack, on the devices as `sharding.PARAMETERS` says; not copied if it is there.
 
-    On a mesh of several processes each reads its own parts of the array, which all have.
+    A mesh may span processes: each reads the parts of its devices from the array, which all have.
     """
     if mesh is None:
         return jnp.asarray(array)
-    (cut,) = names.flatten(sharding.of_parameters(names.unflatten({name: array}), mesh)).values()
+    cut = sharding_of(name, array.shape, mesh)
     if isinstance(array, jax.Array):
         return jax.device_put(array, cut)
     return jax.make_array_from_callback(array.shape, cut, lambda index: array[index])
@@ -92,4 +98,9 @@ def put_rows(x: np.ndarray, mesh: Mesh | None) -> np.ndarray | jax.Array:
     """An array of one row a slot on the devices, each with the rows of its copy of the model."""
     if mesh is None:
         return x
-    return jax.make_array_from_callback(x.shape, sharding.of_array(mesh, x.shape, "copies"), lambda index: x[index])
+    return jax.make_array_from_callback(x.shape, abstract_rows(x, mesh).sharding, lambda index: x[index])
+
+
+def abstract_rows(x: np.ndarray, mesh: Mesh) -> jax.ShapeDtypeStruct:
+    """The shape and sharding of `put_rows`."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding.of_array(mesh, x.shape, "copies"))
