@@ -1,6 +1,5 @@
 """The door, in this process: what it leaves on disk, how it goes on, and how it refuses."""
 
-import json
 import shutil
 
 import jax
@@ -120,10 +119,14 @@ def test_other_data_is_refused(copied, tmp_path, capsys):
 
 def test_a_changed_base_is_refused_on_going_on(copied, capsys):
     config, workdir = copied
-    content = json.loads((workdir / "model.json").read_text())
-    content["base"][0]["fingerprint"] = "sha256:0"
-    (workdir / "model.json").write_text(json.dumps(content))
-    assert train(config, workdir) == 66
+    base = config.parent / "base"
+    kept = base.rename(base.with_name("kept"))
+    try:
+        tiny.write_base(base, seed=1)
+        assert train(config, workdir) == 66
+    finally:
+        shutil.rmtree(base)
+        kept.rename(base)
     assert f"{config.parent / 'base'} (step 0) has changed" in capsys.readouterr().err
 
 
