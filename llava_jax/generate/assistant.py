@@ -112,7 +112,8 @@ class Assistant:
         store.check_specs({n: s for n, s in specs.items() if not n.startswith(NEVER_RUN)}, wanted, str(directory))
 
         model = Llava(config, kind)
-        held = {n: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(n, specs[n].dtype, kind)) for n, x in wanted.items()}
+        kinds = {name: lora.running_dtype(name, specs[name].dtype, kind) for name in wanted}
+        held = {name: jax.ShapeDtypeStruct(x.shape, kinds[name]) for name, x in wanted.items()}
         mesh = mesh or _mesh(model, held, slots)
 
         def put(name: str, array: np.ndarray) -> Any:
