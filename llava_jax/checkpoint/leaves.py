@@ -18,7 +18,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, lifecycle
 from llava_jax.checkpoint import record, sums
 from llava_jax.checkpoint.card import read_json
 from llava_jax.checkpoint.sums import Sums
@@ -168,10 +168,12 @@ def read(requests: Sequence[Request]) -> Iterator[Read]:
             while ahead and sum(begun.nbytes for begun in ahead) + _nbytes(request) > AHEAD_BYTES:
                 yield ahead[0].finish()
                 ahead.popleft()  # what was yielded counts until the caller is done with it
+                lifecycle.beat()
             ahead.append(_begin(pool, request))
         while ahead:
             yield ahead[0].finish()
             ahead.popleft()
+            lifecycle.beat()
     finally:
         pool.shutdown(cancel_futures=True)
 
