@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from llava_jax import params, sharding
+from llava_jax import params
 from llava_jax.generate import placement
 from llava_jax.generate.engine import Engine, Shape
 from llava_jax.models.llava import Llava, abstract_params

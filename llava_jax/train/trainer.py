@@ -41,7 +41,7 @@ from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import IMAGE_START, Format
-from llava_jax.train import hooks, init, loop, metrics
+from llava_jax.train import hooks, init, learning, loop, metrics
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
@@ -118,11 +118,13 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
     distributed.agree(_common(config, pipeline, steps))
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
+    warnings = list[str]()
+    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
     _check_settings(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
-    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop())
+    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
     sigterm.react(functools.partial(_stop, run.stop))
     try:
         code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
@@ -134,6 +136,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
+        loop.warn([], warnings)
         _conclude(program, workdir)
     return code
 
