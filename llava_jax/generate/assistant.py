@@ -4,7 +4,8 @@ It is opened from a checkpoint's own card, or made from parameters in memory; ei
 road of training, `prompt.encode`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
+from llava_jax import params
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import sharded, store
+from llava_jax.checkpoint.leaves import Leaves
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement, stream
 from llava_jax.generate.engine import Engine, Request, Shape
@@ -107,23 +110,15 @@ class Assistant:
             templates.get(template or card.prompt.template), words, config.vision.image_size, config.image_features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
-        specs = store.leaf_specs(directory, step)
-        wanted = _names(lora.add_found(abstract_params(config), specs))
-        store.check_specs({n: s for n, s in specs.items() if not n.startswith(NEVER_RUN)}, wanted, str(directory))
-
+        places = store.places(directory, step)
+        specs = {name: leaves.spec(name) for name, leaves in places.items() if not name.startswith(NEVER_RUN)}
+        shapes = _names(lora.add_found(abstract_params(config), specs))
+        store.check_specs(specs, shapes, str(directory))
         model = Llava(config, kind)
-        kinds = {name: lora.running_dtype(name, specs[name].dtype, kind) for name in wanted}
-        held = {name: jax.ShapeDtypeStruct(x.shape, kinds[name]) for name, x in wanted.items()}
+        held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
+                for name, x in shapes.items()}  # fmt: skip
         mesh = mesh or _mesh(model, held, slots)
-
-        def put(name: str, array: np.ndarray) -> Any:
-            # Parts, not stacks: XLA takes the slices of a stack out of the decode loop, a second copy of the model.
-            if name.startswith(placement.PARTS):
-                return tuple(placement.put(name, layer.astype(held[name].dtype), mesh) for layer in array)
-            return placement.put(name, array.astype(held[name].dtype), mesh)
-
-        params = store.load_params(directory, wanted, step, put=put)
-        return cls(model, params, format, slots, mesh)
+        return cls(model, _read(places, held, mesh), format, slots, mesh)
 
     def reply(
         self,
@@ -267,7 +262,17 @@ def _mesh(model: Llava, tree: Any, slots: int) -> Mesh | None:
     llm = model.config.llm
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
     row = placement.row_bytes(llm, model.dtype, engine.max_positions(llm))
-    return placement.choose_mesh(weights, row, slots, jax.local_devices())
+    devices = placement.choose_devices(weights)
+    return placement.choose_mesh(weights, row, slots, devices, placement.memory_bytes(devices[0]))
+
+
+def _read(places: Mapping[str, Leaves], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, Any]:
+    """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
+    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
+    put = functools.partial(placement.put, mesh=mesh)
+    if placement.spans_processes(mesh):
+        return params.unflatten(sharded.load_checked(places, structs, put))
+    return params.unflatten(sharded.load(places, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -33,7 +33,7 @@ def weights(model: Llava, mesh: Mesh) -> dict[str, Any]:
     """Shapes with shardings of the parameters that `Assistant.open` would place on the mesh."""
 
     def placed(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, model.dtype, sharding=placement.sharding_of(name, shape, mesh))
+        return placement.abstract(name, shape, model.dtype, mesh)
 
     names = {n: x for n, x in params.flatten(abstract_params(model.config)).items() if not n.startswith("vision/tail/")}
     return params.unflatten({
