@@ -27,7 +27,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import manager, store
+from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -78,7 +78,7 @@ def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> 
                                         "is lost; the same command begins again"))  # fmt: skip
         stack.callback(sigterm.react, None)
         stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
-        return _train(config, workdir, sigterm)
+        return _train(config, workdir, sigterm, stack)
 
 
 def _end_together(
@@ -103,7 +103,7 @@ def _end_together(
     return False
 
 
-def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int:
+def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
     if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llava_jax").setLevel(logging.INFO)
@@ -113,6 +113,8 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
     held_out = _held_out(config)
     sources = _open(config.data.sources)
     _check_shared(workdir)
+    if distributed.index() == 0:
+        stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
     pipeline = _pipeline(config, format, sources, workdir)
     steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
     distributed.agree(_common(config, pipeline, steps))

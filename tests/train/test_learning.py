@@ -19,7 +19,7 @@ def config(**data):
 
 
 def test_a_run_whose_only_update_has_rate_0_is_refused_with_what_to_set():
-    with pytest.raises(ValueError, match=r"of 1 step\(s\) the first 1 warm up from 0. 48 records at data.batch_samples"):
+    with pytest.raises(ValueError, match=r"of 1 step\(s\) the first 1 warm up from 0. 48 records at data.batch"):
         learning.before(config(), np.zeros(1), 48)
 
 
