@@ -65,12 +65,14 @@ def hold(
 def holder(directory: epath.PathLike) -> str:
     """Who holds a directory's lock, as far as this machine can see without waiting; "" where nobody may."""
     found = _read(epath.Path(directory) / FILE)
-    return "" if found is None or _is_gone(found) else _who(found)
+    return "" if found is None or _lives(found) is False else _who(found)
 
 
 def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
     found = _read(path)
-    if found is not None and not _is_gone(found):
+    if found is not None and _lives(found):
+        raise _refusal(path, found)
+    if found is not None and _lives(found) is None:
         print(f"{path.parent}: {_who(found)} may be writing here; waits {stale_secs:.0f} s for a sign of it",
               file=sys.stderr, flush=True)  # fmt: skip
         _watch(path, found, stale_secs)
@@ -150,12 +152,12 @@ def _identity() -> dict[str, Any]:
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}  # fmt: skip
 
 
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether this machine knows that the process of a lock has ended: its numbers mean something only here."""
+def _lives(found: dict[str, Any]) -> bool | None:
+    """Whether the process of a lock lives; None where this machine cannot say: its numbers mean something only here."""
     here = _identity()
     if not found.get("namespace") or any(found.get(key) != here[key] for key in ("host", "namespace")):
-        return False
-    return not isinstance(found.get("pid"), int) or _started(found["pid"]) != found.get("started")
+        return None
+    return isinstance(found.get("pid"), int) and _started(found["pid"]) == found.get("started")
 
 
 def _namespace() -> str:
