@@ -32,8 +32,8 @@ ROOMS = {
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
-    "datagen/curate.py": ("prompt", "openai_client", "generate"),
-    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
+    "datagen/describer.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
