@@ -153,7 +153,7 @@ def _check_shared(workdir: epath.Path) -> None:
     nonce = distributed.exchange("nonce", secrets.token_hex(8) if distributed.index() == 0 else "")[0]
     mark = workdir / f".shared-{nonce}"
     if distributed.index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.make_directory(workdir)
         files.write_whole(mark, nonce.encode())
     distributed.exchange("the mark is written", True)
     sees = distributed.exchange("the mark is seen", files.exists(mark))
