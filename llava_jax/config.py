@@ -108,6 +108,7 @@ class Train:
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
+    lengthen: bool = False  # a run of other steps or epochs goes on with its optimizer; its rates are the new length's
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
     schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
     first_lr: float = 0.0  # where the warm-up to lr begins

@@ -20,7 +20,7 @@ ROOMS = {
     "data": ("prompt", "batch"),
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
-    "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    "train": ("chips", "config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
     "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
