@@ -62,7 +62,7 @@ GUESTS = {
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
 NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
-PALLAS = "models/attention"
+PALLAS = "models/flash"
 
 
 def _within(name: str, place: str) -> bool:
