@@ -163,7 +163,7 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
     try:
         content = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UnusableCheckpoint(_no_card(epath.Path(directory))) from None
+        raise UnusableCheckpoint(missing(directory)) from None
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise UnusableCheckpoint(
@@ -182,8 +182,9 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
     return card, values.get("tokenizer")
 
 
-def _no_card(directory: epath.Path) -> str:
+def missing(directory: epath.PathLike) -> str:
     """What to say where there is no model.json: how to get one depends on what is there instead."""
+    directory = epath.Path(directory)
     if exists(directory / "config.json") and not exists(directory / "metrics.jsonl"):
         return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; make one with "
                 f"`python -m llava_jax.convert import {directory} DST`")  # fmt: skip

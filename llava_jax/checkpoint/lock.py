@@ -62,36 +62,41 @@ def hold(
                 files.delete(path)
 
 
-def holder(directory: epath.PathLike) -> str:
-    """Who holds a directory's lock, as far as this machine can see without waiting; "" where nobody may."""
-    found = _read(epath.Path(directory) / FILE)
-    return "" if found is None or _is_gone(found) else _who(found)
+def holder(directory: epath.PathLike, stale_secs: float = STALE_SECS) -> str:
+    """Who holds a directory's lock; "" where nobody does. Waits for `stale_secs` where this machine cannot judge."""
+    path = epath.Path(directory) / FILE
+    found = _read(path)
+    if found is None or _is_gone(found) or not _watch(path, found, stale_secs):
+        return ""
+    return _who(found)
 
 
 def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
-    found = _read(path)
-    if found is not None and not _is_gone(found):
-        print(f"{path.parent}: {_who(found)} may be writing here; waits {stale_secs:.0f} s for a sign of it",
-              file=sys.stderr, flush=True)  # fmt: skip
-        _watch(path, found, stale_secs)
+    holding = holder(path.parent, stale_secs)
+    if holding:
+        raise _refusal(path, holding)
     if not files.is_bucket(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, mine)
-    if not _is_mine(_read(path), mine):
-        raise _refusal(path, _read(path) or {})
+    found = _read(path)
+    if not _is_mine(found, mine):
+        raise _refusal(path, _who(found or {}))
 
 
-def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> None:
-    """Returns when the lock has not been renewed for that time, or is gone."""
+def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> bool:
+    """Whether the process of a lock lives: it is one of this machine, or renews the lock in that time."""
+    if _is_here(found):
+        return True
+    print(f"{path.parent}: {_who(found)} may be writing there; waits {stale_secs:.0f} s for a sign of it",
+          file=sys.stderr, flush=True)  # fmt: skip
     begin = time.monotonic()
     while time.monotonic() - begin < stale_secs:
         time.sleep(min(1.0, stale_secs / 10))
         lifecycle.beat()
         now = _read(path)
-        if now is None:
-            return
         if now != found:
-            raise _refusal(path, now)
+            return now is not None
+    return False
 
 
 def _renew(
@@ -111,9 +116,9 @@ def _renew(
             print(f"the lock could not be renewed: {error}", file=sys.stderr, flush=True)
 
 
-def _refusal(path: epath.Path, found: dict[str, Any]) -> UsageError:
+def _refusal(path: epath.Path, holding: str) -> UsageError:
     return UsageError(
-        f"--workdir {path.parent}: {_who(found)} is writing here, and two runs cannot share a directory. Wait for its "
+        f"--workdir {path.parent}: {holding} is writing here, and two runs cannot share a directory. Wait for its "
         f"end, stop it, or name another directory (if nothing runs there, delete {path})"
     )
 
@@ -150,10 +155,15 @@ def _identity() -> dict[str, Any]:
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}  # fmt: skip
 
 
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether this machine knows that the process of a lock has ended: its numbers mean something only here."""
+def _is_here(found: dict[str, Any]) -> bool:
+    """Whether a lock's process would be among those of this machine: its number means something only there."""
     here = _identity()
-    if not found.get("namespace") or any(found.get(key) != here[key] for key in ("host", "namespace")):
+    return bool(found.get("namespace")) and all(found.get(key) == here[key] for key in ("host", "namespace"))
+
+
+def _is_gone(found: dict[str, Any]) -> bool:
+    """Whether this machine knows that the process of a lock has ended."""
+    if not _is_here(found):
         return False
     return not isinstance(found.get("pid"), int) or _started(found["pid"]) != found.get("started")
 
