@@ -4,6 +4,7 @@ A store that answers with a passing error is asked again for a while; what a use
 """
 
 import errno
+import itertools
 import logging
 import os
 import random
@@ -87,8 +88,30 @@ def exists(path: epath.PathLike) -> bool:
     return retried(path.exists, path)
 
 
+def is_file(path: epath.PathLike) -> bool:
+    """Whether there is such a file now. Raises as `exists`."""
+    return _is_directory(path) is False
+
+
+def is_dir(path: epath.PathLike) -> bool:
+    """Whether there is such a directory now; one without a file is none in a bucket. Raises as `exists`."""
+    return _is_directory(path) is True
+
+
+def _is_directory(path: epath.PathLike) -> bool | None:
+    """None: there is nothing, or what is neither."""
+    if not is_bucket(path):
+        return False if os.path.isfile(path) else True if os.path.isdir(path) else None
+    path = epath.Path(path)
+    try:
+        return retried(lambda: path.stat().is_directory, path)
+    except FileNotFoundError:
+        return None
+
+
 def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
+    Directories above it are made.
 
     secs: as for `retried`.
 
@@ -103,6 +126,66 @@ def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None)
         if not is_bucket(path):
             raise
         raise no_bucket(path) from error
+
+
+def read(path: epath.PathLike) -> bytes:
+    """The whole file. In a bucket this is one request, where etils looks three times before it reads.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    return read_range(path, 0, None)
+
+
+def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
+    """`size` bytes of a file from `start` on (None: all), fewer where it ends before. In a bucket: one request.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    name = os.fspath(path)
+    if is_bucket(name):
+        return retried(lambda: _object_range(name, start, size), name)
+    with open(name, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if size is None else size)
+
+
+def make_directory(path: epath.PathLike) -> None:
+    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself)."""
+    if not is_bucket(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def set_aside(path: epath.PathLike) -> epath.Path:
+    """Gives a damaged file (on a disk, or a directory in its place) a name that ends in ".damaged"; returns it.
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    target = next(place for place in map(path.with_name, names) if not place.exists())
+    if is_bucket(path):
+        write_whole(target, read(path))
+        delete(path)
+    else:
+        path.rename(target)
+    return target
+
+
+def size_bytes(path: epath.PathLike) -> int:
+    """Of a file. (etils' own `stat` fails where a file's owner has no name, as in many containers.)"""
+    if not is_bucket(path):
+        return os.stat(path).st_size
+    path = epath.Path(path)
+    return retried(lambda: path.stat().length, path)
+
+
+def want_disk(path: epath.PathLike, name: str, why: str) -> None:
+    """Raises UsageError for a path into a bucket. `name` is the option that holds it."""
+    if is_bucket(path):
+        raise UsageError(f"{name} {path}: want a path on a disk, as {why}; copy it with `gcloud storage cp -r`")
 
 
 def delete(path: epath.PathLike) -> None:
@@ -219,17 +302,37 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(words.split())[:300]}"
 
 
+def _object_range(name: str, start: int, size: int | None) -> bytes:
+    """Through etils' own client, which can read a part of an object in one request; etils offers no such call."""
+    import fsspec  # of the `gcs` extra
+
+    client = fsspec.filesystem("gcs", finalize_on_close=True)
+    try:
+        return b"" if size == 0 else client.cat_file(name, start or None, None if size is None else start + size)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+    except client_errors() as error:
+        if str(error).endswith("416"):  # it begins where the object ends
+            return b""
+        raise
+
+
 def _write_object(path: epath.Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
 def _replace_file(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
-    os.replace(partial, path)
+    os.makedirs(path.parent, exist_ok=True)
+    # Other processes and machines may write the same file at this moment.
+    partial = path.parent / f".{path.name}.{os.getpid()}-{time.time_ns()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
-    "__init__.py": (), "errors": (), "files": (), "cli": (), "lifecycle": (), "distributed": (),
+    "__init__.py": (), "errors": (), "files": (), "streams": (), "cli": (), "lifecycle": (), "distributed": (),
     "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
@@ -26,21 +26,21 @@ ROOMS = {
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
-    "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
+    "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
     "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
-    "datagen/curate.py": ("prompt", "openai_client", "generate"),
-    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
+    "datagen/describer.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "files", "lifecycle", "distributed")  # rooms that all others may import
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # rooms that all others may import
 COMMANDS = ("cli",)  # what files that are commands may import beside their room's own list
 
 # A third party -> the rooms or files that may import it.
@@ -53,8 +53,8 @@ GUESTS = {
     "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
-    "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),
-    "gcsfs": ("files",),  # only to name what it raises
+    "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
+    "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),

@@ -66,17 +66,16 @@ def holder(directory: epath.PathLike, stale_secs: float = STALE_SECS) -> str:
     """Who holds a directory's lock; "" where nobody does. Waits for `stale_secs` where this machine cannot judge."""
     path = epath.Path(directory) / FILE
     found = _read(path)
-    if found is None or _is_gone(found) or not _watch(path, found, stale_secs):
-        return ""
-    return _who(found)
+    lives = found is not None and _lives(found)
+    if lives is None:
+        lives = _watch(path, found, stale_secs)
+    return _who(found) if lives else ""
 
 
 def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
     holding = holder(path.parent, stale_secs)
     if holding:
         raise _refusal(path, holding)
-    if not files.is_bucket(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
     _write(path, mine)
     found = _read(path)
     if not _is_mine(found, mine):
@@ -84,9 +83,7 @@ def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
 
 
 def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> bool:
-    """Whether the process of a lock lives: it is one of this machine, or renews the lock in that time."""
-    if _is_here(found):
-        return True
+    """Whether the lock is renewed in that time."""
     print(f"{path.parent}: {_who(found)} may be writing there; waits {stale_secs:.0f} s for a sign of it",
           file=sys.stderr, flush=True)  # fmt: skip
     begin = time.monotonic()
@@ -126,7 +123,7 @@ def _refusal(path: epath.Path, holding: str) -> UsageError:
 def _read(path: epath.Path, secs: float | None = None) -> dict[str, Any] | None:
     """The lock, None where there is none; one that cannot be understood is {}: nobody renews it."""
     try:
-        content = json.loads(files.retried(path.read_bytes, path, secs))
+        content = json.loads(files.retried(lambda: files.read(path), path, secs))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError:
@@ -155,17 +152,12 @@ def _identity() -> dict[str, Any]:
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}  # fmt: skip
 
 
-def _is_here(found: dict[str, Any]) -> bool:
-    """Whether a lock's process would be among those of this machine: its number means something only there."""
+def _lives(found: dict[str, Any]) -> bool | None:
+    """Whether the process of a lock lives; None where this machine cannot say: its numbers mean something only here."""
     here = _identity()
-    return bool(found.get("namespace")) and all(found.get(key) == here[key] for key in ("host", "namespace"))
-
-
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether this machine knows that the process of a lock has ended."""
-    if not _is_here(found):
-        return False
-    return not isinstance(found.get("pid"), int) or _started(found["pid"]) != found.get("started")
+    if not found.get("namespace") or any(found.get(key) != here[key] for key in ("host", "namespace")):
+        return None
+    return isinstance(found.get("pid"), int) and _started(found["pid"]) == found.get("started")
 
 
 def _namespace() -> str:

@@ -14,7 +14,7 @@ from collections.abc import Iterable
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, errors
+from llava_jax import cli, errors, files
 from llava_jax.data import index, prepare
 from llava_jax.data.sources import JsonSource, open_source
 from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
@@ -139,7 +139,7 @@ def _report(options: argparse.Namespace, records: int, findings: Iterable[Findin
 
 def _unchecked(options: argparse.Namespace) -> str:
     skipped = []
-    if not options.images and not epath.Path(options.records).is_dir():
+    if not options.images and not files.is_dir(options.records):
         skipped.append("image files (--images DIR)")
     if not options.open_images:
         skipped.append("pictures (--open-images)")

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, MissingFile, UsageError
 from llava_jax.prompt.conversation import Conversation, from_record
 
@@ -29,6 +30,7 @@ class Record:
     path: the file; index: place in the source, from 0; line: in JSON lines, from 1, else None.
     raw: the parsed JSON value, whatever it is.
     pictures: encoded images that come with the record (TFDS, shards); empty when `raw["image"]` names files.
+    fault: why the record cannot be read; "" where it can.
     """
 
     path: str
@@ -36,6 +38,7 @@ class Record:
     line: int | None
     raw: Any
     pictures: tuple[bytes, ...] = ()
+    fault: str = ""
 
     @property
     def where(self) -> str:
@@ -52,8 +55,10 @@ class Record:
         """The record's turns and images.
 
         Raises:
-          ValueError: the record has another shape; names it.
+          ValueError: the record has another shape, or a fault; names it.
         """
+        if self.fault:
+            raise DataError(f"{self.where} id={self.id!r}: {self.fault}")
         conversation = from_record(self.raw, self.where)
         if not self.pictures:
             return conversation
@@ -64,7 +69,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Source(abc.ABC):
-    """Records of one file or directory.
+    """Records of one file or directory. One that is damaged is a record with a fault: it costs the others nothing.
 
     name: for messages. images: the folder that image paths are relative to, or None.
     weight: how often each record is seen in an epoch, on average.
@@ -82,6 +87,10 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record: ...
+
+    def text(self, index: int) -> Record:
+        """The record with empty bytes for each picture that comes with it, where that spares reading the picture."""
+        return self[index]
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
@@ -136,16 +145,18 @@ def open_source(
       ValueError: a suffix that is not known, or a weight at which no record is shown.
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
-    if not place.exists():
+    if not files.exists(place):
         raise MissingFile(f"data source {str(path)!r} does not exist: want {_KINDS}")
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not files.is_dir(folder):
         raise MissingFile(f"image folder {str(images)!r} of {str(path)!r} is no directory")
     name = name or place.name
-    if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
+    members = [] if place.suffix in (".tar", ".json", ".jsonl") else _members(place)
+    tars = tuple(member for member in members if member.suffix == ".tar")
+    if place.suffix == ".tar" or tars:
         from llava_jax.data import shards  # here only: it builds upon this module
 
-        source: Source = shards.open_shards(place, name, weight)
-    elif place.is_dir():
+        source: Source = shards.open_shards(place, tars or (place,), name, weight)
+    elif members:
         from llava_jax.data import tfds  # here only: it takes a second that JSON readers need not wait
 
         source = tfds.open_tfds(place, name, weight, split)
@@ -160,6 +171,14 @@ def open_source(
     if weight <= 0 or (len(source) and round(len(source) * weight) < 1):
         raise UsageError(f"data source {name!r}: weight={weight} shows none of its {len(source)} records an epoch")
     return source
+
+
+def _members(place: epath.Path) -> list[epath.Path]:
+    """What lies in a directory; none in a file, which a bucket cannot tell from an empty directory."""
+    try:
+        return files.listed(place)
+    except NotADirectoryError:
+        return []
 
 
 def _open_list(path: epath.Path, images: epath.Path | None, name: str, weight: float | int) -> JsonSource:
@@ -221,7 +240,7 @@ def _open_lines(
 
 def _read(path: epath.Path) -> tuple[bytes, str]:
     """The file without a byte-order mark, as bytes and as text."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+    data = files.read(path).removeprefix(b"\xef\xbb\xbf")
     try:
         return data, data.decode()
     except UnicodeDecodeError as error:

@@ -93,17 +93,17 @@ class Parent:
         return Process(self, self.ask({"argv": argv, "env": environment, "folder": str(folder)}), folder)
 
     def job(
-        self, processes: int, devices: int, config: Path, workdir: Path | str | Sequence[Path], *words: str,
-        each: Sequence[Sequence[str]] = (), **environment: str,
+        self, processes: int, devices: int, config: Path | Sequence[Path], workdir: Path | str | Sequence[Path],
+        *words: str, each: Sequence[Sequence[str]] = (), **environment: str,
     ) -> list[Process]:  # fmt: skip
-        """So many processes of one job, with so many CPU devices each. each: further words for each process."""
+        """So many processes of one job, with so many CPU devices each. each: further words of each process."""
         settings = environment | {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
         if processes > 1:
             settings |= {"LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": str(processes),
                          "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}  # fmt: skip
-        workdirs = [workdir] * processes if isinstance(workdir, Path | str) else workdir
+        workdirs, configs = ([x] * processes if isinstance(x, Path | str) else x for x in (workdir, config))
         return [
-            self.start(config, workdirs[i], *words, *(each[i] if each else ()), **settings, JAX_PROCESS_ID=str(i))
+            self.start(configs[i], workdirs[i], *words, *(each[i] if each else ()), **settings, JAX_PROCESS_ID=str(i))
             for i in range(processes)
         ]
 

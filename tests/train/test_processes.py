@@ -1,11 +1,13 @@
 """Several processes are one run: the same rows and losses on every mesh, and one end for all of them."""
 
 import json
+import shutil
 
 import pytest
 
 from llava_jax.train import metrics
-from tests.train import forks, tiny
+from tests.train import tiny
+from tests.train.forks import finish
 
 SETTINGS = ("--config.train.steps=10", "--config.checkpoint.every=5", "--config.data.batch_samples=8",
             "--config.train.loss=group_mean", "--config.train.group_samples=4")  # fmt: skip
@@ -32,9 +34,6 @@ def alone(tmp_path_factory, compiled, config, forks):
     return metrics.read(folder)
 
 
-finish = forks.finish
-
-
 @pytest.mark.parametrize("mesh", [name if ACROSS[name][1] == 2 else pytest.param(name, marks=pytest.mark.slow)
                                   for name in ACROSS])  # fmt: skip
 def test_the_losses_are_those_of_one_process_wherever_the_mesh_spans_processes(
@@ -50,27 +49,29 @@ def test_the_losses_are_those_of_one_process_wherever_the_mesh_spans_processes(
     assert all("step 1/10" not in one.out for one in ended[1:])  # process 0 speaks for all
 
 
-def broken(folder, name):
-    """A copy of the run whose data or settings differ in one thing; the words that name it."""
-    config = tiny.write_run(folder / name)
+def broken(config, folder, name):
+    """(config file, words) of a process whose copy of the data, or whose code, differs from the other's."""
     records = json.loads((config.parent / "records.json").read_text())
+    images = shutil.copytree(config.parent / "images", folder / "images")
+    if name == "a fault of ours":  # beyond what anybody checks: it is raised in the middle of the first step's reading
+        other = folder / "config.py"
+        other.write_text(config.read_text() + "\nimport llava_jax.data.feed as feed\nfeed.packed = None\n")
+        return other, ()
     match name:
         case "a record that is bad":
             records[7]["conversations"][1].pop("value")
         case "other data":
             records[3]["conversations"][1]["value"] = "A circle."
         case "a missing picture":
-            (config.parent / "images" / "5.jpg").unlink()
-        case "a fault of ours":
-            # Beyond what anybody checks: it is raised in the middle of the first step's reading.
-            config.write_text(config.read_text() + "\nimport llava_jax.data.feed as feed\nfeed.packed = None\n")
-    (config.parent / "records.json").write_text(json.dumps(records))
-    return config
+            (images / "5.jpg").unlink()
+    (folder / "records.json").write_text(json.dumps(records))
+    source = "--config.data.sources.0"
+    return config, (f"{source}.path={folder / 'records.json'}", f"{source}.images={images}")
 
 
 # {what differs on process 1: (exit code, words of the one line)}
 FAILURES = {
-    "a record that is bad": (64, "data state"),
+    "a record that is bad": (64, "data state fingerprint is "),
     "other data": (64, "data state fingerprint is "),
     "a missing picture": (65, "missing_image"),
     "a fault of ours": (1, "TypeError"),
@@ -83,16 +84,12 @@ def test_where_one_process_fails_both_end_with_the_same_code_in_one_line(
     config, forks, compiled, tmp_path, what, who
 ):
     code, words = FAILURES[what]
-    other = broken(tmp_path, what)
-    settings = compiled | {"XLA_FLAGS": "", "LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2",
-                           "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}  # fmt: skip
-    configs = [other if number == who else config for number in range(2)]
-    both = [forks.start(configs[number], tmp_path / "out", *SETTINGS, **settings, JAX_PROCESS_ID=str(number))
-            for number in range(2)]  # fmt: skip
-    ended = [process.wait(120) for process in both]
-    assert [one.code for one in ended] == [code, code], ended
-    said = [line for one in ended for line in one.err.splitlines() if "error: " in line]
-    assert words in "".join(said)
+    other, own = broken(config, tmp_path, what)
+    configs, each = [config, config], [(), ()]
+    configs[who], each[who] = other, own
+    ended = finish(forks.job(2, 1, configs, tmp_path / "out", *SETTINGS, each=each, **compiled), code)
+    lines = [line for one in ended for line in one.err.splitlines() if "error: " in line]
+    assert len(lines) == 1 and words in lines[0], ended
 
 
 def test_a_workdir_that_the_other_process_does_not_see_is_refused_before_anything_is_compiled(
@@ -100,7 +97,7 @@ def test_a_workdir_that_the_other_process_does_not_see_is_refused_before_anythin
 ):
     workdirs = [tmp_path / "one", tmp_path / "two"]
     ended = finish(forks.job(2, 1, config, workdirs, *SETTINGS, **compiled), 64)
-    lines = [line for one in ended for line in one.err.splitlines() if line.startswith("error")]
+    lines = [line for one in ended for line in one.err.splitlines() if "error: " in line]
     assert len(lines) == 1 and "process 1 of 2 does not see" in lines[0] and "gs://BUCKET/RUN" in lines[0]
 
 
@@ -108,6 +105,3 @@ def test_other_settings_on_one_process_are_named_with_their_values(config, forks
     each = [(), ("--config.train.lr=0.5",)]
     ended = finish(forks.job(2, 1, config, tmp_path / "out", *SETTINGS, each=each, **compiled), 64)
     assert "train.lr is 0.01 on process 0 and 0.5 on process 1 of 2" in ended[0].err and not ended[1].err
-
-
-free_port = forks.free_port
