@@ -27,6 +27,9 @@ LONGEST_WAIT_SECS = 16.0
 # write; where TensorFlow is installed, etils would take its client, which raises other exceptions.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GS", '{"use_listings_cache": false}')
+# TensorStore (Orbax's too) waits for ever on a connection that died without a word; gcsfs gives up after 300 s.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 if "fsspec.config" in sys.modules:  # it has read the environment already
     sys.modules["fsspec.config"].conf.setdefault("gs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
