@@ -202,7 +202,7 @@ def _source(records: Path, images: Path) -> dict[str, Path]:
 
 def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequence[str]) -> None:
     """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
-    from llava_jax.train import __main__ as train  # here only: the other verbs of this door need not wait for it
+    from llava_jax.train import __main__ as train  # here only: the other verbs need not wait for it
 
     words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
     words += [f"--config.{word}" for word in more]

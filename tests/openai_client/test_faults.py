@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 
+from llava_jax.errors import UsageError
 from llava_jax.openai_client import Answer, AskError, Budget, Client, Endpoint, Failure, Request, wire
 from llava_jax.openai_client.post import MAX_BODY_BYTES
 from tests.fake_openai import FakeOpenAI, always, in_turn
@@ -333,6 +334,14 @@ def test_settings_that_cannot_work_are_refused(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         Endpoint(**{"base_url": "http://a/v1", "model": "m"} | changes)
     assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "http://[::1"),
+                                         ("HTTP_PROXY", "ftp://x"), ("SSL_CERT_FILE", "/nowhere")])  # fmt: skip
+def test_an_environment_that_cannot_be_used_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"):
+        Client(Endpoint("http://a/v1", "m"))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"temperature": -1}, {"max_tokens": 0},
