@@ -31,6 +31,12 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except ImportError as error:
+        if not any(package in str(error) for package in ("gcsfs", "fsspec")):
+            raise
+        print(f'{name}: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name '
+              "a path on a disk", file=sys.stderr)  # fmt: skip
+        return errors.USAGE
     except (ValueError, OSError, ArithmeticError) as error:
         code = errors.exit_code(error)
         if code is None:

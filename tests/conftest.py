@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from tests import buckets
 
@@ -20,20 +21,32 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bucket_server() -> Iterator[str]:
-    """The address of a bucket server that this process, and those that it starts, take for Google's.
+def bucket_proxy() -> Iterator[buckets.Proxy]:
+    """A bucket server that this process, and those that it starts, take for Google's; `buckets.faults` plants errors.
 
     The environment keeps it: libraries make one client of a process and never ask again.
     """
-    with buckets.serve() as url:
-        os.environ.update(buckets.environment(url))
-        yield url
+    with buckets.serve() as url, buckets.proxy(url) as proxy:
+        os.environ.update(buckets.environment(proxy.url))
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def bucket_server(bucket_proxy: buckets.Proxy) -> str:
+    """The address of that server."""
+    return bucket_proxy.url
 
 
 @pytest.fixture
 def bucket(bucket_server: str) -> str:
     """A new, empty bucket: "gs://NAME"."""
     return buckets.make(bucket_server, f"bucket-{next(_numbers)}")
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> epath.Path:
+    """A new, empty directory, once on a disk and once in a bucket."""
+    return epath.Path(tmp_path / "new" if request.param == "disk" else f"{request.getfixturevalue('bucket')}/new")
 
 
 _numbers = itertools.count()

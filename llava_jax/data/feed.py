@@ -21,7 +21,7 @@ from llava_jax.data.packing import cut, packed
 from llava_jax.data.sources import Record, Source
 from llava_jax.data.validate import REASONS, Finding, Problem, brief, check, found, rules
 from llava_jax.distributed import Rows, SharedSet
-from llava_jax.errors import DataError, UsageError
+from llava_jax.errors import DataError, Unreachable, UsageError
 from llava_jax.prompt.encode import Format, encode
 
 _log = logging.getLogger(__name__)
@@ -226,6 +226,8 @@ class Feed(abc.ABC):
         source, index = self.sources[which], number - int(self._starts[which])
         try:
             record = source[index]
+        except Unreachable:  # no fault of the record's; the run ends, and the batch with it
+            raise
         except (ValueError, OSError) as error:
             record = Record(source.path, index, None, None)
             return _Loaded(_empty(record.id), number, found(record, Problem("unreadable", str(error))))
@@ -238,6 +240,8 @@ class Feed(abc.ABC):
     def _encoded(self, record: Record, source: Source) -> Example | Problem:
         try:
             example = encode(record.conversation, self.format, source.images)
+        except Unreachable:
+            raise
         except (ValueError, OSError) as error:
             missing = isinstance(error.__cause__, FileNotFoundError)
             reason = "missing_image" if missing else "bad_image" if record.raw.get("image") else "bad_text"

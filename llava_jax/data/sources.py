@@ -29,6 +29,7 @@ class Record:
     path: the file; index: place in the source, from 0; line: in JSON lines, from 1, else None.
     raw: the parsed JSON value, whatever it is.
     pictures: encoded images that come with the record (TFDS, shards); empty when `raw["image"]` names files.
+    fault: why the record cannot be read; "" where it can.
     """
 
     path: str
@@ -36,6 +37,7 @@ class Record:
     line: int | None
     raw: Any
     pictures: tuple[bytes, ...] = ()
+    fault: str = ""
 
     @property
     def where(self) -> str:
@@ -52,8 +54,10 @@ class Record:
         """The record's turns and images.
 
         Raises:
-          ValueError: the record has another shape; names it.
+          ValueError: the record has another shape, or a fault; names it.
         """
+        if self.fault:
+            raise DataError(f"{self.where} id={self.id!r}: {self.fault}")
         conversation = from_record(self.raw, self.where)
         if not self.pictures:
             return conversation
@@ -64,7 +68,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Source(abc.ABC):
-    """Records of one file or directory.
+    """Records of one file or directory. One that is damaged is a record with a fault: it costs the others nothing.
 
     name: for messages. images: the folder that image paths are relative to, or None.
     weight: how often each record is seen in an epoch, on average.
@@ -82,6 +86,10 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record: ...
+
+    def text(self, index: int) -> Record:
+        """The record with empty bytes for each picture that comes with it, where that spares reading the picture."""
+        return self[index]
 
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))

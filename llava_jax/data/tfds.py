@@ -11,6 +11,7 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.sources import Record, Source
 from llava_jax.errors import DataError, UsageError
 
@@ -36,22 +37,23 @@ class TfdsSource(Source):
     def __getitem__(self, index: int) -> Record:
         try:
             example = self.examples[index]
-        except (RuntimeError, IndexError) as error:  # what array_record raises for damaged shards
-            raise DataError(f"{self.path}[{index}]: unreadable ({error}): write the data set again") from None
-        turns = example["conversations"]
-        raw: dict[str, Any] = {
-            "conversations": [
-                {"from": speaker.decode(), "value": text.decode()}
-                for speaker, text in zip(turns["from"], turns["value"], strict=True)
-            ]
-        }
-        if "id" in example:
-            raw["id"] = example["id"].decode()
+            raw = _texts(example)
+        except (RuntimeError, IndexError, ValueError) as error:  # what array_record raises for damaged shards
+            fault = f"the data set is damaged here ({error}): write it again"
+            return Record(self.path, index, None, None, (), fault)
         pictures = (*example.get("images", ()), *([example["image"]] if example.get("image") else ()))
         names = [f"picture {i}" for i in range(len(pictures))]
         if pictures:
             raw["image"] = names if example.get("images_in_place", len(names) > 1) else names[0]
         return Record(self.path, index, None, raw, tuple(bytes(picture) for picture in pictures))
+
+
+def _texts(example: Any) -> dict[str, Any]:
+    """Conversation and id, as LLaVA JSON has them."""
+    turns = example["conversations"]
+    said = zip(turns["from"], turns["value"], strict=True)
+    raw: dict[str, Any] = {"conversations": [{"from": one.decode(), "value": text.decode()} for one, text in said]}
+    return raw | ({"id": example["id"].decode()} if "id" in example else {})
 
 
 def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> TfdsSource:
@@ -81,7 +83,7 @@ def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> 
     examples = builder.as_data_source(split=split, decoders=decoders)
     digest = hashlib.sha256((place / "dataset_info.json").read_bytes() + split.encode())
     for shard in sorted(splits[split].filepaths, key=str):
-        digest.update(f"{shard.name} {epath.Path(shard).stat().length}\n".encode())
+        digest.update(f"{shard.name} {files.size_bytes(shard)}\n".encode())
     return TfdsSource(name, str(place), None, weight, digest.hexdigest(), examples)
 
 

@@ -16,8 +16,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.packing import cut
 from llava_jax.data.sources import Record, Source
+from llava_jax.errors import Unreachable
 from llava_jax.prompt.conversation import ROLES
 from llava_jax.prompt.encode import IMAGE_MARKER, Format, encode
 from llava_jax.prompt.images import open_image
@@ -26,6 +28,7 @@ from llava_jax.prompt.tokenizer import Tokenizer
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _OTHER_ROOT = re.compile(r"[/\\]|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://")
+Listings = dict[epath.Path, frozenset[str]]
 _OPENERS = 8  # threads; PIL releases the interpreter lock while it decodes
 
 # reason -> (is the record refused, what it means). The others are listed and counted, and the record is used.
@@ -121,6 +124,8 @@ def rules(template: Template, tokenizer: Tokenizer | None = None) -> Rules:
 
 def check(record: Record, rules: Rules) -> list[Problem]:
     """Everything wrong with the record's words and paths, without tokenising and without touching its files."""
+    if record.fault:
+        return [Problem("unreadable", record.fault)]
     shape = _shape(record.raw)
     if shape:
         return [shape]
@@ -226,19 +231,32 @@ def _escapes(path: str) -> bool:
     return bool(_OTHER_ROOT.match(path)) or "\0" in path or ".." in path.replace("\\", "/").split("/")
 
 
-def check_files(record: Record, root: epath.Path | None) -> list[Problem]:
-    """Images of a sound record that are not files below `root`; nothing is opened."""
+def check_files(record: Record, root: epath.Path | None, listings: Listings) -> list[Problem]:
+    """Images of a sound record that are not files below `root`; nothing is opened.
+
+    listings: of a bucket's folders, as far as records before this one were in them; those of this one are added.
+    """
     if record.pictures or root is None:
         return []
     problems = []
     for path in _paths(record.raw):
         shown = brief(path, 200)
-        place = next((place for place in _spellings(root, path) if place.is_file()), None)
+        place = next((place for place in _spellings(root, path) if _is_file(place, listings)), None)
         if place is None:
             problems.append(Problem("missing_image", f"{shown}: no such file in {root}"))
-        elif "://" not in str(place) and not Path(place).resolve().is_relative_to(_resolved(root)):
+        elif not files.is_bucket(place) and not Path(place).resolve().is_relative_to(_resolved(root)):
             problems.append(Problem("unsafe_path", f"{shown}: a link that leaves {root}"))
     return problems
+
+
+def _is_file(place: epath.Path, listings: Listings) -> bool:
+    """In a bucket three requests answer this of one file, and one that of a thousand."""
+    if not files.is_bucket(place) or not place.suffix:  # a listing does not tell a folder from a file
+        return place.is_file()
+    folder = place.parent
+    if folder not in listings:
+        listings[folder] = frozenset(entry.name for entry in files.listed(folder))
+    return place.name in listings[folder]
 
 
 @functools.cache
@@ -259,6 +277,8 @@ def check_pictures(record: Record, root: epath.Path | None) -> list[Problem]:
     for i, reference in enumerate(record.conversation.images):
         try:
             open_image(reference, root)
+        except Unreachable:  # no fault of the picture's
+            raise
         except (ValueError, OSError) as error:
             problems.append(Problem("bad_image", f"image {i}: {brief(str(error), 400)[1:-1]}"))
     return problems
@@ -314,9 +334,10 @@ def validate(
       open_images: decode every image (thousands a minute); otherwise they are only looked for.
     """
     seen: dict[str, str] = {}
+    listings: Listings = {}
     with ThreadPoolExecutor(_OPENERS) as pool:
-        for records in _chunks(source, 256):
-            found_here = [_record_problems(record, source, rules, format, row_tokens) for record in records]
+        for records in _chunks(source if open_images else map(source.text, range(len(source))), 256):
+            found_here = [_record_problems(record, source, listings, rules, format, row_tokens) for record in records]
             if open_images:
                 sound = [not any(REASONS[p.reason][0] for p in problems) for problems in found_here]
                 opened = pool.map(lambda pair: check_pictures(pair[0], source.images) if pair[1] else [],
@@ -327,12 +348,12 @@ def validate(
 
 
 def _record_problems(
-    record: Record, source: Source, rules: Rules, format: Format | None, row_tokens: int
+    record: Record, source: Source, listings: Listings, rules: Rules, format: Format | None, row_tokens: int
 ) -> list[Problem]:
     problems = check(record, rules)
     if problems:
         return problems
-    problems = check_files(record, source.images)
+    problems = check_files(record, source.images, listings)
     return problems + (check_tokens(record, format, row_tokens) if format else [])
 
 

@@ -7,10 +7,12 @@ from dataclasses import replace
 
 import pytest
 
+from llava_jax import files
 from llava_jax.data.sources import Record, open_source
 from llava_jax.data.validate import REASONS, _surely_fits, check, check_tokens, rules, validate
 from llava_jax.prompt import templates
 from llava_jax.prompt.encode import encode
+from tests import buckets
 
 H, G = "human", "gpt"
 
@@ -127,6 +129,21 @@ def test_what_is_noted_is_not_refused(world, v1):
 
 def test_good_records_are_not_listed(world, v1):
     assert findings(world(GOOD), v1) == []
+
+
+def test_the_pictures_of_a_folder_in_a_bucket_are_looked_for_in_one_listing(world, folder, v1, bucket, bucket_proxy):
+    source = world([raw for _, message, raw in BAD if "a link" not in message] + GOOD)  # a bucket has no links
+    for path in (path for path in folder.rglob("*") if path.is_file() and path.name != "link.png"):
+        files.write_whole(f"{bucket}/images/{path.relative_to(folder)}", path.read_bytes())
+    files.write_whole(f"{bucket}/a.json", source.data)
+    copy = open_source(f"{bucket}/a.json", f"{bucket}/images")
+    for open_images in (False, True):
+        with buckets.faults(bucket_proxy, lambda method, path: None):
+            found = [list(validate(one, rules(v1.template, v1.tokenizer), v1, 400, open_images)) for one in (source, copy)]
+            listings = [request for request in bucket_proxy.requests if request.path.endswith("maxResults=1000")]
+        here, there = ([(one.index, one.reason) for one in findings] for findings in found)
+        assert here == there and len(here) > 30
+        assert len(listings) == 1
 
 
 def test_a_repeated_id_is_noted_with_the_first_place(world, v1):

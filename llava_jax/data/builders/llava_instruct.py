@@ -11,8 +11,9 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.sources import Record, Source
-from llava_jax.data.validate import check_files, found
+from llava_jax.data.validate import Listings, check_files, found
 from llava_jax.errors import DataError, UsageError
 
 
@@ -41,20 +42,20 @@ class LlavaInstruct(tfds.core.GeneratorBasedBuilder):
         return {self._split: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+        listings: Listings = {}
         for record in self._source:
-            yield record.index, _example(record, self._source.images)
+            for problem in check_files(record, self._source.images, listings):
+                raise DataError(str(found(record, problem)))
+            yield record.index, _example(record, self._source.images or epath.Path())
 
 
-def _example(record: Record, root: epath.Path | None) -> dict[str, Any]:
-    for problem in check_files(record, root):
-        raise DataError(str(found(record, problem)))
+def _example(record: Record, folder: epath.Path) -> dict[str, Any]:
     conversation = record.conversation
-    folder = root or epath.Path()
     return {
         "id": record.id,
         "conversations": [{"from": row["from"], "value": row["value"]} for row in record.raw["conversations"]],
         "images": [
-            image if isinstance(image, bytes) else (folder / image).read_bytes() for image in conversation.images
+            image if isinstance(image, bytes) else files.read(folder / image) for image in conversation.images
         ],
         "images_in_place": conversation.images_in_place,
     }
@@ -64,9 +65,10 @@ def write(source: Source, out: epath.PathLike, split: str = "train") -> epath.Pa
     """Writes a source below `out`; the directory that `open_source` reads.
 
     Raises:
-      ValueError: the data set is already there.
+      ValueError: the data set is already there, or `out` is in a bucket.
       DataError: a record that does not parse or has no image file; nothing is left behind.
     """
+    files.want_disk(out, "--out", "array_record files are written there")
     place = epath.Path(out) / "llava_instruct" / str(LlavaInstruct.VERSION)
     if place.exists():
         raise UsageError(f"{place} exists already: remove it or choose another directory")
