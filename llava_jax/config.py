@@ -356,6 +356,28 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
             raise UsageError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
 
 
+def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The other words, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
+
+    Raises:
+      UsageError: one lacks its value, or a key is given twice.
+    """
+    rest, found, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        option, equals, text = word.partition("=")
+        text = text if equals else next(words, "")
+        key = option.removeprefix("--config.")
+        if key in found:
+            raise UsageError(f"{option} is given more than once")
+        if not text and not equals:
+            raise UsageError(f"{option} wants a value")
+        found[key] = text
+    return rest, found
+
+
 class Command(NamedTuple):
     config: str
     workdir: str
