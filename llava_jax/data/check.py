@@ -123,7 +123,7 @@ def read(record: Record, rules: Rules, root: epath.Path | None = None) -> Readin
     parsed = parse(record, root)
     if isinstance(parsed, Problem):
         return Reading(None, [parsed])
-    conversation, place, first, unknown = parsed
+    conversation, place, first, key, unknown = parsed
     roles = [turn.role for turn in conversation.turns]
     texts = [turn.text for turn in conversation.turns]
     paths = [image for image in conversation.images if isinstance(image, str)]
@@ -131,7 +131,7 @@ def read(record: Record, rules: Rules, root: epath.Path | None = None) -> Readin
         *_roles(conversation.turns, place, first),
         *_frames(texts, len(conversation.images), rules),
         *_text([*texts, *paths, *([conversation.system] if conversation.system else [])], rules.controls),
-        *_markers(roles, texts, len(conversation.images), place, first),
+        *_markers(roles, texts, len(conversation.images), (place, first, key)),
         *(Problem("unsafe_path", _outside(path, root)) for path in paths if _escapes(path)),
     ]
     return Reading(conversation, problems, tuple([found(record, Problem("unknown_key", key)) for key in unknown]))
@@ -175,7 +175,9 @@ def _text(texts: list[str], controls: Sequence[str]) -> Iterator[Problem]:
             yield Problem("control_text", f"{control!r} in {shown}: the model would read it as a separator")
 
 
-def _markers(roles: list[str], texts: list[str], images: int, place: str, first: int) -> Iterator[Problem]:
+def _markers(roles: list[str], texts: list[str], images: int, names: tuple[str, int, str]) -> Iterator[Problem]:
+    """names: the key of the turns, the row of the first, and the key of the pictures."""
+    place, first, key = names
     counts = [text.count(IMAGE_MARKER) for text in texts]
     total = sum(counts)
     if not total and not images:
@@ -184,8 +186,8 @@ def _markers(roles: list[str], texts: list[str], images: int, place: str, first:
         if count and role == "assistant":
             yield Problem("marker_in_answer", f"{place}[{i}] is an answer and holds {IMAGE_MARKER}")
     if not total:
-        yield Problem("image_without_marker", f"{images} image(s) under `image` or `images` and no {IMAGE_MARKER} in "
-                      f"the text: write {IMAGE_MARKER} where the model shall see it")  # fmt: skip
+        yield Problem("image_without_marker", f"{images} image(s) under {key!r} and no {IMAGE_MARKER} in the text: "
+                      f"write {IMAGE_MARKER} where the model shall see it")  # fmt: skip
     elif not images:
         yield Problem("marker_without_image", f"{total} {IMAGE_MARKER} and no image: name it under `image`")
     elif max(counts) > images:

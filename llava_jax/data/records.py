@@ -109,12 +109,16 @@ def found(record: Record, problem: Problem) -> Finding:
 
 
 class Parsed(NamedTuple):
-    """A record's conversation. place: "conversations" or "messages"; first: the row of its first turn, 1 behind a
-    system turn; unknown: keys that nothing reads, as `source_file` or `conversations[].mood`."""
+    """A record's conversation.
+
+    place: "conversations" or "messages". first: the row of its first turn, 1 behind a system turn.
+    pictures: the key that names its pictures. unknown: keys that nothing reads, as `mood` or `conversations[].mood`.
+    """
 
     conversation: Conversation
     place: str
     first: int
+    pictures: str
     unknown: tuple[str, ...]
 
 
@@ -169,12 +173,12 @@ def _parsed(record: Record, root: epath.Path | None) -> Parsed:
     if not turns:
         raise _Unfit("empty_conversations", f"{place} holds a system turn only: want a human turn and an answer")
     first = int(system is not None)
-    images, in_place = _images(raw, slots)
+    images, in_place, key = _images(raw, slots)
     images = tuple(_inside(image, root) if isinstance(image, str) else image for image in images)
     conversation = Conversation(
         tuple(turns), images, record.id, _system(raw, system, place), in_place, weight=_weight(raw.get("weight"))
     )
-    return Parsed(conversation, place, first, tuple(dict.fromkeys(unknown)))
+    return Parsed(conversation, place, first, key, tuple(dict.fromkeys(unknown)))
 
 
 def _plain_turn(row: Any) -> Turn | None:
@@ -323,29 +327,29 @@ def _weight(weight: Any) -> float | int:
     return weight
 
 
-def _images(raw: Mapping[str, Any], slots: Sequence[_Slot]) -> tuple[tuple[Any, ...], bool]:
-    """The pictures in reading order, and whether their markers stay where they are."""
+def _images(raw: Mapping[str, Any], slots: Sequence[_Slot]) -> tuple[tuple[Any, ...], bool, str]:
+    """The pictures in reading order, whether their markers stay where they are, and the key that names them."""
     image = raw.get("image")
     if type(image) is str and image and not slots and "images" not in raw and not image.startswith("data:"):
-        return (image,), False
+        return (image,), False, "image"
     names = [name for name in ("image", "images") if raw.get(name) is not None and raw[name] != []]
     if len(names) == 2:
         raise _Unfit("bad_shape", "both image and images: keep one of them")
-    value = raw[names[0]] if names else []
-    shown = f"{names[0]}={brief(value)}" if names else ""
+    key, value = (names[0], raw[names[0]]) if names else ("image", [])
+    shown = f"{key}={brief(value)}"
     images = tuple(_reference(one, shown) for one in (value if isinstance(value, list) else [value]))
     if any(slot.ref is not None for slot in slots):
         if images or any(slot.ref is None for slot in slots):
             raise _Unfit("bad_shape", "some pictures are named in the parts of messages, others in the record: want "
                          "all of them in one place")  # fmt: skip
-        return tuple(slot.ref for slot in slots), True
+        return tuple(slot.ref for slot in slots), True, "content"
     order = [slot.index for slot in slots if slot.index is not None]
     if order:
         if len(order) < len(slots) or set(order) != set(range(len(images))):
             raise _Unfit("marker_count", f"the parts of messages show the pictures {order} of {len(images)} in "
-                         f"{names[0] if names else 'images'}: want each of them, counted from 0")  # fmt: skip
+                         f"{key}: want each of them, counted from 0")  # fmt: skip
         images = tuple(images[i] for i in order)
-    return images, bool(slots) or (isinstance(value, list) and bool(images))
+    return images, bool(slots) or (isinstance(value, list) and bool(images)), key
 
 
 def _reference(value: Any, shown: str) -> str | bytes:

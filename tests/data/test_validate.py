@@ -58,7 +58,7 @@ BAD = [
      {"id": "x", "conversations": turns((G, "Hello."), (H, "a"), (G, "b"))}),
     ("unanswered", "conversations[2], the last", {"id": "x", "conversations": [*ASKED, *turns((H, "And?"))]}),
     ("empty_answer", "conversations[1], an answer, has no text: ' \\n'", {"id": "x", "conversations": turns((H, "Hi"), (G, " \n"))}),
-    ("image_without_marker", "1 image(s) and no <image>", {"id": "x", "image": "0.png", "conversations": ASKED}),
+    ("image_without_marker", "1 image(s) under 'image' and no <image>", {"id": "x", "image": "0.png", "conversations": ASKED}),
     ("marker_without_image", "1 <image> and no image", {"id": "x", "conversations": SHOWN}),
     ("several_markers", "conversations[0] holds 2 <image> for 1 image(s)",
      {"id": "x", "image": "0.png", "conversations": turns((H, "<image> or <image>?"), (G, "Yes."))}),
