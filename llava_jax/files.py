@@ -38,6 +38,7 @@ _PASSING_ERRNO = frozenset((
     errno.EREMOTEIO,
 ))  # fmt: skip
 _REFUSED_ERRNO = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+_DEFINITE_ERRNO = _REFUSED_ERRNO | {errno.ENOSPC, errno.EDQUOT}
 # TensorStore 0.1.86 raises ValueError("STATUS: ..."), with the status of abseil and what it stands for in brackets.
 _TENSORSTORE = re.compile(r"([A-Z_]+): ")
 _OS_ERROR = re.compile(r"\[OS error (\d+)")
@@ -61,13 +62,48 @@ def listed(path: epath.PathLike) -> list[epath.Path]:
     (A bucket has no empty directories, and cannot tell one from a directory that was never made.)
 
     Raises:
+      NotADirectoryError: it is a file.
       Unreachable, UsageError: as `retried`.
     """
     path = epath.Path(path)
     try:
-        return retried(lambda: sorted(entry for entry in path.iterdir() if entry != path), path)
+        entries = retried(lambda: sorted(path.iterdir()), path)
     except FileNotFoundError:
         return []
+    if is_bucket(path) and [entry.name for entry in entries] == [path.name] and not exists(entries[0]):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))  # a bucket lists an object
+    return entries
+
+
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is such a file or directory now. (etils' `is_dir` says no where a bucket gives any error.)
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    return retried(path.exists, path)
+
+
+def is_file(path: epath.PathLike) -> bool:
+    """Whether there is such a file now. Raises as `exists`."""
+    return _is_directory(path) is False
+
+
+def is_dir(path: epath.PathLike) -> bool:
+    """Whether there is such a directory now; one without a file is none in a bucket. Raises as `exists`."""
+    return _is_directory(path) is True
+
+
+def _is_directory(path: epath.PathLike) -> bool | None:
+    """None: there is nothing, or what is neither."""
+    if not is_bucket(path):
+        return False if os.path.isfile(path) else True if os.path.isdir(path) else None
+    path = epath.Path(path)
+    try:
+        return retried(lambda: path.stat().is_directory, path)
+    except FileNotFoundError:
+        return None
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
@@ -110,6 +146,12 @@ def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
         return file.read(-1 if size is None else size)
 
 
+def make_directory(path: epath.PathLike) -> None:
+    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself)."""
+    if not is_bucket(path):
+        os.makedirs(path, exist_ok=True)
+
+
 def set_aside(path: epath.PathLike) -> epath.Path:
     """Gives a damaged file (on a disk, or a directory in its place) a name that ends in ".damaged"; returns it.
 
@@ -127,44 +169,12 @@ def set_aside(path: epath.PathLike) -> epath.Path:
     return target
 
 
-class GrowingFile:
-    """A file to which content is added. On a disk what was added is there at once.
-
-    An object cannot grow: `flush` writes it anew, whole, so call it where its cost is small beside what was done since.
-    """
-
-    def __init__(self, path: epath.PathLike, content: bytes = b"") -> None:
-        """Begins the file anew with `content`. Raises as `write_whole`."""
-        self._path, self._flushed = epath.Path(path), True
-        write_whole(path, content)
-        self._file = None if is_bucket(path) else open(path, "ab")
-        self._content = bytearray() if self._file else bytearray(content)
-
-    def add(self, content: bytes) -> None:
-        """Adds content at the end."""
-        if self._file is None:
-            self._content += content
-            self._flushed = False
-        else:
-            self._file.write(content)
-            self._file.flush()
-
-    def flush(self) -> None:
-        """Returns when everything is in the bucket. Raises as `write_whole`."""
-        if not self._flushed:
-            write_whole(self._path, bytes(self._content))
-            self._flushed = True
-
-    def close(self) -> None:
-        """Flushes, and frees the file."""
-        self.flush()
-        if self._file is not None:
-            self._file.close()
-
-
 def size_bytes(path: epath.PathLike) -> int:
     """Of a file. (etils' own `stat` fails where a file's owner has no name, as in many containers.)"""
-    return epath.Path(path).stat().length if is_bucket(path) else os.stat(path).st_size
+    if not is_bucket(path):
+        return os.stat(path).st_size
+    path = epath.Path(path)
+    return retried(lambda: path.stat().length, path)
 
 
 def want_disk(path: epath.PathLike, name: str, why: str) -> None:
@@ -187,28 +197,33 @@ def no_bucket(path: epath.PathLike) -> MissingFile:
     )
 
 
-def retried(call: Callable[[], T], path: epath.PathLike, secs: float = RETRY_SECS) -> T:
-    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`.
+def retried(call: Callable[[], T], path: epath.PathLike, secs: float | None = None) -> T:
+    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`
+    (None: RETRY_SECS).
 
     `call` may use etils' paths or TensorStore, and must be fit to be repeated.
 
     Raises:
       Unreachable: the store gave such errors all the time.
       UsageError: it refuses access, or such a request.
-      Whatever else `call` raises, such as FileNotFoundError.
+      Whatever else `call` raises, such as FileNotFoundError; a disk's refusal and a full disk are OSErrors.
     """
     begin, wait = time.monotonic(), 0.5
+    secs = RETRY_SECS if secs is None else secs
     while True:
         try:
             return call()
-        except (OSError, ValueError, *_client_errors()) as error:
+        except (OSError, ValueError, *client_errors()) as error:
             kind = fault(error)
+            number = _errno_of(error)
+            if number in _DEFINITE_ERRNO:
+                raise OSError(number, os.strerror(number), os.fspath(path)) from error
             if kind == _REFUSED and is_bucket(path):
                 raise UsageError(
                     f"{path}: access is refused ({_line(error)}); give this machine's account the role "
                     "storage.objectUser on the bucket, or log in with `gcloud auth application-default login`"
                 ) from error
-            if kind != _PASSING and isinstance(error, _client_errors()):
+            if kind != _PASSING and isinstance(error, client_errors()):
                 raise UsageError(f"{path}: the store does not accept this ({_line(error)})") from error
             if kind != _PASSING:
                 raise
@@ -237,11 +252,17 @@ def fault(error: BaseException) -> str:
     status = _TENSORSTORE.match(str(error)) if isinstance(error, ValueError) else None
     if status is None:
         return ""
-    if number := _OS_ERROR.search(str(error)):
-        return _of_errno(int(number[1]))
+    if number := _errno_of(error):
+        return _of_errno(number)
     if code := _HTTP_CODE.search(str(error)):
         return _of_http(int(code[1]))
     return _STATUS.get(status[1], "")
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """The operating system's error behind one of TensorStore's."""
+    number = _OS_ERROR.search(str(error)) if isinstance(error, ValueError) else None
+    return int(number[1]) if number else None
 
 
 def _of_client(error: BaseException) -> str:
@@ -260,7 +281,7 @@ def _of_errno(number: int) -> str:
     return _PASSING if number in _PASSING_ERRNO else _REFUSED if number in _REFUSED_ERRNO else ""
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What gcsfs raises that is neither OSError nor ValueError. The first path into a bucket loads it."""
     if "gcsfs.retry" not in sys.modules:
         return ()
@@ -285,7 +306,7 @@ def _object_range(name: str, start: int, size: int | None) -> bytes:
         return b"" if size == 0 else client.cat_file(name, start or None, None if size is None else start + size)
     except FileNotFoundError:
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
-    except _client_errors() as error:
+    except client_errors() as error:
         if str(error).endswith("416"):  # it begins where the object ends
             return b""
         raise

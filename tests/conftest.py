@@ -10,6 +10,8 @@ from etils import epath
 
 from tests import buckets
 
+os.environ.update(buckets.QUIET)  # read when gcsfs is imported
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -45,8 +47,8 @@ def bucket(bucket_server: str) -> str:
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> epath.Path:
-    """A new, empty directory, once on a disk and once in a bucket."""
-    return epath.Path(tmp_path / "new" if request.param == "disk" else f"{request.getfixturevalue('bucket')}/new")
+    """An empty directory, once on a disk and once in a bucket."""
+    return epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
 
 
 _numbers = itertools.count()

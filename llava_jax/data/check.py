@@ -232,11 +232,9 @@ def located(path: str, root: epath.Path | None, listings: Listings) -> str | Non
 
 def _is_file(place: str, listings: Listings) -> bool:
     """In a bucket three requests answer this of one file, and one that of a thousand."""
-    if not files.is_bucket(place):
-        return os.path.isfile(place)
     path = epath.Path(place)
-    if not path.suffix:  # a listing does not tell a folder from a file
-        return path.is_file()
+    if not files.is_bucket(place) or not path.suffix:  # a listing does not tell a folder from a file
+        return files.is_file(place)
     if path.parent not in listings:
         listings[path.parent] = frozenset(entry.name for entry in files.listed(path.parent))
     return path.name in listings[path.parent]

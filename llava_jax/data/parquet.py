@@ -5,8 +5,6 @@ is read when one of its records is asked for: files that are trained on in rando
 """
 
 import hashlib
-import io
-import json
 import os
 import re
 import threading
@@ -20,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, streams
+from llava_jax.data.files import field, read_json
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, Unreachable, UsageError
@@ -83,23 +82,27 @@ class TableSource(Source):
         return Record(self.path, index, None, {key: _listed(value) for key, value in row.items()})
 
 
-def find(place: epath.Path, split: str) -> list[epath.Path]:
-    """The parquet or Arrow files of a split of a data set, in order; none if `place` is no such file or directory.
+def find(place: epath.Path, members: list[epath.Path], split: str) -> list[epath.Path]:
+    """The parquet or Arrow files of a split of a data set, in order; none where `place` is no such file or directory.
+
+    members: what lies in the directory.
 
     Raises:
       UsageError: there is no such split, or there are several data sets.
+      DataError: the files that say what is there are damaged.
     """
     if place.suffix in _SUFFIXES:
         return [place]
-    if (place / "dataset_dict.json").exists():
-        known = json.loads(files.read(place / "dataset_dict.json"))["splits"]
+    names = {member.name for member in members}
+    if "dataset_dict.json" in names:
+        known = field(read_json(place / "dataset_dict.json"), "splits", list, str(place))
         if split not in known:
             raise _no_split(place, split, known)
-        place = place / split
-    if (place / "state.json").exists():
-        return [place / one["filename"] for one in json.loads(files.read(place / "state.json"))["_data_files"]]
-    patterns = ("*.parquet", "*/*.parquet", "*/*/*.parquet")
-    found = next(filter(None, (sorted(place.glob(pattern)) for pattern in patterns)), []) if place.is_dir() else []
+        return find(place / split, files.listed(place / split), split)
+    if "state.json" in names:
+        rows = field(read_json(place / "state.json"), "_data_files", list, str(place))
+        return [place / field(row, "filename", str, f"{place}/state.json") for row in rows]
+    found = _tables(members)
     splits = {path: _split_of(path, place) for path in found}
     chosen = [path for path in found if splits[path] in (split, None)]
     if found and not chosen:
@@ -108,6 +111,17 @@ def find(place: epath.Path, split: str) -> list[epath.Path]:
     if len(folders) > 1:
         raise UsageError(f"{place} holds several data sets ({', '.join(folders)}): name one of them")
     return chosen
+
+
+def _tables(members: list[epath.Path]) -> list[epath.Path]:
+    """The parquet files among the members of a directory; where there are none, those one level down, or two."""
+    for _ in range(3):
+        found = [member for member in members if member.suffix == ".parquet"]
+        if found or any(member.name == "features.json" for member in members):  # the latter is of TFDS
+            return found
+        folders = [member for member in members if files.is_dir(member)]
+        members = [entry for folder in folders for entry in files.listed(folder)]
+    return []
 
 
 def _split_of(path: epath.Path, place: epath.Path) -> str | None:
@@ -151,8 +165,8 @@ def open_tables(
 
 
 def _open_parquet(path: epath.Path) -> tuple[bytes, pa.Schema, list[_Group]]:
-    bucket = files.is_bucket(path)
-    file = pq.ParquetFile(pa.PythonFile(_Remote(path), "r") if bucket else os.fspath(path), memory_map=not bucket)
+    opened = pa.PythonFile(streams.open_read(path), "r") if files.is_bucket(path) else os.fspath(path)
+    file = pq.ParquetFile(opened, memory_map=not files.is_bucket(path))
     size = files.size_bytes(path)
     footer = files.read_range(path, size - 8 - file.metadata.serialized_size, None)
     groups = [
@@ -181,28 +195,3 @@ def _listed(value: Any) -> Any:
         return value
     return [dict(zip(value, row)) for row in zip(*value.values())]
 
-
-class _Remote(io.RawIOBase):
-    """A file of a bucket, each read a request."""
-
-    def __init__(self, path: epath.Path):
-        super().__init__()
-        self._path, self._size, self._at = path, files.size_bytes(path), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        return self._at
-
-    def read(self, size: int = -1) -> bytes:
-        content = files.read_range(self._path, self._at, None if size < 0 else size)
-        self._at += len(content)
-        return content

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, streams
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, Unreachable
@@ -110,15 +110,14 @@ def clean_caption(text: str) -> str:
     return " ".join(words[:CAPTION_WORDS])
 
 
-def open_shards(place: epath.Path, name: str, weight: float | int) -> ShardSource:
-    """The pairs of one .tar file, or of all in a directory.
+def open_shards(place: epath.Path, shards: tuple[epath.Path, ...], name: str, weight: float | int) -> ShardSource:
+    """The pairs of some .tar files, of which `place` is the only one, or the directory of all.
 
     The fingerprint covers the shards' names, and every file's name and size in them.
 
     Raises:
       DataError: a shard is no tar file, or it ends before its end mark; names it.
     """
-    shards = tuple(sorted(place.glob("*.tar"))) if place.is_dir() else (place,)
     hashed, pairs, shard_of = hashlib.sha256(), [], []
     start = last = time.monotonic()
     with ThreadPoolExecutor(_READERS) as pool:
@@ -171,11 +170,10 @@ def _members(shard: epath.Path) -> Iterator[_Member]:
       DataError: no tar file, or one that is cut off or damaged between its files: nobody knows what is lost.
     """
     try:
-        with shard.open("rb") as file:
+        with streams.open_read(shard, _BLOCK_BYTES) as file:
             end = file.seek(0, 2)
             file.seek(0)
-            mode = "r|" if files.is_bucket(shard) else "r:"
-            with tarfile.open(fileobj=file, mode=mode, bufsize=_BLOCK_BYTES) as tar:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
                 for member in filter(tarfile.TarInfo.isfile, tar):
                     if member.offset_data + member.size > end:
                         raise DataError(f"{shard}: ends within {member.name}: copy or download it again")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.orders import mixed, randperm, twister
 from llava_jax.data.records import Record
 from llava_jax.errors import DataError, MissingFile, UsageError
@@ -79,9 +80,9 @@ def open_source(
       ValueError: a suffix that is not known, or a weight at which no record is shown.
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
-    if not place.exists():
+    if not files.exists(place):
         raise MissingFile(f"data source {str(path)!r} does not exist: want {_KINDS}")
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not files.is_dir(folder):
         raise MissingFile(f"image folder {str(images)!r} of {str(path)!r} is no directory")
     source = _opened(place, folder, name or place.name, weight, split)
     if not len(source):
@@ -99,19 +100,29 @@ def _opened(place: epath.Path, folder: epath.Path | None, name: str, weight: flo
         from llava_jax.data import json_files
 
         return json_files.open_json(place, folder, name, weight)
-    if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
+    members = [] if place.suffix in (".tar", ".parquet", ".arrow") else _members(place)
+    tars = tuple(member for member in members if member.suffix == ".tar")
+    if place.suffix == ".tar" or tars:
         from llava_jax.data import shards
 
-        return shards.open_shards(place, name, weight)
+        return shards.open_shards(place, tars or (place,), name, weight)
     from llava_jax.data import parquet
 
-    if found := parquet.find(place, split):
-        return parquet.open_tables(place, found, folder, name, weight)
-    if place.is_dir():
+    if tables := parquet.find(place, members, split):
+        return parquet.open_tables(place, tables, folder, name, weight)
+    if members:
         from llava_jax.data import tfds
 
         return tfds.open_tfds(place, name, weight, split)
     raise UsageError(f"data source {str(place)!r}: want {_KINDS}")
+
+
+def _members(place: epath.Path) -> list[epath.Path]:
+    """What lies in a directory; none in a file, which a bucket cannot tell from an empty directory."""
+    try:
+        return files.listed(place)
+    except NotADirectoryError:
+        return []
 
 
 @dataclass(frozen=True)

@@ -87,16 +87,16 @@ def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> 
                         f"value) and of {', '.join(sorted(_KNOWN))} what applies")  # fmt: skip
     decoders = {key: _Encoded() for key in ("image", "images") if key in keys}
     examples = builder.as_data_source(split=split, decoders=decoders)
-    digest = hashlib.sha256((place / "dataset_info.json").read_bytes() + split.encode())
+    digest = hashlib.sha256(files.read(place / "dataset_info.json") + split.encode())
     for shard in sorted(splits[split].filepaths, key=str):
         digest.update(f"{shard.name} {files.size_bytes(shard)}\n".encode())
     return TfdsSource(name, str(place), None, weight, digest.hexdigest(), examples)
 
 
 def _version(place: epath.Path) -> epath.Path:
-    if (place / "features.json").exists():
+    if files.exists(place / "features.json"):
         return place
-    versions = sorted(child for child in place.iterdir() if (child / "features.json").exists())
+    versions = [child for child in files.listed(place) if files.exists(child / "features.json")]
     if not versions:
         raise DataError(f"{place}: no TFDS data set (no features.json, here or one level down)")
     if len(versions) > 1:

@@ -49,7 +49,8 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
         return _decoded(ref, f"image given as {len(ref)} bytes")
     for path in _spellings(os.fspath(ref), root):
         try:
-            content = files.read_range(path, 0, MAX_FILE_BYTES + 1) if files.is_bucket(path) else _read_local(path, root)
+            bucket = files.is_bucket(path)
+            content = files.read_range(path, 0, MAX_FILE_BYTES + 1) if bucket else _read_local(path, root)
         except (FileNotFoundError, NotADirectoryError):
             continue
         if len(content) > MAX_FILE_BYTES:

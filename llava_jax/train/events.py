@@ -5,7 +5,7 @@ TensorFlow is large.
     CRC     CRC-32C, rotated right by 15 bits, plus 0xa282ead8
     data    an `Event` of protocol buffers: a version first, then scalars
 
-Source: tensorflow/core/lib/io/record_writer.h, tensorflow/core/util/event.proto, tensorflow/core/framework/summary.proto.
+Source: TensorFlow's tensorflow/core/lib/io/record_writer.h, util/event.proto and framework/summary.proto.
 """
 
 import functools
@@ -17,7 +17,7 @@ from collections.abc import Mapping
 
 from etils import epath
 
-from llava_jax import files
+from llava_jax.streams import GrowingFile
 
 # Numbers of the fields of Event, Summary, Summary.Value and SessionLog.
 _WALL_TIME, _STEP, _VERSION, _SUMMARY, _SESSION = 1, 2, 3, 5, 7
@@ -34,7 +34,7 @@ class EventFile:
         name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}.{time.monotonic_ns()}"
         session = _field(_SESSION, _number(_STATUS, _START))
         first = _record(_event(0, _field(_VERSION, b"brain.Event:2"))) + _record(_event(step + 1, session))
-        self._file = files.GrowingFile(epath.Path(directory) / name, first)
+        self._file = GrowingFile(epath.Path(directory) / name, first)
 
     def add(self, step: int, scalars: Mapping[str, float | int]) -> None:
         """Adds {tag: value} of an update."""

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax import config, files
 from llava_jax.errors import UsageError
-from llava_jax.files import GrowingFile
+from llava_jax.streams import GrowingFile
 from llava_jax.train.events import EventFile
 
 # One line an update; counts are of the global batch:

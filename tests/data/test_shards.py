@@ -94,7 +94,7 @@ def test_a_bad_pair_costs_itself_by_name(tmp_path, v1, files, fault):
     assert bad.id == "0" and fault in bad.fault, bad.fault
     assert good.fault == "" and good.conversation.images == (png(3),)
     with pytest.raises(DataError, match=r"a\.tar\[0\] id='0' unreadable: "):
-        bad.conversation
+        print(bad.conversation)
     assert sizes(source, v1).tolist() == [[0, 0], [sizes(source, v1)[1, 0], 1]]
     for open_images in (False, True):
         (finding,) = findings(source, v1, 160, opened=open_images)
@@ -142,8 +142,8 @@ def test_a_shard_that_changes_after_the_start_costs_the_pairs_that_are_gone(shar
 
 def test_captions_are_measured_without_reading_a_picture(place, bucket_proxy, v1, shards):
     for path in shards.iterdir():
-        files.write_whole(place / path.name, path.read_bytes())
-    source = open_source(place)
+        files.write_whole(place / "copy" / path.name, path.read_bytes())
+    source = open_source(place / "copy")
     with buckets.faults(bucket_proxy, lambda method, path: 500):  # no request would be answered
         assert sizes(source, v1).tolist() == sizes(open_source(shards), v1).tolist()
         assert not findings(source, v1, 160, opened=False)

@@ -192,8 +192,9 @@ def test_an_address_is_no_picture(tmp_path):
 
 
 def test_a_picture_of_a_bucket_is_one_request_and_its_errors_are_those_of_a_disk(tmp_path, bucket, bucket_proxy):
-    contents = {"a.png": encoded(noise(30, 20)), "dir/b.png": encoded(noise(4, 4)), "cut.png": encoded(noise(30, 20))[:99],
-                "empty.png": b"", unicodedata.normalize("NFD", "café.png"): encoded(noise(4, 4))}  # fmt: skip
+    small, large = encoded(noise(4, 4)), encoded(noise(30, 20))
+    accent = unicodedata.normalize("NFD", "café.png")
+    contents = {"a.png": large, "dir/b.png": small, "cut.png": large[:99], "empty.png": b"", accent: small}
     for name, content in contents.items():
         files.write_whole(tmp_path / name, content)
         files.write_whole(f"{bucket}/{name}", content)

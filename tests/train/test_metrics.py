@@ -63,7 +63,8 @@ def test_a_flush_writes_only_the_logs_that_have_grown(bucket_proxy, bucket):
 
 
 @pytest.mark.parametrize(
-    "damage", [b"{}\n", b"[]\n", b'{"step": "3"}\n', b'{"step": 2, "lo\xff\n', b"\0" * 40 + b"\n", b"[" * 100_000 + b"\n"]
+    "damage",
+    [b"{}\n", b"[]\n", b'{"step": "3"}\n', b'{"step": 2, "lo\xff\n', b"\0" * 40 + b"\n", b"[" * 100_000 + b"\n"],
 )
 def test_a_damaged_log_is_set_aside_and_its_whole_rows_go_on(place, capsys, damage):
     damaged = _lines(1) + damage + _lines(2, 3)
