@@ -1,4 +1,4 @@
-"""`validate` refuses exactly what training refuses: the same records for the same reasons, over every kind of source."""
+"""`validate` refuses exactly what training refuses: the same records for the same reasons, in every kind of source."""
 
 import io
 import json
