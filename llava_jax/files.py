@@ -106,9 +106,11 @@ def _is_directory(path: epath.PathLike) -> bool | None:
         return None
 
 
-def write_whole(path: epath.PathLike, content: bytes) -> None:
+def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
     Directories above it are made.
+
+    secs: as for `retried`.
 
     Raises:
       MissingFile: the bucket does not exist.
@@ -116,7 +118,7 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     """
     path = epath.Path(path)
     try:
-        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path)
+        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path, secs)
     except FileNotFoundError as error:
         if not is_bucket(path):
             raise

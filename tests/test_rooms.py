@@ -27,14 +27,14 @@ ROOMS = {
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
-    "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
+    "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
     "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
-    "datagen/curate.py": ("prompt", "openai_client", "generate"),
-    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
+    "datagen/describer.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",

@@ -27,7 +27,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import manager, store
+from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -41,7 +41,7 @@ from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import IMAGE_START, Format
-from llava_jax.train import hooks, init, loop, metrics
+from llava_jax.train import hooks, init, learning, loop, metrics
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
@@ -78,7 +78,7 @@ def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> 
                                         "is lost; the same command begins again"))  # fmt: skip
         stack.callback(sigterm.react, None)
         stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
-        return _train(config, workdir, sigterm)
+        return _train(config, workdir, sigterm, stack)
 
 
 def _end_together(
@@ -103,7 +103,7 @@ def _end_together(
     return False
 
 
-def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int:
+def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
     if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llava_jax").setLevel(logging.INFO)
@@ -113,16 +113,20 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
     held_out = _held_out(config)
     sources = _open(config.data.sources)
     _check_shared(workdir)
+    if distributed.index() == 0:
+        stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
     pipeline = _pipeline(config, format, sources, workdir)
     steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
     distributed.agree(_common(config, pipeline, steps))
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
+    warnings = list[str]()
+    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
     _check_settings(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
-    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop())
+    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
     sigterm.react(functools.partial(_stop, run.stop))
     try:
         code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
@@ -134,6 +138,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
+        loop.warn([], warnings)
         _conclude(program, workdir)
     return code
 
