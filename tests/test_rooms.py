@@ -18,6 +18,7 @@ ROOMS = {
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch"),
+    "data/__main__.py": ("prompt", "batch", "config", "train/trainer"),  # validate --config: what that run would check
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint"),
@@ -52,7 +53,7 @@ GUESTS = {
     "ml_collections": ("config",),
     "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
     "PIL": ("prompt/images",),
-    "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
+    "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
     "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),

@@ -196,6 +196,11 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     return held
 
 
+def format_of(config: configs.Config) -> Format:
+    """How a run of this config encodes its records, for who does not train."""
+    return _format(config, _model_config(config.model))
+
+
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
