@@ -37,6 +37,8 @@ ROOMS = {
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
+    # It refuses what training refuses: a template that the tokenizer cannot write.
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip
@@ -51,7 +53,7 @@ GUESTS = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
+    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),

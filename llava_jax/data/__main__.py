@@ -16,7 +16,7 @@ from llava_jax.data.check import Checks, rules
 from llava_jax.data.problems import brief
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
 _RECORDS = ".json list, .jsonl, .parquet, .tar, or a directory of parquet, tar, Hugging Face datasets or TFDS"
@@ -93,6 +93,7 @@ def _format(options: argparse.Namespace, image_features: int) -> Format | None:
         return None
     legacy = None if options.legacy is None else options.legacy == "true"
     loaded = tokenizer.load(options.tokenizer, legacy=legacy)
+    ending.check(template, loaded, options.tokenizer)
     return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
 
 

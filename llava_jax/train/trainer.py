@@ -37,8 +37,8 @@ from llava_jax.errors import DataError, UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import templates, tokenizer
-from llava_jax.prompt.encode import IMAGE_START, Format
+from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt.encode import Format
 from llava_jax.train import hooks, init, learning, loop, metrics, settings
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
@@ -209,10 +209,10 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
-    if config.prompt.image_start_end and IMAGE_START not in words.specials:
-        raise UsageError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
+    template = templates.get(config.prompt.template)
+    ending.check(template, words, str(place), config.prompt.image_start_end)
     return Format(
-        templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,
+        template, words, model_config.vision.image_size, model_config.image_features,
         config.prompt.image_mode, config.prompt.image_start_end,
     )  # fmt: skip
 

@@ -121,7 +121,7 @@ def test_hf_export_adds_image_and_pad_and_llava_export_takes_them_off(tmp_path, 
     assert same(read_all(tmp_path / "llava-back"), original)
     assert same(read_all(tmp_path / "llava-back" / "vision_tower"), tower)
     words = tokenizer.load(tmp_path / "llava-back")
-    assert (words.size, words.added, words.pad_id) == (960, (), 0)  # pads with <unk>
+    assert (words.size, len(words.words), words.pad_id) == (960, 3, 0)  # pads with <unk>
 
 
 @pytest.mark.parametrize("dtype", tiny.DTYPES)
