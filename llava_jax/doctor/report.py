@@ -8,6 +8,7 @@ from typing import Any
 
 OK, SKIPPED, WARN, FAIL = "ok", "skipped", "warn", "FAIL"
 VERDICTS = (OK, SKIPPED, WARN, FAIL)  # from good to bad
+WIDEST = 72  # characters of a column; a longer cell pushes the rest of its line to the right
 FORMAT = 1  # of the JSON file
 
 
@@ -75,7 +76,7 @@ def table(lines: Sequence[Line]) -> str:
     """Columns verdict, check, figure, expectation; a remedy stands below its line."""
     cells = [("verdict", "check", "figure", "expectation")]
     cells += [(line.verdict, line.check, line.figure, line.expectation) for line in lines]
-    widths = [max(len(cell[column]) for cell in cells) for column in range(2)] + [44]
+    widths = [max(len(cell[column]) for cell in cells if len(cell[column]) <= WIDEST) for column in range(3)]
     text = []
     for cell, remedy in zip(cells, ["", *(line.remedy for line in lines)]):
         text.append("  ".join([*(word.ljust(width) for word, width in zip(cell, widths)), cell[3]]).rstrip())

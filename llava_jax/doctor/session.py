@@ -196,7 +196,7 @@ class Record:
 
 def exchange_of(name: str) -> str:
     """The name of the exchange after a check."""
-    return f"doctor {name}"
+    return f"doctor lines {name}"
 
 
 def _host() -> dict[str, Any]:

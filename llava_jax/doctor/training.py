@@ -33,7 +33,7 @@ from llava_jax.train import init, loop
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
 
-EXPECTED = "every loss and every bit of the state as in a run that nobody disturbs"
+EXPECTED = "losses and state bit for bit as undisturbed"
 OTHER_MESH = 2e-6  # relative difference of losses
 KILLED_STEP = 6  # in-process: saves are made after 4 and 8
 MORE_STEPS = 3  # of each run after it was resumed
