@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
@@ -101,6 +101,11 @@ def leave(code: int, message: str) -> NoReturn:
     _signals().leave(code, message)
 
 
+def is_ending() -> bool:
+    """Whether some process has ended the job: what fails here from then on fails because of that."""
+    return count() > 1 and _signals().is_ending()
+
+
 class Stop:
     """Where all processes stop, once one of them was asked to (`request`, from any thread).
 
@@ -127,7 +132,7 @@ class _Signals:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._points, self._requested, self._stopped = 0, False, False
-        self._leaving = False
+        self._exiting = threading.Lock()
         if count() > 1:
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
@@ -151,9 +156,10 @@ class _Signals:
             self._points += 1
         return self._stopped
 
+    def is_ending(self) -> bool:
+        return _END in self._read(_SIGNALS)
+
     def leave(self, code: int, message: str) -> NoReturn:
-        with self._lock:
-            self._leaving = True  # the thread must not end the process too
         if count() == 1:
             _end(code, message)
         self._set(_END, json.dumps([code, index(), message]))
@@ -169,9 +175,6 @@ class _Signals:
             if _STOP in signals:
                 self._hold()
             if _END in signals:
-                with self._lock:
-                    if self._leaving:
-                        return
                 self._exit(*json.loads(signals[_END]))
 
     def _read(self, place: str) -> dict[str, str]:
@@ -201,6 +204,7 @@ class _Signals:
     def _exit(self, code: int, number: int, message: str) -> NoReturn:
         """Ends this process. Process 0 speaks for all of them, and stays until the others have gone: they need it."""
         client = internal.global_state.client
+        self._exiting.acquire()  # a second thread that comes here waits for the end
         if index() == 0:
             _say(message if number == 0 else f"process {number} of {count()}: {message}")
         client.key_value_set(f"{_LEFT}/{index()}", "")
@@ -251,17 +255,19 @@ class Rows(NamedTuple):
 WHOLE = Rows()  # of a single process
 
 
-def rows(sharding: jax.sharding.NamedSharding, shape: Sequence[int], process: int | None = None) -> Rows:
-    """What a process (None: this one) loads of an array whose first dimension is a step's rows.
+def rows(held: Mapping[Any, tuple[slice, ...]], size: int, process: int | None = None) -> Rows:
+    """What a process (None: this one) loads of a step of `size` rows.
+
+    held: {device: index of its part}, as `sharding.devices_indices_map(shape)` says.
 
     Neighbouring devices of a real mesh are not neighbours of a process, and where other axes span processes several
     hold the same rows. The pipeline's parts are dealt to the processes in order, so each reads neighbours.
     """
-    size, holders = shape[0], dict[int, set[int]]()
-    for device, index_of in sharding.devices_indices_map(tuple(shape)).items():
-        start, end, _ = index_of[0].indices(size)
+    holders = dict[int, set[int]]()
+    for device, part in held.items():
+        start, end, _ = part[0].indices(size)
         holders.setdefault(start, set()).add(device.process_index)
-        assert size % (end - start) == 0, (shape, sharding)  # `sharding._fit` cuts nothing into unequal parts
+        assert size % (end - start) == 0, part  # `sharding._fit` cuts nothing into unequal parts
     starts = sorted(holders)
     order = sorted(starts, key=lambda start: (min(holders[start]), start))
     process = jax.process_index() if process is None else process

@@ -37,6 +37,7 @@ _PASSING_ERRNO = frozenset((
     errno.EREMOTEIO,
 ))  # fmt: skip
 _REFUSED_ERRNO = frozenset((errno.EACCES, errno.EPERM, errno.EROFS))
+_DEFINITE_ERRNO = _REFUSED_ERRNO | {errno.ENOSPC, errno.EDQUOT}
 # TensorStore 0.1.86 raises ValueError("STATUS: ..."), with the status of abseil and what it stands for in brackets.
 _TENSORSTORE = re.compile(r"([A-Z_]+): ")
 _OS_ERROR = re.compile(r"\[OS error (\d+)")
@@ -60,17 +61,33 @@ def listed(path: epath.PathLike) -> list[epath.Path]:
     (A bucket has no empty directories, and cannot tell one from a directory that was never made.)
 
     Raises:
+      NotADirectoryError: it is a file.
       Unreachable, UsageError: as `retried`.
     """
     path = epath.Path(path)
     try:
-        return retried(lambda: sorted(entry for entry in path.iterdir() if entry != path), path)
+        entries = retried(lambda: sorted(path.iterdir()), path)
     except FileNotFoundError:
         return []
+    if is_bucket(path) and [entry.name for entry in entries] == [path.name] and not exists(entries[0]):
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), os.fspath(path))  # a bucket lists an object
+    return entries
 
 
-def write_whole(path: epath.PathLike, content: bytes) -> None:
+def exists(path: epath.PathLike) -> bool:
+    """Whether there is such a file or directory now. (etils' `is_dir` says no where a bucket gives any error.)
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    return retried(path.exists, path)
+
+
+def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
+
+    secs: as for `retried`.
 
     Raises:
       MissingFile: the bucket does not exist.
@@ -78,7 +95,7 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     """
     path = epath.Path(path)
     try:
-        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path)
+        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path, secs)
     except FileNotFoundError as error:
         if not is_bucket(path):
             raise
@@ -99,28 +116,33 @@ def no_bucket(path: epath.PathLike) -> MissingFile:
     )
 
 
-def retried(call: Callable[[], T], path: epath.PathLike, secs: float = RETRY_SECS) -> T:
-    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`.
+def retried(call: Callable[[], T], path: epath.PathLike, secs: float | None = None) -> T:
+    """What `call` returns; it is called again while the store of `path` gives errors that pass, at most for `secs`
+    (None: RETRY_SECS).
 
     `call` may use etils' paths or TensorStore, and must be fit to be repeated.
 
     Raises:
       Unreachable: the store gave such errors all the time.
       UsageError: it refuses access, or such a request.
-      Whatever else `call` raises, such as FileNotFoundError.
+      Whatever else `call` raises, such as FileNotFoundError; a disk's refusal and a full disk are OSErrors.
     """
     begin, wait = time.monotonic(), 0.5
+    secs = RETRY_SECS if secs is None else secs
     while True:
         try:
             return call()
-        except (OSError, ValueError, *_client_errors()) as error:
+        except (OSError, ValueError, *client_errors()) as error:
             kind = fault(error)
+            number = _errno_of(error)
+            if number in _DEFINITE_ERRNO:
+                raise OSError(number, os.strerror(number), os.fspath(path)) from error
             if kind == _REFUSED and is_bucket(path):
                 raise UsageError(
                     f"{path}: access is refused ({_line(error)}); give this machine's account the role "
                     "storage.objectUser on the bucket, or log in with `gcloud auth application-default login`"
                 ) from error
-            if kind != _PASSING and isinstance(error, _client_errors()):
+            if kind != _PASSING and isinstance(error, client_errors()):
                 raise UsageError(f"{path}: the store does not accept this ({_line(error)})") from error
             if kind != _PASSING:
                 raise
@@ -149,11 +171,17 @@ def fault(error: BaseException) -> str:
     status = _TENSORSTORE.match(str(error)) if isinstance(error, ValueError) else None
     if status is None:
         return ""
-    if number := _OS_ERROR.search(str(error)):
-        return _of_errno(int(number[1]))
+    if number := _errno_of(error):
+        return _of_errno(number)
     if code := _HTTP_CODE.search(str(error)):
         return _of_http(int(code[1]))
     return _STATUS.get(status[1], "")
+
+
+def _errno_of(error: BaseException) -> int | None:
+    """The operating system's error behind one of TensorStore's."""
+    number = _OS_ERROR.search(str(error)) if isinstance(error, ValueError) else None
+    return int(number[1]) if number else None
 
 
 def _of_client(error: BaseException) -> str:
@@ -172,7 +200,7 @@ def _of_errno(number: int) -> str:
     return _PASSING if number in _PASSING_ERRNO else _REFUSED if number in _REFUSED_ERRNO else ""
 
 
-def _client_errors() -> tuple[type[Exception], ...]:
+def client_errors() -> tuple[type[Exception], ...]:
     """What gcsfs raises that is neither OSError nor ValueError. The first path into a bucket loads it."""
     if "gcsfs.retry" not in sys.modules:
         return ()

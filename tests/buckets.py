@@ -8,6 +8,7 @@ import http.client
 import http.server
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -52,13 +53,24 @@ def serve() -> Iterator[str]:
 
 def environment(url: str) -> dict[str, str]:
     """What tells gcsfs and TensorStore to talk to the server at `url`, in this process or in another."""
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url}
+    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url} | QUIET
+
+
+# Else gcsfs asks Google, not the server, what kind of bucket each one is, and looks for credentials each time.
+QUIET = {"GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false", "NO_GCE_CHECK": "true"}
 
 
 def make(url: str, name: str) -> str:
     """Makes a bucket; returns its path, "gs://NAME"."""
     httpx2.post(f"{url}/storage/v1/b?project=p", json={"name": name}, trust_env=False).raise_for_status()
     return f"gs://{name}"
+
+
+def objects(url: str, folder: str) -> list[tuple[str, int]]:
+    """The paths of all objects below gs://NAME/FOLDER, and their sizes: [("gs://NAME/FOLDER/a", 3), ...]."""
+    bucket, _, prefix = folder.removeprefix("gs://").partition("/")
+    answer = httpx2.get(f"{url}/storage/v1/b/{bucket}/o", params={"prefix": prefix}, trust_env=False)
+    return [(f"gs://{bucket}/{item['name']}", int(item["size"])) for item in answer.json().get("items", [])]
 
 
 class Request(NamedTuple):
@@ -82,6 +94,14 @@ class Proxy:
     url: str
     plan: Callable[[str, str], int | None] = lambda method, path: None
     requests: list[Request] = field(default_factory=list)
+
+
+class _Listener(http.server.ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # clients cancel what they read ahead
+            super().handle_error(request, client_address)
 
 
 @contextlib.contextmanager
@@ -121,13 +141,11 @@ def proxy(server: str) -> Iterator[Proxy]:
                     self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(content)
+            self.wfile.write(b"" if self.command == "HEAD" else content)
 
         do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = answer
 
-    listener = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    listener.daemon_threads = True
+    listener = _Listener(("127.0.0.1", 0), Handler)
     passing = Proxy(f"http://127.0.0.1:{listener.server_port}")
     thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
     thread.start()

@@ -9,6 +9,8 @@ import pytest
 
 from tests import buckets
 
+os.environ.update(buckets.QUIET)  # read when gcsfs is imported
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:

@@ -27,7 +27,8 @@ def assistant(place) -> Assistant:
 
 
 def run(place, *arguments: str) -> int:
-    return chat.main(["--checkpoint", str(place / "model"), "--max-new-tokens", NEW, *arguments])
+    usual = {"--checkpoint": str(place / "model"), "--max-new-tokens": NEW}
+    return chat.main([*(word for pair in usual.items() if pair[0] not in arguments for word in pair), *arguments])
 
 
 def test_a_prompt_is_answered_once(place, assistant, capsys):

@@ -138,12 +138,22 @@ def test_a_disk_that_fails_for_a_moment_is_asked_again():
     assert files.retried(read, "/mnt/a") == b"1"
 
 
+def test_a_file_has_no_entries(place):
+    files.write_whole(place / "file", b"1")
+    with pytest.raises(NotADirectoryError):
+        files.listed(place / "file")
+    (place / "same").mkdir()
+    files.write_whole(place / "same" / "same", b"1")
+    assert files.listed(place / "same") == [place / "same" / "same"]
+
+
 def test_an_error_of_the_disk_that_stays_is_raised_as_it_is(tmp_path):
     with pytest.raises(FileNotFoundError):
         files.write_whole(tmp_path / "missing" / "f", b"1")
-    with pytest.raises(NotADirectoryError):
-        (tmp_path / "file").write_bytes(b"")
-        files.listed(tmp_path / "file")
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left on device]")
+    with pytest.raises(OSError, match="No space left.*/mnt/a") as error:
+        files.retried(lambda: (_ for _ in ()).throw(full), "/mnt/a")
+    assert error.value.errno == errno.ENOSPC
 
 
 @pytest.mark.parametrize(

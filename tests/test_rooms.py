@@ -26,7 +26,7 @@ ROOMS = {
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
-    "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
+    "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
     "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
     "serve": ("generate", "prompt"),

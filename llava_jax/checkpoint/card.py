@@ -8,7 +8,10 @@ Nothing is ever inferred from the name of a file or of a directory.
 """
 
 import dataclasses
+import hashlib
 import json
+import os
+import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -16,15 +19,20 @@ from typing import Any
 from etils import epath
 
 from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.files import exists, is_bucket, listed, retried, write_whole
 
-FORMAT = 1
+FORMAT = 2
+FAMILIES = ("llava",)
 FILE = "model.json"
 TOKENIZER = "tokenizer"
 _JSON_TYPES: dict[str, Any] = {
     "format": int, "family": str, "model": dict, "prompt": dict, "base": list, "source": dict,
+    "tokenizer": dict, "checksum": str,
     "template": str, "legacy": bool | None, "image_mode": str, "image_start_end": bool,
-    "path": str, "step": int, "fingerprint": str, "patterns": list,
+    "path": str, "step": int, "fingerprint": str, "patterns": list, "origin": str,
 }  # fmt: skip
+_SINCE = {"tokenizer": 2, "checksum": 2, "origin": 2}  # the format that brought a key; others have always been there
+_NOT_IN_CARD = ("tokenizer", "checksum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +50,18 @@ class Base:
     """A checkpoint that holds leaves which this one does not.
 
     Attributes:
-      path: its directory; absolute, or relative to the directory of the checkpoint that names it.
+      path: its directory; absolute, or relative to the directory of the checkpoint that names it. It is tried first.
       step: its step.
       fingerprint: `store.fingerprint(path, step)` when it was named; a base that changed is refused.
       patterns: regular expressions over parameter names; the leaves taken from it.
+      origin: where it lay when it was named, absolute; tried second.
     """
 
     path: str
     step: int
     fingerprint: str
     patterns: tuple[str, ...]
+    origin: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +74,6 @@ class Card:
       base: where the leaves come from that are not in `params`; the first base whose pattern fits wins.
       source: free provenance (what was imported, from which layout, dtypes by name); never read to decide.
       family: which architecture reads `model`.
-      format: version of this file.
     """
 
     model: Mapping[str, Any]
@@ -72,94 +81,191 @@ class Card:
     base: tuple[Base, ...] = ()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     family: str = "llava"
-    format: int = FORMAT
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
     """The directory as a path that does not depend on where the process stands: Orbax and cards want no other."""
     path = epath.Path(directory)
-    return path if "://" in str(directory) else path.resolve()
+    return path if is_bucket(directory) else path.resolve()
+
+
+def places(directory: epath.PathLike, base: Base) -> list[epath.Path]:
+    """Where a base of the checkpoint at `directory` may lie, the likeliest first."""
+    scheme, mark, inside = str(absolute(directory)).rpartition("://")
+    relative = posixpath.normpath(posixpath.join(inside, base.path))  # a bucket resolves no ".."
+    near = base.path if is_bucket(base.path) or os.path.isabs(base.path) else f"{scheme}{mark}{relative}"
+    return [epath.Path(place) for place in dict.fromkeys((near, base.origin)) if place]
 
 
 def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[str, bytes]) -> None:
     """Writes the tokenizer's files, then `model.json`; each file appears whole or not at all.
 
-    A base that lies inside `directory` is named relative to it, so that the whole can be moved and copied.
+    A base is named relative to `directory` where one path leads from one to the other, so that all can be moved.
     """
     directory = epath.Path(directory)
-    inside = f"{absolute(directory)}/"
-    card = dataclasses.replace(
-        card, base=tuple(dataclasses.replace(base, path=base.path.removeprefix(inside)) for base in card.base)
-    )
-    (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
+    if not is_bucket(directory):
+        (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
         write_whole(directory / TOKENIZER / name, content)
-    write_whole(directory / FILE, json.dumps(dataclasses.asdict(card), indent=2).encode())
+    content = {"format": FORMAT} | dataclasses.asdict(card)
+    content["base"] = [dataclasses.asdict(_relative(directory, base)) for base in card.base]
+    content["tokenizer"] = {name: _sha256(content) for name, content in tokenizer_files.items()}
+    content["checksum"] = _checksum(content)
+    write_whole(directory / FILE, json.dumps(content, indent=2).encode())
 
 
 def read_card(directory: epath.PathLike) -> Card:
-    """The card of the checkpoint at `directory`.
+    """The card of the checkpoint at `directory`, compared with its checksum, as are the tokenizer's files.
 
     Raises:
-      UnusableCheckpoint: there is none, it is broken, has unknown or missing keys, or is of another version.
+      UnusableCheckpoint: there is none, it is damaged, has unknown or missing keys, or is of a newer version; or a file
+        of the tokenizer is damaged.
+      Unreachable, UsageError: as `files.retried`.
     """
-    path = epath.Path(directory) / FILE
-    if not path.exists():
-        raise UnusableCheckpoint(
-            f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; "
-            f"make one with `python -m llava_jax.convert import {directory} DST`"
-        )
-    try:
-        content = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != FORMAT:
-        raise UnusableCheckpoint(
-            f"{path}: format {version!r}, wanted {FORMAT}; read it with the llava_jax that wrote it"
-        )
-    values = _fields(Card, content, str(path))
-    prompt = PromptCard(**_fields(PromptCard, content["prompt"], f"{path}: prompt"))
-    base = tuple(_read_base(entry, f"{path}: base[{i}]") for i, entry in enumerate(content["base"]))
-    return Card(**{**values, "prompt": prompt, "base": base})
+    card, tokenizer = _read(directory)
+    if tokenizer is not None:
+        _check_tokenizer(epath.Path(directory) / TOKENIZER, tokenizer)
+    return card
+
+
+def bases(directory: epath.PathLike) -> tuple[Base, ...]:
+    """The bases that a directory names; one without a card (bare Orbax) names none. Raises as `read_card`."""
+    return _read(directory)[0].base if exists(epath.Path(directory) / FILE) else ()
 
 
 def read_tokenizer_files(directory: epath.PathLike) -> dict[str, bytes]:
-    """{file name: content} of the tokenizer saved in a checkpoint."""
+    """{file name: content} of the tokenizer saved in a checkpoint. Raises as `read_card`."""
     folder = epath.Path(directory) / TOKENIZER
-    if not folder.is_dir():
+    tokenizer = _read(directory)[1]
+    return _tokenizer_files(folder) if tokenizer is None else _check_tokenizer(folder, tokenizer)
+
+
+def read_json(path: epath.Path) -> Any:
+    """The content of a JSON file of a checkpoint.
+
+    Raises:
+      FileNotFoundError: there is none.
+      UnusableCheckpoint: it is no JSON.
+      Unreachable, UsageError: as `files.retried`.
+    """
+    content = retried(path.read_bytes, path)
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
+
+
+def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
+    """(card, {file of the tokenizer: SHA-256}); None for the latter in format 1."""
+    path = epath.Path(directory) / FILE
+    try:
+        content = read_json(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UnusableCheckpoint(_no_card(epath.Path(directory))) from None
+    version = content.get("format") if isinstance(content, dict) else None
+    if type(version) is not int or not 1 <= version <= FORMAT:
+        raise UnusableCheckpoint(
+            f"{path}: format {version!r}, wanted 1 to {FORMAT}; read it with the llava_jax that wrote it"
+        )
+    values = _fields((*_names(Card), "format", *_NOT_IN_CARD), content, version, str(path))
+    prompt = PromptCard(**_fields(_names(PromptCard), values["prompt"], version, f"{path}: prompt"))
+    base = tuple(_read_base(entry, version, f"{path}: base[{i}]") for i, entry in enumerate(values["base"]))
+    if version >= _SINCE["checksum"] and values["checksum"] != _checksum(content):
+        raise UnusableCheckpoint(
+            f"{path}: it differs from its checksum; copy it again (only the `path` of a base may be edited)"
+        )
+    if values["family"] not in FAMILIES:
+        raise UnusableCheckpoint(f"{path}: family {values['family']!r}, wanted {' or '.join(FAMILIES)}")
+    card = Card(values["model"], prompt, base, values["source"], values["family"])
+    return card, values.get("tokenizer")
+
+
+def _no_card(directory: epath.Path) -> str:
+    """What to say where there is no model.json: how to get one depends on what is there instead."""
+    if exists(directory / "config.json") and not exists(directory / "metrics.jsonl"):
+        return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; make one with "
+                f"`python -m llava_jax.convert import {directory} DST`")  # fmt: skip
+    if exists(directory):
+        return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; name a directory that `convert` or "
+                "`train` wrote (a run has its model.json once it has begun to train)")  # fmt: skip
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
+        name = directory.name
+        hub = (f"; if it is a model on Hugging Face: `hf download {directory} --local-dir {name}`, then "
+               f"`python -m llava_jax.convert import {name} DST`")  # fmt: skip
+    else:
+        hub = ""
+    return (f"{directory}: there is no such checkpoint. `convert import` and `convert assemble` write them from "
+            f"downloaded weights, `train --workdir` those of a stage that you train{hub}")  # fmt: skip
+
+
+def _check_tokenizer(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, bytes]:
+    content = _tokenizer_files(folder)
+    for name in sorted(wanted.keys() | content.keys()):
+        if name not in content:
+            what = "it is missing"
+        elif name not in wanted:
+            what = f"{FILE} names no such file"
+        else:
+            what = "" if wanted[name] == _sha256(content[name]) else f"it differs from its checksum in {FILE}"
+        if what:
+            raise UnusableCheckpoint(f"{folder / name}: {what}; copy the checkpoint again, whole")
+    return content
+
+
+def _tokenizer_files(folder: epath.Path) -> dict[str, bytes]:
+    entries = [path for path in listed(folder) if not path.name.startswith(".")]
+    if not entries:
         raise UnusableCheckpoint(f"{folder}: missing; copy the checkpoint again, whole")
-    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+    return {path.name: retried(path.read_bytes, path) for path in entries}
 
 
-def write_whole(path: epath.Path, content: bytes) -> None:
-    """Writes a file so that a reader finds the old content or the new one, never a part."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_bytes(content)
-    partial.replace(path)
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
-def _read_base(entry: Any, where: str) -> Base:
-    values = _fields(Base, entry, where)
+def _checksum(content: Mapping[str, Any]) -> str:
+    """Of all that a card says, but for where its bases lie: that may be edited, and they have fingerprints."""
+    pinned = {name: value for name, value in content.items() if name != "checksum"}
+    pinned["base"] = [
+        {name: value for name, value in base.items() if name not in ("path", "origin")} for base in content["base"]
+    ]
+    return _sha256(json.dumps(pinned, sort_keys=True).encode())
+
+
+def _relative(directory: epath.Path, base: Base) -> Base:
+    if not os.path.isabs(base.path) and not is_bucket(base.path):
+        return base
+    (here, there), origin = (str(path).rpartition("://") for path in (absolute(directory), base.path)), base.path
+    same_store = here[0] == there[0] and (not here[0] or here[2].split("/")[0] == there[2].split("/")[0])
+    path = posixpath.relpath(there[2], here[2]) if same_store else base.path
+    return dataclasses.replace(base, path=path, origin=origin)
+
+
+def _read_base(entry: Any, version: int, where: str) -> Base:
+    values = _fields(_names(Base), entry, version, where)
     try:
         patterns = tuple(re.compile(pattern).pattern for pattern in values["patterns"])
-    except (re.error, TypeError) as error:
+    except (re.error, TypeError, RecursionError) as error:
         raise UnusableCheckpoint(f"{where}: patterns {values['patterns']}: no regular expressions ({error})") from None
     return Base(**{**values, "patterns": patterns})
 
 
-def _fields(kind: type, content: Any, where: str) -> dict[str, Any]:
-    """`content`, when it has exactly the fields of `kind`, each of its type in JSON."""
-    wanted = {field.name for field in dataclasses.fields(kind)}
-    found = set(content) if isinstance(content, dict) else set()
-    if found != wanted:
+def _names(kind: type) -> tuple[str, ...]:
+    return tuple(field.name for field in dataclasses.fields(kind))
+
+
+def _fields(names: tuple[str, ...], content: Any, version: int, where: str) -> dict[str, Any]:
+    """`content`, when it has exactly the keys that its format knew, each of its type in JSON."""
+    known = {name for name in names if _SINCE.get(name, 1) <= version}
+    given = set(content) if isinstance(content, dict) else set()
+    if given != known:
         raise UnusableCheckpoint(
-            f"{where}: missing keys {sorted(wanted - found)}, unknown keys {sorted(found - wanted)}; "
+            f"{where}: missing keys {sorted(known - given)}, unknown keys {sorted(given - known)}; "
             "was the file edited, or written by another version?"
         )
     for name, value in content.items():
-        if not isinstance(value, _JSON_TYPES[name]):
+        if not isinstance(value, _JSON_TYPES[name]) or (isinstance(value, bool) and _JSON_TYPES[name] is int):
             raise UnusableCheckpoint(f"{where}: {name} is {value!r}; wanted {_JSON_TYPES[name]}")
     return content

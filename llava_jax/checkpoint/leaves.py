@@ -1,254 +1,352 @@
-"""The leaves of one parameter tree on disk, one at a time, in Orbax's own PyTree layout.
+"""Reads the parameters of one `params` directory, as Orbax (any of its array layouts) or `LeafWriter` made it.
 
-Orbax's tree save needs twice the tree in memory; a 7B model then does not convert on a 24 GiB machine. So
-leaves are written one by one (one Zarr array each), and an ordinary Orbax restore reads the result. Bits that
-flip on a disk are noticed by neither Orbax nor Zarr: `_CHECKSUMS` beside the arrays holds a CRC-32 for each
-leaf, and every whole leaf read here is compared with it.
+Bits that flip on a disk are noticed by neither Orbax nor Zarr: what is read here is compared with the checksums that
+were written with it.
 """
 
-import contextlib
-import json
+import functools
 import math
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import tensorstore
 from etils import epath
 
-from llava_jax.checkpoint.card import write_whole
+from llava_jax import files, lifecycle
+from llava_jax.checkpoint import record, sums
+from llava_jax.checkpoint.card import read_json
+from llava_jax.checkpoint.sums import Sums
 from llava_jax.errors import UnusableCheckpoint, UsageError
 
-CHECKSUMS = "_CHECKSUMS"
-# A chunk is one file. A layer of a 7B or 13B stack fits in one (4,096 x 11,008 bf16 is 90 MB), so that reading
-# one layer reads one file, and what is in flight beside the leaf itself stays small.
-CHUNK_BYTES = 128 * 2**20
+T = TypeVar("T")
 
-_DTYPES = {
-    "float32": "<f4", "float16": "<f2", "bfloat16": "bfloat16", "float64": "<f8",
-    "int32": "<i4", "int64": "<i8", "uint32": "<u4", "uint8": "|u1", "int8": "|i1", "bool": "|b1",
-}  # fmt: skip
+CHECKSUMS, METADATA = "_CHECKSUMS", "_METADATA"
+COMMIT = "commit_success.txt"  # Orbax's: in a bucket, a step or an item of it without this object is not finished
+# [sum, sum, dtype] as `sums.of_arrays` gives it (steps of format 1: without dtype), or, of format 1, a CRC-32.
+Checksum = int | Sequence[Any]
+Box = tuple[tuple[int, int], ...]  # a part of an array: (begin, end) in each dimension
 
-
-class LeafWriter:
-    """Writes parameters to `path` (`DIR/STEP/params`) leaf by leaf; `path` appears when `close` has succeeded.
-
-    with LeafWriter(directory / "0" / "params") as writer:
-        writer.write("llm/norm/scale", scale)
-
-    Memory: nothing beside the caller's leaf but one chunk (`CHUNK_BYTES`).
-    """
-
-    def __init__(self, path: epath.PathLike):
-        self._path = epath.Path(path)
-        if self._path.exists():
-            raise UsageError(f"{self._path} exists already: name a new directory, or delete it first")
-        self._partial = partial_of(self._path)
-        self._metadata: dict[str, Any] = {}
-        self._checksums: dict[str, int] = {}
-
-    def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one leaf in its own dtype.
-
-        Raises:
-          ValueError: a second leaf of that name, an empty one, or a dtype that is not stored.
-        """
-        if name in self._checksums:
-            raise UsageError(f"leaf {name} is written twice")
-        if array.dtype.name not in _DTYPES:
-            raise UsageError(f"leaf {name} has dtype {array.dtype}; wanted one of {', '.join(_DTYPES)}")
-        if array.size == 0:
-            raise UsageError(f"leaf {name} has shape {array.shape}, which is empty; leave it out")
-        keys = name.split("/")
-        chunk = _chunk_shape(array.shape, array.dtype.itemsize)
-        metadata = {
-            "shape": array.shape, "chunks": chunk, "dtype": _DTYPES[array.dtype.name],
-            "compressor": None, "dimension_separator": ".", "fill_value": None, "order": "C",
-        }  # fmt: skip
-        spec = {"driver": "zarr", "kvstore": _kvstore(self._partial / ".".join(keys)), "metadata": metadata}
-        spec["store_data_equal_to_fill_value"] = True  # else zeros make no file, and look like a lost one
-        store = tensorstore.open(spec, create=True).result()
-        for part in _parts(array.shape, chunk):
-            store[part].write(array[part]).result()
-        self._checksums[name] = checksum(array)
-        self._metadata[str(tuple(keys))] = {
-            "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dictionary's key
-            "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(array.shape)},
-        }
-
-    def close(self) -> None:
-        """Writes the tree's metadata and the checksums, then gives the directory its final name."""
-        if not self._checksums:
-            raise UsageError(f"{self._path}: no leaf was written")
-        tree = {"tree_metadata": self._metadata, "use_ocdbt": False, "use_zarr3": False}
-        tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
-        (self._partial / CHECKSUMS).write_text(json.dumps(self._checksums, indent=1))
-        (self._partial / "_METADATA").write_text(json.dumps(tree))
-        self._partial.rename(self._path)
-
-    def discard(self) -> None:
-        """Deletes what was written so far."""
-        self._partial.rmtree(missing_ok=True)
-
-    def __enter__(self) -> "LeafWriter":
-        return self
-
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
-        if kind is None:
-            self.close()
-        else:
-            self.discard()
+# Host memory of `read`: the boxes of one array, or of several up to AHEAD_BYTES, and WORKERS pieces in flight. A piece
+# is a row of chunks (LeafWriter: a layer or some; Orbax: what a device held).
+WORKERS = 4
+AHEAD_BYTES = 2**29
+# TensorStore's own default is 32 retries, a quarter of an hour; `files.retried` goes on where these end.
+_RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "8s"}
 
 
-class Leaves(NamedTuple):
-    """An opened `params` directory, as Orbax (any of its array layouts) or `LeafWriter` made it.
+@dataclass(frozen=True)
+class Leaves:
+    """An opened `params` directory.
 
     Attributes:
-      checksums: by name; empty where nobody wrote them (`store.seal` does).
+      checksums: by name; empty where nobody wrote them.
     """
 
     folder: epath.Path
     names: tuple[str, ...]
     ocdbt: bool
     zarr3: bool
-    checksums: Mapping[str, int]
+    checksums: Mapping[str, Checksum]
 
     def spec(self, name: str) -> jax.ShapeDtypeStruct:
         """Shape and dtype; no array is read."""
-        store = self._open(name)
+        store = self.store(name)
         return jax.ShapeDtypeStruct(tuple(store.shape), store.dtype.numpy_dtype)
 
-    def read(self, name: str, index: tuple[slice, ...] | None = None) -> np.ndarray:
-        """A leaf in the dtype it has on disk, or only the part `index` of it.
-
-        A whole leaf is compared with its checksum; a part cannot be.
+    def read(self, name: str) -> np.ndarray:
+        """A leaf in the dtype it has on disk.
 
         Raises:
           UnusableCheckpoint: the leaf is missing, damaged, or differs from its checksum.
+          Unreachable, UsageError: as `files.retried`.
         """
-        store = self._open(name)
-        try:
-            array = _read_whole(store) if index is None else np.asarray(store[index].read().result())
-        except ValueError as error:
-            raise self._damaged(name, _first_words(error)) from None
-        wanted = self.checksums.get(name)
-        if index is None and wanted is not None and checksum(array) != wanted:
-            raise self._damaged(name, f"its bytes have CRC-32 {checksum(array)}, {wanted} was written")
-        return array
+        return read([Request(self, name)], Read.whole)[0]
 
     def is_whole(self) -> bool:
-        """Whether every file is there that a restore begins with; their content is checked when it is read."""
-        if self.ocdbt:
-            return (self.folder / "manifest.ocdbt").exists()
+        """Whether everything is there that a restore begins with; the content is checked when it is read."""
+        needed = ["manifest.ocdbt"] if self.ocdbt else [name.replace("/", ".") for name in self.names]
+        if self.ocdbt or files.is_bucket(self.folder):
+            return {entry.name for entry in files.listed(self.folder)}.issuperset(needed)
         head = "zarr.json" if self.zarr3 else ".zarray"
-        return all((self.folder / name.replace("/", ".") / head).exists() for name in self.names)
+        return all((self.folder / name / head).exists() for name in needed)
 
-    def _open(self, name: str) -> tensorstore.TensorStore:
+    def store(self, name: str) -> tensorstore.TensorStore:
+        """The opened array. All arrays are opened together, since a bucket answers each one slowly.
+
+        Raises:
+          UnusableCheckpoint: there is none, or its metadata is damaged.
+        """
         if name not in self.names:
             shown = ", ".join(self.names[:3])
             raise UnusableCheckpoint(f"{self.folder}: no leaf {name}; it holds {len(self.names)}, such as {shown}")
-        array = name.replace("/", ".")
-        kvstore = _kvstore(self.folder / array)
-        if self.ocdbt:
-            kvstore = {"driver": "ocdbt", "base": _kvstore(self.folder), "path": array + "/"}
-        try:
-            spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": kvstore}
-            return tensorstore.open(spec, open=True, read=True).result()
-        except ValueError as error:
-            raise self._damaged(name, _first_words(error)) from None
+        return self._stores[name].result()
 
-    def _damaged(self, name: str, what: str) -> UnusableCheckpoint:
+    def damaged(self, name: str, what: str) -> UnusableCheckpoint:
+        """What to raise of a leaf."""
         return UnusableCheckpoint(
             f"{self.folder}: leaf {name} is damaged: {what}; copy the checkpoint again, or use another step"
         )
 
+    @functools.cached_property
+    def _stores(self) -> Mapping[str, Future[tensorstore.TensorStore]]:
+        context = tensorstore.Context()
+        with ThreadPoolExecutor(4 * WORKERS) as pool:
+            return {name: pool.submit(self._open, name, context) for name in self.names}
 
-def open_leaves(folder: epath.Path) -> Leaves:
-    """Reads a `params` directory's `_METADATA` and checksums; raises UnusableCheckpoint where there are none."""
+    def _open(self, name: str, context: tensorstore.Context) -> tensorstore.TensorStore:
+        array = name.replace("/", ".")
+        place = kvstore(self.folder / array)
+        if self.ocdbt:
+            place = {"driver": "ocdbt", "base": kvstore(self.folder), "path": array + "/"}
+        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": place}
+        call = functools.partial(tensorstore.open, spec, open=True, read=True, context=context)
+        return self.attempt(name, lambda: call().result())
+
+    def attempt(self, name: str, call: Callable[[], Any]) -> Any:
+        """What a call of TensorStore returns about a leaf; errors that do not pass are damage."""
+        try:
+            return files.retried(call, self.folder)
+        except UsageError:
+            raise
+        except (ValueError, IndexError, NotImplementedError) as error:
+            raise self.damaged(name, str(error).split(" [")[0].strip()) from None
+
+
+class Request(NamedTuple):
+    """A leaf to read: whole, or only these boxes of it, which do not overlap."""
+
+    leaves: Leaves
+    name: str
+    boxes: Sequence[Box] | None = None
+
+
+@dataclass(frozen=True)
+class Read:
+    """A leaf that was read, or parts of it.
+
+    Attributes:
+      arrays: what was read, by place; the boxes of the request lie in them.
+      sums: of the boxes that were requested; empty where the checksum is a CRC-32, or there is none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    arrays: Mapping[Box, np.ndarray]
+    sums: Mapping[Box, Sums]
+
+    def take(self, index: tuple[slice, ...]) -> np.ndarray:
+        """The part of the leaf at an index, without a copy; it must lie in a box that was requested."""
+        part = box_of(index, self.shape)
+        outer = next(box for box in self.arrays if all(b <= i and j <= e for (i, j), (b, e) in zip(part, box)))
+        return self.arrays[outer][_inside(part, outer)]
+
+    def whole(self) -> np.ndarray:
+        """The leaf, where it was read whole."""
+        return self.take((slice(None),) * len(self.shape))
+
+    def astype(self, dtype: Any) -> "Read":
+        """The same in another dtype."""
+        return replace(self, arrays={box: array.astype(dtype, copy=False) for box, array in self.arrays.items()})
+
+
+def read(requests: Sequence[Request], use: Callable[[Read], T]) -> list[T]:
+    """What `use` makes of each leaf, in their order. Several are read at a time; whole ones are compared with their
+    checksums.
+
+    A leaf's memory is free again once `use` has returned, if nothing of what it returns holds it.
+
+    Raises:
+      UnusableCheckpoint: a leaf is missing, damaged, or differs from its checksum.
+      Unreachable, UsageError: as `files.retried`.
+    """
+    pool = ThreadPoolExecutor(WORKERS)
+    used: list[T] = []
     try:
-        content = json.loads((folder / "_METADATA").read_text())
-        entries = content["tree_metadata"].values()
-        names = sorted("/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries)
-        ocdbt, zarr3 = bool(content["use_ocdbt"]), bool(content["use_zarr3"])
-        sums = folder / CHECKSUMS
-        checksums = dict(json.loads(sums.read_text())) if sums.exists() else {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UnusableCheckpoint(f"{folder}: its _METADATA or {CHECKSUMS} cannot be read ({what})") from None
-    return Leaves(folder, tuple(names), ocdbt, zarr3, checksums)
+        ahead: deque[_Begun] = deque()
+        for request in [*requests, None]:
+            while ahead and (request is None or sum(one.nbytes for one in ahead) + _nbytes(request) > AHEAD_BYTES):
+                used.append(use(ahead.popleft().finish()))
+                lifecycle.beat()
+            if request is not None:
+                ahead.append(_begin(pool, request))
+        return used
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
-def checksum(array: np.ndarray) -> int:
-    """CRC-32 of an array's bytes in C order."""
+class _Begun(NamedTuple):
+    request: Request
+    boxes: Sequence[Box]
+    nbytes: int
+    arrays: dict[Box, np.ndarray]
+    pieces: list[Future[dict[Box, Sums]]]
+
+    def finish(self) -> Read:
+        leaves, name, _ = self.request
+        parts: dict[Box, list[Sums]] = {}
+        for piece in self.pieces:
+            for box, found in piece.result().items():
+                parts.setdefault(box, []).append(found)
+        found = {box: sums.total(several) for box, several in parts.items()}
+        spec = leaves.spec(name)
+        if sum(map(_size, self.boxes)) == math.prod(spec.shape):
+            _compare(self.request, spec, found, self.arrays)
+        return Read(name, spec.shape, dict(self.arrays), found)
+
+
+def _begin(pool: ThreadPoolExecutor, request: Request) -> _Begun:
+    leaves, name, boxes = request
+    store, written = leaves.store(name), leaves.checksums.get(name)
+    if boxes is None or isinstance(written, int):  # a CRC-32 is of the whole
+        boxes = [tuple((0, size) for size in store.shape)]
+    chunk = store.chunk_layout.read_chunk.shape or store.shape
+    begun = _Begun(request, boxes, _nbytes(request), {}, [])
+    summed = [] if written is None or isinstance(written, int) else boxes
+    for outer in _merged(boxes, chunk):
+        array = np.empty([end - begin for begin, end in outer], store.dtype.numpy_dtype)
+        begun.arrays[outer] = array
+        for piece in _pieces(outer, chunk):
+            begun.pieces.append(pool.submit(_read_piece, leaves, name, summed, piece, array[_inside(piece, outer)]))
+    return begun
+
+
+def _read_piece(leaves: Leaves, name: str, boxes: Sequence[Box], piece: Box, target: np.ndarray) -> dict[Box, Sums]:
+    """Fills `target`; the sums of the boxes' parts in it."""
+    store = leaves.store(name)
+    index = tuple(slice(begin, end) for begin, end in piece)
+    target[...] = leaves.attempt(name, lambda: store[index].read().result())
+    found = {}
+    for box in boxes:
+        common = tuple((max(b, i), min(e, j)) for (b, e), (i, j) in zip(box, piece))
+        if all(begin < end for begin, end in common):
+            part = target[_inside(common, piece)]
+            found[box] = sums.of_part(part, [begin for begin, _ in common], store.shape)
+    return found
+
+
+def _compare(
+    request: Request, spec: jax.ShapeDtypeStruct, found: Mapping[Box, Sums], arrays: Mapping[Box, np.ndarray]
+) -> None:
+    leaves, name, _ = request
+    written = leaves.checksums.get(name)
+    if isinstance(written, int):
+        (whole,) = arrays.values()
+        if crc32(whole) != written:
+            raise leaves.damaged(name, "its bytes differ from their CRC-32")
+    elif written is not None and not matches(written, spec.dtype, found.values()):
+        raise leaves.damaged(name, "its bytes differ from their checksum")
+
+
+def crc32(array: np.ndarray) -> int:
+    """CRC-32 of an array's bytes in C order: the checksum of format 1."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
 
 
-def write_checksums(folder: epath.Path, checksums: Mapping[str, int]) -> None:
-    """Writes checksums (`checksum(leaf)` by name) into a finished `params` directory."""
-    write_whole(folder / CHECKSUMS, json.dumps(dict(checksums), indent=1).encode())
+def matches(written: Checksum, dtype: Any, parts: Iterable[Sums]) -> bool:
+    """Whether the sums of all parts of a leaf are those that were written for it."""
+    first, second, *kind = written
+    return (first, second) == sums.total(parts) and kind in ([], [str(np.dtype(dtype))])
 
 
-@contextlib.contextmanager
-def staged(directory: epath.PathLike) -> Iterator[epath.Path]:
-    """A new directory to fill; it gets its name when the block ends well, and is deleted when it does not.
+def open_leaves(folder: epath.Path, checksums: Mapping[str, Checksum] | None = None) -> Leaves:
+    """Reads a `params` directory's `_METADATA` and checksums.
+
+    Args:
+      checksums: None takes those beside the arrays, or of the training step that the directory belongs to.
 
     Raises:
-      ValueError: `directory` exists already.
+      UnusableCheckpoint: there are none, or they are damaged.
+      Unreachable, UsageError: as `files.retried`.
     """
-    final = epath.Path(directory)
-    if final.exists():
-        raise UsageError(f"{final} exists already and is not overwritten: name a new directory, or delete it first")
-    partial = partial_of(final)
     try:
-        yield partial
-        partial.rename(final)
-    finally:
-        partial.rmtree(missing_ok=True)
+        content = read_json(folder / METADATA)
+        entries = content["tree_metadata"].values()
+        names = sorted("/".join(str(key["key"]) for key in entry["key_metadata"]) for entry in entries)
+        ocdbt, zarr3 = bool(content["use_ocdbt"]), bool(content["use_zarr3"])
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError, AttributeError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UnusableCheckpoint(f"{folder}: its {METADATA} cannot be read ({what})") from None
+    checksums = _checksums(folder) if checksums is None else checksums
+    if checksums and set(checksums) != set(names):
+        odd = sorted(set(checksums) ^ set(names))
+        raise UnusableCheckpoint(f"{folder}: {METADATA} and the checksums name other leaves, such as {odd[0]}")
+    return Leaves(folder, tuple(names), ocdbt, zarr3, checksums)
 
 
-def partial_of(path: epath.Path) -> epath.Path:
-    """The empty hidden directory in which `path` is made; what a killed run left there is deleted."""
-    partial = path.parent / f".{path.name}.partial"
-    partial.rmtree(missing_ok=True)
-    partial.mkdir(parents=True)
-    return partial
+def _checksums(folder: epath.Path) -> dict[str, Checksum]:
+    path = folder / CHECKSUMS
+    try:
+        found = read_json(path)
+    except FileNotFoundError:
+        step = record.read(folder.parent)
+        prefix = f"{folder.name}/"
+        found = {} if step is None else step[1]
+        found = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
+    if not isinstance(found, dict) or not all(_is_checksum(value) for value in found.values()):
+        raise UnusableCheckpoint(f"{path}: these are no checksums; copy the checkpoint again, or use another step")
+    return found
 
 
-def _kvstore(path: epath.Path) -> dict[str, Any]:
-    if str(path).startswith("gs://"):
+def _is_checksum(value: Any) -> bool:
+    if isinstance(value, list):
+        return [type(item) for item in value] in ([int, int], [int, int, str])
+    return type(value) is int
+
+
+def kvstore(path: epath.Path) -> dict[str, Any]:
+    """TensorStore's name of a directory."""
+    if files.is_bucket(path):
         bucket, _, inside = str(path).removeprefix("gs://").partition("/")
-        return {"driver": "gcs", "bucket": bucket, "path": inside + "/"}
+        return {"driver": "gcs", "bucket": bucket, "path": inside + "/", "gcs_request_retries": _RETRIES}
     return {"driver": "file", "path": str(path.resolve()) + "/"}
 
 
-def _chunk_shape(shape: tuple[int, ...], itemsize: int) -> list[int]:
-    """The leading axis cut into parts of at most `CHUNK_BYTES` (the next axis too where one row is larger)."""
-    chunk = list(shape)
-    for axis in range(len(shape)):
-        row_bytes = itemsize * math.prod(shape[axis + 1 :])
-        chunk[axis] = max(1, min(shape[axis], CHUNK_BYTES // row_bytes))
-        if row_bytes <= CHUNK_BYTES:
-            break
-    return chunk
+def box_of(index: Sequence[slice], shape: Sequence[int]) -> Box:
+    """An index as (begin, end) in each dimension."""
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
-def _read_whole(store: tensorstore.TensorStore) -> np.ndarray:
-    """A leaf, one row of chunks at a time: read at once, TensorStore holds it twice."""
-    array = np.empty(store.shape, store.dtype.numpy_dtype)
-    for part in _parts(store.shape, store.chunk_layout.read_chunk.shape):
-        array[part] = store[part].read().result()
-    return array
+def _nbytes(request: Request) -> int:
+    store = request.leaves.store(request.name)
+    count = math.prod(store.shape) if request.boxes is None else sum(map(_size, request.boxes))
+    return store.dtype.numpy_dtype.itemsize * count
 
 
-def _parts(shape: tuple[int, ...], chunk: Sequence[int] | None) -> list[Any]:
-    """Indices along the leading axis, one row of chunks each."""
-    if not shape or not chunk:
-        return [...]
-    return [slice(start, min(start + chunk[0], shape[0])) for start in range(0, shape[0], chunk[0])]
+def _size(box: Box) -> int:
+    return math.prod(end - begin for begin, end in box)
 
 
-def _first_words(error: ValueError) -> str:
-    """TensorStore's message without the specification that it appends."""
-    return str(error).split(" [")[0].strip()
+def _inside(part: Box, outer: Box) -> tuple[Any, ...]:
+    """Where a part lies in an array that begins where `outer` does; always an index that gives a view."""
+    return (*(slice(begin - first, end - first) for (begin, end), (first, _) in zip(part, outer)), ...)
+
+
+def _merged(boxes: Sequence[Box], chunk: Sequence[int]) -> list[Box]:
+    """The boxes; those that share a chunk as one box around them, so that no chunk is read twice."""
+    merged: list[Box] = []
+    for box in boxes:
+        while near := next((other for other in merged if _share_a_chunk(box, other, chunk)), None):
+            merged.remove(near)
+            box = tuple((min(b, i), max(e, j)) for (b, e), (i, j) in zip(box, near))
+        merged.append(box)
+    return merged
+
+
+def _share_a_chunk(one: Box, two: Box, chunk: Sequence[int]) -> bool:
+    return all(b // size <= (j - 1) // size and i // size <= (e - 1) // size
+               for (b, e), (i, j), size in zip(one, two, chunk))  # fmt: skip
+
+
+def _pieces(box: Box, chunk: Sequence[int]) -> list[Box]:
+    """The box cut along its first dimension where chunks end: read at once, TensorStore holds it twice."""
+    if not box:
+        return [box]
+    (begin, end), *rest = box
+    bounds = [begin, *range((begin // chunk[0] + 1) * chunk[0], end, chunk[0]), end]
+    return [((first, last), *rest) for first, last in zip(bounds, bounds[1:])]

@@ -3,31 +3,31 @@
 params: the trainable leaves; state: optimizer and step; data: where the pipeline stood, and fingerprints of every
 array. Orbax survives a kill at any moment, but it lists half-deleted steps, restores flipped bits without a word
 and gives up at the first damaged step: what is here makes a restart find the newest step that is whole.
+
+A step is one of three things when it cannot be used. Not finished (a save that was killed): it is deleted. Damaged: it
+is set aside for somebody to look at. Out of reach: nothing is touched, and the run ends with `Unreachable`.
 """
 
-import functools
-import json
 import sys
-import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from jax.experimental import multihost_utils
-from jaxtyping import Array, UInt32
 
-from llava_jax import params
-from llava_jax.checkpoint import store
-from llava_jax.checkpoint.leaves import open_leaves
-from llava_jax.errors import SaveFailed, UnusableCheckpoint
+from llava_jax import distributed, files, params
+from llava_jax.checkpoint import record, sharded, store, sums
+from llava_jax.checkpoint.leaves import COMMIT, Leaves, open_leaves
+from llava_jax.checkpoint.sharded import agreed
+from llava_jax.errors import SaveFailed, Unreachable, UnusableCheckpoint
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
-_ASIDE = ".corrupt"
+_ASIDE = ".corrupt"  # of the name that a damaged step gets on a disk
+_MARK = "corrupt.txt"  # in a bucket, which renames nothing: the object that takes the place of Orbax's commit file
+_PROBE = "probe"
+_ITEMS = ("params", "state", record.ITEM)
 
 
 class Saved(NamedTuple):
@@ -48,12 +48,37 @@ class Checkpoints:
 
 
 def open_checkpoints(directory: epath.PathLike, keep: int) -> Checkpoints:
-    """The steps of a run; only the newest `keep` stay. Leftovers of a killed save are deleted."""
+    """The steps of a run; only the newest `keep` stay. Leftovers of a killed save are deleted.
+
+    Raises:
+      Unreachable, UsageError: as `files.retried`, on all processes.
+    """
     directory = store.absolute(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    _delete_temporary(directory)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep)
-    return Checkpoints(directory, ocp.CheckpointManager(directory, options=options))
+    agreed("workdir", lambda: _prepare(directory) if distributed.index() == 0 else None)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+
+    def listed() -> ocp.CheckpointManager:  # once, as it may wait for all processes (gcsfs repeats its requests anyway)
+        return files.retried(lambda: ocp.CheckpointManager(directory, options=options), directory, secs=0.0)
+
+    return Checkpoints(directory, agreed("manager", listed))
+
+
+def _prepare(directory: epath.Path) -> None:
+    """Makes the directory and deletes what is not finished: it would keep a full disk full. (Orbax's own option for
+    this works in the background.)"""
+    if not files.is_bucket(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    entries = files.listed(directory)
+    if files.is_bucket(directory) and not entries:  # reading cannot tell an empty bucket from one that does not exist
+        files.write_whole(directory / _PROBE, b"")
+        files.delete(directory / _PROBE)
+    for entry in entries:
+        if _TEMPORARY in entry.name:
+            files.delete(entry)
+    for step in store.numbered(directory):
+        folder = directory / str(step)
+        if not store.is_finished(folder) and not files.exists(folder / _MARK):
+            files.delete(folder)
 
 
 def save(checkpoints: Checkpoints, saved: Saved) -> None:
@@ -61,12 +86,16 @@ def save(checkpoints: Checkpoints, saved: Saved) -> None:
 
     Raises:
       SaveFailed: this or the save before it could not be written (an asynchronous save fails one save late).
+      Unreachable: the same, as the store gave errors that pass for longer than its clients try.
     """
     manager = checkpoints.manager
     if saved.step in manager.all_steps():
         return
-    sums = fingerprint({"params": saved.params, "state": saved.state})
-    content = {"data": saved.data, "sums": sums, "crc32": _crc32(saved.data, sums)}
+    if files.is_bucket(checkpoints.directory):
+        agreed("old step", lambda: _delete_old(checkpoints.directory / str(saved.step)))
+    written = {f"{item}/{name}": array for item, tree in (("params", saved.params), ("state", saved.state))
+               for name, array in _names(tree).items()}  # fmt: skip
+    content = record.make(saved.data, sums.of_arrays(written))
     # Under plain names, so that no class of a library is needed to read the optimizer's state.
     trees = {name: params.unflatten(_names(tree)) for name, tree in (("params", saved.params), ("state", saved.state))}
     items = ocp.args.Composite(
@@ -75,7 +104,7 @@ def save(checkpoints: Checkpoints, saved: Saved) -> None:
     )  # fmt: skip
     try:
         begun = manager.save(saved.step, args=items)
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, *files.client_errors()) as error:
         raise _failed(checkpoints, error) from None
     if not begun:  # Orbax says so in a return value only: a later step lies in the directory
         raise SaveFailed(
@@ -84,11 +113,17 @@ def save(checkpoints: Checkpoints, saved: Saved) -> None:
         )
 
 
+def _delete_old(step: epath.Path) -> None:
+    """Deletes what was set aside under the name of a step that is now saved."""
+    if distributed.index() == 0:
+        files.delete(step)
+
+
 def wait(checkpoints: Checkpoints) -> None:
-    """Returns when everything begun is on disk under its final name. Raises SaveFailed."""
+    """Returns when everything begun is on disk under its final name. Raises as `save`."""
     try:
         checkpoints.manager.wait_until_finished()
-    except (ValueError, OSError, RuntimeError) as error:
+    except (ValueError, OSError, RuntimeError, *files.client_errors()) as error:
         raise _failed(checkpoints, error) from None
 
 
@@ -99,34 +134,33 @@ def close(checkpoints: Checkpoints) -> None:
 
 
 def seal(checkpoints: Checkpoints) -> None:
-    """Gives the newest step the checksums that make later readers notice flipped bits; reads its parameters once."""
+    """Waits. (Every step has its checksums from its save on.)"""
     wait(checkpoints)
-    step = store.latest_step(checkpoints.directory)
-    if step is not None and jax.process_index() == 0:
-        store.seal(checkpoints.directory, step)
 
 
 def restore(checkpoints: Checkpoints, trainable: Mapping[str, Any], state: Any) -> Saved | None:
-    """The newest step that is whole, on the devices; None if there is none and never was.
+    """The newest step that is whole on all processes, on the devices; None if there is none and never was.
 
-    A damaged step is renamed `STEP.corrupt`, reported, and the one before it is tried.
+    A damaged step is set aside and reported, and the one before it is tried. On a disk it is renamed `STEP.corrupt`;
+    in a bucket `STEP/corrupt.txt`, which says what is wrong with it, replaces Orbax's commit file: such a step is
+    passed over, and deleted when the run comes to it again.
 
     Args:
       trainable, state: ShapeDtypeStructs with the shardings wanted.
 
     Raises:
       UnusableCheckpoint: there were steps, and none of them can be used.
+      Unreachable, UsageError: a process cannot read one; as `files.retried`, on all processes.
     """
-    found = sorted((int(p.name) for p in checkpoints.directory.iterdir() if p.name.isdigit()), reverse=True)
-    for step in found:
-        try:
-            saved, fault = _read(checkpoints, step, trainable, state), ""
-        except (UnusableCheckpoint, OSError, KeyError) as error:
-            saved, fault = None, _first_words(error)
-        if _everywhere(not fault):
-            return saved
-        _set_aside(checkpoints, step, fault or "another process cannot read it")
-    aside = sorted(p.name for p in checkpoints.directory.iterdir() if p.name.endswith(_ASIDE))
+    for step in sorted(_candidates(checkpoints), reverse=True):
+        found = agreed("step", lambda step=step: _read(checkpoints, step, trainable, state))
+        fault = _fault(found)
+        if not fault:
+            arrays = found.arrays
+            return Saved(step, arrays["params"], arrays["state"], found.data)
+        agreed("set aside", lambda step=step, fault=fault: _set_aside(checkpoints, step, fault))
+        checkpoints.manager.reload()
+    aside = _aside(checkpoints.directory)
     if aside:
         raise UnusableCheckpoint(
             f"{checkpoints.directory}: no step can be used ({', '.join(aside)} are damaged); copy a whole step back, "
@@ -135,55 +169,60 @@ def restore(checkpoints: Checkpoints, trainable: Mapping[str, Any], state: Any) 
     return None
 
 
-def fingerprint(tree: Any) -> dict[str, list[int]]:
-    """{name: two uint32 sums} of every array's bits, the same on any mesh and any number of devices.
+class _Found(NamedTuple):
+    """What one process has read of a step. fault: why it is damaged, "" where this process found nothing."""
 
-    One flipped bit, two swapped values or a zeroed block change it. On the device: it reads memory once.
-    """
-    return {name: value.tolist() for name, value in _names(jax.device_get(_fingerprint(tree))).items()}
+    fault: str
+    data: Mapping[str, Any] = {}
+    arrays: Mapping[str, Any] = {}
+    places: Mapping[str, Mapping[str, Leaves]] = {}
+    parts: Mapping[str, sharded.Parts] = {}
 
 
-def _read(checkpoints: Checkpoints, step: int, trainable: Mapping[str, Any], state: Any) -> Saved:
-    """A step, compared with its fingerprints. Orbax's own restore casts dtypes and takes flipped bits silently.
+def _candidates(checkpoints: Checkpoints) -> list[int]:
+    """The finished steps, as process 0 sees them."""
+    directory = checkpoints.directory
 
-    Raises:
-      UnusableCheckpoint, OSError, KeyError: it is damaged.
-    """
+    def finished() -> list[int]:
+        numbers = store.numbered(directory) if distributed.index() == 0 else []
+        return [step for step in numbers if store.is_finished(directory / str(step))]
+
+    return distributed.exchange("steps", agreed("list", finished))[0]
+
+
+def _read(checkpoints: Checkpoints, step: int, trainable: Mapping[str, Any], state: Any) -> _Found:
+    """A step, as far as this process holds it. Orbax's own restore casts dtypes and takes flipped bits silently."""
     folder = checkpoints.directory / str(step)
-    missing = [item for item in ("params", "state", "data") if not (folder / item).is_dir()]
-    if missing:
-        raise UnusableCheckpoint(f"{folder}: it has no {', '.join(missing)}")
-    content = _read_data(checkpoints, step)
-    read = {"params": _read_arrays(folder / "params", trainable), "state": _read_arrays(folder / "state", state)}
-    sums = fingerprint(read)
-    wrong = sorted(name for name in sums.keys() | content["sums"].keys() if sums.get(name) != content["sums"].get(name))
-    if wrong:
-        raise UnusableCheckpoint(f"{folder}: {len(wrong)} arrays differ from their fingerprint, such as {wrong[0]}")
-    return Saved(step, read["params"], read["state"], content["data"])
-
-
-def _read_data(checkpoints: Checkpoints, step: int) -> dict[str, Any]:
+    arrays, places, parts = {}, {}, {}
     try:
-        items = ocp.args.Composite(data=ocp.args.JsonRestore())
-        content = checkpoints.manager.restore(step, args=items)["data"]
-    except ValueError as error:  # no JSON, or no text
-        raise UnusableCheckpoint(f"its data item cannot be read ({_first_words(error)})") from None
-    if not isinstance(content, dict) or set(content) != {"data", "sums", "crc32"} or content["crc32"] != _crc32(
-        content["data"], content["sums"]
-    ):  # fmt: skip
-        raise UnusableCheckpoint("its data item differs from its checksum")
-    return content
+        missing = [item for item in _ITEMS if not files.exists(folder / item)]
+        content = record.read(folder)
+        if missing or content is None:
+            raise UnusableCheckpoint(f"{folder}: it has no {', '.join(missing) or record.ITEM}")
+        data, written = content
+        for item, tree in (("params", trainable), ("state", state)):
+            prefix = f"{item}/"
+            own = {name.removeprefix(prefix): value for name, value in written.items() if name.startswith(prefix)}
+            leaves, wanted = open_leaves(folder / item, own), _names(tree)
+            places[item] = dict.fromkeys(leaves.names, leaves)
+            specs = {name: leaves.spec(name) for name in leaves.names}
+            store.check_specs(specs, wanted, str(leaves.folder), dtypes=True)
+            flat, parts[item] = sharded.load(places[item], wanted)
+            arrays[item] = jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in wanted])
+    except UnusableCheckpoint as error:
+        return _Found(_first_words(error))
+    return _Found("", data, arrays, places, parts)
 
 
-def _read_arrays(folder: epath.Path, tree: Any) -> Any:
-    """The arrays of a tree of ShapeDtypeStructs, each device's part read on its own."""
-    leaves, wanted = open_leaves(folder), _names(tree)
-    store.check_specs({name: leaves.spec(name) for name in leaves.names}, wanted, str(folder), dtypes=True)
-    arrays = [
-        jax.make_array_from_callback(x.shape, x.sharding, functools.partial(leaves.read, name))
-        for name, x in wanted.items()
-    ]
-    return jax.tree.unflatten(jax.tree.structure(tree), arrays)
+def _fault(found: _Found) -> str:
+    """Why a step is damaged, the same on all processes; "" where it is whole."""
+    everywhere = distributed.exchange("fault", found.fault)
+    for number, fault in enumerate(everywhere):
+        if fault:
+            return fault if number == distributed.index() else f"on process {number}: {fault}"
+    parts = distributed.exchange("parts", found.parts)
+    faults = (sharded.difference(found.places[item], [one[item] for one in parts]) for item in found.places)
+    return next(filter(None, faults), "")
 
 
 def _names(tree: Any) -> dict[str, Any]:
@@ -193,66 +232,43 @@ def _names(tree: Any) -> dict[str, Any]:
 
 
 def _set_aside(checkpoints: Checkpoints, step: int, fault: str) -> None:
-    target = checkpoints.directory / f"{step}{_ASIDE}"
-    print(f"checkpoint step {step} is damaged ({fault}): it is now called {target.name}, the step before it is tried",
+    if distributed.index() != 0:
+        return
+    folder, target = checkpoints.directory / str(step), checkpoints.directory / f"{step}{_ASIDE}"
+    if files.is_bucket(folder):
+        what = f"{folder / _MARK} says so"
+        files.write_whole(folder / _MARK, f"{fault}\n".encode())
+        files.delete(folder / COMMIT)
+    else:
+        what = f"it is now called {target.name}"
+        files.delete(target)
+        folder.rename(target)
+    print(f"checkpoint step {step} is damaged ({fault}): {what}, the step before it is tried",
           file=sys.stderr, flush=True)  # fmt: skip
-    if jax.process_index() == 0:
-        if target.exists():
-            target.rmtree()
-        (checkpoints.directory / str(step)).rename(target)
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(f"set aside {step}")
-    checkpoints.manager.reload()
 
 
-def _everywhere(fine: bool) -> bool:
-    """Whether all processes found the step fine: they must restore the same one."""
-    if jax.process_count() == 1:
-        return fine
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(fine))))
+def _aside(directory: epath.Path) -> list[str]:
+    """The names of what was set aside."""
+    names = [entry.name for entry in files.listed(directory)]
+    if files.is_bucket(directory):
+        return [name for name in names if name.isdecimal() and files.exists(directory / name / _MARK)]
+    return [name for name in names if name.endswith(_ASIDE)]
 
 
-def _failed(checkpoints: Checkpoints, error: Exception) -> SaveFailed:
+def _failed(checkpoints: Checkpoints, error: Exception) -> SaveFailed | Unreachable:
     """Makes the steps known anew, as Orbax still lists the failed one. Its threads may be writing on for a moment, so
     what they leave (it keeps a full disk full) is deleted by the next `open_checkpoints`."""
+    directory, words = checkpoints.directory, _first_words(error)
+    if files.fault(error) == "passing":
+        return Unreachable(f"{directory}: a checkpoint could not be written ({words}); the same command goes on from "
+                           "the last whole step once the store answers")  # fmt: skip
     checkpoints.manager.reload()
     return SaveFailed(
-        f"{checkpoints.directory}: a checkpoint could not be written ({_first_words(error)}); whole steps there: "
-        f"{store.steps(checkpoints.directory) or 'none'}. Is the disk full?"
+        f"{directory}: a checkpoint could not be written ({words}); whole steps there: "
+        f"{store.steps(directory) or 'none'}. Is the disk full, and may this account write there?"
     )
-
-
-def _delete_temporary(directory: epath.Path) -> None:
-    """Half-written steps would keep a full disk full. (Orbax's own option for this works in the background.)"""
-    if jax.process_index() == 0:
-        for path in directory.glob(f"*{_TEMPORARY}*"):
-            path.rmtree()
 
 
 def _first_words(error: Exception) -> str:
     line = (str(error).strip().splitlines() or [""])[0][:300]
     return line if isinstance(error, UnusableCheckpoint) else f"{type(error).__name__}: {line}"
-
-
-def _crc32(*content: Mapping[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-@jax.jit
-def _fingerprint(tree: Any) -> Any:
-    return jax.tree.map(_sums, tree)
-
-
-def _sums(x: Array) -> UInt32[Array, "2"]:
-    """Sums modulo 2**32 of the bits, once weighted by position: addition has no order, so no mesh changes them."""
-    x = jax.device_put(x, jax.memory.Space.Device)  # an offloaded optimizer's arrays are on the host
-    unsigned = {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize]
-    bits = (x if x.dtype == bool else jax.lax.bitcast_convert_type(x, unsigned)).astype(jnp.uint32)
-    place = jnp.zeros(x.shape, jnp.uint32)
-    stride = 1
-    for axis in reversed(range(x.ndim)):
-        place = place + jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) * jnp.uint32(stride % 2**32)
-        stride *= x.shape[axis]
-    weight = place * jnp.uint32(0x9E3779B1) + jnp.uint32(0x85EBCA6B)
-    weight = weight ^ (weight >> 15) | 1
-    return jnp.stack([jnp.sum((bits ^ (bits >> 16)) * weight, dtype=jnp.uint32), jnp.sum(bits, dtype=jnp.uint32)])

@@ -1,7 +1,7 @@
 """A checkpoint directory's parameters: its steps, its own leaves and those of the checkpoints it rests on.
 
-What lies in `DIR/STEP/params` is written and read by `leaves`; here a directory's `base` entries are resolved,
-and refused when they moved or changed.
+What lies in `DIR/STEP/params` is written by `writer` and read by `leaves`; here a directory's `base` entries are
+resolved, and refused when they moved or changed.
 """
 
 import hashlib
@@ -14,33 +14,52 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax import params
+from llava_jax import files, params
 from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import leaves as reading
+from llava_jax.checkpoint import sums
 from llava_jax.checkpoint.card import absolute
-from llava_jax.checkpoint.leaves import LeafWriter, Leaves, checksum, open_leaves, staged, write_checksums
+from llava_jax.checkpoint.leaves import CHECKSUMS, COMMIT, Leaves, Request, open_leaves
+from llava_jax.checkpoint.writer import LeafWriter, staged
 from llava_jax.errors import UnusableCheckpoint
 
 __all__ = [
-    "PARAMS", "LeafWriter", "absolute", "check_specs", "checksum", "fingerprint", "latest_step", "leaf_specs",
-    "load_params", "own_leaves", "own_specs", "places", "read_leaf", "seal", "staged", "steps", "write_checksums",
+    "PARAMS", "LeafWriter", "absolute", "check_specs", "fingerprint", "holding", "is_finished", "latest_step",
+    "leaf_specs", "load_params", "numbered", "own_leaves", "own_specs", "places", "read_leaf", "staged", "steps",
 ]  # fmt: skip
 
 PARAMS = "params"
 
 
+def numbered(directory: epath.PathLike) -> list[int]:
+    """The numbers of all step directories there, ascending, whole or not."""
+    return sorted(int(entry.name) for entry in files.listed(directory) if re.fullmatch(r"[0-9]{1,18}", entry.name))
+
+
 def steps(directory: epath.PathLike) -> list[int]:
-    """The usable steps, ascending. A step that is empty, half written or half deleted is none."""
-    directory = epath.Path(directory)
-    if not directory.is_dir():
-        return []
-    found = [int(path.name) for path in directory.iterdir() if re.fullmatch(r"\d+", path.name)]
-    return sorted(step for step in found if _is_usable(directory / str(step) / PARAMS))
+    """The usable steps, ascending. A step that is empty, half written or half deleted is none.
+
+    Raises:
+      Unreachable, UsageError: as `files.retried`.
+    """
+    return [step for step in numbered(directory) if _is_usable(epath.Path(directory) / str(step))]
 
 
 def latest_step(directory: epath.PathLike) -> int | None:
-    """The newest usable step, or None."""
-    found = steps(directory)
-    return found[-1] if found else None
+    """The newest usable step, or None. Raises as `steps`."""
+    usable = (step for step in reversed(numbered(directory)) if _is_usable(epath.Path(directory) / str(step)))
+    return next(usable, None)
+
+
+def is_finished(step: epath.Path) -> bool:
+    """Whether a step was written to its end.
+
+    On a disk a step gets its name last. In a bucket Orbax's commit file is last (Orbax's own `is_checkpoint_finalized`
+    looks for it, and loads all of Orbax); a step that `LeafWriter` wrote before format 2 has checksums instead.
+    """
+    if not files.is_bucket(step):
+        return True
+    return files.exists(step / COMMIT) or files.exists(step / PARAMS / CHECKSUMS)
 
 
 def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
@@ -48,17 +67,19 @@ def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
 
     Raises:
       UnusableCheckpoint: no usable step, or not this one.
+      Unreachable, UsageError: as `files.retried`.
     """
     directory = epath.Path(directory)
+    number = latest_step(directory) if step is None else step
+    if number is not None and _is_usable(directory / str(number)):
+        return open_leaves(directory / str(number) / PARAMS)
     usable = steps(directory)
-    if not usable:
-        raise UnusableCheckpoint(
-            f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole); "
-            "name a directory that `convert` or `train` wrote"
-        )
-    if step is not None and step not in usable:
+    if usable:
         raise UnusableCheckpoint(f"{directory}: no usable step {step}; usable are {', '.join(map(str, usable))}")
-    return open_leaves(directory / str(usable[-1] if step is None else step) / PARAMS)
+    raise UnusableCheckpoint(
+        f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole); "
+        "name a directory that `convert` or `train` wrote"
+    )
 
 
 def places(directory: epath.PathLike, step: int | None = None) -> dict[str, Leaves]:
@@ -68,6 +89,12 @@ def places(directory: epath.PathLike, step: int | None = None) -> dict[str, Leav
       UnusableCheckpoint: no usable step, or a base that is missing or changed.
     """
     return _places(epath.Path(directory), step, ())
+
+
+def holding(directory: epath.PathLike, names: Iterable[str], step: int | None = None) -> dict[str, Leaves]:
+    """`places` of these leaves alone; raises UnusableCheckpoint too where nobody holds one."""
+    found = places(directory, step)
+    return {name: _among(found, name, directory) for name in names}
 
 
 def own_specs(directory: epath.PathLike, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
@@ -81,15 +108,13 @@ def leaf_specs(directory: epath.PathLike, step: int | None = None) -> dict[str, 
     return {name: leaves.spec(name) for name, leaves in places(directory, step).items()}
 
 
-def read_leaf(
-    directory: epath.PathLike, step: int | None, name: str, index: tuple[slice, ...] | None = None
-) -> np.ndarray:
-    """One leaf, or the part `index` of it, in the dtype it has on disk; from a base if it lies there.
+def read_leaf(directory: epath.PathLike, step: int | None, name: str) -> np.ndarray:
+    """One leaf in the dtype it has on disk; from a base if it lies there.
 
     Raises:
       UnusableCheckpoint: the leaf is missing, damaged, or differs from its checksum.
     """
-    return _among(places(directory, step), name, directory).read(name, index)
+    return _among(places(directory, step), name, directory).read(name)
 
 
 def load_params(
@@ -111,14 +136,14 @@ def load_params(
     Raises:
       UnusableCheckpoint: a leaf is wanted that neither the checkpoint nor a base holds, or one is damaged.
     """
-    found = places(directory, step)
+    found = places(directory, step) if names is None else holding(directory, names, step)
 
-    def load(name: str) -> Any:
-        array = _among(found, name, directory).read(name)
+    def use(read: reading.Read) -> tuple[str, Any]:
+        array = read.whole()
         array = array if dtype is None else array.astype(dtype)
-        return array if put is None else put(name, array)
+        return read.name, array if put is None else put(read.name, array)
 
-    return params.unflatten({name: load(name) for name in (found if names is None else names)})
+    return params.unflatten(dict(reading.read([Request(leaves, name) for name, leaves in found.items()], use)))
 
 
 def check_specs(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, dtypes: bool = False) -> None:
@@ -141,26 +166,26 @@ def check_specs(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str,
         raise UnusableCheckpoint(f"{where} does not fit the model: {'; '.join(faults[:5])}{more}")
 
 
-def seal(directory: epath.PathLike, step: int) -> None:
-    """Writes the checksums of a step that Orbax wrote; reads every one of its own leaves once."""
-    leaves = own_leaves(directory, step)
-    write_checksums(leaves.folder, {name: checksum(leaves.read(name)) for name in leaves.names})
-
-
-def fingerprint(directory: epath.PathLike, step: int | None = None) -> str:
+def fingerprint(directory: epath.PathLike, step: int | None = None, like: str = "") -> str:
     """One line that changes when any leaf's name, shape, dtype or bytes change; the path plays no part.
 
     It is made from the checksums, so it costs milliseconds; leaves without one are read. Reading a leaf compares
     it with its checksum, so a bit that flips later is caught there.
+
+    like: a fingerprint to compare with; those of format 1 are made from CRC-32s, so every leaf without one is read.
     """
+    kind = "sha256" if like.startswith("sha256:") else "sums"
     leaves = own_leaves(directory, step)
     lines = []
     for name in leaves.names:
-        spec = leaves.spec(name)
-        value = leaves.checksums[name] if name in leaves.checksums else checksum(leaves.read(name))
-        lines.append([name, list(spec.shape), str(spec.dtype), value])
-    bases = [[base.fingerprint, list(base.patterns)] for base in _bases(epath.Path(directory))]
-    return "sha256:" + hashlib.sha256(json.dumps([lines, bases]).encode()).hexdigest()
+        spec, value = leaves.spec(name), leaves.checksums.get(name)
+        if kind == "sha256" and not isinstance(value, int):
+            value = reading.crc32(leaves.read(name))
+        elif value is None:
+            value = sums.of_part(leaves.read(name), [0] * len(spec.shape), spec.shape)
+        lines.append([name, list(spec.shape), str(spec.dtype), value if isinstance(value, int) else value[:2]])
+    bases = [[base.fingerprint, list(base.patterns)] for base in cards.bases(directory)]
+    return f"{kind}:" + hashlib.sha256(json.dumps([lines, bases]).encode()).hexdigest()
 
 
 def _places(directory: epath.Path, step: int | None, above: tuple[epath.Path, ...]) -> dict[str, Leaves]:
@@ -168,7 +193,7 @@ def _places(directory: epath.Path, step: int | None, above: tuple[epath.Path, ..
     if leaves.folder in above:
         raise UnusableCheckpoint(f"{directory}: it is its own base, by way of {above[-1]}")
     found = {name: leaves for name in leaves.names}
-    for base in _bases(directory):
+    for base in cards.bases(directory):
         below = _places(_resolve(directory, base), base.step, (*above, leaves.folder))
         for name in below:
             if any(re.fullmatch(pattern, name) for pattern in base.patterns):
@@ -177,25 +202,29 @@ def _places(directory: epath.Path, step: int | None, above: tuple[epath.Path, ..
 
 
 def _resolve(directory: epath.Path, base: cards.Base) -> epath.Path:
-    path = directory / base.path  # an absolute path stays what it is
-    if base.step not in steps(path):
-        raise UnusableCheckpoint(
-            f"{directory}: its base {path} (step {base.step}) is not there; put it back, or set `base` in "
-            f"{directory / cards.FILE} to where it lies now"
-        )
-    now = fingerprint(path, base.step)
-    if now != base.fingerprint:
-        raise UnusableCheckpoint(
-            f"{directory}: its base {path} (step {base.step}) has changed (fingerprint {now[:15]}, wanted "
-            f"{base.fingerprint[:15]}); put the unchanged base back "
-            "(`convert merge` makes a checkpoint that needs none)"
-        )
-    return path
+    """Where a base lies: the first place with the leaves that were there when it was named."""
+    tried = []
+    for path in cards.places(directory, base):
+        if not _is_usable(path / str(base.step)):
+            usable = ", ".join(map(str, steps(path)))
+            tried.append(f"{path}: its steps are {usable}" if usable else f"{path}: there is no checkpoint")
+            continue
+        now = fingerprint(path, base.step, base.fingerprint)
+        if now == base.fingerprint:
+            return path
+        tried.append(f"{path}: step {base.step} has changed (fingerprint {now[:15]}, wanted {base.fingerprint[:15]})")
+    raise UnusableCheckpoint(
+        f"{directory}: its base, step {base.step} of {base.origin or base.path}, which holds {_brief(base.patterns)}, "
+        f"is not there ({'; '.join(tried)}). Put it back unchanged, or set its `path` in {directory / cards.FILE} to "
+        "where it lies now; or make it again as it was made (`convert import` or `convert assemble` of the same files, "
+        "`train` of the same stage). `convert merge` makes a checkpoint that needs no base"
+    )
 
 
-def _bases(directory: epath.Path) -> tuple[cards.Base, ...]:
-    """The bases a directory names; a directory without a card (bare Orbax) names none."""
-    return cards.read_card(directory).base if (directory / cards.FILE).exists() else ()
+def _brief(patterns: Iterable[str]) -> str:
+    """"3 parameters such as llm/norm/scale": a card names them by patterns that are their escaped names."""
+    shown = [pattern.replace("\\", "") for pattern in patterns]
+    return f"{len(shown)} patterns of parameters such as {shown[0]}" if shown else "nothing"
 
 
 def _among(found: Mapping[str, Leaves], name: str, directory: epath.PathLike) -> Leaves:
@@ -207,8 +236,10 @@ def _among(found: Mapping[str, Leaves], name: str, directory: epath.PathLike) ->
     return found[name]
 
 
-def _is_usable(folder: epath.Path) -> bool:
+def _is_usable(step: epath.Path) -> bool:
+    if not is_finished(step):
+        return False
     try:
-        return open_leaves(folder).is_whole()
+        return open_leaves(step / PARAMS).is_whole()
     except UnusableCheckpoint:
         return False

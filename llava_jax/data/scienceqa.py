@@ -10,7 +10,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.files import read_json
+from llava_jax.data.files import field, read_json
 from llava_jax.errors import DataError, UsageError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
@@ -71,7 +71,7 @@ def read_split(directory: epath.PathLike, split: str, problems: dict[str, Proble
     if not isinstance(splits, dict) or split not in splits:
         found = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
         raise DataError(f"{path}: no split {split!r}; it has {found}")
-    ids = [str(identity) for identity in splits[split]]
+    ids = [str(identity) for identity in field(splits, split, list, str(path))]
     lost = [identity for identity in ids if identity not in problems]
     if lost:
         raise DataError(f"{path}: {len(lost)} ids of {split} are not in {PROBLEMS}: {', '.join(lost[:10])}")

@@ -10,16 +10,10 @@ from typing import Any
 
 from llava_jax import cli
 from llava_jax.datagen import files, filters, generate, phrases, shots
-from llava_jax.datagen.options import (
-    DESCRIBE_TOKENS,
-    SHORT_TOKENS,
-    add_endpoint,
-    add_subjects,
-    open_client,
-    read_subjects,
-)
+from llava_jax.datagen.options import DESCRIBE_TOKENS, SHORT_TOKENS, add_endpoint, add_subjects, read_subjects
 from llava_jax.datagen.progress import Progress, unanswered
 from llava_jax.errors import DataError, UsageError
+from llava_jax.openai_client.options import open_client
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -97,8 +91,7 @@ def _add_curate(verbs: Any) -> None:
     sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
     sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
-    add_endpoint(sub, required=False)
-    sub.set_defaults(max_tokens=DESCRIBE_TOKENS)
+    add_endpoint(sub, required=False, max_new_tokens=DESCRIBE_TOKENS)
     sub = step("correct", "a language model mends the language of each description")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
     add_endpoint(sub)
@@ -119,7 +112,7 @@ def _generate(options: argparse.Namespace) -> int:
     found = read_subjects(options)
     questions = _questions(options, shots.DETAIL)
     job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,
-                       options.attempts, options.temperature, options.max_tokens)  # fmt: skip
+                       options.attempts, options.temperature, options.max_new_tokens)  # fmt: skip
     with open_client(options, options.out / f"{options.kind}_cache.jsonl") as client:
         say = Progress(options.kind, len(found), lambda: client.spent)
         result = generate.make(client, found, job, say)
@@ -128,7 +121,11 @@ def _generate(options: argparse.Namespace) -> int:
     print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(found):,} pictures, "
           f"{report['refused']:,} answers refused {report['refused_reasons'] or ''}")  # fmt: skip
     print(spent)
-    return unanswered([row["reason"] for row in result.unanswered])
+    again = unanswered([row["reason"] for row in result.unanswered])
+    if not again and not result.records:
+        raise DataError(f"{options.out / options.kind}.json holds no record: all {report['refused']:,} answers were "
+                        f"refused, {report['refused_reasons']}: see {options.kind}_rejects.jsonl")  # fmt: skip
+    return again
 
 
 def _brief(options: argparse.Namespace) -> int:
@@ -170,6 +167,8 @@ def _filter(options: argparse.Namespace) -> int:
     print(f"{options.out / 'filtered.json'}: {len(balanced.kept):,} of {len(rows):,} captions; {balanced.phrases:,} "
           f"phrases, {balanced.rare:,} of them rarer than {options.least}, {balanced.thinned:,} more frequent than "
           f"{options.most}; {balanced.without:,} captions have only rare ones")  # fmt: skip
+    if not balanced.kept:
+        raise DataError(f"{options.records}: no caption is left of {len(rows):,}: lower --least {options.least}")
     return 0
 
 

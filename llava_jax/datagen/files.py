@@ -1,4 +1,4 @@
-"""Files of this room: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
+"""Files of this package: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
 
 import collections
 import json
@@ -46,10 +46,10 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
+    """Writes a whole file or leaves the old one. In JSON, half a character (a lone surrogate) becomes its escape."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
+    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -90,9 +90,19 @@ def image_path(row: dict[str, Any], where: str, name: str = "image") -> str:
       DataError: it is missing, empty or leads elsewhere.
     """
     path = field(row, where, name, str, "a path relative to the image folder")
-    if not path or path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/"):
+    leaves = path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/")
+    if not path or leaves or not encodable(path):
         raise DataError(f"{where}: {name}={brief(path)}: want a path relative to the image folder")
     return path
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be sent and written: JSON may hold half a character, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def counted(names: Iterable[str]) -> dict[str, int]:

@@ -77,4 +77,7 @@ def _text(path: epath.Path) -> str:
     if not path.is_file():
         raise MissingFile(f"prompts {str(path)!r}: no such file: want the layout of "
                                 f"{PROMPTS}: KIND/system_message.txt, 000_caps.txt, 000_conv.txt ...")  # fmt: skip
-    return path.read_text().strip()
+    try:
+        return path.read_bytes().decode().strip()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"prompts {str(path)!r}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None

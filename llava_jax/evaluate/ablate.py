@@ -27,7 +27,7 @@ from llava_jax.evaluate.benchmarks.all import get
 from llava_jax.evaluate.questions import Benchmark
 from llava_jax.evaluate.score import Result
 from llava_jax.generate.assistant import Assistant
-from llava_jax.openai_client import Client
+from llava_jax.openai_client import options as server
 
 REASONS_FIRST, ANSWER_FIRST = "QCM-LEA", "QCM-ALE"
 TYPES = ("conversation", "detail", "reasoning")
@@ -121,7 +121,7 @@ def run(plan: Plan, rows: Sequence[Row], exam: Exam) -> list[tuple[Row, Result]]
         numbers = plan.workdir / row.name / "scores.json"
         if not numbers.exists():
             result = _examined(_trained(plan, row, exam, start), row, exam, plan)
-            numbers.write_text(json.dumps(scores.to_json(result, row.title), indent=1))
+            scores.write(numbers, result, row.title)
         result = scores.from_json(numbers)[1]
         done.append((row, result))
         _say(start, f"{row.name}: {result.main} {result.numbers[result.main].mean:.2f}")
@@ -232,43 +232,12 @@ def _say(start: float, text: str) -> None:
     print(f"{time.monotonic() - start:5.0f} s {text}", flush=True)
 
 
-# ---- the door
+# ---- the command
 
 
-def add_options(verb: argparse.ArgumentParser) -> None:
-    """The options of `ablate`, without those of an endpoint."""
-    add = verb.add_argument
-    add("grid", choices=tuple(GRIDS))
-    add("--workdir", required=True, type=Path)
-    add("--base", required=True, type=Path, metavar="DIR", help="checkpoint before stage 1 (`convert assemble`)")
-    add("--last-layer", type=Path, metavar="DIR", help="the same with --select-layer -1")
-    add("--small", type=Path, metavar="DIR", help="of a smaller model")
-    add("--stage1", required=True, type=Path, metavar="CONFIG")
-    add("--stage2", required=True, type=Path, metavar="CONFIG")
-    add("--stage1-set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=10")
-    add("--stage2-set", action="append", default=[], metavar="KEY=VALUE")
-    add("--hand-off", choices=("base", "start"), default="base",
-        help="the key of stage 2's config that names stage 1's checkpoint: model.base or model.start")  # fmt: skip
-    add("--pretrain", required=True, type=Path, metavar="JSON", help="stage 1's records")
-    add("--images", required=True, type=Path, metavar="DIR", help="pictures of stage 1 and of the instructions")
-    add("--scienceqa", type=Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
-    for name in TYPES:
-        add(f"--{name}", type=Path, metavar="JSON", help="grid mixes: instruction data of this type")
-    add("--benchmark", help="grid mixes: what every row is asked")
-    add("--data", type=Path, metavar="DIR", help="grid mixes: the benchmark's files")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark")
-    add("--records", type=int, metavar="N", help="of the instruction data at most; default: all")
-    add("--max-new-tokens", type=int, help="default: the benchmark's own")
-    add("--slots", type=int, default=16, help="questions answered at once")
-    add("--template", help="default: each checkpoint's own")
-    add("--seed", type=int, default=0, help="of the mixtures")
-    add("--rules", metavar="FILE", help="for LLaVA-Bench: the judge's rules; and --base-url, --model")
-    add("--repeats", type=int, default=1, help="reviews of each answer")
-
-
-def main(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> int:
-    """Runs a grid as told; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
-    plan, exam = _plan(told), _exam(told, client)
+def main(told: argparse.Namespace) -> int:
+    """Runs the grid of a command line; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
+    plan, exam = _plan(told), _exam(told)
     try:
         done = run(plan, GRIDS[told.grid], exam)
     except Failed as error:
@@ -297,7 +266,7 @@ def _plan(told: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
-def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> Exam:
+def _exam(told: argparse.Namespace) -> Exam:
     mixes = told.grid == "mixes"
     benchmark = get(told.benchmark if mixes else "scienceqa")
     options = questions.resolved(benchmark, told.option)
@@ -308,7 +277,7 @@ def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], 
     def reviewed(path: Path) -> Path:
         out = path.with_name("reviews.jsonl")
         candidates = {one.id: one for one in answers.merge(asked, [path])}
-        with client(told, f"{out}.cache") as judging:
+        with server.open_client(told, told.cache or f"{out}.cache") as judging:
             answers.write(out, judge.review(asked, candidates, rules, judging, told.repeats))
         return out
 

@@ -97,6 +97,8 @@ def from_checkpoint(assistant: Assistant, settings: Settings, folder: epath.Path
 def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) -> Speaker:
     """Answers of a server; a request that failed is a row with the fault `not_answered`, asked again by the next run.
 
+    A picture that cannot be read, or lies outside of `folder`, is not sent: its question is a row with `bad_image`.
+
     Raises:
       ValueError: two passes, which want the model to go on from its own words.
     """
@@ -104,12 +106,24 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
         raise UsageError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
 
     def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
-        requests = (_request(job, settings, epath.Path(folder)) for job in jobs)
-        for place, outcome in client.ask_many(requests):
+        places, refused = list[int](), list[tuple[int, Said]]()
+
+        def requests() -> Iterator[Request]:
+            for place, job in enumerate(jobs):
+                try:
+                    request = _request(job, settings, epath.Path(folder))
+                except (ValueError, OSError) as error:
+                    refused.append((place, Said("", "", "bad_image", str(error))))
+                    continue
+                places.append(place)
+                yield request
+
+        for number, outcome in client.ask_many(requests()):
             if isinstance(outcome, Failure):
-                yield place, Said("", "", "not_answered", outcome.reason)
+                yield places[number], Said("", "", "not_answered", outcome.reason)
             else:
-                yield place, Said(outcome.text.strip(), outcome.finish_reason)
+                yield places[number], Said(outcome.text.strip(), outcome.finish_reason)
+        yield from refused
 
     return speak
 
@@ -204,10 +218,15 @@ def _request(job: Job, settings: Settings, folder: epath.Path) -> Request:
 
 
 def _data_url(image: str | bytes, folder: epath.Path) -> str:
-    """The picture as it is where servers can read its kind, otherwise as JPEG."""
+    """The picture as it is where servers can read its kind, otherwise as JPEG.
+
+    Raises:
+      ValueError: it is no picture, or its path or a link leads out of the folder; nothing else leaves the machine.
+    """
+    picture = open_image(image, folder)
     data = image if isinstance(image, bytes) else (folder / image).read_bytes()
     if data[:2] not in _MEDIA:
-        data = encode_jpeg(np.asarray(open_image(data)))
+        data = encode_jpeg(np.asarray(picture))
     return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
 
 

@@ -13,21 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from llava_jax import chips, cli
 from llava_jax import config as configs
-from llava_jax.data.sources import open_source
 from llava_jax.errors import UsageError
-from llava_jax.plan import report, search
-from llava_jax.plan.compile import build, compile_step, find_place, model_of
-from llava_jax.plan.report import Bill
+
+# jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans; the exit code: 0 done (also where it does not fit), 64 what cannot be asked."""
-    jax.config.update("jax_platforms", "cpu")  # a plan on a TPU machine must not take its chips
     return cli.run("error", lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
@@ -64,6 +60,8 @@ def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             rest.append(word)
             continue
         key, equals, text = word.removeprefix("--config.").partition("=")
+        if key in overrides:
+            raise UsageError(f"--config.{key} is given more than once")
         overrides[key] = text if equals else next(words, "")
         if not overrides[key] and not equals:
             raise UsageError(f"{word} wants a value")
@@ -72,11 +70,15 @@ def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
+    from llava_jax.plan import report
+    from llava_jax.plan.compile import build, compile_step, find_place, model_of
+
+    _leave_accelerators()
     model = model_of(config)
     place = find_place(config.mesh, options.topology)
     program = build(config, place)
     load = report.load_of(config, model, program, options.sample_tokens)
-    bill = Bill(_samples(config, options, load.samples), options.price)
+    bill = report.Bill(_samples(config, options, load.samples), options.price)
     compiled = compile_step(place, program, load.chunks)
     print(report.page(compiled, load, bill), flush=True)
     if options.json:
@@ -86,11 +88,14 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
+    from llava_jax.plan import report, search
+
+    _leave_accelerators()
     best = search.search(options.config, overrides, options.topology, options.sample_tokens)
     if best is None:
         print("nothing that was tried fits; more chips, frozen_dtype=int8 or adapters (lora) need less memory")
         return 0
-    bill = Bill(_samples(config, options, best.load.samples), options.price)
+    bill = report.Bill(_samples(config, options, best.load.samples), options.price)
     print("\n".join(["", report.page(best.compiled, best.load, bill), "", "run it with:",
                      _command(options.config, overrides | best.overrides)]))  # fmt: skip
     if options.json:
@@ -110,6 +115,8 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
     """Samples of the whole run: as told, by the steps, or counted where the data lies here; None: nobody knows."""
+    from llava_jax.data.sources import open_source
+
     epochs = config.train.epochs or 1
     if options.samples is not None:
         return options.samples
@@ -129,7 +136,16 @@ def _write(path: str, numbers: dict[str, Any]) -> None:
     Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
 
 
+def _leave_accelerators() -> None:
+    """A plan on a TPU machine must not take its chips."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
+
+
 def _topologies() -> list[str]:
+    from llava_jax.plan import report
+
     rows = list[list[str]]()
     for chip in chips.CHIPS:
         memory, peak = (chip.devices_per_chip * value for value in (chip.hbm_bytes, chip.peak_flops))

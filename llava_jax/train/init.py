@@ -9,9 +9,11 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
-from llava_jax import params
-from llava_jax.checkpoint import store
+from llava_jax import distributed, files, params
+from llava_jax.checkpoint import sharded, store
 from llava_jax.checkpoint.card import Base
+from llava_jax.checkpoint.leaves import Read
+from llava_jax.checkpoint.sharded import agreed
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import init_params
@@ -118,28 +120,36 @@ def read(
 ) -> dict[str, Any]:
     """Leaves of a checkpoint or of its bases, on the devices, with the dtypes and shardings of the structs in `wanted`.
 
-    A kernel that is wanted in int8 is made so here, and its columns' scales come with it. The host's peak is one
-    leaf, and its copy where the dtype changes.
+    Each process reads the parts that its devices hold; all compare what all have read with the checksums. A kernel that
+    is wanted in int8 is made so here, of the whole kernel, and its columns' scales come with it. The host's peak is one
+    leaf (or several small ones, see `checkpoint.leaves`), and its copy where the dtype changes.
 
     Args:
       names: the leaves to read, of those in `wanted`; None is all.
+
+    Raises:
+      UnusableCheckpoint, Unreachable, UsageError: on all processes, where one cannot read its part.
     """
     scales: dict[str, jax.Array] = {}
 
-    def put(name: str, array: np.ndarray) -> jax.Array:
-        if wanted[name].dtype == np.int8:
-            array, scale = lora.quantise(array)
-            scales[lora.beside(name, lora.KERNEL_SCALE)] = _put(scale, wanted[lora.beside(name, lora.KERNEL_SCALE)])
-        return _put(array, wanted[name])
+    def put(read: Read, struct: Any) -> jax.Array:
+        if struct.dtype != np.int8:
+            return sharded.put(read, struct)
+        kernel, scale = lora.quantise(read.whole())
+        name = lora.beside(read.name, lora.KERNEL_SCALE)
+        scales[name] = _put(scale, wanted[name])
+        return _put(kernel, struct)
 
-    names = list(wanted if names is None else names)
-    stored = [name for name in names if not name.endswith("/" + lora.KERNEL_SCALE)]
-    tree = store.load_params(directory, stored, step, put=put) if stored else {}
-    return params.merge(tree, params.unflatten(scales))
+    names = [name for name in (wanted if names is None else names) if not name.endswith("/" + lora.KERNEL_SCALE)]
+    if not names:
+        return {}
+    places = agreed("places", lambda: store.holding(directory, names, step))
+    whole = [name for name in names if wanted[name].dtype == np.int8]
+    flat = sharded.load_checked(places, {name: wanted[name] for name in names}, put, whole)
+    return params.unflatten(flat | scales)
 
 
 def _put(array: np.ndarray, struct: Any) -> jax.Array:
-    array = array.astype(struct.dtype, copy=False)
     return jax.make_array_from_callback(struct.shape, struct.sharding, lambda index: array[index])
 
 
@@ -173,14 +183,18 @@ def _keep_random(program: Program, chosen: Mapping[str, Any], directory: epath.P
     drawn = params.flatten(_random(program, plain, seed))
     if jax.process_count() > 1:
         drawn = {name: multihost_utils.process_allgather(leaf, tiled=True) for name, leaf in drawn.items()}
-    if jax.process_index() == 0:
+
+
+    def write() -> None:
+        if distributed.index() != 0:
+            return
         # Left by a start that ended before its first checkpoint, perhaps with another seed, alpha or dtype.
-        (directory / "0").rmtree(missing_ok=True)
+        files.delete(directory / "0")
         with store.LeafWriter(directory / "0" / store.PARAMS) as writer:
             for name, leaf in drawn.items():
                 writer.write(name, np.asarray(leaf))
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices("random leaves written")
+
+    agreed("random leaves", write)
 
 
 def _by_directory(sources: Mapping[str, str]) -> dict[str, list[str]]:

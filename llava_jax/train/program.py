@@ -207,7 +207,7 @@ def rows_of(data: configs.Data, mesh: Mesh) -> int:
 def rows_here(data: configs.Data, mesh: Mesh) -> Rows:
     """The rows of a step that this process loads."""
     shape = (rows_of(data, mesh), data.row_tokens)
-    return distributed.rows(_field_sharding(mesh, "tokens", shape), shape)
+    return distributed.rows(_field_sharding(mesh, "tokens", shape).devices_indices_map(shape), shape[0])
 
 
 def _field_sharding(mesh: Mesh, name: str, shape: tuple[int, ...]) -> jax.sharding.NamedSharding:

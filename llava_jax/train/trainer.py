@@ -25,9 +25,9 @@ import jax
 from etils import epath
 
 from llava_jax import config as configs
-from llava_jax import distributed, errors, lifecycle, params, sharding, typed
+from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import manager
+from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -41,7 +41,7 @@ from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import IMAGE_START, Format
-from llava_jax.train import hooks, init, loop, metrics
+from llava_jax.train import hooks, init, learning, loop, metrics
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
@@ -57,6 +57,7 @@ HARMLESS = re.compile(
     r"|data\.(rows_per_chip|threads|skip_budget|validation.*|sources\.\d+\.(path|images|name))"
     r"|train\.(eval_every|sample_every|max_nonfinite|offload_optimizer|watchdog_secs)"
 )
+LOCAL = re.compile(r"data\.(sources|validation)\.\d+\.(path|images|name)")  # may differ: the content is compared
 ALL_BUT_ONE = 1 - 1e-9  # a skip budget
 
 
@@ -77,7 +78,7 @@ def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> 
                                         "is lost; the same command begins again"))  # fmt: skip
         stack.callback(sigterm.react, None)
         stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
-        return _train(config, workdir, sigterm)
+        return _train(config, workdir, sigterm, stack)
 
 
 def _end_together(
@@ -89,7 +90,7 @@ def _end_together(
         return False
     code = errors.exit_code(error)
     message = f"error: {error}"
-    if code is None:
+    if code is None and not distributed.is_ending():
         code, place = errors.CRASHED, workdir / f"error-{distributed.index()}.txt"
         text = "".join(traceback.format_exception(kind, error, trace))
         with contextlib.suppress(OSError):
@@ -98,11 +99,11 @@ def _end_together(
         if distributed.count() > 1:
             print(text, file=sys.stderr, flush=True)
     if distributed.count() > 1:
-        distributed.leave(code, message)
+        distributed.leave(errors.CRASHED if code is None else code, message)
     return False
 
 
-def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int:
+def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
     if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llava_jax").setLevel(logging.INFO)
@@ -112,16 +113,20 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
     held_out = _held_out(config)
     sources = _open(config.data.sources)
     _check_shared(workdir)
+    if distributed.index() == 0:
+        stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
     pipeline = _pipeline(config, format, sources, workdir)
     steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
     distributed.agree(_common(config, pipeline, steps))
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
+    warnings = list[str]()
+    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
     _check_settings(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
-    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop())
+    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
     sigterm.react(functools.partial(_stop, run.stop))
     try:
         code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
@@ -133,6 +138,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
+        loop.warn([], warnings)
         _conclude(program, workdir)
     return code
 
@@ -148,11 +154,11 @@ def _check_shared(workdir: epath.Path) -> None:
     mark = workdir / f".shared-{nonce}"
     if distributed.index() == 0:
         workdir.mkdir(parents=True, exist_ok=True)
-        mark.write_text(nonce)
+        files.write_whole(mark, nonce.encode())
     distributed.exchange("the mark is written", True)
-    sees = distributed.exchange("the mark is seen", mark.exists())
+    sees = distributed.exchange("the mark is seen", files.exists(mark))
     if distributed.index() == 0:
-        mark.unlink()
+        files.delete(mark)
     if not all(sees):
         raise UsageError(
             f"--workdir {workdir}: process {sees.index(False)} of {len(sees)} does not see what process 0 writes "
@@ -165,7 +171,8 @@ def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any
     package = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
     data = {f"data state {key}": value for key, value in pipeline.state().items()}
-    return {**typed.describe(config), "code of llava_jax": code, **data, "number of steps": steps}
+    settings = {key: value for key, value in typed.describe(config).items() if not LOCAL.fullmatch(key)}
+    return {**settings, "code of llava_jax": code, **data, "number of steps": steps}
 
 
 def _keep_compilations() -> None:
@@ -276,10 +283,10 @@ def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
 
 
 def _settings_fault(workdir: epath.Path, config: configs.Config) -> str:
-    if not any(path.name.isdigit() for path in workdir.iterdir()):
+    if not store.numbered(workdir):
         return ""
     path = workdir / SETTINGS
-    if not path.exists():
+    if not files.exists(path):
         return f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory"
     changed = typed.difference(*(
         {key: value for key, value in settings.items() if not HARMLESS.fullmatch(key)}

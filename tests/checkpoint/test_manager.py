@@ -1,6 +1,5 @@
 """Training's saves: exact, and a restart finds the newest step that is whole, whatever lies in the directory."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -68,14 +67,15 @@ def test_the_trainable_leaves_are_read_by_the_checkpoint_store_too(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, content(3).params)
 
 
-def test_a_sealed_step_is_refused_by_readers_when_a_bit_flips(tmp_path):
+@pytest.mark.parametrize("name", ["params", "data"])
+def test_a_step_of_a_run_that_still_trains_is_refused_by_readers_when_a_bit_flips(tmp_path, name):
     checkpoints = manager.open_checkpoints(tmp_path, 2)
     manager.save(checkpoints, content(3))
-    manager.seal(checkpoints)
-    manager.close(checkpoints)
-    flip(largest(tmp_path / "3" / "params"))
-    with pytest.raises(UnusableCheckpoint, match="projector/0/kernel"):
+    manager.wait(checkpoints)
+    flip(largest(tmp_path / "3" / name))
+    with pytest.raises(UnusableCheckpoint, match="projector/0/kernel is damaged|data.metadata|step"):
         store.load_params(tmp_path)
+    manager.close(checkpoints)
 
 
 @pytest.mark.parametrize("damage", ["bit", "truncated", "deleted", "metadata", "data", "no item", "empty", "dtype"])
@@ -167,18 +167,6 @@ def test_a_full_disk_is_reported_and_the_older_steps_stay(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["1"]
     write(tmp_path, [3])
     assert restore(tmp_path).step == 3
-
-
-def test_the_fingerprint_finds_flips_swaps_and_zeroed_blocks():
-    values = np.arange(1, 65, dtype=np.float32).reshape(4, 16)
-    changes = [values.copy() for _ in range(3)]
-    changes[0].view(np.uint32)[2, 3] ^= 1 << 17
-    changes[1][0, [0, 1]] = changes[1][0, [1, 0]]
-    changes[2][1] = 0
-    prints = [json.dumps(manager.fingerprint({"a": jnp.asarray(x)})) for x in (values, *changes)]
-    assert len(set(prints)) == 4
-    for dtype in (jnp.bfloat16, jnp.int32, jnp.uint8, jnp.bool_):
-        assert manager.fingerprint(jnp.ones((2, 2), dtype))
 
 
 def test_a_directory_relative_to_where_the_process_stands_will_do(tmp_path, monkeypatch):

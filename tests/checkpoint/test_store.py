@@ -1,7 +1,6 @@
 """A checkpoint directory: which steps count, what comes from a base, and what its fingerprint notices."""
 
 import dataclasses
-import json
 import shutil
 
 import numpy as np
@@ -72,7 +71,7 @@ def test_a_base_gives_only_what_its_patterns_name_and_may_have_a_base_itself(tmp
 def test_a_base_that_moved_or_changed_is_refused_with_the_remedy(tmp_path):
     base, run = on_base(tmp_path)
     shutil.move(base, tmp_path / "away")
-    with pytest.raises(UnusableCheckpoint, match=r"base .*base \(step 0\) is not there; put it back, or set `base`"):
+    with pytest.raises(UnusableCheckpoint, match=r"base, step 0 of .*base, .*is not there .*set its `path`.*assemble"):
         store.leaf_specs(run)
     write(tmp_path / "base", BASE | {"llm/norm/scale": np.arange(1, 5, dtype=np.float16)})
     with pytest.raises(UnusableCheckpoint, match="has changed"):
@@ -129,23 +128,3 @@ def test_specs_that_do_not_fit_are_named_with_shape_and_dtype():
     store.check_specs(have, have, "DIR", dtypes=True)
 
 
-def test_the_card_comes_back_and_a_wrong_one_is_refused(tmp_path):
-    base = card.Base("../b", 3, "sha256:0", ("llm/.*", "vision/.*"))
-    written = card.Card({"width": 4}, PROMPT, (base,), {"layout": "hub"})
-    card.write_card(tmp_path, written, {"tokenizer.model": b"x"})
-    assert card.read_card(tmp_path) == written
-    assert card.read_tokenizer_files(tmp_path) == {"tokenizer.model": b"x"}
-    content = json.loads((tmp_path / "model.json").read_text())
-    broken = [{**content, "format": 2}, {**content, "extra": 1}, {k: v for k, v in content.items() if k != "source"}]
-    broken += [{**content, "base": [{"path": "x"}]}, {**content, "prompt": None}, [content]]
-    for wrong in broken:
-        (tmp_path / "model.json").write_text(json.dumps(wrong))
-        with pytest.raises(UnusableCheckpoint, match="model.json"):
-            card.read_card(tmp_path)
-    (tmp_path / "model.json").write_text("{")
-    with pytest.raises(UnusableCheckpoint, match="not valid JSON"):
-        card.read_card(tmp_path)
-    with pytest.raises(UnusableCheckpoint, match="no llava_jax checkpoint"):
-        card.read_card(tmp_path / "none")
-    with pytest.raises(ValueError, match="plain file name"):
-        card.write_card(tmp_path, written, {"../evil": b""})

@@ -4,6 +4,7 @@ import jax
 import pytest
 
 from tests.train import tiny
+from tests.train.forks import parent
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -24,3 +25,10 @@ def compiled(tmp_path_factory):
 def run(tmp_path, compiled):
     """The config file of a small run; its records and pictures lie beside it."""
     return tiny.write_run(tmp_path / "run")
+
+
+@pytest.fixture(scope="session")
+def forks(tmp_path_factory):
+    """A process that forks training processes."""
+    with parent(tmp_path_factory.mktemp("forks")) as server:
+        yield server
