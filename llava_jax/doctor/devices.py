@@ -159,7 +159,7 @@ def _memory(found: Machine) -> Line:
     stats = [device.memory_stats() for device in jax.local_devices()]
     if not all(stats) or found.chip is None:
         kind = found.devices[0].device_kind
-        return report.skipped("device memory", f"a device of {kind} says nothing of it, or chips.py does not know it")
+        return report.skipped("device memory", f"{kind} devices do not say it, or are not in chips.py")
     limit, used = (pick(one[key] for one in stats) for pick, key in ((min, "bytes_limit"), (max, "bytes_in_use")))
     share = MEMORY_SHARE[found.platform]
     least = share * found.chip.hbm_bytes

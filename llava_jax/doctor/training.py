@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,23 +21,26 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, errors, lifecycle
-from llava_jax.checkpoint import manager, store
-from llava_jax.checkpoint.manager import Saved
+from llava_jax.checkpoint import manager, store, sums
+from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.distributed import Stop
 from llava_jax.doctor import report
 from llava_jax.doctor import trial as trials
 from llava_jax.doctor.machine import Machine
 from llava_jax.doctor.report import FAIL, OK, Line
 from llava_jax.doctor.trial import Trial
-from llava_jax.train import init, loop
+from llava_jax.train import init, loop, metrics
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
 
+KILLED, PREEMPTED, ELSEWHERE = (f"training: {name}" for name in ("killed", "preempted", "another mesh"))
 EXPECTED = "losses and state bit for bit as undisturbed"
 OTHER_MESH = 2e-6  # relative difference of losses
-KILLED_STEP = 6  # in-process: saves are made after 4 and 8
+KILLED_STEP = 6  # where no process can be killed: saves are made after 4 and 8
 MORE_STEPS = 3  # of each run after it was resumed
 CHILD_SECS = 120.0
+HEARD_SECS = 5.0
+LOG = "doctor.jsonl"  # of hooks that write none
 REMEDY = "do not train here: please send us the file of --json"
 
 
@@ -46,48 +49,58 @@ class Killed(Exception):
 
 
 class Course(NamedTuple):
-    """Steps of a run. state_sums: fingerprints of the state after the last of them."""
+    """Steps of a run: {step: loss}, and the fingerprint of each array of the state after the last of them."""
 
-    first: int
-    losses: list[float]
-    state_sums: dict[str, Any]
+    losses: dict[int, float]
+    state: dict[str, Any]
 
     @property
     def last(self) -> int:
-        return self.first + len(self.losses) - 1
+        return max(self.losses)
+
+
+class Player(NamedTuple):
+    """A trial whose step is compiled, so that processes which compile longer do not keep others waiting inside it."""
+
+    trial: Trial
+    step: Callable[..., Any]
+    frozen: Mapping[str, Any]
 
 
 def check(found: Machine) -> Iterator[Line]:
     """Lines about saving, killing, preempting and restoring."""
     # On accelerators float32 products are rounded to less by default, which would differ between meshes.
-    with jax.default_matmul_precision("highest"), _shared_compilations(found), io.StringIO() as said:
-        with contextlib.redirect_stdout(said):
+    with jax.default_matmul_precision("highest"), _shared_compilations(found):
+        with contextlib.redirect_stdout(io.StringIO()):  # what the loop prints
             yield from _check(found)
 
 
 def _check(found: Machine) -> Iterator[Line]:
     trial = trials.open_trial(found.sizes, len(found.devices), found.platform, found.local)
     workdir = found.folder / "run"
-    how, fault = _kill(found, trial, workdir)
+    has_child = _has_child(found)
+    fault = _kill_child(trial, workdir) if has_child else ""
     if fault:
-        yield Line("training: killed and resumed", FAIL, fault, EXPECTED, REMEDY)
+        yield Line(KILLED, FAIL, fault, EXPECTED, REMEDY)
         return
-    resumed = _preempt(trial, workdir)
-    if not resumed.losses:
-        yield Line("training: killed and resumed", FAIL, "no step is left after the kill", EXPECTED, REMEDY)
-        return
-    again = _follow(trial, workdir)
-    undisturbed = _from_begin(trial, resumed.last, again.last)
-    figure = f"{how}, resumed after step {resumed.first - 1}"
-    yield _same("training: killed and resumed", figure, resumed, undisturbed[0])
-    figure = f"SIGTERM, saved and resumed after step {resumed.last}"
-    yield _same("training: preempted and resumed", figure, again, undisturbed[1])
+    player = _player(trial)
+    killed = _written_losses(workdir) if has_child else _end_in_the_middle(player, workdir)
+    saved = store.latest_step(workdir)
+    resumed = _preempt(player, workdir)
+    again = _follow(player, workdir)
+    undisturbed = _from_begin(player, resumed.last, again.last)
+    how = "`train` killed by SIGKILL" if has_child else f"ended in step {KILLED_STEP}, as devices have one process"
+    whole = undisturbed[-1].losses
+    yield _same(KILLED, f"{how}, resumed after {saved}", [killed, resumed.losses], resumed.state, undisturbed[0].state,
+                whole)  # fmt: skip
+    yield _same(PREEMPTED, f"SIGTERM, saved and resumed after {resumed.last}", [again.losses], again.state,
+                undisturbed[1].state, whole)  # fmt: skip
     yield _elsewhere(found, workdir, resumed, undisturbed[1])
 
 
 @contextlib.contextmanager
 def _shared_compilations(found: Machine) -> Iterator[None]:
-    """What the child compiles need not be compiled here once more; the folder is deleted with the machine's own."""
+    """What the child compiles need not be compiled here once more."""
     if jax.config.jax_compilation_cache_dir or not _has_child(found):
         yield
         return
@@ -106,21 +119,17 @@ def _has_child(found: Machine) -> bool:
     return found.platform == "cpu" and distributed.count() == 1
 
 
-def _kill(found: Machine, trial: Trial, workdir: epath.Path) -> tuple[str, str]:
-    """(how a run was ended in the middle, what went wrong instead); its saves are in `workdir`."""
-    if _has_child(found):
-        return _kill_child(trial, workdir)
-    with contextlib.suppress(Killed):
-        _run(trial, workdir, [Hook(KILLED_STEP, _killed, "doctor.jsonl")])
-    return f"ended in step {KILLED_STEP} (no second process may use the devices)", ""
+def _player(trial: Trial) -> Player:
+    program = trial.program
+    sources = init.resolve(program, trial.config.init, trial.config.model.base, trial.config.train.seed)
+    frozen = init.frozen(program, sources)
+    step = program.step.lower(program.state, program.frozen, program.batch).compile()
+    distributed.exchange("doctor compiled", True)
+    return Player(trial, step, frozen)
 
 
-def _killed(step: int, state: State, stop: Stop) -> None:
-    raise Killed
-
-
-def _kill_child(trial: Trial, workdir: epath.Path) -> tuple[str, str]:
-    """`train` in a process of its own, which SIGKILL ends some time after its first save."""
+def _kill_child(trial: Trial, workdir: epath.Path) -> str:
+    """Starts `train` in a process of its own and ends it by SIGKILL after its first save; what went wrong instead."""
     words = [sys.executable, "-m", "llava_jax.train", *trial.words, "--workdir", str(workdir)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
@@ -139,92 +148,104 @@ def _kill_child(trial: Trial, workdir: epath.Path) -> tuple[str, str]:
         output.seek(0)
         last = "; ".join(output.read().splitlines()[-3:])
     if code != -signal.SIGKILL or store.latest_step(workdir) is None:
-        return "", f"`train` in a process of its own saves nothing in {CHILD_SECS:.0f} s (exit code {code}): {last}"
-    return "train killed by SIGKILL", ""
+        return f"`train` in a process of its own saves nothing in {CHILD_SECS:.0f} s (exit code {code}): {last}"
+    return ""
 
 
-def _run(trial: Trial, workdir: epath.Path, hooks: Sequence[Hook]) -> tuple[int, Course]:
-    """Trains from the newest save, or from the beginning, until a hook ends it; (exit code, the steps)."""
-    program, losses = _recorded(trial)
-    checkpoints = manager.open_checkpoints(workdir, trial.config.checkpoint.keep)
+def _written_losses(workdir: epath.Path) -> dict[int, float]:
+    """What a killed run has written down; its last line may be cut short, so that a resume drops it."""
     try:
-        pipeline = trials.open_pipeline(trial, program.rows)
-        saved = _restored(trial, checkpoints)
-        state = _first_state(trial) if saved is None else _state(saved)
-        first = 1 if saved is None else saved.step + 1
+        return {row["step"]: row["loss"] for row in metrics.read(workdir)}
+    except ValueError:
+        return {}
+
+
+def _end_in_the_middle(player: Player, workdir: epath.Path) -> dict[int, float]:
+    """The losses of a run that an exception ends between two saves."""
+    losses = dict[int, float]()
+    with contextlib.suppress(Killed):
+        _run(player, workdir, [Hook(KILLED_STEP, _killed, LOG)], losses)
+    return losses
+
+
+def _killed(step: int, state: State, stop: Stop) -> None:
+    raise Killed
+
+
+def _run(player: Player, workdir: epath.Path, hooks: Sequence[Hook], losses: dict[int, float]) -> tuple[int, State]:
+    """Trains from the newest save, or from the beginning, until a hook ends it; (exit code, the last state)."""
+    config, program = player.trial.config, player.trial.program
+    checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
+    recorded = list[jax.Array]()
+    try:
+        pipeline = trials.open_pipeline(player.trial, program.rows)
+        saved = _restored(player.trial, checkpoints)
+        state = _first_state(player.trial) if saved is None else _state(saved)
+        first = int(state.step) + 1
         if saved is not None:
             pipeline.restore(dict(saved.data))
-        run = Run(program, trial.config, _frozen(trial), pipeline, checkpoints, None, Stop(), hooks)
-        code, state = loop.train(run, state)
+        step = _recording(player, recorded)
+        run = Run(dataclasses.replace(program, step=step), config, player.frozen, pipeline, checkpoints, None, Stop(),
+                  hooks)  # fmt: skip
+        return loop.train(run, state)
     finally:
         manager.close(checkpoints)
-    return code, Course(first, [float(loss) for loss in losses], _sums(state))
+        losses |= {first + i: float(loss) for i, loss in enumerate(recorded)}
 
 
-def _preempt(trial: Trial, workdir: epath.Path) -> Course:
+def _preempt(player: Player, workdir: epath.Path) -> Course:
     """Resumes, and trains on until SIGTERM to the last process stops all of them."""
-    stop_at: list[int] = []
+    calls, losses = list[int](), dict[int, float]()
 
     def after(step: int, state: State, stop: Stop) -> None:
-        stop_at.append(step)
-        if len(stop_at) == MORE_STEPS and distributed.index() == distributed.count() - 1:
+        calls.append(step)
+        if len(calls) == MORE_STEPS and distributed.index() == distributed.count() - 1:
             with lifecycle.sigterm(stop.request) as notice:
                 os.kill(os.getpid(), signal.SIGTERM)
-                notice.received.wait(5.0)
+                notice.received.wait(HEARD_SECS)
         time.sleep(0.02)  # so that not many steps pass before all processes have heard it
 
-    code, course = _run(trial, workdir, [Hook(1, after, "doctor.jsonl")])
+    code, state = _run(player, workdir, [Hook(1, after, LOG)], losses)
     if code != errors.PREEMPTED:
-        raise RuntimeError(f"SIGTERM did not stop the run in {len(course.losses)} steps")
-    return course
+        raise RuntimeError(f"SIGTERM has not stopped a run of {len(losses)} steps")
+    return Course(losses, _fingerprint(state))
 
 
-def _follow(trial: Trial, workdir: epath.Path) -> Course:
-    """Resumes after the preemption, for some steps."""
-    checkpoints = manager.open_checkpoints(workdir, trial.config.checkpoint.keep)
-    try:
-        saved = _restored(trial, checkpoints)
-    finally:
-        manager.close(checkpoints)
-    assert saved is not None, "the preempted run has saved nothing"
-    losses, state = _steps(trial, _state(saved), saved.step, MORE_STEPS)
-    return Course(saved.step + 1, losses, _sums(state))
+def _follow(player: Player, workdir: epath.Path) -> Course:
+    """Resumes the preempted run, for some steps."""
+    saved = _newest(player.trial, workdir)
+    losses, state = _steps(player, _state(saved), saved.step, MORE_STEPS)
+    return Course(losses, _fingerprint(state))
 
 
-def _from_begin(trial: Trial, *ends: int) -> list[Course]:
+def _from_begin(player: Player, *ends: int) -> list[Course]:
     """A run that nobody disturbs, up to each of some steps."""
-    state, courses, losses = _first_state(trial), list[Course](), list[float]()
+    state, losses, courses = _first_state(player.trial), dict[int, float](), list[Course]()
     for end in ends:
-        more, state = _steps(trial, state, len(losses), end - len(losses))
-        losses += more
-        courses.append(Course(1, list(losses), _sums(state)))
+        more, state = _steps(player, state, len(losses), end - len(losses))
+        losses |= more
+        courses.append(Course(dict(losses), _fingerprint(state)))
     return courses
 
 
 def _elsewhere(found: Machine, workdir: epath.Path, preempted: Course, undisturbed: Course) -> Line:
     """The preempted run on another mesh."""
-    name = "training: on another mesh"
     sizes = other_mesh(found)
     if sizes is None:
-        return report.skipped(name, "one device has one mesh")
-    trial = trials.open_trial(sizes, len(found.devices), found.platform, found.local)
-    checkpoints = manager.open_checkpoints(workdir, trial.config.checkpoint.keep)
-    try:
-        saved = _restored(trial, checkpoints)
-    finally:
-        manager.close(checkpoints)
-    assert saved is not None, "the preempted run has saved nothing"
-    sums = _sums(_state(saved))
-    differ = [leaf for leaf, value in sums.items() if preempted.state_sums[leaf] != value]
-    losses, _ = _steps(trial, _state(saved), saved.step, MORE_STEPS)
-    expected = undisturbed.losses[saved.step : saved.step + MORE_STEPS]
-    apart = max(abs(a / b - 1) for a, b in zip(losses, expected, strict=True))
-    mesh = ", ".join(f"{axis} {size}" for axis, size in trial.program.mesh.shape.items() if size > 1)
+        return report.skipped(ELSEWHERE, "one device has one mesh")
+    player = _player(trials.open_trial(sizes, len(found.devices), found.platform, found.local))
+    saved = _newest(player.trial, workdir)
+    state = _state(saved)
+    differ = _differences(_fingerprint(state), preempted.state)
+    losses, _ = _steps(player, state, saved.step, MORE_STEPS)
+    apart = max(abs(loss / undisturbed.losses[step] - 1) for step, loss in losses.items())
+    mesh = ", ".join(f"{axis} {size}" for axis, size in player.trial.program.mesh.shape.items() if size > 1)
     expectation = f"the state bit for bit, losses within {OTHER_MESH:g}"
     if differ or apart > OTHER_MESH:
-        fault = f"{mesh}: {len(differ)} of {len(sums)} arrays differ, losses by {apart:.1e}"
-        return Line(name, FAIL, fault, expectation, REMEDY, detail=", ".join(differ))
-    return Line(name, OK, f"{mesh}: {len(sums)} arrays the same, losses within {apart:.1e}", expectation)
+        fault = f"{mesh}: {len(differ)} of {len(preempted.state)} arrays differ, losses by {apart:.1e}"
+        return Line(ELSEWHERE, FAIL, fault, expectation, REMEDY, detail=", ".join(differ))
+    words = f"{mesh}: {len(preempted.state)} arrays the same, losses within {apart:.1e}"
+    return Line(ELSEWHERE, OK, words, expectation)
 
 
 def other_mesh(found: Machine) -> configs.Mesh | None:
@@ -234,66 +255,75 @@ def other_mesh(found: Machine) -> configs.Mesh | None:
     halves = {"fsdp": each // 2, "tensor": 2} if each % 2 == 0 else {"fsdp": each}
     for sizes in ({"fsdp": each}, halves, {"fsdp": 1, "data": each}):
         other = configs.Mesh(**sizes, slices=slices)
-        if [max(1, vars(other)[axis]) * (slices if axis == "data" else 1) for axis in shape] != list(shape.values()):
+        if [vars(other)[axis] * (slices if axis == "data" else 1) for axis in shape] != list(shape.values()):
             return other
     return None
 
 
-def _same(name: str, figure: str, course: Course, undisturbed: Course) -> Line:
-    """Compares the last steps of two runs that end with the same step."""
-    expected = undisturbed.losses[course.first - 1 :]
-    other = [course.first + i for i, (a, b) in enumerate(zip(course.losses, expected, strict=True)) if a != b]
-    differ = [leaf for leaf, sums in undisturbed.state_sums.items() if course.state_sums[leaf] != sums]
-    if other or differ:
-        parts = [f"losses differ from step {other[0]} on" if other else "",
-                 f"{len(differ)} of {len(undisturbed.state_sums)} arrays differ" if differ else ""]  # fmt: skip
-        return Line(name, FAIL, f"{figure}: {', '.join(filter(None, parts))}", EXPECTED, REMEDY,
-                    detail=", ".join(differ))  # fmt: skip
-    return Line(name, OK, f"{figure}: the same to step {course.last}", EXPECTED)
+def _same(
+    name: str, figure: str, losses: Sequence[Mapping[int, float]], state: Mapping[str, Any],
+    expected_state: Mapping[str, Any], expected_losses: Mapping[int, float],
+) -> Line:  # fmt: skip
+    """Compares the losses of some starts of a run, and its last state, with those of a run that nobody disturbs."""
+    compared = [(step, loss) for start in losses for step, loss in start.items() if step in expected_losses]
+    other = [step for step, loss in compared if expected_losses[step] != loss]
+    differ = _differences(state, expected_state)
+    if not other and not differ:
+        return Line(name, OK, f"{figure}: {len(compared)} losses to step {max(compared)[0]} the same", EXPECTED)
+    faults = [f"losses differ from step {min(other)} on"] if other else []
+    faults += [f"{len(differ)} of {len(expected_state)} arrays differ"] if differ else []
+    return Line(name, FAIL, f"{figure}: {', '.join(faults)}", EXPECTED, REMEDY, detail=", ".join(differ))
 
 
-def _recorded(trial: Trial) -> tuple[Any, list[jax.Array]]:
-    """The program, and a list that gets the loss of each step that it computes."""
-    losses = list[jax.Array]()
+def _differences(state: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    return [name for name in state.keys() | other.keys() if state.get(name) != other.get(name)]
+
+
+def _recording(player: Player, losses: list[jax.Array]) -> Callable[..., Any]:
+    """The step, which adds each loss to the list."""
 
     def step(state: State, frozen: Any, batch: Any) -> tuple[State, Any]:
-        state, metrics = trial.program.step(state, frozen, batch)
-        losses.append(metrics.loss)
-        return state, metrics
+        state, scalars = player.step(state, frozen, batch)
+        losses.append(scalars.loss)
+        return state, scalars
 
-    return dataclasses.replace(trial.program, step=step), losses
+    return step
 
 
-def _steps(trial: Trial, state: State, done: int, count: int) -> tuple[list[float], State]:
-    """Trains `count` steps after `done` of them, without the loop around it."""
-    pipeline = trials.open_pipeline(trial, trial.program.rows)
+def _steps(player: Player, state: State, done: int, count: int) -> tuple[dict[int, float], State]:
+    """Trains `count` steps after `done` of them, without the loop around it; {step: loss} and the last state."""
+    program, losses = player.trial.program, list[jax.Array]()
+    pipeline, step = trials.open_pipeline(player.trial, program.rows), _recording(player, losses)
     pipeline.restore(pipeline.state(done))
-    (program, losses), frozen = _recorded(trial), _frozen(trial)
-    for (batch, _), _ in zip(pipeline, range(count)):
-        state, _ = program.step(state, frozen, program.put(batch))
-    return [float(loss) for loss in losses], state
+    for _, (batch, _) in zip(range(count), pipeline):
+        state, _ = step(state, player.frozen, program.put(batch))
+    return {done + 1 + i: float(loss) for i, loss in enumerate(losses)}, state
 
 
 def _first_state(trial: Trial) -> State:
-    return init.state(trial.program, _sources(trial), trial.config.train.seed)
+    sources = init.resolve(trial.program, trial.config.init, trial.config.model.base, trial.config.train.seed)
+    return init.state(trial.program, sources, trial.config.train.seed)
 
 
-def _frozen(trial: Trial) -> Mapping[str, Any]:
-    return init.frozen(trial.program, _sources(trial))
+def _newest(trial: Trial, workdir: epath.Path) -> Saved:
+    checkpoints = manager.open_checkpoints(workdir, trial.config.checkpoint.keep)
+    try:
+        saved = _restored(trial, checkpoints)
+    finally:
+        manager.close(checkpoints)
+    assert saved is not None, "the preempted run has saved nothing"
+    return saved
 
 
-def _sources(trial: Trial) -> dict[str, str]:
-    return init.resolve(trial.program, trial.config.init, trial.config.model.base, trial.config.train.seed)
-
-
-def _restored(trial: Trial, checkpoints: manager.Checkpoints) -> Saved | None:
-    abstract = trial.program.state
-    return manager.restore(checkpoints, abstract.params, {"step": abstract.step, "opt_state": abstract.opt_state})
+def _restored(trial: Trial, checkpoints: Checkpoints) -> Saved | None:
+    state = trial.program.state
+    return manager.restore(checkpoints, state.params, {"step": state.step, "opt_state": state.opt_state})
 
 
 def _state(saved: Saved) -> State:
     return State(saved.state["step"], saved.params, saved.state["opt_state"])
 
 
-def _sums(state: State) -> dict[str, Any]:
-    return manager.fingerprint({"params": state.params, "opt_state": state.opt_state, "step": state.step})
+def _fingerprint(state: State) -> dict[str, Any]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return sums.of_arrays({jax.tree_util.keystr(path): leaf for path, leaf in leaves})
