@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(argv)
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="reliability-", ignore_cleanup_errors=True)))
+        place = tempfile.TemporaryDirectory(prefix="reliability-", ignore_cleanup_errors=True)
+        folder = Path(stack.enter_context(place))
         passing, root = stack.enter_context(bucket()) if options.bucket or options.faulty else (None, str(folder))
         server = stack.enter_context(forks.parent(folder))
         begin, loop = time.monotonic(), Loop(server, folder, root, options.processes, random.Random(options.seed))
