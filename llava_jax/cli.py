@@ -6,9 +6,11 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_jax import errors
+from llava_jax.files import is_bucket
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
 # Earlier names of options, and names that people bring from elsewhere -> ours.
@@ -58,6 +60,13 @@ class Parser(argparse.ArgumentParser):
         if RENAMED.get(word) in known.values():
             return f"; did you mean {RENAMED[word]}?"
         return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def on_disk(text: str) -> Path:
+    """A path of an option whose files only a disk can hold; the `type` of such an option."""
+    if is_bucket(text):
+        raise argparse.ArgumentTypeError(f"{text}: want a path on a disk; copy it with `gcloud storage cp -r`")
+    return Path(text)
 
 
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:

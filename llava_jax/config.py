@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from llava_jax import typed
 from llava_jax.errors import MissingFile, UsageError
+from llava_jax.files import want_disk
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -277,9 +278,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an unknown key, a wrong type or value, a missing key, or a scalar that no table reads; it names
-        the file and the key.
+      ValueError: an unknown key, a wrong type or value, a missing key, a scalar that no table reads, or a path into a
+        bucket; it names the file and the key.
     """
+    want_disk(str(path), "--config", "a config is Python code")
     path, overrides = Path(path), dict(overrides or {})
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")

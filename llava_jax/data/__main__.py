@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, errors
+from llava_jax import cli, errors, files
 from llava_jax import config as configs
 from llava_jax.data import index, prepare, report
 from llava_jax.data.check import Checks, rules
@@ -205,6 +205,8 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    if options.to == "tfds" or options.records not in prepare.NAMES:
+        files.want_disk(options.out, "--out", "array_record files are written there")
     if options.records not in prepare.NAMES:
         if options.raw is not None or options.to == "json":
             raise UsageError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")

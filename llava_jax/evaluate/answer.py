@@ -5,6 +5,7 @@ the batch, the host or the order; so merged shards are, byte for byte, what one 
 """
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -18,6 +19,7 @@ import numpy as np
 from etils import epath
 from jax.experimental import multihost_utils
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.answers import Answer
@@ -26,12 +28,14 @@ from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import Client, Failure, Request
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import encode_jpeg, open_image
+from llava_jax.streams import GrowingFile
 
 BATCHES = 8  # answered between two writes of the file
 DIVIDER = "###"  # between reasons and answer in ScienceQA's LEPA
 ANSWER_HEADER = f" {DIVIDER}\nANSWER:"
 ANSWER_TOKENS = 64  # of the second pass. Source: haotian-liu/LLaVA llava/eval/model_vqa_science.py @ 8959d5c
 LOG_SECS = 10.0
+FLUSH_SECS = 60.0  # what a kill may cost where an answer file lies in a bucket
 _MEDIA = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 
@@ -161,7 +165,7 @@ def run(
     """Answers this host's share of the questions into its file, and returns all that the file then holds.
 
     Answers that the file has already are kept; a last line that a kill cut off is made anew. Rows are appended as
-    they come; at the end the file is written once more in the questions' order.
+    they come, in a bucket each `FLUSH_SECS`; at the end the file is written once more in the questions' order.
 
     Args:
       faults: questions that cannot be asked; each becomes a row that says why.
@@ -178,12 +182,15 @@ def run(
     ready = [job for job in todo if job.question.id not in unable]
     if len(done):
         print(f"goes on after {len(done):,} of {len(jobs):,} answers in {place}", flush=True)
-    with place.open("a") as file:
+    flushed = time.monotonic()
+    with contextlib.closing(GrowingFile(place, "".join(map(answers.line, done.values())).encode())) as file:
         said = _unable(todo, unable, model, run_id)
         for answer in _chained(said, _answers(ready, speak, model, run_id)):
             done[answer.id, answer.repeat] = answer
-            file.write(answers.line(answer))
-            file.flush()
+            file.add(answers.line(answer).encode())
+            if time.monotonic() - flushed > FLUSH_SECS:
+                file.flush()
+                flushed = time.monotonic()
     found = tuple(answers.ordered(questions, done.values()))
     answers.write(place, found)
     return found
@@ -226,7 +233,7 @@ def _data_url(image: str | bytes, folder: epath.Path) -> str:
       ValueError: it is no picture, or its path or a link leads out of the folder; nothing else leaves the machine.
     """
     picture = open_image(image, folder)
-    data = image if isinstance(image, bytes) else (folder / image).read_bytes()
+    data = image if isinstance(image, bytes) else files.read(folder / image)
     if data[:2] not in _MEDIA:
         data = encode_jpeg(np.asarray(picture))
     return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
@@ -238,7 +245,7 @@ def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
     Raises:
       DataError: the file holds answers of another run, or is broken.
     """
-    done = _resumed(place, run_id) if place.exists() else {}
+    done = _resumed(place, run_id) if files.exists(place) else {}
     answers.write(place, done.values())
     return done
 
