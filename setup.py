@@ -35,6 +35,7 @@ setup(
         "grain>=0.2.18",
         "array-record>=0.8.6",
         "tensorflow-datasets>=4.9.10",
+        "pyarrow>=26.0.1",  # parquet and Hugging Face `datasets`; tensorflow-datasets brings it too
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it on every Python and declares it for old ones
         "httpx2>=2.16.2",
     ],

@@ -50,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    path: str  # .json, .jsonl, a TFDS directory, or a .tar shard or directory of them
+    path: str = ""  # .json, .jsonl, .parquet, .tar, or a directory of parquet, tar, HF datasets or TFDS
     images: str = ""  # root of the pictures
     weight: float = 1.0  # share in the mixture relative to its own size
     name: str = ""  # for messages; "": the path
@@ -60,6 +60,7 @@ class Source:
 class Data:
     sources: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
+    hold_out: float = 0.0  # share of the records that is not trained on, for train.eval_every; beside validation
     order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
     layout: Literal["padded", "packed"] = "padded"  # one sample a row, or as many as fit
     batch_samples: int = 128  # padded: samples, and rows, of a step; the reference's global batch
@@ -73,12 +74,15 @@ class Data:
 
     def __post_init__(self) -> None:
         _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_group=(1, None))
-        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None))
+        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None), hold_out=(0, 0.9))
         self._check_layout()
         if not self.sources:
             raise UsageError("data.sources is empty: want at least one Source(path, images)")
-        for i, source in enumerate(self.sources):
-            _in_range(source, f"data.sources.{i}", weight=(0, None))
+        for name in ("sources", "validation"):
+            for i, source in enumerate(vars(self)[name]):
+                _in_range(source, f"data.{name}.{i}", weight=(0, None))
+                if not source.path:
+                    raise UsageError(f"data.{name}.{i}.path is empty: want a file or directory of records")
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
             raise UsageError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
 
@@ -109,6 +113,7 @@ class Train:
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
+    lengthen: bool = False  # a run of other steps or epochs goes on with its optimizer; its rates are the new length's
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
     schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
     first_lr: float = 0.0  # where the warm-up to lr begins
@@ -214,13 +219,16 @@ class Config:
 
     def __post_init__(self) -> None:
         _in_range(self, "config", profile=(0, None))
+        if self.data.hold_out and not self.train.eval_every:
+            raise UsageError(f"data.hold_out={self.data.hold_out}: nothing evaluates these records; set "
+                             "train.eval_every to a number of steps")  # fmt: skip
         if not self.lora and self.train.lora_dropout:
             raise UsageError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":
             self._check_packed()
             return
         divisors = {"accumulate": self.train.accumulate}
-        if self.train.loss == "group_mean" or self.data.order == "modality_length":
+        if self.train.loss == "group_mean":
             divisors["group_samples"] = self.train.group_samples
         for key, size in divisors.items():
             if self.data.batch_samples % size:
@@ -306,6 +314,8 @@ def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
             config[branch] = typed.parse(text, TOP[branch], key)
         elif key.startswith(("data.sources.", "data.validation.")):
             _override_source(config, rest, text)
+        elif branch == "lora":
+            _override_lora(config, rest, text)
         else:
             config[branch][rest] = typed.parse(text, _hint(branch, rest, key), key)
     return config
@@ -321,14 +331,31 @@ def _hint(branch: str, name: str, key: str) -> Any:
     raise UsageError(f"unknown key {key!r}{typed.near(key, known)}")
 
 
+def _override_lora(config: ConfigDict, name: str, text: str) -> None:
+    """Sets the rank or the alpha of all adapters."""
+    hints = typing.get_type_hints(Lora)
+    if name not in hints:
+        raise UsageError(f"unknown key 'lora.{name}'; want one of {', '.join(f'lora.{name}' for name in hints)}")
+    if not any(adapter for _, adapter in config.lora):
+        raise UsageError(f"lora.{name}={text}: the config has no adapters; begin with configs/llava15_7b_task_lora.py, "
+                         "or another whose name has `lora`")  # fmt: skip
+    value = typed.parse(text, hints[name], f"lora.{name}")
+    config.lora = tuple(
+        (pattern, adapter and dataclasses.replace(adapter, **{name: value})) for pattern, adapter in config.lora
+    )
+
+
 def _override_source(config: ConfigDict, rest: str, text: str) -> None:
-    """Sets one scalar of one source: `sources.0.path`."""
+    """Sets one scalar of one source: `sources.0.path`. The number after the last adds a source."""
     name, _, place = rest.partition(".")
     index, _, scalar = place.partition(".")
     sources = list(config.data[name])
-    if not index.isdigit() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
-        keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
-        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
+    known = [str(i) for i in range(len(sources) + 1)]
+    if index not in known or scalar not in typing.get_type_hints(Source):
+        keys = [f"data.{name}.{i}.{f.name}" for i in known for f in dataclasses.fields(Source)]
+        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys)}")
+    if int(index) == len(sources):
+        sources.append(Source())
     value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
     sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
     config.data[name] = tuple(sources)
@@ -356,6 +383,28 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
         probe[branch][name] = 1e9 if branch == "train" else "another/directory"
         if _plain((probe.rates, probe.init)) == before:
             raise UsageError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
+
+
+def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The other words, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
+
+    Raises:
+      UsageError: one lacks its value, or a key is given twice.
+    """
+    rest, found, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        option, equals, text = word.partition("=")
+        text = text if equals else next(words, "")
+        key = option.removeprefix("--config.")
+        if key in found:
+            raise UsageError(f"{option} is given more than once")
+        if not text and not equals:
+            raise UsageError(f"{option} wants a value")
+        found[key] = text
+    return rest, found
 
 
 class Command(NamedTuple):

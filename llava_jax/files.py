@@ -27,6 +27,9 @@ LONGEST_WAIT_SECS = 16.0
 # write; where TensorFlow is installed, etils would take its client, which raises other exceptions.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GS", '{"use_listings_cache": false}')
+# TensorStore (Orbax's too) waits for ever on a connection that died without a word; gcsfs gives up after 300 s.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 if "fsspec.config" in sys.modules:  # it has read the environment already
     sys.modules["fsspec.config"].conf.setdefault("gs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
@@ -117,9 +120,11 @@ def missing(folder: epath.PathLike, names: Iterable[str]) -> set[str]:
     return {name for name, place in places.items() if place not in there}
 
 
-def write_whole(path: epath.PathLike, content: bytes) -> None:
+def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
     Directories above it are made.
+
+    secs: as for `retried`.
 
     Raises:
       MissingFile: the bucket does not exist.
@@ -127,7 +132,7 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     """
     path = epath.Path(path)
     try:
-        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path)
+        retried(lambda: _write_object(path, content) if is_bucket(path) else _replace_file(path, content), path, secs)
     except FileNotFoundError as error:
         if not is_bucket(path):
             raise

@@ -18,24 +18,28 @@ ROOMS = {
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch"),
+    "data/__main__.py": ("prompt", "batch", "config", "train/trainer"),  # validate --config: what that run would check
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
-    "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    "train": ("chips", "config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
     "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
-    "generate": ("batch", "sharding", "models", "prompt", "checkpoint"),
+    "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
     "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
-    "datagen/curate.py": ("prompt", "openai_client", "generate"),
-    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
+    "datagen/describer.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
+    # It refuses what training refuses: a template that the tokenizer cannot write.
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
+    "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip
@@ -50,9 +54,9 @@ GUESTS = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
+    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
-    "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
+    "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
     "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
@@ -62,13 +66,14 @@ GUESTS = {
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
 NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
-PALLAS = "models/attention"
+PALLAS = "models/flash"
 # Where a path may be one of pathlib, which turns gs://BUCKET/x into the local path gs:/BUCKET/x, and why.
 DISK = {
     "cli": "`on_disk` refuses a bucket", "config": "a config is Python code; a bucket is refused",
     "openai_client": "a cache is locked and grows; a bucket is refused", "demo": "a bucket is refused",
     "evaluate/ablate": "its --workdir; a bucket is refused", "datagen": "its --out; a bucket is refused",
     "prompt": "links on a disk, and temporary folders for transformers", "data/validate": "links on a disk",
+    "checkpoint/lock": "the kernel's own files", "doctor": "its own temporary folder, and this package's files",
     "train/trainer": "this package's own files, and the cache of compiled programs",
 }
 

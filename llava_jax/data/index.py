@@ -15,8 +15,10 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
-from llava_jax.data.sources import Record, Source
-from llava_jax.data.validate import REASONS, check, rules
+from llava_jax.data.check import read, rules
+from llava_jax.data.problems import Problem
+from llava_jax.data.records import Record, parse
+from llava_jax.data.sources import Source
 from llava_jax.prompt.encode import Format, encode
 
 _log = logging.getLogger(__name__)
@@ -43,10 +45,12 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
     fit = rules(format.template)
 
     def measured(record: Record) -> tuple[int, int]:
-        if any(REASONS[problem.reason][0] for problem in check(record, fit)):
+        reading = read(record, fit)
+        # The image folder may change between two starts, so what is wrong with paths does not count.
+        if any(problem.fatal and problem.reason != "unsafe_path" for problem in reading.problems):
             return 0, 0
         try:
-            example = encode(record.conversation, format, open_images=False)
+            example = encode(reading.conversation, format, open_images=False)
         except ValueError:
             return 0, 0  # what is wrong is said when the record is read for training
         return len(example.tokens), len(example.image_spans)
@@ -55,12 +59,12 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
 
 
 def _words(record: Record) -> int:
-    raw = record.raw
-    rows = raw.get("conversations") if isinstance(raw, dict) else None
-    texts = [row.get("value") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    count = sum(len(text.split()) for text in texts if isinstance(text, str))
-    # Differs from LLaVA: it asserts that no record is empty; here a bad record must not stop the others' order.
-    return max(count, 1) * (1 if isinstance(raw, dict) and "image" in raw else -1)
+    parsed = parse(record)
+    if isinstance(parsed, Problem):
+        return -1  # Differs from LLaVA: it asserts that no record is empty; a bad one must not stop the others' order
+    conversation = parsed.conversation
+    count = sum(len(text.split()) for text in (conversation.system or "", *(turn.text for turn in conversation.turns)))
+    return max(count, 1) * (1 if conversation.images else -1)
 
 
 def _fingerprint(format: Format) -> str:

@@ -3,14 +3,13 @@
 A shard is never unpacked: its headers and captions are read once, then a picture by its place in the file.
 """
 
-import dataclasses
 import hashlib
 import json
 import logging
 import re
 import tarfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files, streams
-from llava_jax.data.sources import Record, Source
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, Unreachable
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
@@ -73,29 +73,29 @@ class ShardSource(Source):
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Record:
-        record = self.text(index)
-        return record if record.fault else self._with_picture(record)
-
-    def text(self, index: int) -> Record:
-        pair = self.pairs[index]
-        raw = {
-            "id": pair.key, "image": pair.key,
-            "conversations": [{"from": "human", "value": "<image>"},
-                              {"from": "gpt", "value": clean_caption(pair.caption)}],
-        }  # fmt: skip
-        return Record(self.path, index, None, raw, (b"",), pair.fault)
-
-    def _with_picture(self, record: Record) -> Record:
-        pair, shard = self.pairs[record.index], self.shards[self.shard_of[record.index]]
+        pair, shard = self.pairs[index], self.shards[self.shard_of[index]]
+        if pair.fault:
+            return self._record(index, b"", pair.fault)
         try:
             picture = files.read_range(shard, pair.start, pair.size)
         except Unreachable:
             raise
         except OSError as error:
-            return dataclasses.replace(record, fault=f"{shard}: cannot be read ({error})")
-        if len(picture) != pair.size:
-            return dataclasses.replace(record, fault=f"{shard}: ends within its picture: has it changed?")
-        return dataclasses.replace(record, pictures=(picture,))
+            return self._record(index, b"", f"{shard}: cannot be read ({error})")
+        fault = "" if len(picture) == pair.size else f"{shard}: ends within its picture: has it changed?"
+        return self._record(index, picture, fault)
+
+    def text(self, index: int) -> Record:
+        return self._record(index, b"", self.pairs[index].fault)
+
+    @property
+    def unreadable(self) -> Sequence[int]:
+        return [index for index, pair in enumerate(self.pairs) if pair.fault]
+
+    def _record(self, index: int, picture: bytes, fault: str) -> Record:
+        pair = self.pairs[index]
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": clean_caption(pair.caption)}]
+        return Record(self.path, index, None, {"id": pair.key, "image": picture, "conversations": turns}, fault)
 
 
 def clean_caption(text: str) -> str:

@@ -1,7 +1,7 @@
 """Reads LLaVA-style instruction data from a TFDS directory (array_record), without TensorFlow.
 
-    features   conversations: Sequence({from: Text, value: Text}); optional: id: Text,
-               image: Image or images: Sequence(Image), images_in_place: bool (see `Conversation`)
+    features   conversations: Sequence({from: Text, value: Text, optional loss: bool}); optional: id: Text,
+               image: Image or images: Sequence(Image), images_in_place: bool (see `Conversation`), weight: float
 """
 
 import hashlib
@@ -12,10 +12,11 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from llava_jax import files
-from llava_jax.data.sources import Record, Source
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, UsageError
 
-_KNOWN = {"id", "conversations", "image", "images", "images_in_place"}
+_KNOWN = {"id", "conversations", "image", "images", "images_in_place", "weight"}
 
 
 class _Encoded(tfds.decode.SkipDecoding):
@@ -40,19 +41,24 @@ class TfdsSource(Source):
             raw = _texts(example)
         except (RuntimeError, IndexError, ValueError) as error:  # what array_record raises for damaged shards
             fault = f"the data set is damaged here ({error}): write it again"
-            return Record(self.path, index, None, None, (), fault)
+            return Record(self.path, index, None, None, fault)
         pictures = (*example.get("images", ()), *([example["image"]] if example.get("image") else ()))
-        names = [f"picture {i}" for i in range(len(pictures))]
         if pictures:
-            raw["image"] = names if example.get("images_in_place", len(names) > 1) else names[0]
-        return Record(self.path, index, None, raw, tuple(bytes(picture) for picture in pictures))
+            images = [bytes(picture) for picture in pictures]
+            raw["image"] = images if example.get("images_in_place", len(images) > 1) else images[0]
+        return Record(self.path, index, None, raw)
 
 
 def _texts(example: Any) -> dict[str, Any]:
-    """Conversation and id, as LLaVA JSON has them."""
+    """All but the pictures, as JSON has it."""
     turns = example["conversations"]
     said = zip(turns["from"], turns["value"], strict=True)
-    raw: dict[str, Any] = {"conversations": [{"from": one.decode(), "value": text.decode()} for one, text in said]}
+    rows: list[dict[str, Any]] = [{"from": one.decode(), "value": text.decode()} for one, text in said]
+    if "loss" in turns:
+        rows = [row | {"loss": bool(loss)} for row, loss in zip(rows, turns["loss"], strict=True)]
+    raw: dict[str, Any] = {"conversations": rows}
+    if "weight" in example:
+        raw["weight"] = float(example["weight"])
     return raw | ({"id": example["id"].decode()} if "id" in example else {})
 
 

@@ -175,7 +175,7 @@ def _filter(options: argparse.Namespace) -> int:
 
 
 def _curate(options: argparse.Namespace) -> int:
-    from llava_jax.datagen import steps  # here only: it brings the model, which the other verbs need not
+    from llava_jax.datagen import steps  # here only: it opens pictures, which the other verbs do not
 
     return steps.STEPS[options.step](options)
 

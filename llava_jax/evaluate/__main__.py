@@ -51,10 +51,20 @@ def _run(options: argparse.Namespace) -> int:
 
         return ask.run(options)
     if options.verb == "ablate":
+        _check_grid(options)
         from llava_jax.evaluate import ablate
 
         return ablate.main(options)
     return verbs.VERBS[options.verb](options)
+
+
+def _check_grid(options: argparse.Namespace) -> None:
+    """Raises UsageError where the grid lacks its data."""
+    if options.grid == "scienceqa" and options.scienceqa is None:
+        raise UsageError("grid scienceqa wants --scienceqa DIR")
+    needed = (*TYPES, "benchmark", "data")
+    if options.grid == "mixes" and None in [vars(options)[name] for name in needed]:
+        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in needed)}")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -204,7 +204,7 @@ def _source(records: AnyPath, images: AnyPath) -> dict[str, AnyPath]:
 
 def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequence[str]) -> None:
     """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
-    from llava_jax.train import __main__ as train  # here only: the other verbs of this door need not wait for it
+    from llava_jax.train import __main__ as train  # here only: the other verbs need not wait for it
 
     words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
     words += [f"--config.{word}" for word in more]
@@ -256,10 +256,6 @@ def main(told: argparse.Namespace) -> int:
 def _plan(told: argparse.Namespace) -> Plan:
     bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
     files = tuple(vars(told)[name] for name in TYPES)
-    if told.grid == "scienceqa" and told.scienceqa is None:
-        raise UsageError("grid scienceqa wants --scienceqa DIR")
-    if told.grid == "mixes" and (None in files or told.benchmark is None or told.data is None):
-        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
     return Plan(
         told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
         told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
 from llava_jax import files
 from llava_jax.errors import DataError, UsageError
@@ -142,7 +143,10 @@ def weights_id(assistant: Assistant) -> str:
     """A hash of the first row of every parameter: little to read, and any training moves some of them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(assistant.params):
-        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)], np.float32).tobytes())
+        row = leaf[(0,) * (leaf.ndim - 1)]
+        if not row.is_fully_addressable:
+            row = multihost_utils.process_allgather(row, tiled=True)
+        digest.update(np.asarray(row, np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -171,7 +175,7 @@ def run(
     """
     place = shard(path, host, hosts)
     mine = list(questions)[host::hosts]
-    done = {} if not files.exists(place) else _resumed(place, run_id)
+    done = resume(place, run_id)
     unable = {fault.id: fault for fault in faults}
     jobs = [Job(question, repeat) for question in mine for repeat in range(settings.repeats)]
     todo = [job for job in jobs if (job.question.id, job.repeat) not in done]
@@ -235,8 +239,18 @@ def _data_url(image: str | bytes, folder: epath.Path) -> str:
     return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
 
 
+def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
+    """What an earlier start has answered, which is all that the file holds then; rows of a fault are asked again.
+
+    Raises:
+      DataError: the file holds answers of another run, or is broken.
+    """
+    done = _resumed(place, run_id) if files.exists(place) else {}
+    answers.write(place, done.values())
+    return done
+
+
 def _resumed(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
-    """What an earlier start has answered; rows of a fault are asked again."""
     found = answers.read([place])
     broken = [fault for fault in found.faults if fault.kind != "truncated_line"]
     if broken:

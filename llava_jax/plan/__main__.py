@@ -107,7 +107,21 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)
-    return configs.load(options.config, overrides)
+    config = configs.load(options.config, overrides)
+    _check_words(config)
+    return config
+
+
+def _check_words(config: configs.Config) -> None:
+    """Refuses a template that the tokenizer cannot write, where that is on this machine."""
+    from llava_jax.checkpoint import card as cards
+    from llava_jax.prompt import ending, templates, tokenizer
+
+    prompt, base = config.prompt, config.model.base
+    template = templates.get(prompt.template)
+    place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
+    if place and files.exists(place):
+        ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:

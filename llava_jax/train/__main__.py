@@ -37,5 +37,7 @@ def _nothing_lost() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: _nothing_lost())  # before and after `main`
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: _nothing_lost())  # before `main` listens
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives up handlers while it ends, but leaves this
+    sys.exit(code)

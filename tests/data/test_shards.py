@@ -15,10 +15,9 @@ from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.shards import clean_caption
 from llava_jax.data.sources import open_source
-from llava_jax.data.validate import rules, validate
 from llava_jax.errors import DataError, Unreachable
 from tests import buckets
-from tests.data.conftest import png
+from tests.data.conftest import findings, png
 
 
 def write(path, files):
@@ -41,7 +40,7 @@ def test_pairs_of_all_shards_are_records_with_their_pictures(shards):
     assert [record.id for record in source] == ["0", "b/7"]
     talk = source[1].conversation
     assert [turn.text for turn in talk.turns] == ["<image>", "a boat"] and talk.images == (png(7),)
-    assert source[0].conversation.turns[1].text == "a cat" and source[0].pictures == (b"not opened here",)
+    assert source[0].conversation.turns[1].text == "a cat" and source[0].conversation.images == (b"not opened here",)
     assert len(open_source(shards / "00001.tar")) == 1
     write(shards / "2.tar", {"2.jpg": b"x", "2.txt": b'{"cap"} on a shelf'})  # a text may begin as JSON does
     assert open_source(shards / "2.tar")[0].conversation.turns[1].text == '{ cap } on a shelf'
@@ -93,12 +92,12 @@ def test_a_bad_pair_costs_itself_by_name(tmp_path, v1, files, fault):
     source = open_source(tmp_path / "a.tar")
     bad, good = source
     assert bad.id == "0" and fault in bad.fault, bad.fault
-    assert good.fault == "" and good.pictures == (png(3),)
-    with pytest.raises(DataError, match=r"a\.tar\[0\] id='0': "):
+    assert good.fault == "" and good.conversation.images == (png(3),)
+    with pytest.raises(DataError, match=r"a\.tar\[0\] id='0' unreadable: "):
         print(bad.conversation)
     assert sizes(source, v1).tolist() == [[0, 0], [sizes(source, v1)[1, 0], 1]]
     for open_images in (False, True):
-        (finding,) = validate(source, rules(v1.template), v1, 160, open_images)
+        (finding,) = findings(source, v1, 160, opened=open_images)
         assert (finding.id, finding.reason, finding.detail) == ("0", "unreadable", bad.fault)
     settings = {"format": v1, "batch_samples": 1, "row_tokens": 160, "one_pass": True, "order": "sequential"}
     for layout in (Pipeline, lambda batch_samples, **rest: Packed(rows=batch_samples, **rest)):
@@ -147,10 +146,10 @@ def test_captions_are_measured_without_reading_a_picture(place, bucket_proxy, v1
     source = open_source(place / "copy")
     with buckets.faults(bucket_proxy, lambda method, path: 500):  # no request would be answered
         assert sizes(source, v1).tolist() == sizes(open_source(shards), v1).tolist()
-        assert not list(validate(source, rules(v1.template), v1, 160))
+        assert not findings(source, v1, 160, opened=False)
         assert not bucket_proxy.requests
     with buckets.faults(bucket_proxy, lambda method, path: None):
-        assert [record.pictures for record in source] == [record.pictures for record in open_source(shards)]
+        assert [record.raw for record in source] == [record.raw for record in open_source(shards)]
         assert len(bucket_proxy.requests) == (2 if files.is_bucket(place) else 0)  # one a record
     assert source.fingerprint == open_source(shards).fingerprint
 

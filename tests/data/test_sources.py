@@ -46,7 +46,6 @@ def test_lines_count_blank_ones(tmp_path):
         ("a.json", b"[" * 100000, r"a\.json:1:2: no valid JSON"),
         ("a.json", b"[]", "holds no records"),
         ("a.json", b'["\xff"]', r"a\.json:1: byte 0xff is no UTF-8"),
-        ("a.jsonl", b'{"id": 1}\n{"id": \n', r"a\.jsonl:2: no valid JSON.*it begins"),
         ("a.jsonl", b"\n", "holds no records"),
     ],
 )
@@ -76,7 +75,7 @@ def test_the_fingerprint_is_of_the_content_only(make):
 def test_word_lengths_count_as_the_reference_s_sampler(make):
     assert word_lengths(make(4)).tolist() == [-5, 8, 10, -11]
     odd = [{}, 3, {"image": "x", "conversations": []}, {"conversations": [{"value": 4}, 5]}]
-    assert word_lengths(make(odd, "odd.json")).tolist() == [-1, -1, 1, -1]
+    assert word_lengths(make(odd, "odd.json")).tolist() == [-1, -1, -1, -1]
 
 
 def test_lengths_are_kept_for_this_data_and_this_code(make, v1, place, monkeypatch, caplog):
