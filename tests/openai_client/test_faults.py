@@ -272,8 +272,8 @@ def test_a_404_that_stays_ends_the_run():
 def test_attempts_that_may_have_been_billed_count_against_the_budget(fault, tmp_path):
     """Six attempts of 12 + 5 tokens at most would be 102; the budget has room for three."""
     budget = Budget(max_tokens=3 * sum(wire.estimate(asked("x" * 20))))
-    patience = 0.2 if fault == "timeout" else 20
-    with FakeOpenAI(faults=always(fault), silence_secs=0.5) as server:
+    patience = 1 if fault == "timeout" else 20
+    with FakeOpenAI(faults=always(fault), silence_secs=2) as server:
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, backoff_secs=0.01, concurrency=1)
         with Client(endpoint, tmp_path / "c.jsonl", budget) as client:
             outcomes = dict(client.ask_many(asked("x" * 20, choice=i) for i in range(3)))
