@@ -1,13 +1,15 @@
 #!/usr/bin/env bash
 # One machine with one GPU or several: trains, and starts again for as long as training ends with 75 (preempted and
-# saved). One process drives all of the machine's GPUs; CUDA_VISIBLE_DEVICES chooses among them.
+# saved) or 69 (a bucket or disk did not answer). One process drives all of the machine's GPUs; CUDA_VISIBLE_DEVICES
+# chooses among them.
 set -euo pipefail
 
 help() {
     cat <<'EOF'
 usage: launch/gpu_node.sh [--dry-run] -- --config configs/X.py --workdir DIR [TRAIN_ARGS]
 
-Runs `python -m llava_jax.train` with what stands after the --, again and again while it ends with 75.
+Runs `python -m llava_jax.train` with what stands after the --, again and again while it ends with 75 or, as a
+bucket or disk did not answer, with 69.
 Ctrl-C or SIGTERM to this script: training saves, and that is the end (75); the same command goes on from there.
 --dry-run prints the command instead of running it. `python` is the one on PATH: activate the environment first.
 EOF
@@ -49,6 +51,10 @@ while :; do
         heard=$told code=0
         wait "$child" || code=$?
     done
-    [ "$code" = 75 ] && [ "$told" = 0 ] || exit "$code"
-    printf 'training was preempted and has saved: it goes on\n' >&2
+    [ "$told" = 0 ] || exit "$code"
+    case $code in
+        75) printf 'training was preempted and has saved: it goes on\n' >&2 ;;
+        69) printf 'a bucket or disk does not answer: training is tried again in a minute\n' >&2; sleep 60 ;;
+        *) exit "$code" ;;
+    esac
 done

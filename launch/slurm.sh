@@ -12,7 +12,8 @@
 #SBATCH --output=llava_jax-%j.log
 #SBATCH --signal=TERM@600
 # Several nodes of NVIDIA GPUs under Slurm: trains, and goes back into the queue when the time limit or another job
-# cuts it off. Training hears SIGTERM 600 s before the limit, saves, and ends with 75.
+# cuts it off. Training hears SIGTERM 600 s before the limit, saves, and ends with 75; it ends
+# with 69 where the disk or bucket does not answer, which is worth another try too.
 #
 # One task for each GPU, and each task sees all GPUs of its node: that is how JAX divides them under Slurm, so
 # --gpus-per-task and --gpu-bind must not be set, and a node is taken whole (--exclusive).
@@ -56,7 +57,7 @@ if [ "$dry_run" ]; then
     printf 'LLAVA_JAX_MULTIHOST=1 XLA_CLIENT_MEM_FRACTION=%s' "$XLA_CLIENT_MEM_FRACTION"
     printf ' %q' "$@"
     # shellcheck disable=SC2016 # the job has no number yet
-    printf '\n# where that ended with 75:\nscontrol requeue "$SLURM_JOB_ID"\n'
+    printf '\n# where that ended with 75 or 69:\nscontrol requeue "$SLURM_JOB_ID"\n'
     exit 0
 fi
 # SIGTERM to this script itself means that Slurm is ending the job: cancelled, or preempted.
@@ -64,7 +65,7 @@ told=""
 trap 'told=1' TERM
 code=0
 "$@" || code=$?
-[ "$code" = 75 ] || exit "$code"
+case $code in 69 | 75) ;; *) exit "$code" ;; esac
 if [ "$told" ]; then
     # A preempted job is requeued by Slurm only if it has not ended by itself, a cancelled one must not be: wait for
     # Slurm to decide. Its KILL comes after GraceTime or KillWait.

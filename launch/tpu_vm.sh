@@ -126,7 +126,7 @@ verdict() {
     for code in "$@"; do
         case $code in
             64 | 65 | 66 | 70) printf '%s\n' "$code"; return ;;
-            75 | running) word=again ;;
+            69 | 75 | running) word=again ;; # 69: the bucket did not answer for minutes
         esac
     done
     printf '%s\n' "$word"

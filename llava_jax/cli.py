@@ -1,21 +1,72 @@
 """What all commands share: how they parse arguments, and how an exception becomes one line and an exit code."""
 
 import argparse
+import difflib
+import io
 import os
 import sys
-from collections.abc import Callable
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
 
 from llava_jax import errors
+from llava_jax.files import is_bucket
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
+# Earlier names of options, and names that people bring from elsewhere -> ours.
+RENAMED = {"--budget-usd": "--max-usd", "--budget-tokens": "--max-tokens-spent", "--max-tokens": "--max-new-tokens"}
+
+
+class _Once(argparse.Action):
+    """Stores the value of an option, which may be given once: of two values, one would be dropped in silence."""
+
+    _filled: argparse.Namespace | None = None
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        if option is not None and self._filled is namespace:
+            raise argparse.ArgumentError(self, "is given more than once")
+        self._filled = namespace
+        setattr(namespace, self.dest, values)
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that ends with exit code 64 where the arguments do not fit."""
+    """An argument parser that ends with exit code 64 where the arguments do not fit.
+
+    Every option has one name, may be given once (unless it collects values), and is looked for by its whole name.
+    """
+
+    def register(self, registry_name: str, value: Any, object: Any) -> None:
+        stores = registry_name == "action" and value in (None, "store")
+        super().register(registry_name, value, _Once if stores else object)
+
+    def parse_known_args(
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """All arguments: what is left over is an error here, where the parser of a verb still knows its name."""
+        self.allow_abbrev = False
+        options, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}{self._nearest(unknown[0].partition('=')[0])}")
+        return options, unknown
 
     def error(self, message: str) -> NoReturn:
         self.exit(errors.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+    def _nearest(self, word: str) -> str:
+        known = {name.lstrip("-"): name for action in self._actions for name in action.option_strings}
+        near = difflib.get_close_matches(word.lstrip("-"), known, n=1) if word.startswith("-") else []
+        if RENAMED.get(word) in known.values():
+            return f"; did you mean {RENAMED[word]}?"
+        return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def on_disk(text: str) -> Path:
+    """A path of an option whose files only a disk can hold; the `type` of such an option."""
+    if is_bucket(text):
+        raise argparse.ArgumentTypeError(f"{text}: want a path on a disk; copy it with `gcloud storage cp -r`")
+    return Path(text)
 
 
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -23,6 +74,9 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
 
     interrupted: what Ctrl-C prints, such as how to resume.
     """
+    for stream in (sys.stdout, sys.stderr):  # data may hold what the terminal's encoding does not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         return command()
     except BrokenPipeError:  # `... | head` has read enough
@@ -31,6 +85,12 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except ImportError as error:
+        if not any(package in str(error) for package in ("gcsfs", "fsspec")):
+            raise
+        print(f'{name}: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name '
+              "a path on a disk", file=sys.stderr)  # fmt: skip
+        return errors.USAGE
     except (ValueError, OSError, ArithmeticError) as error:
         code = errors.exit_code(error)
         if code is None:

@@ -7,15 +7,16 @@ it nor find a key that nobody declared. A config file begins with `default()` or
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from llava_jax import config_file, known_names, limits, typed
+from llava_jax import config_file, limits, typed
 from llava_jax.errors import MissingFile, UsageError
+from llava_jax.files import want_disk
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -41,7 +42,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    path: str  # .json, .jsonl, a TFDS directory, or a .tar shard or directory of them
+    path: str = ""  # .json, .jsonl, .parquet, .tar, or a directory of parquet, tar, HF datasets or TFDS
     images: str = ""  # root of the pictures
     weight: float = 1.0  # share in the mixture relative to its own size
     name: str = ""  # for messages; "": the path
@@ -51,6 +52,7 @@ class Source:
 class Data:
     sources: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
+    hold_out: float = 0.0  # share of the records that is not trained on, for train.eval_every; beside validation
     order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
     layout: Literal["padded", "packed"] = "padded"  # one sample a row, or as many as fit
     batch_samples: int = 128  # padded: samples, and rows, of a step; the reference's global batch
@@ -70,6 +72,8 @@ class Data:
         for name in ("sources", "validation"):
             for i, source in enumerate(vars(self)[name]):
                 limits.check_all("source", vars(source), f"data.{name}.{i}")
+                if not source.path:
+                    raise UsageError(f"data.{name}.{i}.path is empty: want a file or directory of records")
         if not any(source.weight for source in self.sources):
             raise UsageError("data.sources: every weight is 0, so no record would be read: want one above 0")
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
@@ -102,6 +106,7 @@ class Train:
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
+    lengthen: bool = False  # a run of other steps or epochs goes on with its optimizer; its rates are the new length's
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
     schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
     first_lr: float = 0.0  # where the warm-up to lr begins
@@ -203,13 +208,16 @@ class Config:
 
     def __post_init__(self) -> None:
         limits.check("profile", self.profile)
+        if self.data.hold_out and not self.train.eval_every:
+            raise UsageError(f"data.hold_out={self.data.hold_out}: nothing evaluates these records; set "
+                             "train.eval_every to a number of steps")  # fmt: skip
         if not self.lora and self.train.lora_dropout:
             raise UsageError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":
             self._check_packed()
             return
         divisors = {"accumulate": self.train.accumulate}
-        if self.train.loss == "group_mean" or self.data.order == "modality_length":
+        if self.train.loss == "group_mean":
             divisors["group_samples"] = self.train.group_samples
         for key, size in divisors.items():
             if self.data.batch_samples % size:
@@ -269,9 +277,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an unknown key, a wrong type or value, a missing key, or a scalar that no table reads; it names
-        the file and the key.
+      ValueError: an unknown key, a wrong type or value, a missing key, a scalar that no table reads, or a path into a
+        bucket; it names the file and the key.
     """
+    want_disk(str(path), "--config", "a config is Python code")
     path, overrides = Path(path), dict(overrides or {})
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")
@@ -300,6 +309,8 @@ def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
             config[branch] = typed.parse(text, TOP[branch], key)
         elif key.startswith(("data.sources.", "data.validation.")):
             _override_source(config, rest, text)
+        elif branch == "lora":
+            _override_lora(config, rest, text)
         else:
             config[branch][rest] = typed.parse(text, _hint(branch, rest, key), key)
     return config
@@ -315,14 +326,31 @@ def _hint(branch: str, name: str, key: str) -> Any:
     raise UsageError(f"unknown key {key!r}{typed.near_key(key, known)}")
 
 
+def _override_lora(config: ConfigDict, name: str, text: str) -> None:
+    """Sets the rank or the alpha of all adapters."""
+    hints = typing.get_type_hints(Lora)
+    if name not in hints:
+        raise UsageError(f"unknown key 'lora.{name}'; want one of {', '.join(f'lora.{name}' for name in hints)}")
+    if not any(adapter for _, adapter in config.lora):
+        raise UsageError(f"lora.{name}={text}: the config has no adapters; begin with configs/llava15_7b_task_lora.py, "
+                         "or another whose name has `lora`")  # fmt: skip
+    value = typed.parse(text, hints[name], f"lora.{name}")
+    config.lora = tuple(
+        (pattern, adapter and dataclasses.replace(adapter, **{name: value})) for pattern, adapter in config.lora
+    )
+
+
 def _override_source(config: ConfigDict, rest: str, text: str) -> None:
-    """Sets one scalar of one source: `sources.0.path`."""
+    """Sets one scalar of one source: `sources.0.path`. The number after the last adds a source."""
     name, _, place = rest.partition(".")
     index, _, scalar = place.partition(".")
     sources = list(config.data[name])
-    if not index.isdecimal() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
-        keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
-        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
+    known = [str(i) for i in range(len(sources) + 1)]
+    if index not in known or scalar not in typing.get_type_hints(Source):
+        keys = [f"data.{name}.{i}.{f.name}" for i in known for f in dataclasses.fields(Source)]
+        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys)}")
+    if int(index) == len(sources):
+        sources.append(Source())
     value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
     sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
     config.data[name] = tuple(sources)
@@ -350,37 +378,3 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
         probe[branch][name] = 1e9 if branch == "train" else "another/directory"
         if _plain((probe.rates, probe.init)) == before:
             raise UsageError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
-
-
-class Command(NamedTuple):
-    config: str
-    workdir: str
-    overrides: dict[str, str]
-
-
-def command(argv: Sequence[str], program: str, description: str = "") -> Command:
-    """Reads `--config FILE --workdir DIR --config.train.lr=1e-4` (or `--config.train.lr 1e-4`) in any order.
-
-    Raises:
-      ValueError: an argument that is none of these, or one of the first two is missing. SystemExit: after `--help`.
-    """
-    usage = f"usage: {program} --config FILE --workdir DIR [--config.BRANCH.KEY=VALUE ...]"
-    told, words = dict[str, str](), iter(argv)
-    for word in words:
-        option, equals, text = word.partition("=")
-        if word in ("-h", "--help"):
-            print(f"{description}\n{usage}")
-            raise SystemExit(0)
-        if option not in ("--config", "--workdir") and not option.startswith("--config."):
-            meant = known_names.hint(option, "--config.")
-            raise UsageError(f"unknown argument {word!r}{meant}; {usage}")
-        if option in told:
-            raise UsageError(f"{option} is given twice: say it once; {usage}")
-        told[option] = text if equals else next(words, "")
-        if not told[option] and not equals:
-            raise UsageError(f"{option} wants a value; {usage}")
-    for option in ("--config", "--workdir"):
-        if not told.get(option):
-            raise UsageError(f"{option} is missing; {usage}")
-    overrides = {key.removeprefix("--config."): text for key, text in told.items() if key.startswith("--config.")}
-    return Command(told["--config"], told["--workdir"], overrides)

@@ -49,7 +49,8 @@ _CODES = (
     (NonFinite, NONFINITE), (UsageError, USAGE),
 )  # fmt: skip
 # What the operating system says of a path that the user named: nothing here is a fault of the program.
-_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG)
+_PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,
+          errno.ENAMETOOLONG)  # fmt: skip
 
 
 def exit_code(error: BaseException) -> int | None:

@@ -4,8 +4,10 @@ Four axes: `data` copies the model, `fsdp` cuts its weights and the batch, `tens
 `context` cuts a row's tokens. Names of mesh axes appear in this file only.
 """
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -42,6 +44,11 @@ ACTIVATIONS = {
     "vocab": "tensor",
     "width": "fsdp",
 }
+# An answer has few rows and reads all weights for each token: where `fsdp` cuts the weights, it cuts no rows. XLA then
+# sums products over it; to rows that it cut as well XLA would bring the whole model, on every device.
+ANSWERING = ACTIVATIONS | {"batch": ACTIVATIONS["copies"]}
+
+_activations: contextvars.ContextVar[Mapping[str, Any]] = contextvars.ContextVar("activations", default=ACTIVATIONS)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -64,6 +71,14 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
     inner, outer = (shape[0] // slices, *shape[1:]), (slices, *[1] * (len(AXES) - 1))
     placed = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
     return Mesh(placed, AXES, types)
+
+
+def mesh_of_copies(copies: int, devices: Sequence[Any]) -> Mesh:
+    """The mesh of a model that answers: that many copies of it, each cut over the `tensor` axis of its devices.
+
+    `fsdp` would save as much memory, but would send a sum for every product; `tensor` sends two a layer.
+    """
+    return make_mesh({"data": copies, "fsdp": 1, "tensor": -1, "context": 1}, devices)
 
 
 def fill(sizes: Mapping[str, int], devices: int) -> tuple[int, ...]:
@@ -109,7 +124,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def shards(mesh: Mesh, name: str) -> int:
     """In how many parts the mesh cuts a dimension of that logical name."""
-    return _parts(ACTIVATIONS[name], mesh.shape)
+    return _parts(_activations.get()[name], mesh.shape)
 
 
 def cuts(name: str, size: int) -> tuple[str, ...]:
@@ -117,8 +132,22 @@ def cuts(name: str, size: int) -> tuple[str, ...]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return ()
-    axes = _fit((size,), [ACTIVATIONS[name]], mesh.shape)[0]
+    axes = _fit((size,), [_activations.get()[name]], mesh.shape)[0]
     return tuple(axis for axis in _axes(axes) if mesh.shape[axis] > 1)
+
+
+@contextlib.contextmanager
+def answering(mesh: Mesh | None) -> Iterator[None]:
+    """Inside it a model that answers is traced for this mesh (`ANSWERING`); None: for a device without a mesh."""
+    if mesh is None:
+        yield
+        return
+    before = _activations.set(ANSWERING)
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            yield
+    finally:
+        _activations.reset(before)
 
 
 def platform() -> str:
@@ -172,7 +201,8 @@ def constrain_parameters(tree: Mapping[str, Any], place: str = "") -> Mapping[st
 
 
 def _activation(shape: tuple[int, ...], names: Sequence[str | None], sizes: Mapping[str, int]) -> PartitionSpec:
-    axes = [None if name is None else ACTIVATIONS[name] for name in names]
+    table = _activations.get()
+    axes = [None if name is None else table[name] for name in names]
     return _fit(shape, axes + [None] * (len(shape) - len(axes)), sizes)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
 from PIL import Image
 
 from tests import buckets
@@ -43,6 +44,12 @@ def bucket_server(bucket_proxy: buckets.Proxy) -> str:
 def bucket(bucket_server: str) -> str:
     """A new, empty bucket: "gs://NAME"."""
     return buckets.make(bucket_server, f"bucket-{next(_numbers)}")
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> epath.Path:
+    """An empty directory, once on a disk and once in a bucket."""
+    return epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
 
 
 @pytest.fixture

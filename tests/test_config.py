@@ -159,32 +159,6 @@ def test_a_description_survives_json_and_a_difference_reads(write):
     assert typed.difference(old, new) == ["train.new: (no such key) -> 1", "train.seed: 42 -> 1"]
 
 
-def test_a_command_line_is_read_in_any_order():
-    argv = ["--config.mesh.fsdp", "-1", "--workdir", "w", "--config.log.wandb=", "--config=c.py"]
-    assert configs.command(argv, "program", "what it does") == ("c.py", "w", {"mesh.fsdp": "-1", "log.wandb": ""})
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--config", "c"], "--workdir is missing"),
-        (["--workdir", "w"], "--config is missing"),
-        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'; here that is --config.train.lr"),
-        (["--config", "c", "--workdir", "w", "word"], "unknown argument 'word'"),
-        (["--config", "c", "--workdir", "w", "--config.train.lr"], "--config.train.lr wants a value"),
-    ],
-)
-def test_a_wrong_command_line_is_refused_with_the_usage(argv, message):
-    with pytest.raises(ValueError, match=message + "; usage: program --config FILE"):
-        configs.command(argv, "program", "what it does")
-
-
-def test_help_is_printed_and_leaves(capsys):
-    with pytest.raises(SystemExit) as left:
-        configs.command(["--help"], "program", "what it does")
-    assert left.value.code == 0 and "what it does\nusage: program" in capsys.readouterr().out
-
-
 FAULTY = [
     ("def get_config(:\n    pass\n", "line 1: SyntaxError: "),
     ("x = 1\n\0\n", "null bytes"),
@@ -225,13 +199,6 @@ def test_a_file_that_fails_names_the_file_that_it_starts_from(tmp_path):
 def test_an_interrupt_of_a_config_file_goes_through(write):
     with pytest.raises(KeyboardInterrupt):
         configs.load(write("raise KeyboardInterrupt\n"))
-
-
-def test_an_option_or_an_override_that_is_given_twice_is_refused():
-    start = ["--config", "c", "--workdir", "w"]
-    for again in (["--workdir=x"], ["--config", "d"], ["--config.train.lr=1", "--config.train.lr=2"]):
-        with pytest.raises(UsageError, match=f"{again[0].split('=')[0]} is given twice: say it once"):
-            configs.command([*start, *again], "program")
 
 
 @pytest.mark.parametrize("text", ["1" + "0" * 400, "-1" + "0" * 400, "1e999"])

@@ -8,21 +8,23 @@ import functools
 import math
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import numpy as np
 import tensorstore
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, lifecycle
 from llava_jax.checkpoint import record, sums
 from llava_jax.checkpoint.card import read_json
 from llava_jax.checkpoint.sums import Sums
 from llava_jax.errors import UnusableCheckpoint, UsageError
+
+T = TypeVar("T")
 
 CHECKSUMS, METADATA = "_CHECKSUMS", "_METADATA"
 COMMIT = "commit_success.txt"  # Orbax's: in a bucket, a step or an item of it without this object is not finished
@@ -64,8 +66,7 @@ class Leaves:
           UnusableCheckpoint: the leaf is missing, damaged, or differs from its checksum.
           Unreachable, UsageError: as `files.retried`.
         """
-        (only,) = read([Request(self, name)])
-        return only.whole()
+        return read([Request(self, name)], Read.whole)[0]
 
     def is_whole(self) -> bool:
         """Whether everything is there that a restore begins with; the content is checked when it is read."""
@@ -154,24 +155,27 @@ class Read:
         return replace(self, arrays={box: array.astype(dtype, copy=False) for box, array in self.arrays.items()})
 
 
-def read(requests: Sequence[Request]) -> Iterator[Read]:
-    """Reads leaves in their order, several at a time; whole ones are compared with their checksums.
+def read(requests: Sequence[Request], use: Callable[[Read], T]) -> list[T]:
+    """What `use` makes of each leaf, in their order. Several are read at a time; whole ones are compared with their
+    checksums.
+
+    A leaf's memory is free again once `use` has returned, if nothing of what it returns holds it.
 
     Raises:
       UnusableCheckpoint: a leaf is missing, damaged, or differs from its checksum.
       Unreachable, UsageError: as `files.retried`.
     """
     pool = ThreadPoolExecutor(WORKERS)
+    used: list[T] = []
     try:
         ahead: deque[_Begun] = deque()
-        for request in requests:
-            while ahead and sum(begun.nbytes for begun in ahead) + _nbytes(request) > AHEAD_BYTES:
-                yield ahead[0].finish()
-                ahead.popleft()  # what was yielded counts until the caller is done with it
-            ahead.append(_begin(pool, request))
-        while ahead:
-            yield ahead[0].finish()
-            ahead.popleft()
+        for request in [*requests, None]:
+            while ahead and (request is None or sum(one.nbytes for one in ahead) + _nbytes(request) > AHEAD_BYTES):
+                used.append(use(ahead.popleft().finish()))
+                lifecycle.beat()
+            if request is not None:
+                ahead.append(_begin(pool, request))
+        return used
     finally:
         pool.shutdown(cancel_futures=True)
 

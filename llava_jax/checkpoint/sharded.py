@@ -45,10 +45,13 @@ def load(
     arrays: dict[str, Any] = {}
     parts: Parts = {}
     boxes = {name: None if name in whole else _boxes(struct) for name, struct in wanted.items()}
-    for read in reading.read([Request(places[name], name, boxes[name]) for name in wanted]):
+
+    def use(read: Read) -> None:
         arrays[read.name] = put(read, wanted[read.name])
         if read.sums:
             parts[read.name] = [[box, sums] for box, sums in read.sums.items()]
+
+    reading.read([Request(places[name], name, boxes[name]) for name in wanted], use)
     return arrays, parts
 
 

@@ -76,9 +76,11 @@ def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
     usable = steps(directory)
     if usable:
         raise UnusableCheckpoint(f"{directory}: no usable step {step}; usable are {', '.join(map(str, usable))}")
+    if not files.exists(directory / cards.FILE):
+        raise UnusableCheckpoint(cards.missing(directory))
     raise UnusableCheckpoint(
-        f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole); "
-        "name a directory that `convert` or `train` wrote"
+        f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole): a run has none before its "
+        "first save, nor where copying stopped halfway"
     )
 
 
@@ -137,11 +139,13 @@ def load_params(
       UnusableCheckpoint: a leaf is wanted that neither the checkpoint nor a base holds, or one is damaged.
     """
     found = places(directory, step) if names is None else holding(directory, names, step)
-    loaded = {}
-    for one in reading.read([Request(leaves, name) for name, leaves in found.items()]):
-        array = (one if dtype is None else one.astype(dtype)).whole()
-        loaded[one.name] = array if put is None else put(one.name, array)
-    return params.unflatten(loaded)
+
+    def use(read: reading.Read) -> tuple[str, Any]:
+        array = read.whole()
+        array = array if dtype is None else array.astype(dtype)
+        return read.name, array if put is None else put(read.name, array)
+
+    return params.unflatten(dict(reading.read([Request(leaves, name) for name, leaves in found.items()], use)))
 
 
 def check_specs(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str, dtypes: bool = False) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 import tensorstore
 from etils import epath
 
-from llava_jax import files
+from llava_jax import files, lifecycle
 from llava_jax.checkpoint import sums
 from llava_jax.checkpoint.leaves import CHECKSUMS, COMMIT, METADATA, kvstore
 from llava_jax.errors import UsageError
@@ -76,6 +76,7 @@ class LeafWriter:
         store = files.retried(lambda: tensorstore.open(spec, create=True, open=True).result(), self._path)
         for rows in _rows(array.shape, chunk):
             files.retried(lambda rows=rows: store[rows].write(array[rows]).result(), self._path)
+            lifecycle.beat()
         self._checksums[name] = [*sums.of_part(array, [0] * array.ndim, array.shape), array.dtype.name]
         self._metadata[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dictionary's key

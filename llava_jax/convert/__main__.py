@@ -10,27 +10,30 @@ inspect DIR      verify DIR      merge DIR OUT
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
-import jax
-
-from llava_jax import cli, errors
-from llava_jax.convert import exporting, importing, peft_import, reports, table
-from llava_jax.convert.importing import PromptOptions
+from llava_jax import cli
 from llava_jax.errors import UsageError
+
+# jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
+FLOATS = ("float32", "bfloat16", "float16")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one verb; returns the exit code: 0, 64 usage, 66 no usable checkpoint or weights."""
     try:
         options = _parser().parse_args(arguments)
-    except SystemExit as stop:  # argparse's own code for wrong usage is 2
-        return errors.USAGE if stop.code else 0
+    except SystemExit as stop:  # --help, or a usage error that is printed
+        return int(stop.code or 0)
     return cli.run(f"convert {options.verb}", lambda: _run(options))
 
 
 def _run(options: argparse.Namespace) -> int:
+    from llava_jax.convert import exporting, importing, reports
+
     match options.verb:
         case "import":
             _import(options)
@@ -55,6 +58,8 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _import(options: argparse.Namespace) -> None:
+    from llava_jax.convert import importing, peft_import
+
     if peft_import.is_adapter(options.source):
         if options.vision is not None:
             raise UsageError(f"--vision {options.vision}: {options.source} is an adapter; its tower is that of --base")
@@ -65,14 +70,16 @@ def _import(options: argparse.Namespace) -> None:
     importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
 
 
-def _prompt(options: argparse.Namespace) -> PromptOptions:
+def _prompt(options: argparse.Namespace) -> Any:
+    from llava_jax.convert.importing import PromptOptions
+
     legacy = {None: None, "true": True, "false": False}[options.legacy]
     return PromptOptions(options.template, options.image_mode, legacy)
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m llava_jax.convert", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = cli.Parser("python -m llava_jax.convert", description=__doc__,
+                        formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     verbs = parser.add_subparsers(dest="verb", required=True)
     verb = verbs.add_parser("import", help="a LLaVA directory into a checkpoint")
     verb.add_argument("source", metavar="SRC")
@@ -97,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True, help=text)
     text = "of peft, for vLLM: a model with the projector, and an adapter of the decoder alone"
     verb.add_argument("--split-projector", action="store_true", help=text)
-    verb.add_argument("--dtype", choices=table.FLOATS, help="of all tensors; default: each its own")
+    verb.add_argument("--dtype", choices=FLOATS, help="of all tensors; default: each its own")
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)
@@ -126,5 +133,5 @@ def _add_prompt(verb: argparse.ArgumentParser) -> None:
 
 if __name__ == "__main__":
     # Names and shapes need no accelerator, and one that a training run holds must be left alone.
-    jax.config.update("jax_platforms", "cpu")
+    os.environ["JAX_PLATFORMS"] = "cpu"
     sys.exit(main())

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError
 
 
@@ -15,12 +16,34 @@ def read_json(path: epath.Path, kind: type = object) -> Any:
       DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(files.read(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: JSON of type {type(value).__name__}: want {kind.__name__}; is it the right file?")
     return value
+
+
+def read_text(path: epath.Path) -> str:
+    """The text of a file.
+
+    Raises:
+      DataError: it is no UTF-8.
+    """
+    try:
+        return files.read(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: byte {error.start} is no UTF-8 text: is it the right file?") from None
+
+
+def texts(row: Any, name: str, where: str) -> list[str]:
+    """`row[name]`, a list of texts.
+
+    Raises:
+      DataError: it is not there or holds something else.
+    """
+    values = field(row, name, list, where)
+    return [field({f"{name}[{place}]": value}, f"{name}[{place}]", str, where) for place, value in enumerate(values)]
 
 
 def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any:
@@ -29,8 +52,11 @@ def field(row: Any, name: str, kind: type | tuple[type, ...], where: str) -> Any
     Raises:
       DataError: it is not there or has another type.
     """
-    if not isinstance(row, dict) or name not in row or not isinstance(row[name], kind):
-        found = row.get(name, "nothing") if isinstance(row, dict) else row
-        names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
-        raise DataError(f"{where}: {name}={str(found)[:60]!r}: want {names}")
+    names = " or ".join(one.__name__ for one in (kind if isinstance(kind, tuple) else (kind,)))
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: {str(row)[:60]!r}: want an object with {name}, {names}")
+    if name not in row:
+        raise DataError(f"{where}: {name} is missing: want {names}")
+    if not isinstance(row[name], kind):
+        raise DataError(f"{where}: {name}={str(row[name])[:60]!r}: want {names}")
     return row[name]

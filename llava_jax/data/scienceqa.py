@@ -10,7 +10,8 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.files import read_json
+from llava_jax import files
+from llava_jax.data.files import field, read_json
 from llava_jax.errors import DataError, UsageError
 
 PROBLEMS, SPLITS = "problems.json", "pid_splits.json"
@@ -71,7 +72,7 @@ def read_split(directory: epath.PathLike, split: str, problems: dict[str, Proble
     if not isinstance(splits, dict) or split not in splits:
         found = ", ".join(splits) if isinstance(splits, dict) else type(splits).__name__
         raise DataError(f"{path}: no split {split!r}; it has {found}")
-    ids = [str(identity) for identity in splits[split]]
+    ids = [str(identity) for identity in field(splits, split, list, str(path))]
     lost = [identity for identity in ids if identity not in problems]
     if lost:
         raise DataError(f"{path}: {len(lost)} ids of {split} are not in {PROBLEMS}: {', '.join(lost[:10])}")
@@ -151,7 +152,7 @@ def _restored(text: str) -> str:
 
 
 def _json(path: epath.Path) -> Any:
-    if not path.exists():
+    if not files.exists(path):
         raise DataError(f"{path} does not exist: it is one of the files that lupantech/ScienceQA's tools/download.sh "
                         "and data/scienceqa provide")  # fmt: skip
     return read_json(path)

@@ -5,21 +5,17 @@ Killed or interrupted, each verb goes on where it was when it is run again: OUT/
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from llava_jax import cli
 from llava_jax.datagen import files, filters, generate, phrases, shots
-from llava_jax.datagen.options import (
-    DESCRIBE_TOKENS,
-    SHORT_TOKENS,
-    add_endpoint,
-    add_subjects,
-    open_client,
-    read_subjects,
-)
+from llava_jax.datagen.options import DESCRIBE_TOKENS, SHORT_TOKENS, add_endpoint, add_subjects, read_subjects
 from llava_jax.datagen.progress import Progress, unanswered
 from llava_jax.errors import DataError, UsageError
+from llava_jax.files import exists
+from llava_jax.openai_client.options import open_client
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -55,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_out(sub: argparse.ArgumentParser, draws: bool = True) -> None:
-    sub.add_argument("--out", metavar="DIR", required=True, type=Path, help="a local folder")
+    sub.add_argument("--out", metavar="DIR", required=True, type=cli.on_disk, help="a folder on a disk")
     if draws:
         sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (by each picture's id)")
 
@@ -97,8 +93,7 @@ def _add_curate(verbs: Any) -> None:
     sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
     sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
-    add_endpoint(sub, required=False)
-    sub.set_defaults(max_tokens=DESCRIBE_TOKENS)
+    add_endpoint(sub, required=False, max_new_tokens=DESCRIBE_TOKENS)
     sub = step("correct", "a language model mends the language of each description")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
     add_endpoint(sub)
@@ -119,7 +114,7 @@ def _generate(options: argparse.Namespace) -> int:
     found = read_subjects(options)
     questions = _questions(options, shots.DETAIL)
     job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,
-                       options.attempts, options.temperature, options.max_tokens)  # fmt: skip
+                       options.attempts, options.temperature, options.max_new_tokens)  # fmt: skip
     with open_client(options, options.out / f"{options.kind}_cache.jsonl") as client:
         say = Progress(options.kind, len(found), lambda: client.spent)
         result = generate.make(client, found, job, say)
@@ -128,7 +123,11 @@ def _generate(options: argparse.Namespace) -> int:
     print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(found):,} pictures, "
           f"{report['refused']:,} answers refused {report['refused_reasons'] or ''}")  # fmt: skip
     print(spent)
-    return unanswered([row["reason"] for row in result.unanswered])
+    again = unanswered([row["reason"] for row in result.unanswered])
+    if not again and not result.records:
+        raise DataError(f"{options.out / options.kind}.json holds no record: all {report['refused']:,} answers were "
+                        f"refused, {report['refused_reasons']}: see {options.kind}_rejects.jsonl")  # fmt: skip
+    return again
 
 
 def _brief(options: argparse.Namespace) -> int:
@@ -143,8 +142,8 @@ def _questions(options: argparse.Namespace, name: str) -> Any:
     """The user's file, or the prompts folder's, or ours: LLaVA's own folder holds no questions."""
     if options.questions:
         return shots.lines(options.questions, "")
-    theirs = Path(options.prompts) / name
-    return shots.lines(name, options.prompts if theirs.exists() else shots.PROMPTS)
+    theirs = epath.Path(options.prompts) / name
+    return shots.lines(name, options.prompts if exists(theirs) else shots.PROMPTS)
 
 
 def _filter(options: argparse.Namespace) -> int:
@@ -170,11 +169,13 @@ def _filter(options: argparse.Namespace) -> int:
     print(f"{options.out / 'filtered.json'}: {len(balanced.kept):,} of {len(rows):,} captions; {balanced.phrases:,} "
           f"phrases, {balanced.rare:,} of them rarer than {options.least}, {balanced.thinned:,} more frequent than "
           f"{options.most}; {balanced.without:,} captions have only rare ones")  # fmt: skip
+    if not balanced.kept:
+        raise DataError(f"{options.records}: no caption is left of {len(rows):,}: lower --least {options.least}")
     return 0
 
 
 def _curate(options: argparse.Namespace) -> int:
-    from llava_jax.datagen import steps  # here only: it brings the model, which the other verbs need not
+    from llava_jax.datagen import steps  # here only: it opens pictures, which the other verbs do not
 
     return steps.STEPS[options.step](options)
 

@@ -1,8 +1,7 @@
-"""Files of this room: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
+"""Files of this package: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
 
 import collections
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.errors import DataError, MissingFile
+from llava_jax.files import read, write_whole
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -46,14 +46,8 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a whole file or leaves the old one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    """Writes a whole file or leaves the old one. In JSON, half a character (a lone surrogate) becomes its escape."""
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -90,9 +84,19 @@ def image_path(row: dict[str, Any], where: str, name: str = "image") -> str:
       DataError: it is missing, empty or leads elsewhere.
     """
     path = field(row, where, name, str, "a path relative to the image folder")
-    if not path or path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/"):
+    leaves = path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/")
+    if not path or leaves or not encodable(path):
         raise DataError(f"{where}: {name}={brief(path)}: want a path relative to the image folder")
     return path
+
+
+def encodable(text: str) -> bool:
+    """Whether a text can be sent and written: JSON may hold half a character, UTF-8 cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def counted(names: Iterable[str]) -> dict[str, int]:
@@ -108,7 +112,7 @@ def brief(value: Any) -> str:
 
 def _text(path: epath.PathLike) -> str:
     try:
-        return epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+        return read(path).removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

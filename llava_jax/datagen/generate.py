@@ -12,6 +12,7 @@ from llava_jax.datagen import files
 from llava_jax.datagen.parsing import Pair, Refused, parse
 from llava_jax.datagen.shots import KINDS, Shots
 from llava_jax.datagen.subjects import Subject, context
+from llava_jax.errors import DataError
 from llava_jax.openai_client import Answer, Client, Failure, Request
 
 MARKER = "<image>"
@@ -69,6 +70,8 @@ def make(
     counts, given_up = dict.fromkeys(_VERDICTS, 0), 0
     for choice in range(job.attempts):
         left = [i for i in range(len(subjects)) if i not in rows["good"] and i not in rows["unanswered"]]
+        if not left:
+            break
         for place, outcome in client.ask_many(_request(subjects[i], job, choice) for i in left):
             verdict, row = _judged(subjects[left[place]], job, outcome)
             rows[verdict].setdefault(left[place], []).append(row)
@@ -97,11 +100,16 @@ def brief(subjects: Sequence[Subject], questions: Sequence[str], seed: int) -> l
     """Stage 1's records: a brief question, drawn, and one caption of each picture, drawn where there are several.
 
     Source: arXiv:2304.08485, section 4.2 (questions that ask to describe the image briefly, drawn for each pair).
+
+    Raises:
+      DataError: a caption is no text that a file can hold; names the id.
     """
     made = []
     for subject in subjects:
         question = drawn(questions, seed, subject.id, "question")
         caption = drawn(subject.captions, seed, subject.id, "caption")
+        if not files.encodable(caption):
+            raise DataError(f"id={subject.id!r}: caption {caption!r} holds half a character: mend it or take it out")
         made.append(record(subject.id, subject.image, [Pair(question, caption)], seed))
     return made
 

@@ -1,43 +1,24 @@
-"""Options that several verbs share: the endpoint, its budget, and where subjects come from."""
+"""Options that several verbs share: how a server is asked, and where subjects come from."""
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from llava_jax.datagen import subjects
 from llava_jax.datagen.subjects import Subject
 from llava_jax.errors import UsageError
-from llava_jax.openai_client import KEY_VARIABLE, Budget, Client, Endpoint
+from llava_jax.openai_client import options as server
 
 # "does not exceed 80 tokens" is short. Source: arXiv:2304.10592, section 3.2
 SHORT_TOKENS = 80
 DESCRIBE_TOKENS = 300  # Source: Vision-CAIR/MiniGPT-4 minigpt4/conversation/conversation.py @ d94738a
+ANSWER_TOKENS = 2048
 
 
-def add_endpoint(sub: argparse.ArgumentParser, required: bool = True) -> None:
-    """The server that is asked, and how much it may cost."""
-    group = sub.add_argument_group("the language model", f"any OpenAI-compatible server; its key is in ${KEY_VARIABLE}")
-    group.add_argument("--base-url", required=required, metavar="URL", help="https://api.openai.com/v1, or your own")
-    group.add_argument("--model", required=required, metavar="NAME", help="as the server calls it")
-    group.add_argument("--temperature", type=float, help="default: the server's own")
-    group.add_argument("--max-tokens", type=int, default=2048, help="of an answer; default %(default)s")
-    group.add_argument("--limit-field", default="max_tokens", choices=("max_tokens", "max_completion_tokens"),
-                       help="what the server calls --max-tokens; newer OpenAI models want the second")  # fmt: skip
-    group.add_argument("--concurrency", type=int, default=8, help="requests at once; default 8")
-    group.add_argument("--timeout-secs", type=float, default=120.0, help="of silence; default 120")
-    group.add_argument("--retries", type=int, default=5, help="after 429, 5xx, timeouts, broken answers; default 5")
-    group.add_argument("--budget-tokens", type=int, help="stop before all runs together took more")
-    group.add_argument("--budget-usd", type=float, help="the same in dollars; needs the two prices")
-    group.add_argument("--usd-per-million-in", type=float, default=0.0, help="price of a million tokens sent")
-    group.add_argument("--usd-per-million-out", type=float, default=0.0, help="price of a million tokens of answers")
-
-
-def open_client(options: argparse.Namespace, cache: Path) -> Client:
-    """The client of `add_endpoint`'s options; cache: its log, which makes a second run free."""
-    endpoint = Endpoint(options.base_url, options.model, options.timeout_secs, options.retries, options.concurrency,
-                        limit_field=options.limit_field)  # fmt: skip
-    budget = Budget(options.budget_tokens, options.budget_usd, options.usd_per_million_in, options.usd_per_million_out)
-    return Client(endpoint, cache, budget)
+def add_endpoint(sub: argparse.ArgumentParser, required: bool = True, max_new_tokens: int = ANSWER_TOKENS) -> None:
+    """The server that is asked, how much it may cost, and how it is to answer."""
+    server.add(sub, required)
+    sub.add_argument("--temperature", type=float, help="default: the server's own")
+    sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer; default %(default)s")
 
 
 def add_subjects(sub: argparse.ArgumentParser) -> None:
@@ -55,8 +36,11 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
     """The subjects of `add_subjects`' options.
 
     Raises:
-      ValueError: not exactly one source. FileNotFoundError, DataError: see `subjects`.
+      UsageError: not exactly one source, or no number that --limit can be. FileNotFoundError, DataError: see
+        `subjects`.
     """
+    if options.limit is not None and options.limit < 1:
+        raise UsageError(f"--limit {options.limit}: want at least 1")
     if (options.captions is None) == (options.records is None):
         raise UsageError("want either --captions captions.json [--instances instances.json] or --records FILE")
     if options.records:

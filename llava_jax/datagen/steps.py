@@ -1,20 +1,25 @@
-"""The steps of `curate` as the door runs them: files in, files out, one line of counts."""
+"""The steps of `curate` as the command runs them: files in, files out, one line of counts."""
 
 import argparse
 import functools
+import os
 import random
-import sys
 from pathlib import Path
 from typing import Any
 
 from llava_jax.datagen import curate, files, review, shots
-from llava_jax.datagen.options import open_client
 from llava_jax.datagen.progress import Progress, unanswered
-from llava_jax.errors import MissingFile, UnusableCheckpoint, UsageError
-from llava_jax.generate.assistant import Assistant
+from llava_jax.errors import DataError, MissingFile, UsageError
+from llava_jax.files import is_bucket, listed
 from llava_jax.openai_client.cache import Cache
+from llava_jax.openai_client.options import open_client
 
-NO_CHECKPOINT = 66  # exit code
+# What rows hold beside image_id and image, where they are answered.
+_FIELDS = {
+    curate.DESCRIBED: {"text": str, "tokens": int},
+    curate.CORRECTED: {"text": str, "corrected": str, "finish": str},
+    curate.FILTERED: {"text": str, "corrected": str, "dropped": str | None},
+}
 
 
 def _describe(options: argparse.Namespace) -> int:
@@ -22,39 +27,42 @@ def _describe(options: argparse.Namespace) -> int:
         raise UsageError("want a describer: either --checkpoint DIR, or --base-url URL with --model NAME")
     paths = curate.pictures(options.images)
     if options.sample is not None:
+        if options.sample < 1:
+            raise UsageError(f"--sample {options.sample}: want at least 1")
         paths = sorted(random.Random(options.seed).sample(paths, min(options.sample, len(paths))))
     broken = curate.unreadable(paths, options.images)
     sound = sorted(set(paths) - {row["image"] for row in broken})
     words = curate.Wording(*(_wording(options, name) for name in ("describe.txt", "continue.txt")))
     if options.checkpoint is None:
         with open_client(options, options.out / "describe_cache.jsonl") as client:
-            ask = curate.endpoint_asks(client, options.images, options.temperature, options.max_tokens)
+            ask = curate.endpoint_asks(client, options.images, options.temperature, options.max_new_tokens)
             start = functools.partial(Progress, spent=lambda: client.spent)
             rows = curate.describe(sound, ask, words, options.short_tokens, start)
             print(client.spent)
     else:
-        try:
-            rows = _by_checkpoint(options, sound, words)
-        except UnusableCheckpoint as error:
-            print(f"datagen: {error}", file=sys.stderr)
-            return NO_CHECKPOINT
+        rows = _by_checkpoint(options, sound, words)
     rows = sorted([*rows, *broken], key=lambda row: row["image"])
     files.write_lines(options.out / curate.DESCRIBED, rows)
     continued = sum(row.get("second") is not None for row in rows)
     counts = f"{len(rows):,} pictures, {continued:,} continued, {len(broken):,} unreadable"
     print(f"{options.out / curate.DESCRIBED}: {counts}")
+    if not sound:
+        raise DataError(f"{options.images}: none of {len(broken):,} pictures can be read: {broken[0]['unanswered']}")
     return unanswered([row["unanswered"] for row in rows if "unanswered" in row and row not in broken])
 
 
 def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.Wording) -> list[dict[str, Any]]:
+    from llava_jax.datagen import describer  # here only: it brings the model, which the other steps need not
+    from llava_jax.generate.assistant import Assistant
+
     assistant = Assistant.open(options.checkpoint, slots=options.slots, template=options.template)
-    place = Path(options.checkpoint)
+    place = options.checkpoint if is_bucket(options.checkpoint) else os.path.realpath(options.checkpoint)
     # Its steps are part of the name: a checkpoint that was trained further answers anew.
-    name = f"{place.resolve()} {sorted(path.name for path in place.iterdir())} {options.template}"
+    name = f"{place} {[path.name for path in listed(place)]} {options.template}"
     cache = Cache(options.out / "describe_cache.jsonl")
     try:
-        ask = curate.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
-                                     options.max_tokens)  # fmt: skip
+        ask = describer.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
+                                        options.max_new_tokens)  # fmt: skip
         return curate.describe(paths, ask, words, options.short_tokens, Progress)
     finally:
         cache.close()
@@ -64,7 +72,7 @@ def _correct(options: argparse.Namespace) -> int:
     rows = _rows(options, curate.DESCRIBED, "describe")
     with open_client(options, options.out / "correct_cache.jsonl") as client:
         start = functools.partial(Progress, spent=lambda: client.spent)
-        limit = options.max_tokens, 0.0 if options.temperature is None else options.temperature
+        limit = options.max_new_tokens, 0.0 if options.temperature is None else options.temperature
         done = curate.correct(client, rows, _wording(options, "correct.txt"), *limit, start)
         spent = client.spent
     files.write_lines(options.out / curate.CORRECTED, done)
@@ -79,6 +87,8 @@ def _filter(options: argparse.Namespace) -> int:
     dropped = files.counted(row["dropped"] for row in rows if row["dropped"])
     print(f"{options.out / curate.FILTERED}: {len(rows) - sum(dropped.values()):,} of {len(rows):,} left, "
           f"dropped: {dropped or 'none'}")  # fmt: skip
+    if sum(dropped.values()) == len(rows):
+        raise DataError(f"{options.out / curate.FILTERED}: none of {len(rows):,} descriptions is left")
     return 0
 
 
@@ -109,6 +119,8 @@ def _export(options: argparse.Namespace) -> int:
     shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
     print(f"{options.out / 'filter_cap.json'} and llava.json: {len(taken):,} of {len(described):,} pictures; {shown}"
           + (" (UNREVIEWED)" if options.no_review else ""))  # fmt: skip
+    if not taken:
+        raise DataError(f"{options.out / 'llava.json'} holds no record: {shown}")
     return 0
 
 
@@ -116,7 +128,15 @@ def _rows(options: argparse.Namespace, name: str, step: str) -> list[dict[str, A
     path = options.out / name
     if not path.is_file():
         raise MissingFile(f"{path}: no such file: run `curate {step} --out {options.out}` first")
-    return [row for _, row in files.read_rows(path)]
+    rows = []
+    for where, row in files.read_rows(path):
+        image = Path(files.image_path(row, where))
+        if files.field(row, where, "image_id", str, "the name of its image") != image.stem:
+            raise DataError(f"{where}: image_id={row['image_id']!r}: want {image.stem!r}, of image={str(image)!r}")
+        for key, kind in ({} if "unanswered" in row else _FIELDS[name]).items():
+            files.field(row, where, key, kind, f"what `curate {step}` writes")
+        rows.append(row)
+    return rows
 
 
 def _wording(options: argparse.Namespace, name: str) -> str:

@@ -5,8 +5,10 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
-from llava_jax.datagen.files import brief, field, image_path, read_json, read_rows
+from llava_jax.datagen.files import brief, encodable, field, image_path, read_json, read_rows
 from llava_jax.errors import DataError
+
+_MOST_PIXELS = 1 << 30  # of a side
 
 
 class Box(NamedTuple):
@@ -55,9 +57,13 @@ def from_records(path: epath.PathLike) -> list[Subject]:
     subjects = []
     for where, row in read_rows(path):
         identity = field(row, where, "id", str | int, "a text or a number")
+        if not encodable(str(identity)):
+            raise DataError(f"{where}: id={identity!r}: half a character, which no file can hold")
         boxes = field({"boxes": row.get("instances", []), **row}, where, "boxes", list, "a list of boxes")
         found = tuple(_box(box, f"{where}: boxes[{index}]") for index, box in enumerate(boxes))
         subjects.append(Subject(str(identity), image_path(row, where), _captions(row, where), found))
+    if not subjects:
+        raise DataError(f"{path}: holds no records")
     _check_ids(subjects, str(path))
     return subjects
 
@@ -99,7 +105,7 @@ def _instances(path: epath.PathLike, crowds: bool) -> dict[int, list[Box]]:
     for where, row in _rows(told, "annotations", path):
         image = field(row, where, "image_id", int, "a number")
         category = field(row, where, "category_id", int, "a number")
-        if image not in sizes or min(sizes[image]) < 1:
+        if image not in sizes or min(sizes[image]) < 1 or max(sizes[image]) > _MOST_PIXELS:
             raise DataError(f"{where}: image_id={image}: want one of the file's images, with width and height")
         if category not in names:
             raise DataError(f"{where}: category_id={category}: want one of the file's {len(names)} categories")
@@ -148,7 +154,7 @@ def _box(box: Any, where: str) -> Box:
 
 def _four(row: dict[str, Any], where: str) -> tuple[float, float, float, float]:
     told = field(row, where, "bbox", list, "four numbers")
-    if len(told) != 4 or not all(isinstance(edge, int | float) and not isinstance(edge, bool) for edge in told):
+    if len(told) != 4 or not all(type(edge) in (int, float) and abs(edge) <= _MOST_PIXELS for edge in told):
         raise DataError(f"{where}: bbox={brief(told)}: want four numbers")
     return tuple(float(edge) for edge in told)
 

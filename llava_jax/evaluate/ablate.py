@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from llava_jax.data import scienceqa
 from llava_jax.data.sources import open_source
@@ -27,8 +28,9 @@ from llava_jax.evaluate.benchmarks.all import get
 from llava_jax.evaluate.questions import Benchmark
 from llava_jax.evaluate.score import Result
 from llava_jax.generate.assistant import Assistant
-from llava_jax.openai_client import Client
+from llava_jax.openai_client import options as server
 
+AnyPath = Path | epath.Path  # on a disk, or perhaps in a bucket
 REASONS_FIRST, ANSWER_FIRST = "QCM-LEA", "QCM-ALE"
 TYPES = ("conversation", "detail", "reasoning")
 
@@ -77,13 +79,13 @@ class Plan:
     """
 
     workdir: Path
-    bases: dict[str, Path]
+    bases: Mapping[str, AnyPath]
     stage1: Path
     stage2: Path
-    pretrain: Path
-    images: Path
-    scienceqa: Path | None = None
-    instructions: tuple[Path, ...] = ()
+    pretrain: AnyPath
+    images: AnyPath
+    scienceqa: AnyPath | None = None
+    instructions: tuple[AnyPath, ...] = ()
     stage1_set: tuple[str, ...] = ()
     stage2_set: tuple[str, ...] = ()
     hand_off: str = "base"
@@ -95,7 +97,7 @@ class Exam(NamedTuple):
     """What every row is asked. answered: from the answer file to the file that `score` reads (a judge's reviews)."""
 
     benchmark: Benchmark
-    data: Path
+    data: AnyPath
     options: dict[str, str]
     settings: answer.Settings
     slots: int = 16
@@ -121,7 +123,7 @@ def run(plan: Plan, rows: Sequence[Row], exam: Exam) -> list[tuple[Row, Result]]
         numbers = plan.workdir / row.name / "scores.json"
         if not numbers.exists():
             result = _examined(_trained(plan, row, exam, start), row, exam, plan)
-            numbers.write_text(json.dumps(scores.to_json(result, row.title), indent=1))
+            scores.write(numbers, result, row.title)
         result = scores.from_json(numbers)[1]
         done.append((row, result))
         _say(start, f"{row.name}: {result.main} {result.numbers[result.main].mean:.2f}")
@@ -139,7 +141,7 @@ def table(done: Sequence[tuple[Row, Result]]) -> str:
     return report.markdown(["", done[0][1].main, "paper"], lines)
 
 
-def mixture(files: Sequence[Path], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
+def mixture(files: Sequence[AnyPath], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
     """The records of each file's share: a seeded permutation's beginning, so that a smaller share lies in a larger.
 
     limit: records in all at most, drawn by the same seed.
@@ -159,7 +161,7 @@ def _limited(records: list[Any], seed: int, limit: int | None) -> list[Any]:
     return [records[i] for i in sorted(order[:limit])]
 
 
-def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> Path:
+def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> AnyPath:
     """The checkpoint to examine: stage 2, or stage 1 where there is no stage 2."""
     first = plan.bases[row.base]
     if row.stage1:
@@ -179,7 +181,7 @@ def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> Path:
     return place
 
 
-def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, Path]:
+def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, AnyPath]:
     """Writes what a row's stage 2 reads; the file, and the folder of its pictures."""
     if plan.scienceqa is not None:
         problems = scienceqa.read(plan.scienceqa)
@@ -196,13 +198,13 @@ def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, Path]:
     return path, images
 
 
-def _source(records: Path, images: Path) -> dict[str, Path]:
+def _source(records: AnyPath, images: AnyPath) -> dict[str, AnyPath]:
     return {"data.sources.0.path": records, "data.sources.0.images": images}
 
 
-def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequence[str]) -> None:
+def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequence[str]) -> None:
     """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
-    from llava_jax.train import __main__ as train  # here only: the other verbs of this door need not wait for it
+    from llava_jax.train import __main__ as train  # here only: the other verbs need not wait for it
 
     words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
     words += [f"--config.{word}" for word in more]
@@ -214,7 +216,7 @@ def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequenc
         raise Failed(code, log)
 
 
-def _examined(checkpoint: Path, row: Row, exam: Exam, plan: Plan) -> Result:
+def _examined(checkpoint: AnyPath, row: Row, exam: Exam, plan: Plan) -> Result:
     options = exam.options | ({"format": row.format} if exam.benchmark.name == "scienceqa" else {})
     asked, _ = questions.load(exam.benchmark, exam.data, options, images=True)
     # A stage 1 alone was trained on bare captions: it is asked in the words of stage 2.
@@ -232,43 +234,12 @@ def _say(start: float, text: str) -> None:
     print(f"{time.monotonic() - start:5.0f} s {text}", flush=True)
 
 
-# ---- the door
+# ---- the command
 
 
-def add_options(verb: argparse.ArgumentParser) -> None:
-    """The options of `ablate`, without those of an endpoint."""
-    add = verb.add_argument
-    add("grid", choices=tuple(GRIDS))
-    add("--workdir", required=True, type=Path)
-    add("--base", required=True, type=Path, metavar="DIR", help="checkpoint before stage 1 (`convert assemble`)")
-    add("--last-layer", type=Path, metavar="DIR", help="the same with --select-layer -1")
-    add("--small", type=Path, metavar="DIR", help="of a smaller model")
-    add("--stage1", required=True, type=Path, metavar="CONFIG")
-    add("--stage2", required=True, type=Path, metavar="CONFIG")
-    add("--stage1-set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=10")
-    add("--stage2-set", action="append", default=[], metavar="KEY=VALUE")
-    add("--hand-off", choices=("base", "start"), default="base",
-        help="the key of stage 2's config that names stage 1's checkpoint: model.base or model.start")  # fmt: skip
-    add("--pretrain", required=True, type=Path, metavar="JSON", help="stage 1's records")
-    add("--images", required=True, type=Path, metavar="DIR", help="pictures of stage 1 and of the instructions")
-    add("--scienceqa", type=Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
-    for name in TYPES:
-        add(f"--{name}", type=Path, metavar="JSON", help="grid mixes: instruction data of this type")
-    add("--benchmark", help="grid mixes: what every row is asked")
-    add("--data", type=Path, metavar="DIR", help="grid mixes: the benchmark's files")
-    add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark")
-    add("--records", type=int, metavar="N", help="of the instruction data at most; default: all")
-    add("--max-new-tokens", type=int, help="default: the benchmark's own")
-    add("--slots", type=int, default=16, help="questions answered at once")
-    add("--template", help="default: each checkpoint's own")
-    add("--seed", type=int, default=0, help="of the mixtures")
-    add("--rules", metavar="FILE", help="for LLaVA-Bench: the judge's rules; and --base-url, --model")
-    add("--repeats", type=int, default=1, help="reviews of each answer")
-
-
-def main(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> int:
-    """Runs a grid as told; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
-    plan, exam = _plan(told), _exam(told, client)
+def main(told: argparse.Namespace) -> int:
+    """Runs the grid of a command line; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
+    plan, exam = _plan(told), _exam(told)
     try:
         done = run(plan, GRIDS[told.grid], exam)
     except Failed as error:
@@ -285,10 +256,6 @@ def main(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], C
 def _plan(told: argparse.Namespace) -> Plan:
     bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
     files = tuple(vars(told)[name] for name in TYPES)
-    if told.grid == "scienceqa" and told.scienceqa is None:
-        raise UsageError("grid scienceqa wants --scienceqa DIR")
-    if told.grid == "mixes" and (None in files or told.benchmark is None or told.data is None):
-        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
     return Plan(
         told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
         told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,
@@ -297,7 +264,7 @@ def _plan(told: argparse.Namespace) -> Plan:
     )  # fmt: skip
 
 
-def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], Client]) -> Exam:
+def _exam(told: argparse.Namespace) -> Exam:
     mixes = told.grid == "mixes"
     benchmark = get(told.benchmark if mixes else "scienceqa")
     options = questions.resolved(benchmark, told.option)
@@ -308,7 +275,7 @@ def _exam(told: argparse.Namespace, client: Callable[[argparse.Namespace, str], 
     def reviewed(path: Path) -> Path:
         out = path.with_name("reviews.jsonl")
         candidates = {one.id: one for one in answers.merge(asked, [path])}
-        with client(told, f"{out}.cache") as judging:
+        with server.open_client(told, told.cache or f"{out}.cache") as judging:
             answers.write(out, judge.review(asked, candidates, rules, judging, told.repeats))
         return out
 

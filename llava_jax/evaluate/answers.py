@@ -1,4 +1,4 @@
-"""The file between the doors: answers.jsonl, one answer a line, in the field names of LLaVA's own answer files.
+"""The file between the verbs: answers.jsonl, one answer a line, in the field names of LLaVA's own answer files.
 
     {"question_id": "7", "prompt": "What is it?", "text": "A cat.", "model_id": "runs/stage2", "metadata": {}}
 
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import FAULTS, Fault, Question, lines
 
@@ -44,7 +45,8 @@ def line(answer: Answer) -> str:
     """The answer as one line of the file, with its end."""
     row = {"question_id": answer.id, "prompt": answer.prompt, "text": answer.text, "model_id": answer.model,
            "metadata": dict(answer.metadata)}  # fmt: skip
-    return json.dumps(row, ensure_ascii=False) + "\n"
+    # Half a character, which JSON may hold and UTF-8 cannot, is written as its escape.
+    return json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
@@ -58,7 +60,7 @@ def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
     kept: dict[tuple[str, int], Answer] = {}
     faults: list[Fault] = []
     for path in map(epath.Path, paths):
-        if not path.exists():
+        if not files.exists(path):
             raise DataError(f"answer file {path} does not exist: `answer` writes it")
         rows, broken = lines(path)
         faults += broken
@@ -76,12 +78,13 @@ def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
 
 def match(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[int, dict[str, str]], list[Fault]]:
     """{repeat: {id: text}}, in the questions' order, and what does not fit: no answer, an unknown id, an empty text."""
-    asked = {question.id for question in questions}
+    asked = {question.id: question for question in questions}
+    unknown = f"the benchmark asks no such question; its ids are such as {next(iter(asked), '')!r}"
     given: dict[int, dict[str, Answer]] = collections.defaultdict(dict)
     faults = []
     for answer in answers:
         if answer.id not in asked:
-            faults.append(Fault("unknown_id", answer.id, "the benchmark asks no such question"))
+            faults.append(Fault("unknown_id", answer.id, unknown))
         elif "fault" in answer.metadata:
             faults.append(Fault(answer.metadata["fault"], answer.id, str(answer.metadata.get("detail", ""))))
         else:
@@ -126,21 +129,19 @@ def ordered(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterato
 
 def write(path: epath.PathLike, answers: Iterable[Answer]) -> None:
     """Writes the file whole: it is never seen half written."""
-    place = epath.Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(place.name + ".part")
-    beside.write_text("".join(map(line, answers)), encoding="utf-8")
-    beside.replace(place)
+    files.write_whole(path, "".join(map(line, answers)).encode())
 
 
 def _answer(row: Any, where: str) -> Answer | Fault:
     """One row; ids of LLaVA's own files may be numbers."""
     identity = row.get("question_id", row.get("id")) if isinstance(row, dict) else None
-    if not isinstance(identity, str | int):
+    if type(identity) not in (str, int):
         return Fault("bad_shape", "?", "want an object with question_id and text", where)
     text, metadata = row.get("text"), row.get("metadata", {})
     if not isinstance(text, str) or not isinstance(metadata, dict):
         return Fault("bad_shape", str(identity), f"text={str(text)[:60]!r}: want a string", where)
-    if not isinstance(metadata.get("repeat", 0), int) or metadata.get("fault", "not_answered") not in FAULTS:
-        return Fault("bad_shape", str(identity), "metadata: want a number `repeat` and a known `fault`", where)
+    repeat, fault, run = metadata.get("repeat", 0), metadata.get("fault", "not_answered"), metadata.get("run", "")
+    if type(repeat) is not int or repeat < 0 or not isinstance(run, str) or fault not in tuple(FAULTS):
+        return Fault("bad_shape", str(identity), "metadata: want a number `repeat`, a known `fault`, a text `run`",
+                     where)  # fmt: skip
     return Answer(str(identity), text, str(row.get("model_id", "")), str(row.get("prompt", "")), metadata)

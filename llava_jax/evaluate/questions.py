@@ -1,6 +1,6 @@
 """What a benchmark is: questions, an official rule that turns answers into numbers, and the files that it wants.
 
-Every benchmark is one module of `benchmarks/` with one `Benchmark`; the doors know nothing else of it.
+Every benchmark is one module of `benchmarks/` with one `Benchmark`; the commands know nothing else of it.
 """
 
 import json
@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 
 SHORT = "Answer the question using a single word or phrase."  # Source: haotian-liu/LLaVA docs/Evaluation.md:13-18
 LETTER = "Answer with the option's letter from the given choices directly."  # Source: the same, 20-29
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+FILE = "FILE"  # an allowed value of an option: any path
 
 # kind -> (is it a fault of a file, what it means). A file's faults stop `score` until they are mended or allowed;
 # a model's failings are part of its score: the official rule counts them as wrong, and each is listed by its id.
@@ -25,6 +27,7 @@ FAULTS = {
     "unknown_id": (True, "an answer to a question that the benchmark does not ask"),
     "missing_answer": (True, "a question without an answer"),
     "missing_image": (True, "the picture's file does not exist"),
+    "bad_image": (True, "the picture cannot be read, or lies outside of the benchmark's folder"),
     "empty_question": (True, "a question without text"),
     "empty_truth": (True, "the benchmark's own answer is empty"),
     "wrong_truth": (True, "the benchmark's own answer is none of its choices"),
@@ -74,13 +77,15 @@ class Question:
 class Score(NamedTuple):
     """Numbers of one run. numbers: {column: value}, in the order of the benchmark's own table; main: its headline.
 
-    counts: {what was counted: how many}; findings: failings of the model, which the rule has counted as wrong.
+    counts: {what was counted: how many}; findings: failings of the model. lacking: what the rule makes of these, and
+    of answers that are not there.
     """
 
     numbers: dict[str, float]
     main: str
     counts: dict[str, int]
     findings: tuple[Fault, ...] = ()
+    lacking: str = "counted as wrong"
 
 
 class Need(NamedTuple):
@@ -107,7 +112,8 @@ class Benchmark(NamedTuple):
     needs: what must lie there. read: its questions, and the faults of its files.
     score: its official rule, None where only a server has the truth.
     submit: {file name: content} of what its server wants, from its data directory, questions and answers; or None.
-    tokens: of an answer at most. options: {name: allowed values, the default first}.
+    tokens: of an answer at most. options: {name: allowed values, the default first}. ids: what ids look like, for who
+    brings answers with others.
     """
 
     name: str
@@ -119,6 +125,7 @@ class Benchmark(NamedTuple):
     submit: Callable[[epath.Path, Sequence[Question], Answers, Options], dict[str, bytes]] | None = None
     tokens: int = 16
     options: Mapping[str, tuple[str, ...]] | None = None
+    ids: str = ""
 
 
 def load(
@@ -133,7 +140,7 @@ def load(
     """
     root = epath.Path(directory)
     wanted = [need for need in _wanted(benchmark, options) if images or not need.pictures]
-    missing = [need for need in wanted if not (root / need.path).exists()]
+    missing = [need for need in wanted if not files.exists(root / need.path)]
     if missing:
         raise DataError("\n".join([
             f"{benchmark.name}: {directory} lacks {len(missing)} of what {benchmark.title} needs:",
@@ -154,7 +161,7 @@ def resolved(benchmark: Benchmark, given: Sequence[str]) -> dict[str, str]:
     """All options of the benchmark, from words such as "split=val"; the first of the allowed values is the default.
 
     Raises:
-      ValueError: an unknown option or value.
+      UsageError: an unknown option or value.
     """
     allowed = benchmark.options or {}
     options = {name: values[0] for name, values in allowed.items()}
@@ -162,7 +169,7 @@ def resolved(benchmark: Benchmark, given: Sequence[str]) -> dict[str, str]:
         name, equals, value = word.partition("=")
         if name not in allowed or not equals:
             raise UsageError(f"--option {word}: {benchmark.name} knows {_spelled(allowed)}")
-        if value not in allowed[name]:
+        if value not in allowed[name] and FILE not in allowed[name]:
             raise UsageError(f"--option {word}: want one of {', '.join(allowed[name])}")
         options[name] = value
     return options
@@ -176,7 +183,7 @@ def bad(where: str, faults: Sequence[Fault]) -> BadBenchmark:
 def lines(path: epath.Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
     """[(where, value)] of a JSON lines file, and a fault for each line that is no JSON. Blank lines are left out."""
     rows, faults = [], []
-    for number, line in enumerate(path.read_bytes().decode("utf-8", "replace").split("\n"), 1):
+    for number, line in enumerate(files.read(path).decode("utf-8-sig", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -213,7 +220,7 @@ def percent(right: int | float, of: int) -> float:
 def _missing_images(questions: Sequence[Question], folder: epath.Path) -> list[Fault]:
     """A fault for each picture that is not in the folder; each file is looked for once."""
     names = {image for question in questions for image in question.images if isinstance(image, str)}
-    gone = {name for name in names if not (folder / name).exists()}
+    gone = files.missing(folder, names)
     return [Fault("missing_image", question.id, f"{folder / image} does not exist")
             for question in questions for image in question.images if image in gone]  # fmt: skip
 
@@ -242,7 +249,7 @@ def _wanted(benchmark: Benchmark, options: Options) -> Iterator[Need]:
 
 
 def _spelled(allowed: Mapping[str, tuple[str, ...]]) -> str:
-    return ", ".join(f"{name}={'|'.join(values)}" for name, values in allowed.items()) or "no options"
+    return ", ".join(f"{name}={'|'.join(filter(None, values))}" for name, values in allowed.items()) or "no options"
 
 
 def _id_within(line: str) -> str:

@@ -1,14 +1,17 @@
 """Scores of several runs as the papers show them: a row a run, a column a number, published rows beside; and plots.
 
-The only room of matplotlib, which is asked for only when plots are: `pip install llava_jax[report]`.
+Tables are Markdown, CSV and LaTeX. matplotlib is imported here alone, and only for plots: `pip install ".[report]"`.
 """
 
+import csv
 import io
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.score import Result, Value
@@ -52,25 +55,40 @@ PUBLISHED: dict[str, tuple[Published, ...]] = {
            ("mmbench", "circular", 64.3, 67.7), ("mmbench_cn", "circular", 58.3, 63.6), ("seed", "all", 58.6, 61.6),
        )},
 }  # fmt: skip
-FILE = "report.md"
+FILE, CSV, LATEX = "report.md", "report.csv", "report.tex"
 BAR_INCHES = (0.35, 1.6)  # a bar's height in the plot, and what stands around all of them
+_TEX = re.compile(r"[&%$#_{}~^\\]")
+_TEX_NAMES = {"~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "\\": r"\textbackslash{}"}
+
+
+class Table(NamedTuple):
+    """One benchmark's runs below the published rows. rows: (name, a text for each column); main: the headline's column.
+
+    published: how many of the rows come from papers.
+    """
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, tuple[str, ...]], ...]
+    main: str
+    published: int
 
 
 def write(paths: Sequence[epath.PathLike], directory: epath.PathLike, plots: str = "none") -> tuple[str, ...]:
-    """Writes report.md, and a plot for each benchmark where plots is "png" or "svg"; the paths.
+    """Writes report.md, report.csv, report.tex, and a plot for each benchmark where plots is "png" or "svg"; the paths.
 
     Raises:
-      DataError: a path is no file of scores. ValueError: plots are wanted and matplotlib is not there.
+      DataError: a path is no file of scores. UsageError: plots are wanted and matplotlib is not there.
     """
     results = [scores.from_json(path) for path in paths]
-    place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    (place / FILE).write_text(page(results), encoding="utf-8")
-    written = [str(place / FILE)]
+    tables = {FILE: page(results), CSV: comma_separated(results), LATEX: latex(results)}
+    content = {name: text.encode("utf-8", "backslashreplace") for name, text in tables.items()}
     for name in _benchmarks(results) if plots != "none" else ():
-        written.append(str(place / f"{name}.{plots}"))
-        (place / f"{name}.{plots}").write_bytes(plot(_of(results, name), PUBLISHED.get(name, ()), plots))
-    return tuple(written)
+        content[f"{name}.{plots}"] = plot(_of(results, name), PUBLISHED.get(name, ()), plots)
+    place = epath.Path(directory)
+    for name, data in content.items():
+        files.write_whole(place / name, data)
+    return tuple(str(place / name) for name in content)
 
 
 def page(results: Sequence[tuple[str, Result]]) -> str:
@@ -81,19 +99,71 @@ def page(results: Sequence[tuple[str, Result]]) -> str:
         parts += [_overview(results, names), ""]
     for name in names:
         members = _of(results, name)
-        parts += [f"## {members[0][1].title}", "", table(members, PUBLISHED.get(name, ())), ""]
+        one = table(members, PUBLISHED.get(name, ()))
+        rows = _emphasised(one, str, lambda cell: f"**{cell}**")
+        parts += [f"## {one.title}", "", markdown(["", *one.columns], rows), ""]
         parts += [f"- {run}: {line}" for run, result in members for line in _remarks(result)] + [""]
     return "\n".join(parts).rstrip() + "\n"
 
 
-def table(members: Sequence[tuple[str, Result]], published: Sequence[Published] = ()) -> str:
-    """One benchmark's runs, a row each, below the published rows; the headline's column is bold."""
-    columns = list(dict.fromkeys(column for _, result in members for column in result.numbers))
-    rows = [[row.name, *(f"{row.numbers[column]:.2f}" if column in row.numbers else "" for column in columns)]
+def comma_separated(results: Sequence[tuple[str, Result]]) -> str:
+    """A line for each number of each run, published ones included; empty groups have an empty mean."""
+    out = io.StringIO()
+    lines = csv.writer(out, lineterminator="\n")
+    lines.writerow(("benchmark", "run", "published", "column", "mean", "sd", "repeats"))
+    for name in _benchmarks(results):
+        for row in PUBLISHED.get(name, ()):
+            lines.writerows((name, row.name, 1, column, value, "", "") for column, value in row.numbers.items())
+        for run, result in _of(results, name):
+            for column, value in result.numbers.items():
+                empty = scores.shown(result, column) == "-"
+                cells = ("", "") if empty else (f"{value.mean:.4f}", f"{value.sd:.4f}")
+                lines.writerow((name, run, 0, column, *cells, result.repeats))
+    return out.getvalue()
+
+
+def latex(results: Sequence[tuple[str, Result]]) -> str:
+    """A tabular for each benchmark, with the rules of the package booktabs; the headline's column is bold."""
+    parts = ["% needs \\usepackage{booktabs}"]
+    for name in _benchmarks(results):
+        one = table(_of(results, name), PUBLISHED.get(name, ()))
+        rows = [_tex_row(row) for row in _emphasised(one, _tex, lambda cell: rf"\textbf{{{cell}}}")]
+        if one.published:
+            rows.insert(one.published, r"\midrule")
+        columns = "l" + "r" * len(one.columns)
+        parts += ["", f"% {_tex(one.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                  _tex_row(["", *map(_tex, one.columns)]), r"\midrule", *rows, r"\bottomrule",
+                  r"\end{tabular}"]  # fmt: skip
+    return "\n".join(parts) + "\n"
+
+
+def _emphasised(one: Table, escape: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
+    """The table's rows, escaped; the headline's column is bold in the rows that are not published ones."""
+    rows = []
+    for number, (run, cells) in enumerate(one.rows):
+        ours = number >= one.published
+        rows.append([escape(run), *(bold(escape(cell)) if ours and column == one.main and cell else escape(cell)
+                                    for column, cell in zip(one.columns, cells))])  # fmt: skip
+    return rows
+
+
+def _tex_row(cells: Sequence[str]) -> str:
+    return " & ".join(cells) + r" \\"
+
+
+def _tex(text: str) -> str:
+    escaped = _TEX.sub(lambda found: _TEX_NAMES.get(found[0], "\\" + found[0]), " ".join(text.split()))
+    return escaped.replace("±", r"$\pm$")
+
+
+def table(members: Sequence[tuple[str, Result]], published: Sequence[Published] = ()) -> Table:
+    """One benchmark's runs, a row each, below the published rows."""
+    columns = tuple(dict.fromkeys(column for _, result in members for column in result.numbers))
+    rows = [(row.name, tuple(f"{row.numbers[column]:.2f}" if column in row.numbers else "" for column in columns))
             for row in published]  # fmt: skip
-    for run, result in members:
-        rows.append([run, *(_cell(result.numbers.get(column), result, column) for column in columns)])
-    return markdown(["", *columns], rows)
+    rows += [(run, tuple(scores.shown(result, column) for column in columns)) for run, result in members]
+    result = members[0][1]
+    return Table(result.title, columns, tuple(rows), result.main, len(published))
 
 
 def differences(members: Sequence[tuple[str, Result]], columns: Sequence[str] = ()) -> str:
@@ -112,7 +182,7 @@ def differences(members: Sequence[tuple[str, Result]], columns: Sequence[str] = 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table whose columns are aligned for reading as text too."""
-    cells = [[text.replace("|", "\\|") for text in row] for row in (header, *rows)]
+    cells = [[" ".join(text.split()).replace("|", "\\|") for text in row] for row in (header, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
 
     def line(row: Sequence[str]) -> str:
@@ -127,13 +197,13 @@ def plot(members: Sequence[tuple[str, Result]], published: Sequence[Published], 
     """A bar for each run's headline, with its spread over repeats, and for each published row; kind: "png", "svg".
 
     Raises:
-      ValueError: matplotlib is not installed.
+      UsageError: matplotlib is not installed.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg  # here only: no number needs it
         from matplotlib.figure import Figure
     except ImportError:
-        raise UsageError("plots want matplotlib: `pip install llava_jax[report]`, or say --plots none") from None
+        raise UsageError('plots need matplotlib: run `pip install ".[report]"`, or give --plots none') from None
 
     main = members[0][1].main
     bars = [(row.name, Value(row.numbers[main], 0.0), "0.75") for row in published if main in row.numbers]
@@ -162,7 +232,7 @@ def _overview(results: Sequence[tuple[str, Result]], names: Sequence[str]) -> st
     rows = []
     for run in runs:
         held = [found.get((run, name)) for name in names]
-        rows.append([run, *(f"{one.numbers[one.main].mean:.2f}" if one else "" for one in held)])
+        rows.append([run, *(scores.shown(one, one.main) if one else "" for one in held)])
     return markdown(["", *titles.values()], rows)
 
 
@@ -171,18 +241,12 @@ def _remarks(result: Result) -> list[str]:
     kinds: dict[str, int] = {}
     for finding in result.findings:
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
-    told = f"{result.questions:,} questions"
-    told += f", mean and sample standard deviation of {result.repeats} repeats" if result.repeats > 1 else ""
-    told += "".join(f", {count:,} {kind}" for kind, count in sorted(kinds.items()))
-    options = ", ".join(f"{name}={value}" for name, value in result.options.items())
-    return [told + (f" ({options})" if options else "")]
-
-
-def _cell(value: Value | None, result: Result, column: str) -> str:
-    if value is None:
-        return ""
-    text = f"{value.mean:.2f}" + (f" ± {value.sd:.2f}" if result.repeats > 1 else "")
-    return f"**{text}**" if column == result.main else text
+    line = f"{result.questions:,} questions"
+    line += f", mean and sample standard deviation of {result.repeats} repeats" if result.repeats > 1 else ""
+    line += "".join(f", {count:,} {kind}" for kind, count in sorted(kinds.items()))
+    line += f", {result.lacking}" if kinds else ""
+    options = ", ".join(f"{name}={value}" for name, value in result.options.items() if value)
+    return [line + (f" ({options})" if options else "")]
 
 
 def _benchmarks(results: Sequence[tuple[str, Result]]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.questions import FAULTS, Benchmark, Fault, Options, Question, Score
@@ -26,9 +27,10 @@ class Value(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Numbers of one run of one benchmark. findings: faults that were allowed and failings of the model.
+    """Numbers of one run of one benchmark.
 
-    counts: of the first repeat.
+    model: what answered, also where a judge's reviews of it are scored. counts: of the first repeat. findings: faults
+    that were allowed and failings of the model; lacking: what the rule makes of them.
     """
 
     benchmark: str
@@ -41,6 +43,7 @@ class Result(NamedTuple):
     main: str
     counts: dict[str, int]
     findings: tuple[Fault, ...]
+    lacking: str = "counted as wrong"
 
 
 def score(
@@ -50,29 +53,36 @@ def score(
     """The benchmark's numbers for the answers of one file, or of several shards.
 
     Raises:
-      DataError: the files have faults and `allow_faults` is not set (names every one), or hold no answer at all.
-      ValueError: the benchmark's truth is with its server, which wants the files of `submission`.
+      DataError: the files have faults and `allow_faults` is not set (names every one), or hold no answer at all, or
+        questions of the user's own have no truth.
+      UsageError: the benchmark's truth is with its server, which wants the files of `submission`.
     """
-    if benchmark.score is None or any(question.truth is None for question in questions):
+    untold = [question.id for question in questions if question.truth is None]
+    if untold and benchmark.submit is None:
+        raise DataError(f"{benchmark.name}: no truth for {len(untold):,} questions, {untold[0]!r} the first: give each "
+                        "an answer to be scored")  # fmt: skip
+    if benchmark.score is None or untold:
         raise UsageError(f"{benchmark.name}: not all of its answers are public (options {dict(options)}): "
                          "--submission DIR writes what its server wants")  # fmt: skip
     found = answers.read(paths)
     by_repeat, unfit = answers.match(questions, found.answers)
     faults = [*found.faults, *unfit]
     refused = [fault for fault in faults if FAULTS[fault.kind][0]]
-    where = ", ".join(map(str, paths))
+    where, unknown = ", ".join(map(str, paths)), any(fault.kind == "unknown_id" for fault in unfit)
     if refused and not allow_faults:
         raise DataError("\n".join([
-            f"{where}: {len(refused)} faults, so no score; mend them, or count them as wrong with --allow-faults:",
+            f"{where}: {len(refused)} faults, so no score; mend them, or score without with --allow-faults:",
             *(f"  {fault}" for fault in refused),
+            *([f"ids of {benchmark.name} are {benchmark.ids}"] if benchmark.ids and unknown else []),
         ]))  # fmt: skip
     if not by_repeat:
         raise DataError(f"{where}: no answer to any of the {len(questions)} questions of {benchmark.name}")
     scores = [benchmark.score(questions, given, options) for given in by_repeat.values()]
-    models = sorted({answer.model for answer in found.answers})
+    models = sorted(set(map(_answered_by, found.answers)))
     return Result(
         benchmark.name, benchmark.title, ", ".join(models), dict(options), len(questions), len(scores), _values(scores),
         scores[0].main, scores[0].counts, (*faults, *(finding for one in scores for finding in one.findings)),
+        scores[0].lacking,
     )  # fmt: skip
 
 
@@ -91,11 +101,16 @@ def submission(
     if any(answer.repeat for answer in merged):
         raise UsageError(f"{', '.join(map(str, paths))}: holds repeats; a server wants one answer to a question")
     place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    files = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)
-    for name, content in files.items():
-        (place / name).write_bytes(content)
-    return tuple(str(place / name) for name in files)
+    contents = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)
+    for name, content in contents.items():
+        files.write_whole(place / name, content)
+    return tuple(str(place / name) for name in contents)
+
+
+def _answered_by(answer: answers.Answer) -> str:
+    """The model; of a judge's review, the candidate that it is about."""
+    candidate = answer.metadata.get("candidate")
+    return candidate if isinstance(candidate, str) and candidate else answer.model
 
 
 def to_json(result: Result, run: str = "") -> dict[str, Any]:
@@ -105,6 +120,12 @@ def to_json(result: Result, run: str = "") -> dict[str, Any]:
     return {"run": run or result.model, **result._asdict(), "numbers": numbers, "findings": findings}
 
 
+def write(path: epath.PathLike, result: Result, run: str = "") -> None:
+    """Writes the file that `from_json` reads."""
+    text = json.dumps(to_json(result, run), indent=1, ensure_ascii=False)
+    files.write_whole(path, text.encode("utf-8", "backslashreplace"))
+
+
 def from_json(path: epath.PathLike) -> tuple[str, Result]:
     """(run, result) of a file that `to_json` filled.
 
@@ -112,29 +133,56 @@ def from_json(path: epath.PathLike) -> tuple[str, Result]:
       DataError: it is no such file.
     """
     try:
-        told = json.loads(epath.Path(path).read_text(encoding="utf-8"))
-        run = told.pop("run")
-        told["numbers"] = {name: Value(**value) for name, value in told["numbers"].items()}
-        told["findings"] = tuple(Fault(**finding) for finding in told["findings"])
-        return run, Result(**told)
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
+        row = json.loads(files.read(path))
+        run = row.pop("run")
+        row["numbers"] = {name: Value(**value) for name, value in row["numbers"].items()}
+        row["findings"] = tuple(Fault(**finding) for finding in row["findings"])
+        result = Result(**row)
+        _check(run, result)
+        return run, result
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError) as error:
         raise DataError(f"{path}: not a file that `score --out` wrote: {type(error).__name__}: {error}") from None
 
 
-def text(result: Result, shown: int = 20) -> str:
-    """The result for a terminal: columns, counts of findings, and the first `shown` findings of each kind."""
-    lines = [f"{result.title}: {result.questions:,} questions, model {result.model or '(not named)'}"]
+def _check(run: Any, result: Result) -> None:
+    """Raises ValueError where a value has another type than `to_json` writes."""
+    texts = (run, result.benchmark, result.title, result.model, result.main, result.lacking)
+    numbers = [number for value in result.numbers.values() for number in value]
+    if not all(isinstance(text, str) for text in (*texts, *(text for one in result.findings for text in one))):
+        raise ValueError("a name or a finding is no text")
+    if not all(type(number) in (int, float) and abs(number) < 1e9 for number in numbers):
+        raise ValueError("a number is none")
+    if not all(type(count) is int for count in (result.questions, result.repeats, *result.counts.values())):
+        raise ValueError("a count is none")
+    if not isinstance(result.options, dict) or result.main not in result.numbers:
+        raise ValueError("the options or the main number are missing")
+
+
+def shown(result: Result, column: str) -> str:
+    """A number as people read it: "81.50 ± 0.25" of several repeats, "-" of an empty group, "" where there is none."""
+    if column not in result.numbers:
+        return ""
+    if result.counts.get(f"{column} of") == 0:
+        return "-"
+    value = result.numbers[column]
+    return f"{value.mean:.2f}" + (f" ± {value.sd:.2f}" if result.repeats > 1 else "")
+
+
+def text(result: Result, listed: int = 20) -> str:
+    """The result for a terminal: columns, counts of findings, and the first `listed` findings of each kind."""
+    options = ", ".join(f"{name}={value}" for name, value in result.options.items() if value)
+    lines = [f"{result.title}: {result.questions:,} questions, model {result.model or '(not named)'}"
+             + (f" ({options})" if options else "")]  # fmt: skip
     width = max(map(len, result.numbers))
-    for name, value in result.numbers.items():
-        spread = f" ± {value.sd:.2f}" if result.repeats > 1 else ""
+    for name in result.numbers:
         of = f"   of {result.counts[f'{name} of']:,}" if f"{name} of" in result.counts else ""
-        lines.append(f"{'*' if name == result.main else ' '} {name:<{width}} {value.mean:8.2f}{spread}{of}")
+        lines.append(f"{'*' if name == result.main else ' '} {name:<{width}} {shown(result, name):>8}{of}")
     for kind, (of_file, meaning) in FAULTS.items():
         members = [finding for finding in result.findings if finding.kind == kind]
         if members:
-            lines.append(f"{len(members):,} {kind}: {meaning}; counted as wrong{' (allowed)' if of_file else ''}")
-            lines += [f"  {finding}" for finding in members[:shown]]
-            lines += [f"  and {len(members) - shown:,} more, in the file of --out"] * (len(members) > shown)
+            lines.append(f"{len(members):,} {kind}: {meaning}; {result.lacking}{' (allowed)' if of_file else ''}")
+            lines += [f"  {finding}" for finding in members[:listed]]
+            lines += [f"  and {len(members) - listed:,} more, in the file of --out"] * (len(members) > listed)
     return "\n".join(lines)
 
 

@@ -4,7 +4,8 @@ It is opened from a checkpoint's own card, or made from parameters in memory; ei
 road of training, `prompt.encode`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,14 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from llava_jax import params
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import sharded, store
+from llava_jax.checkpoint.leaves import Leaves
 from llava_jax.errors import UsageError
-from llava_jax.generate import engine, stream
+from llava_jax.generate import engine, placement, stream
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.models import lora, presets
+from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
@@ -54,12 +59,17 @@ class Assistant:
     Made from memory it compiles nothing again for new parameters of the same shapes and dtypes:
 
         Assistant(model, params, format, slots=8).replies(conversations, max_new_tokens=32)
+
+    mesh: of the devices that answer; None takes all devices of this process, in the way of `placement.choose_mesh`
+      (and stays None where there is one). `params` lie on it afterwards. A mesh may span processes: all of them then
+      make the same calls and get the same replies.
     """
 
     model: Llava
     params: Any
     format: Format
     slots: int = 1
+    mesh: Mesh | None = None
 
     def __post_init__(self) -> None:
         llm = self.model.config.llm
@@ -70,11 +80,15 @@ class Assistant:
                 f"the tokenizer has {self.format.tokenizer.size} tokens, the model {llm.vocab + llm.added_tokens}: "
                 "they do not belong together"
             )
+        if self.mesh is None:
+            object.__setattr__(self, "mesh", _mesh(self.model, self.params, self.slots))
+        if self.mesh is not None:
+            object.__setattr__(self, "params", placement.place(self.params, self.mesh))
 
     @classmethod
     def open(
         cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: int | None = None,
-        template: str | None = None,
+        template: str | None = None, mesh: Mesh | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
@@ -82,6 +96,8 @@ class Assistant:
           dtype: of weights and matrix products; None is float32 on a CPU, bfloat16 elsewhere.
           step: None is the latest.
           template: to be asked in the words of another one; None is the checkpoint's own.
+          mesh: of the devices that answer; None as for the class, but a model that the devices of this process cannot
+            hold takes those of all processes.
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its card.
@@ -97,19 +113,15 @@ class Assistant:
             chosen, words, config.vision.image_size, config.image_features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
-        specs = store.leaf_specs(directory, step)
-        wanted = _names(lora.add_found(abstract_params(config), specs))
-        store.check_specs({n: s for n, s in specs.items() if not n.startswith(NEVER_RUN)}, wanted, str(directory))
-
-        def put(name: str, array: np.ndarray) -> Any:
-            dtype = lora.running_dtype(name, array.dtype, kind)
-            # Parts, not stacks: XLA takes the slices of a stack out of the decode loop, a second copy of the model.
-            if name.startswith(("llm/blocks/", "llm/cross/")):
-                return tuple(jnp.asarray(layer.astype(dtype)) for layer in array)
-            return jnp.asarray(array.astype(dtype))
-
-        params = store.load_params(directory, wanted, step, put=put)
-        return cls(Llava(config, kind), params, format, slots)
+        places = store.places(directory, step)
+        specs = {name: leaves.spec(name) for name, leaves in places.items() if not name.startswith(NEVER_RUN)}
+        shapes = _names(lora.add_found(abstract_params(config), specs))
+        store.check_specs(specs, shapes, str(directory))
+        model = Llava(config, kind)
+        held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
+                for name, x in shapes.items()}  # fmt: skip
+        mesh = mesh or _mesh(model, held, slots)
+        return cls(model, _read(places, held, mesh), format, slots, mesh)
 
     def reply(
         self,
@@ -172,11 +184,11 @@ class Assistant:
     def _room(self, conversation: Conversation) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
         prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
-        return max(1, min(NEW_TOKENS, engine.max_positions(self.model.config.llm) - prompt))
+        return max(1, min(NEW_TOKENS, max_positions(self.model.config.llm) - prompt))
 
     def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
         example = encode(conversation, self.format, reply=True, open_images=False)
-        limit = engine.max_positions(self.model.config.llm)
+        limit = max_positions(self.model.config.llm)
         try:
             return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
         except ValueError as error:
@@ -235,7 +247,7 @@ class Assistant:
 
     def _engine(self) -> Engine:
         words = self.format.tokenizer
-        return Engine(self.model, self.slots, words.size, ending.of(self.format.template, words).ids)
+        return Engine(self.model, self.slots, words.size, ending.of(self.format.template, words).ids, self.mesh)
 
 
 class _Row(NamedTuple):
@@ -245,6 +257,24 @@ class _Row(NamedTuple):
     text: stream.Text = stream.Text()
     ids: tuple[int, ...] = ()
     ended_by: str = ""
+
+
+def _mesh(model: Llava, tree: Any, slots: int) -> Mesh | None:
+    """The mesh for parameters (arrays or shapes) that lie on none yet."""
+    llm = model.config.llm
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    row = placement.row_bytes(llm, model.dtype, max_positions(llm))
+    devices = placement.choose_devices(weights)
+    return placement.choose_mesh(weights, row, slots, devices, placement.memory_bytes(devices[0]))
+
+
+def _read(places: Mapping[str, Leaves], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, Any]:
+    """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
+    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
+    put = functools.partial(placement.put, mesh=mesh)
+    if placement.spans_processes(mesh):
+        return params.unflatten(sharded.load_checked(places, structs, put))
+    return params.unflatten(sharded.load(places, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,14 +12,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int, UInt8
 
 from llava_jax.errors import UsageError
+from llava_jax.generate import placement
 from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, stack
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.llava import Llava
-from llava_jax.models.presets import LlamaConfig
-from llava_jax.sharding import constrain
+from llava_jax.sharding import answering, constrain
 
 NOTHING = -1  # in an output row: no id was made here
 STEPS = 16  # decode steps of one dispatch at most: one wait for the device in 16 tokens
@@ -66,12 +67,14 @@ class Engine:
     slots: rows of every compiled batch.
     vocabulary: ids that may be said; rows of the head beyond the tokenizer's size never are.
     ends: ids that end an answer.
+    mesh: of the devices that hold the parameters, in one process or in several, which then make the same calls.
     """
 
     model: Llava
     slots: int
     vocabulary: int
     ends: tuple[int, ...]
+    mesh: Mesh | None = None
 
     def start(self, params: Any, requests: Sequence[Request], shape: Shape) -> tuple[State, np.ndarray]:
         """Reads the prompts of 1 to `slots` requests, all of one `shape`.
@@ -79,7 +82,8 @@ class Engine:
         Returns: the state, and the first id of every request, int32 [len(requests), 1].
         """
         assert 0 < len(requests) <= self.slots, (len(requests), self.slots)
-        state, first = _start(self, params, _padded(requests, shape, self.slots), shape.cache_tokens)
+        prompts = jax.tree.map(lambda x: placement.put_rows(x, self.mesh), _padded(requests, shape, self.slots))
+        state, first = _start(self, params, prompts, shape.cache_tokens)
         return state, np.asarray(first)[: len(requests), None]
 
     def advance(
@@ -96,6 +100,19 @@ class Engine:
         stop[: len(stopped)] = stopped
         state, ids = _advance(self, params, state, stop, np.int32(steps))
         return state, np.asarray(ids)[: len(stopped), :steps]
+
+    def compiled(self, params: Any, shape: Shape) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
+        """The programs of `start` and `advance` for parameters that are shapes with shardings on the engine's mesh."""
+        side = self.model.config.vision.image_size
+        blank = Request(np.zeros(1, np.int32), np.zeros(1, np.int32), np.zeros((1, side, side, 3), np.uint8), 1)
+        prompts = jax.tree.map(lambda x: placement.abstract_rows(x, self.mesh), _padded([blank], shape, self.slots))
+        lowered = _start.lower(self, params, prompts, shape.cache_tokens)
+        start = lowered.compile()
+        state = jax.tree.map(
+            lambda x, cut: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=cut),
+            lowered.out_info[0], start.output_shardings[0],
+        )  # fmt: skip
+        return start, _advance.lower(self, params, state, np.zeros(self.slots, bool), np.int32(STEPS)).compile()
 
 
 def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions: int) -> Shape:
@@ -118,11 +135,6 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
         cache_tokens=bucket(total, max_positions),
         images=2 ** (images - 1).bit_length() if images else 0,
     )
-
-
-def max_positions(config: LlamaConfig) -> int:
-    """Positions that prompt and answer may fill together: those of training, times the factor of a stretched rope."""
-    return config.positions
 
 
 def bucket(tokens: int, largest: int) -> int:
@@ -164,6 +176,11 @@ def _padded(requests: Sequence[Request], shape: Shape, slots: int) -> _Prompts:
 
 @partial(jax.jit, static_argnames=("engine", "cache_tokens"))
 def _start(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> tuple[State, Int[Array, "B"]]:
+    with answering(engine.mesh):
+        return _read(engine, params, prompts, cache_tokens)
+
+
+def _read(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> tuple[State, Int[Array, "B"]]:
     # Padding repeats the last position: a rope that stretches with the row's length must not see the padded one.
     positions = jnp.minimum(jnp.arange(prompts.tokens.shape[1]), prompts.length[:, None] - 1)
     hidden, cache = engine.model.apply(
@@ -175,7 +192,7 @@ def _start(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) ->
     last = position + prompts.new - 1
     token = _choose(engine, params, end, position, prompts.sampling)
     done = _is_end(engine, token) | (position >= last)
-    return State(cache, token, position, last, done, prompts.sampling), constrain(token, None)
+    return _cut(State(cache, token, position, last, done, prompts.sampling)), constrain(token, None)
 
 
 @partial(jax.jit, static_argnames=("engine",), donate_argnames=("state",))
@@ -193,8 +210,9 @@ def _advance(
 
     state = state._replace(done=state.done | stopped)
     ids = jnp.full((engine.slots, STEPS), NOTHING, jnp.int32)
-    _, state, ids = jax.lax.while_loop(wanted, body, (jnp.int32(0), state, ids))
-    return state, constrain(ids, None, None)  # whole on every process, which all read it
+    with answering(engine.mesh):
+        _, state, ids = jax.lax.while_loop(wanted, body, (jnp.int32(0), state, ids))
+        return state, constrain(ids, None, None)  # whole on every process, which all read it
 
 
 def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, "B"]]:
@@ -211,7 +229,12 @@ def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, 
         position=jnp.where(state.done, state.position, position),
         done=done,
     )
-    return after, jnp.where(state.done, NOTHING, token)
+    return _cut(after), jnp.where(state.done, NOTHING, token)
+
+
+def _cut(state: State) -> State:
+    """Each copy of the model holds the rows that it answers, each of its devices the keys and values of its heads."""
+    return jax.tree.map(lambda x: constrain(x, *("copies", None, "heads")[: x.ndim]), state)
 
 
 def _choose(

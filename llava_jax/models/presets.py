@@ -1,8 +1,9 @@
 """What the released models are: sizes as frozen dataclasses, and the presets by name with their sources."""
 
 import difflib
-from dataclasses import asdict, dataclass, fields, replace
-from typing import Any
+from dataclasses import MISSING, asdict, dataclass, fields, replace
+from types import GenericAlias
+from typing import Any, get_args
 
 from llava_jax.errors import UsageError
 
@@ -10,8 +11,31 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
+# What a number in a config may be, both ends included, where no other field limits it; (1, SIZE) for all others. An
+# eps of 0 gives NaN where a row is constant.
+SIZE = 2**24
+_RANGES = {
+    "layers": (1, 1000), "added_tokens": (0, SIZE), "select_layer": (-1001, 1000), "eps": (1e-20, 0.1),
+    "ln_vision_eps": (1e-20, 0.1), "rope_theta": (1, 1e12), "factor": (1e-3, 1e6), "mean": (-1e4, 1e4),
+    "std": (1e-6, 1e4),
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
-class TowerConfig:
+class Sizes:
+    """What all configs of models share: their numbers are such as a model can have."""
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            low, high = _RANGES.get(field.name, (1, SIZE))
+            numbers = value if isinstance(value, tuple) else (value,)
+            in_range = all(low <= x <= high for x in numbers if isinstance(x, int | float) and not isinstance(x, bool))
+            _check(in_range, field.name, value, f"between {low:g} and {high:g}")
+
+
+@dataclass(frozen=True)
+class TowerConfig(Sizes):
     """What the sizes of all vision transformers here say; each kind adds its own and says where its blocks end.
 
     select_feature: "patch" drops the class token, "cls_patch" keeps it.
@@ -29,7 +53,8 @@ class TowerConfig:
     std: tuple[float, float, float] = CLIP_STD
 
     def __post_init__(self) -> None:
-        _check(self.image_size > 0 and self.image_size % self.patch_size == 0, "image_size", self.image_size,
+        super().__post_init__()
+        _check(self.image_size % self.patch_size == 0, "image_size", self.image_size,
                f"a multiple of patch_size={self.patch_size}, above 0")  # fmt: skip
         _check(self.width % self.heads == 0, "width", self.width, f"a multiple of heads={self.heads}")
         _check(self.select_feature in ("patch", "cls_patch"), "select_feature", self.select_feature,
@@ -88,7 +113,7 @@ class EvaConfig(TowerConfig):
 
 
 @dataclass(frozen=True)
-class QFormerConfig:
+class QFormerConfig(Sizes):
     """BLIP-2's Q-Former, the branch of its queries; defaults are those of BERT-base, as released.
 
     cross_every: layers 0, cross_every, 2 cross_every ... also look at the image.
@@ -104,6 +129,7 @@ class QFormerConfig:
     eps: float = 1e-12
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.width % self.heads == 0, "resampler.width", self.width, f"a multiple of heads={self.heads}")
         _check(self.layers % self.cross_every == 0, "resampler.layers", self.layers,
                f"a multiple of cross_every={self.cross_every}")  # fmt: skip
@@ -115,7 +141,7 @@ class QFormerConfig:
 
 
 @dataclass(frozen=True)
-class PerceiverConfig:
+class PerceiverConfig(Sizes):
     """Flamingo's resampler: latents that read the image's features and themselves; as wide as the tower.
 
     Source: open_flamingo/src/helpers.py@655f693.
@@ -135,7 +161,7 @@ class PerceiverConfig:
 
 
 @dataclass(frozen=True)
-class CrossConfig:
+class CrossConfig(Sizes):
     """Flamingo's gated cross-attention: a block before every `every`-th decoder layer, counted from 1.
 
     media_width: of the features that it looks at: the tower's.
@@ -151,18 +177,19 @@ class CrossConfig:
 
 
 @dataclass(frozen=True)
-class RopeScaling:
+class RopeScaling(Sizes):
     """Stretched rotary positions: "linear" divides them, "dynamic" raises the base beyond `max_positions`."""
 
     kind: str
     factor: float
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.kind in ("linear", "dynamic"), "rope_scaling.kind", self.kind, "linear or dynamic")
 
 
 @dataclass(frozen=True)
-class LlamaConfig:
+class LlamaConfig(Sizes):
     """A LLaMA decoder; names follow transformers' LlamaConfig where it has one.
 
     added_tokens: rows added to the vocabulary (`<im_start>` ...); leaves of their own, so they can move alone.
@@ -183,18 +210,9 @@ class LlamaConfig:
     tie_embeddings: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         _check(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads={self.kv_heads}")
         _check(self.head_width % 2 == 0, "head_width", self.head_width, "an even number (rotary halves)")
-
-    @property
-    def rows(self) -> int:
-        """Rows of the vocabulary, added ones included."""
-        return self.vocab + self.added_tokens
-
-    @property
-    def positions(self) -> int:
-        """Positions that it can tell apart: those of its training, times the factor of a stretched rope."""
-        return int(self.max_positions * (self.rope_scaling.factor if self.rope_scaling else 1))
 
 
 # A connector -> the kind of its resampler; those that are not here have none.
@@ -203,7 +221,7 @@ CONCATENATED = 4  # features that "concat4_linear" makes one of
 
 
 @dataclass(frozen=True)
-class LlavaConfig:
+class LlavaConfig(Sizes):
     """Tower, connector and decoder.
 
     projector: the connector's name: "linear", "mlp{n}x_gelu", "identity"; "qformer", "perceiver" and
@@ -222,6 +240,7 @@ class LlavaConfig:
     cross: CrossConfig | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         wanted = RESAMPLERS.get(self.projector, type(None))
         _check(isinstance(self.resampler, wanted), "resampler", self.resampler,
                f"{wanted.__name__} for the projector {self.projector!r}")  # fmt: skip
@@ -324,31 +343,57 @@ _TOWERS = {"clip": VisionConfig, "eva": EvaConfig}  # vision.kind; cards of CLIP
 
 
 def config_from_json(data: dict[str, Any]) -> LlavaConfig:
-    """The inverse of `config_to_json`.
+    """The inverse of `config_to_json`. A key that an older version did not write has its default.
 
     Raises:
-      ValueError: a missing or an unknown key, or a value that no such model can have.
+      UsageError: a missing or an unknown key, or a value that no such model can have.
     """
-    data = dict.fromkeys(_OPTIONAL) | data
-    vision, llm = dict(data.pop("vision", {})), dict(data.pop("llm", {}))
+    data = dict(data)
+    vision = _branch(data.pop("vision", None), "model.vision")
+    llm = _branch(data.pop("llm", None), "model.llm")
     for name in ("mean", "std"):
-        if name in vision:
+        if isinstance(vision.get(name), list):
             vision[name] = tuple(vision[name])
     if llm.get("rope_scaling") is not None:
         llm["rope_scaling"] = _build(RopeScaling, llm["rope_scaling"], "model.llm.rope_scaling")
     kind = vision.pop("kind", "clip")
-    _check(kind in _TOWERS, "vision.kind", kind, f"one of {', '.join(_TOWERS)}")
+    _check(isinstance(kind, str) and kind in _TOWERS, "vision.kind", kind, f"one of {', '.join(_TOWERS)}")
     parts = {"vision": _build(_TOWERS[kind], vision, "model.vision"), "llm": _build(LlamaConfig, llm, "model.llm")}
     kinds = {"resampler": RESAMPLERS.get(str(data.get("projector"))), "cross": CrossConfig}
     for name, part in kinds.items():
-        if part is not None and data[name] is not None:
+        if part is not None and data.get(name) is not None:
             parts[name] = _build(part, data[name], f"model.{name}")
     return _build(LlavaConfig, data | parts, "model")
 
 
-def _build(kind: type, values: dict[str, Any], where: str) -> Any:
+def _branch(values: Any, where: str) -> dict[str, Any]:
+    _check(isinstance(values, dict), where, values, "an object with its sizes")
+    return dict(values)
+
+
+def _build(kind: type, values: Any, where: str) -> Any:
+    values = _branch(values, where)
     known = [field.name for field in fields(kind)]
-    wrong = sorted(set(values) ^ set(known))
+    needed = {field.name for field in fields(kind) if field.default is MISSING}
+    wrong = sorted((set(values) - set(known)) | (needed - set(values)))
     if wrong:
-        raise UsageError(f"{where} in model.json: keys {wrong} are missing or unknown; want exactly {known}")
-    return kind(**values)
+        raise UsageError(f"{where} in model.json: keys {wrong} are missing or unknown; there are {known}")
+    typed = {field.name: _typed(f"{where}.{field.name}", values[field.name], field.type)
+             for field in fields(kind) if field.name in values}  # fmt: skip
+    return kind(**typed)
+
+
+def _typed(name: str, value: Any, kind: Any) -> Any:
+    """A value out of JSON, where it is of a field's type."""
+    if kind is float and type(value) is int:
+        return float(value)
+    kinds = get_args(kind)
+    if isinstance(value, tuple) and isinstance(kind, GenericAlias):
+        _check(len(value) == len(kinds), name, value, f"{len(kinds)} numbers")
+        return tuple(_typed(name, one, part) for one, part in zip(value, kinds))
+    fits = any(type(value) is one or (one not in _SCALARS and isinstance(value, one)) for one in kinds or (kind,))
+    _check(fits and value == value, name, value, f"a value of type {kind.__name__ if kind in _SCALARS else kind}")
+    return value
+
+
+_SCALARS = (int, float, bool, str)

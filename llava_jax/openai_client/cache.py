@@ -1,9 +1,10 @@
 """The cache of answers: a file of JSON lines that survives kill -9, and the only log a run needs to go on from.
 
-Each request writes {"key", "sent"} before it leaves and its answer, or {"key", "failed"}, after; what was sent and
-never came back was in flight when a run was killed, and is counted.
+Each request writes {"key", "sent"} before it leaves and its answer, or {"key", "failed"}, after, and {"key", "unsure"}
+for each attempt between that broke off. What was sent and never came back was in flight when a run was killed.
 """
 
+import collections
 import fcntl
 import json
 import os
@@ -15,13 +16,19 @@ from llava_jax.errors import UsageError
 from llava_jax.openai_client.wire import Answer
 
 _FIELDS = ("text", "finish_reason", "tokens_in", "tokens_out")
+# The kinds of lines: what each holds beside `key`. Older files have "sent" alone.
+_KINDS = (
+    {"sent": int, "tokens_in": int, "tokens_out": int}, {"unsure": int, "tokens_in": int, "tokens_out": int},
+    {"failed": str}, {"text": str, "finish_reason": str, "tokens_in": int, "tokens_out": int}, {"sent": int},
+)  # fmt: skip
+_MOST = 1 << 53  # of a number in a line
 
 
 class Cache:
     """Answers by key in a local file that one process at a time may open.
 
-    lost: requests that earlier runs sent and of which nothing is known: they may have been billed.
-    tokens_in, tokens_out: what the answers in the file took when it was opened.
+    tokens: what the answers in the file took when it was opened, in and out. unsure: attempts that may have been
+    billed without an answer, those in flight at a kill included; unsure_tokens: by the estimates of their requests.
 
     Raises:
       ValueError: the file is in use, or a line before the last is no line of a cache; names file and line.
@@ -31,7 +38,7 @@ class Cache:
         if "://" in str(path) or ":/" in str(path):
             raise UsageError(f"cache {str(path)!r}: want a local file, for it is locked and appended to")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self.path, self.lost, self.tokens_in, self.tokens_out = path, 0, 0, 0
+        self.path, self.tokens, self.unsure, self.unsure_tokens = path, (0, 0), 0, (0, 0)
         self._lock, self._places = threading.Lock(), {}  # key -> (offset, bytes) of its answer's line
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
@@ -53,12 +60,16 @@ class Cache:
         place = self._places.get(key)
         if place is None:
             return None
-        told = json.loads(os.pread(self._file, place[1], place[0]))
-        return Answer(*(told[name] for name in _FIELDS), cached=True)
+        row = json.loads(os.pread(self._file, place[1], place[0]))
+        return Answer(*(row[name] for name in _FIELDS), cached=True)
 
-    def sent(self, key: str, when: int) -> None:
-        """Notes that a request leaves; when: Unix seconds."""
-        self._append({"key": key, "sent": when})
+    def sent(self, key: str, when: int, tokens: tuple[int, int]) -> None:
+        """Notes that a request leaves; when: Unix seconds; tokens: what it may be billed, in and out."""
+        self._append({"key": key, "sent": when, "tokens_in": tokens[0], "tokens_out": tokens[1]})
+
+    def unsure_attempt(self, key: str, tokens: tuple[int, int]) -> None:
+        """Notes that an attempt broke off where the server may bill it."""
+        self._append({"key": key, "unsure": 1, "tokens_in": tokens[0], "tokens_out": tokens[1]})
 
     def failed(self, key: str, reason: str) -> None:
         """Notes that a request came back without an answer; it will be asked again."""
@@ -72,8 +83,8 @@ class Cache:
         with self._lock:
             self._places[key] = place
 
-    def _append(self, told: dict[str, Any]) -> tuple[int, int]:
-        line = (json.dumps(told, ensure_ascii=False) + "\n").encode()
+    def _append(self, row: dict[str, Any]) -> tuple[int, int]:
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
         with self._lock:
             start = os.lseek(self._file, 0, os.SEEK_END)
             written = 0
@@ -87,34 +98,48 @@ class Cache:
 
     def _read(self) -> None:
         """Indexes the file; a last line that was torn by a kill is cut off, one that only lacks its end gets it."""
-        place, sent, back, whole = 0, 0, 0, True
+        place, whole = 0, True
+        flying: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # key -> estimates of what was sent
+        answered, unsure = list[tuple[int, int]](), list[tuple[int, int]]()
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                told, whole = _parsed(line), line.endswith(b"\n")
-                if told is None and whole:
+                row, whole = _parsed(line), line.endswith(b"\n")
+                if row is None and whole:
                     raise UsageError(f"cache {self.path}:{number}: no line of a cache: is this the right file? "
                                      "If it was damaged, take the line out")  # fmt: skip
-                if told is None:
+                if row is None:
                     os.ftruncate(self._file, place)
                     whole = True
                     break
-                sent, back = sent + ("sent" in told), back + ("sent" not in told)
-                if "text" in told:
-                    self._places[told["key"]] = (place, len(line))
-                    self.tokens_in += told["tokens_in"]
-                    self.tokens_out += told["tokens_out"]
+                key, tokens = row["key"], (row.get("tokens_in", 0), row.get("tokens_out", 0))
+                if "sent" in row:
+                    flying[key].append(tokens)
+                elif "unsure" in row:
+                    unsure.append(tokens)
+                elif flying[key]:
+                    flying[key].pop()
+                if "text" in row:
+                    self._places[key] = (place, len(line))
+                    answered.append(tokens)
                 place += len(line)
         if not whole:
             os.write(self._file, b"\n")
-        self.lost = max(0, sent - back)
+        unsure += [tokens for lost in flying.values() for tokens in lost]
+        self.tokens, self.unsure, self.unsure_tokens = _sum(answered), len(unsure), _sum(unsure)
+
+
+def _sum(tokens: list[tuple[int, int]]) -> tuple[int, int]:
+    return sum(one for one, _ in tokens), sum(one for _, one in tokens)
 
 
 def _parsed(line: bytes) -> dict[str, Any] | None:
-    """One of the three kinds of lines, or None."""
+    """A line of one of `_KINDS`, or None."""
     try:
-        told = json.loads(line)
-    except ValueError:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
         return None
-    if not isinstance(told, dict) or "key" not in told:
+    if not isinstance(row, dict) or not isinstance(row.get("key"), str):
         return None
-    return told if {"sent"} <= told.keys() or {"failed"} <= told.keys() or {*_FIELDS} <= told.keys() else None
+    fits = any(all(type(row.get(name)) is kind for name, kind in fields.items()) for fields in _KINDS)
+    numbers = (value for value in row.values() if type(value) is int)
+    return row if fits and all(0 <= number < _MOST for number in numbers) else None

@@ -1,8 +1,8 @@
-"""`Client`: many questions at once, each retried, paid for at most once, and within a budget."""
+"""`Client`: many questions at once, each retried, its answer paid for once, and all within a budget."""
 
 import hashlib
 import json
-import logging
+import math
 import os
 import random
 import threading
@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import httpx2
-
 from llava_jax.errors import UsageError
 from llava_jax.openai_client import wire
 from llava_jax.openai_client.cache import Cache
+from llava_jax.openai_client.post import Poster
 from llava_jax.openai_client.wire import Answer, AskError, Endpoint, Failure, Request
 
 _LONGEST_BACKOFF_SECS = 60.0
@@ -25,9 +24,10 @@ _LONGEST_BACKOFF_SECS = 60.0
 
 @dataclass(frozen=True)
 class Budget:
-    """What all answers of a cache file may take together, earlier runs included; None is no limit.
+    """What all requests of a cache file may take together, earlier runs included; None is no limit.
 
-    Prices are dollars for a million tokens, as providers print them.
+    An attempt that broke off counts as what it may have been billed, by an estimate that is rather too high. Prices are
+    dollars for a million tokens, as providers print them.
     """
 
     max_tokens: int | None = None
@@ -36,6 +36,9 @@ class Budget:
     usd_per_million_out: float | int = 0.0
 
     def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise UsageError(f"{name}={value}: want 0 or more")
         if self.max_usd is not None and not (self.usd_per_million_in or self.usd_per_million_out):
             raise UsageError(f"max_usd={self.max_usd} without prices: give usd_per_million_in and usd_per_million_out")
 
@@ -54,8 +57,9 @@ class Spent(NamedTuple):
     """What a client has done so far.
 
     asked: requests sent to the server; cached: found in the cache; failed: without an answer; retries: further
-    attempts; unsure: attempts that broke off and may have been billed, those in flight when an earlier run was killed
-    included; tokens and usd: all that the answers in the cache took, `earlier_usd` of it before this client.
+    attempts; unsure: attempts that broke off and may have been billed, also those of earlier runs, and what was in
+    flight when one of them was killed; tokens and usd: all that the answers in the cache took, `earlier_usd` of it
+    before this client; unsure_in, unsure_out, unsure_usd: what `unsure` may have been billed, beside these.
     """
 
     asked: int = 0
@@ -67,11 +71,15 @@ class Spent(NamedTuple):
     tokens_out: int = 0
     usd: float = 0.0
     earlier_usd: float = 0.0
+    unsure_in: int = 0
+    unsure_out: int = 0
+    unsure_usd: float = 0.0
 
     def __str__(self) -> str:
         return (f"{self.asked:,} asked, {self.cached:,} from the cache, {self.failed:,} failed, {self.retries:,} "
-                f"retries, {self.unsure:,} perhaps billed in vain; {self.tokens_in:,} tokens in, {self.tokens_out:,} "
-                f"out, ${self.usd:.4f} (${self.earlier_usd:.4f} of it before)")  # fmt: skip
+                f"retries, {self.unsure:,} broken off that may be billed (${self.unsure_usd:.4f} at most); "
+                f"{self.tokens_in:,} tokens in, {self.tokens_out:,} out, ${self.usd:.4f} "
+                f"(${self.earlier_usd:.4f} of it before)")  # fmt: skip
 
 
 class Client:
@@ -93,13 +101,10 @@ class Client:
         self._cache, self._spent = None, Spent()
         if cache is not None:
             self._cache = Cache(Path(cache))
-            tokens = self._cache.tokens_in, self._cache.tokens_out
+            tokens, unsure = self._cache.tokens, self._cache.unsure_tokens
             usd = self.budget.usd(*tokens)
-            self._spent = Spent(0, 0, 0, 0, self._cache.lost, *tokens, usd, usd)
-        for chatty in ("httpx2", "httpcore2"):  # their debug lines hold a response's headers, with a key it may echo
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=endpoint.concurrency)
-        self._http = httpx2.Client(timeout=endpoint.timeout_secs, limits=limits)
+            self._spent = Spent(0, 0, 0, 0, self._cache.unsure, *tokens, usd, usd, *unsure, self.budget.usd(*unsure))
+        self._poster = Poster(endpoint.concurrency)
 
     def __enter__(self) -> "Client":
         return self
@@ -109,7 +114,7 @@ class Client:
 
     def close(self) -> None:
         """Ends the connections and frees the cache for others."""
-        self._http.close()
+        self._poster.close()
         if self._cache:
             self._cache.close()
 
@@ -154,7 +159,7 @@ class Client:
                     if found := self._found(key):
                         yield index, found
                         continue
-                    while len(flight) == self.endpoint.concurrency or flight and not self._affordable(request):
+                    while len(flight) == self.endpoint.concurrency or flight and not self._has_room(request):
                         yield from self._arrived(flight)
                     if refusal := self._refused(request):
                         yield index, refusal
@@ -187,15 +192,20 @@ class Client:
                 self._count(**{"failed" if isinstance(outcome, Failure) else "cached": 1})
                 yield index, outcome if isinstance(outcome, Failure) else replace(outcome, cached=True)
 
-    def _affordable(self, request: Request) -> bool:
-        """Whether it fits into the budget together with all that is under way; estimates are rather too high."""
-        sums = zip((self._spent.tokens_in, self._spent.tokens_out), self._held, wire.estimate(request))
-        return bool(self._stopped) or self.budget.allows(*map(sum, sums))
+    def _affordable(self, more: tuple[int, int] = (0, 0)) -> bool:
+        """Whether `more` tokens fit into the budget together with all that is under way and may have been billed."""
+        spent = self._spent
+        sums = zip((spent.tokens_in, spent.tokens_out), (spent.unsure_in, spent.unsure_out), self._held, more)
+        return self.budget.allows(*map(sum, sums))
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether `_refused` can decide now: the budget has room for it, or nothing more is sent anyway."""
+        return bool(self._stopped) or self._affordable(wire.estimate(request))
 
     def _refused(self, request: Request) -> Failure | None:
         """Why nothing more may be sent; None, and the budget is held ready for this request."""
         with self._lock:
-            if not self._affordable(request):
+            if not self._has_room(request):
                 self._stopped = f"the budget has no room for another request; spent so far: {self._spent}; raise it"
             if self._stopped:
                 self._count(failed=1)
@@ -214,31 +224,53 @@ class Client:
 
     def _asked(self, key: str, request: Request, closing: threading.Event) -> Answer | Failure:
         """Sends, and writes down what came of it before anybody hears of it."""
-        if self._cache:
-            self._cache.sent(key, int(time.time()))
-        outcome = self._attempts(request, closing)
-        if isinstance(outcome, Failure):
-            self._count(asked=1, failed=1)
-            if outcome.hopeless:
-                self._stopped = outcome.reason
+        tokens = wire.estimate(request)
+        try:
             if self._cache:
-                self._cache.failed(key, outcome.reason)
-        else:
-            if self._cache:
-                self._cache.keep(key, self.endpoint.model, outcome)
-            tokens = outcome.tokens_in, outcome.tokens_out
-            self._count(asked=1, tokens_in=tokens[0], tokens_out=tokens[1], usd=self.budget.usd(*tokens))
-        self._hold(wire.estimate(request), -1)
+                self._cache.sent(key, int(time.time()), tokens)
+            outcome = self._attempts(key, request, closing)
+            if isinstance(outcome, Failure):
+                self._failed(key, outcome)
+            else:
+                self._answered(key, outcome)
+        finally:
+            self._hold(tokens, -1)
         return outcome
 
-    def _attempts(self, request: Request, closing: threading.Event) -> Answer | Failure:
-        for attempt in range(1, self.endpoint.retries + 2):
-            outcome, retry_secs, unsure = wire.exchange(self._http, self.endpoint, request)
-            self._count(unsure=int(unsure), retries=int(attempt > 1))
+    def _failed(self, key: str, failure: Failure) -> None:
+        self._count(asked=1, failed=1)
+        if failure.hopeless:
+            self._stopped = failure.reason
+        if self._cache:
+            self._cache.failed(key, failure.reason)
+
+    def _answered(self, key: str, answer: Answer) -> None:
+        if self._cache:
+            self._cache.keep(key, self.endpoint.model, answer)
+        tokens = answer.tokens_in, answer.tokens_out
+        self._count(asked=1, tokens_in=tokens[0], tokens_out=tokens[1], usd=self.budget.usd(*tokens))
+
+    def _attempts(self, key: str, request: Request, closing: threading.Event) -> Answer | Failure:
+        retries = self.endpoint.retries
+        for attempt in range(1, retries + 2):
+            outcome, retry_secs, unsure = wire.exchange(self._poster, self.endpoint, request)
+            self._count(retries=int(attempt > 1))
+            if unsure:
+                self._broken_off(key, wire.estimate(request))
             if isinstance(outcome, Answer) or retry_secs is None:
                 return outcome
+            if not self._affordable():
+                return replace(outcome, reason=f"{outcome.reason} (the budget has no room for another attempt)")
             backoff = min(self.endpoint.backoff_secs * 2 ** (attempt - 1), _LONGEST_BACKOFF_SECS)
             # Drawn, so that requests that failed together do not come back together.
-            if attempt <= self.endpoint.retries and closing.wait(max(retry_secs, backoff * random.uniform(0.5, 1))):
+            if attempt <= retries and closing.wait(max(retry_secs, backoff * random.uniform(0.5, 1))):
                 break
-        return replace(outcome, reason=f"{outcome.reason} (after {attempt} attempts)")
+        # What may pass is hopeless only if it did not.
+        return replace(outcome, reason=f"{outcome.reason} (after {attempt} attempts)",
+                       hopeless=outcome.hopeless and attempt > 1)  # fmt: skip
+
+    def _broken_off(self, key: str, tokens: tuple[int, int]) -> None:
+        """Counts an attempt that the server may bill, though no answer came."""
+        if self._cache:
+            self._cache.unsure_attempt(key, tokens)
+        self._count(unsure=1, unsure_in=tokens[0], unsure_out=tokens[1], unsure_usd=self.budget.usd(*tokens))

@@ -6,6 +6,7 @@ all that the server says, so no log line, error, cache or report can hold it.
 
 import email.utils
 import json
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -16,14 +17,19 @@ from urllib.parse import urlsplit
 import httpx2
 
 from llava_jax.errors import UsageError
+from llava_jax.openai_client.post import NoResponse, Poster, Response
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_RETRIED = (408, 409, 425, 429)  # and every 5xx
-_HOPELESS = (401, 404)  # key, address or model: no other request would fare better; 403 may be about one text
-_LONGEST_WAIT_SECS = 120.0
+_RETRIED = (404, 408, 409, 425, 429)  # and every 5xx
+# Key, address or model: no other request would fare better; 403 may be about one text. A gateway may answer 404 for a
+# while, so it is also in _RETRIED.
+_HOPELESS = (401, 404)
+_UNSURE = (504, 524)  # a gateway stopped waiting; the server behind it may have answered all the same
 _PICTURE_TOKENS = 1500  # for estimates only; high for one picture of 1,024 pixels a side
 _ANSWER_TOKENS = 1024  # the same, where a request has no max_tokens
-_CHARACTERS_PER_TOKEN = 3  # the same: English has about four
+_BYTES_PER_TOKEN = 3  # the same: English has about four, Chinese three
+_MOST_TOKENS = 10_000_000  # of one answer; a server that counts more counts wrongly
+_SHOWN_CHARACTERS = 300  # of what a server says
 
 
 class AskError(ValueError):
@@ -35,7 +41,8 @@ class Endpoint:
     """Where questions go, and how patiently.
 
     base_url: up to and with the version, "https://api.openai.com/v1"; requests go to base_url/chat/completions.
-    timeout_secs: the longest silence of the server. retries: after the first attempt. concurrency: requests at once.
+    timeout_secs: of one attempt, from the connection to the last byte, and of a pause that the server asks for.
+    retries: after the first attempt. concurrency: requests at once.
     backoff_secs: before the first retry; doubled for each further one, times a random half to whole.
     limit_field: what the server calls the limit of an answer; newer OpenAI models want "max_completion_tokens".
     key_variable: the environment variable with the key; unset or empty, no key is sent (local servers want none).
@@ -51,20 +58,21 @@ class Endpoint:
     key_variable: str = KEY_VARIABLE
 
     def __post_init__(self) -> None:
-        parts = urlsplit(self.base_url)
-        if "@" in parts.netloc or parts.query:
+        if "@" in self.base_url.partition("://")[2].partition("/")[0] or "?" in self.base_url:
             raise UsageError(f"base_url holds more than a place (not shown): put the key into ${self.key_variable}")
         try:
-            httpx2.URL(self.base_url)
-        except httpx2.InvalidURL as error:
+            parts, host = urlsplit(self.base_url), httpx2.URL(self.base_url).host
+            fits = parts.scheme in ("http", "https") and host and parts.port != 0
+        except (httpx2.InvalidURL, ValueError) as error:
             raise UsageError(f"base_url={self.base_url!r}: {error}: want http(s)://HOST[:PORT]/v1") from None
-        if parts.scheme not in ("http", "https") or not parts.netloc:
+        if not fits:
             raise UsageError(f"base_url={self.base_url!r}: want http(s)://HOST[:PORT]/v1")
         if not self.model:
             raise UsageError("model='': want the name that the server knows the model by")
         for name, least in {"timeout_secs": 0.001, "retries": 0, "concurrency": 1, "backoff_secs": 0}.items():
-            if asdict(self)[name] < least:
-                raise UsageError(f"{name}={asdict(self)[name]}: want at least {least}")
+            value = asdict(self)[name]
+            if not math.isfinite(value) or value < least:
+                raise UsageError(f"{name}={value}: want at least {least}")
         object.__setattr__(self, "base_url", self.base_url.rstrip("/"))
 
     def key(self) -> str:
@@ -94,6 +102,12 @@ class Request:
     stop: tuple[str, ...] = ()
     choice: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in {"temperature": 0, "top_p": 0, "max_tokens": 1}.items():
+            value = vars(self)[name]
+            if value is not None and not (math.isfinite(value) and value >= least):
+                raise UsageError(f"{name}={value}: want at least {least}")
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -108,7 +122,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request has no answer. hopeless: the client sends nothing more (budget, key, address)."""
+    """Why a request has no answer. hopeless: no other would have one (budget, key, address)."""
 
     reason: str
     hopeless: bool = False
@@ -139,79 +153,99 @@ def body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
     return {"model": endpoint.model, "messages": list(request.messages)} | sent
 
 
-def exchange(http: httpx2.Client, endpoint: Endpoint, request: Request) -> Exchange:
+def exchange(poster: Poster, endpoint: Endpoint, request: Request) -> Exchange:
     """Posts a request once."""
     key = endpoint.key()
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
-        response = http.post(f"{endpoint.base_url}/chat/completions", json=body(endpoint, request), headers=headers)
-    except httpx2.HTTPError as error:
-        unsent = isinstance(error, httpx2.ConnectError | httpx2.ConnectTimeout)
-        return Exchange(Failure(_said(f"{type(error).__name__}: {error}", key)), 0.0, unsure=not unsent)
-    if response.status_code != 200:
-        return _refusal(response, key)
+        content = json.dumps(body(endpoint, request), ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:  # JSON may hold half a character, which no request can
+        return Exchange(Failure(_shown(f"cannot be sent: {error}", key)))
+    try:
+        response = poster.post(f"{endpoint.base_url}/chat/completions", content, headers, endpoint.timeout_secs)
+    except NoResponse as error:
+        return Exchange(Failure(_shown(str(error), key)), 0.0, unsure=error.sent)
+    if response.status != 200:
+        return _refusal(response, endpoint.timeout_secs, key)
     answer = _answer(response, request, key)
     if answer is None:
-        return Exchange(Failure(_said(f"no answer of this protocol: {response.text}", key)), 0.0, unsure=True)
+        return Exchange(Failure(_shown(f"no answer of this protocol: {_text(response)}", key)), 0.0, unsure=True)
     return Exchange(answer)
 
 
 def estimate(request: Request) -> tuple[int, int]:
     """(in, out) tokens, rather too many, for a budget that must hold before the answer is there."""
-    characters = pictures = 0
+    length = pictures = 0
     for message in request.messages:
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            characters += len(part.get("text", "")) + 12  # and what frames a message
+            length += _length_bytes(part.get("text", "")) + 12  # and what frames a message
             pictures += part["type"] != "text"
-    tokens = -(-characters // _CHARACTERS_PER_TOKEN) + pictures * _PICTURE_TOKENS
+    tokens = -(-length // _BYTES_PER_TOKEN) + pictures * _PICTURE_TOKENS
     return tokens, _ANSWER_TOKENS if request.max_tokens is None else request.max_tokens
 
 
-def _refusal(response: httpx2.Response, key: str) -> Exchange:
+def _refusal(response: Response, longest_pause_secs: float | int, key: str) -> Exchange:
     """What a status other than 200 means."""
-    status = response.status_code
-    said = _said(f"HTTP {status}: {response.text}", key)
-    if status in _HOPELESS or "insufficient_quota" in response.text:
-        return Exchange(Failure(f"{said} (check key, base_url and model)", hopeless=True))
-    if status not in _RETRIED and status < 500:
-        return Exchange(Failure(said))
-    wait = min(_retry_after(response.headers.get("retry-after", "")), _LONGEST_WAIT_SECS)
-    return Exchange(Failure(said), wait)
+    status, text = response.status, _text(response)
+    reason = _shown(f"HTTP {status}: {text}", key)
+    retry_secs = None
+    if status in _RETRIED or status >= 500:
+        retry_secs = min(_retry_after(response.headers.get("retry-after", "")), longest_pause_secs)
+    if "insufficient_quota" in text:
+        retry_secs = None
+    elif status not in _HOPELESS:
+        return Exchange(Failure(reason), retry_secs, unsure=status in _UNSURE)
+    return Exchange(Failure(f"{reason} (check key, base_url and model)", hopeless=True), retry_secs)
 
 
 def _retry_after(header: str) -> float:
     """Seconds; 0 without the header. It holds seconds or a date. Source: RFC 9110, 10.2.3."""
     if header.strip().isdecimal():
         return float(header)
-    when = email.utils.parsedate_tz(header)
-    return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else 0.0
+    try:
+        when = email.utils.parsedate_tz(header)
+        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else 0.0
+    except (ValueError, OverflowError):  # no such day, or one that no clock reaches
+        return 0.0
 
 
-def _answer(response: httpx2.Response, request: Request, key: str) -> Answer | None:
+def _answer(response: Response, request: Request, key: str) -> Answer | None:
     """The answer in a response of status 200, or None if there is none."""
     try:
-        told = json.loads(response.content)
-        choice, usage = told["choices"][0], told.get("usage") or {}
+        message = json.loads(response.content)
+        choice, usage = message["choices"][0], message.get("usage") or {}
         text, reason = choice["message"]["content"] or "", choice["finish_reason"] or ""
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
         return None
     if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(usage, dict):
         return None
     # Servers that count nothing are billed by our estimate, or a budget would never end.
-    guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-len(text) // _CHARACTERS_PER_TOKEN)}
+    guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-_length_bytes(text) // _BYTES_PER_TOKEN)}
     counts = [guess if usage.get(name) is None else usage[name] for name, guess in guesses.items()]
-    if not all(isinstance(count, int) and count >= 0 for count in counts):
+    if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
         return None
     text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which no file can
-    return Answer(_without(text, key), _without(reason, key), *counts)
+    return Answer(_without(text, key), _shown(reason, key), *counts)
+
+
+def _length_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
+
+
+def _text(response: Response) -> str:
+    return response.content.decode("utf-8", "replace")
 
 
 def _without(text: str, key: str) -> str:
     return text.replace(key, "[key]") if key else text
 
 
-def _said(text: str, key: str) -> str:
-    """One line of at most 300 characters without the key, which is cut out before the line is cut."""
-    text = " ".join(_without(text, key).split())
-    return text if len(text) <= 300 else text[:297] + "..."
+def _shown(text: str, key: str) -> str:
+    """One line for terminals and logs: without the key, control characters and what is beyond _SHOWN_CHARACTERS.
+
+    The key is cut out before the line is cut, or half of it could stay.
+    """
+    text = _without(text, key)[: 10 * _SHOWN_CHARACTERS]
+    text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."

@@ -10,31 +10,22 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-import jax
-from etils import epath
-
-from llava_jax import chips, cli
+from llava_jax import chips, cli, config_args, files
 from llava_jax import config as configs
-from llava_jax.checkpoint import card as cards
-from llava_jax.data.sources import open_source
 from llava_jax.errors import UsageError
-from llava_jax.plan import report, search
-from llava_jax.plan.compile import build, compile_step, find_place, model_of
-from llava_jax.plan.report import Bill
-from llava_jax.prompt import ending, templates, tokenizer
+
+# jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plans; the exit code: 0 done (also where it does not fit), 64 what cannot be asked."""
-    jax.config.update("jax_platforms", "cpu")  # a plan on a TPU machine must not take its chips
     return cli.run("error", lambda: _run(sys.argv[1:] if argv is None else argv))
 
 
 def _run(argv: Sequence[str]) -> int:
-    words, overrides = _overrides(argv)
+    words, overrides = config_args.overrides(argv)
     options = _parser().parse_args(words)
     if options.topologies:
         print("\n".join(_topologies()))
@@ -58,27 +49,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words that argparse reads, and {"data.rows_per_chip": "4"} of `--config.data.rows_per_chip=4`."""
-    rest, overrides, words = list[str](), dict[str, str](), iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        overrides[key] = text if equals else next(words, "")
-        if not overrides[key] and not equals:
-            raise UsageError(f"{word} wants a value")
-    return rest, overrides
-
-
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
+    from llava_jax.plan import report
+    from llava_jax.plan.compile import build, compile_step, find_place, model_of
+
+    _leave_accelerators()
     model = model_of(config)
     place = find_place(config.mesh, options.topology)
     program = build(config, place)
     load = report.load_of(config, model, program, options.sample_tokens)
-    bill = Bill(_samples(config, options, load.samples), options.price)
+    bill = report.Bill(_samples(config, options, load.samples), options.price)
     compiled = compile_step(place, program, load.chunks)
     print(report.page(compiled, load, bill), flush=True)
     if options.json:
@@ -88,11 +69,14 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
 
 def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
+    from llava_jax.plan import report, search
+
+    _leave_accelerators()
     best = search.search(options.config, overrides, options.topology, options.sample_tokens)
     if best is None:
         print("nothing that was tried fits; more chips, frozen_dtype=int8 or adapters (lora) need less memory")
         return 0
-    bill = Bill(_samples(config, options, best.load.samples), options.price)
+    bill = report.Bill(_samples(config, options, best.load.samples), options.price)
     print("\n".join(["", report.page(best.compiled, best.load, bill), "", "run it with:",
                      _command(options.config, overrides | best.overrides)]))  # fmt: skip
     if options.json:
@@ -114,21 +98,26 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
 
 def _check_words(config: configs.Config) -> None:
     """Refuses a template that the tokenizer cannot write, where that is on this machine."""
+    from llava_jax.checkpoint import card as cards
+    from llava_jax.prompt import ending, templates, tokenizer
+
     prompt, base = config.prompt, config.model.base
     template = templates.get(prompt.template)
     place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
-    if place and epath.Path(place).exists():
+    if place and files.exists(place):
         ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
     """Samples of the whole run: as told, by the steps, or counted where the data lies here; None: nobody knows."""
+    from llava_jax.data.sources import open_source
+
     epochs = config.train.epochs or 1
     if options.samples is not None:
         return options.samples
     if config.train.steps:
         return round(config.train.steps * step_samples)
-    if not all(epath.Path(source.path).exists() for source in config.data.sources):
+    if not all(files.exists(source.path) for source in config.data.sources):
         return None
     return round(epochs * sum(len(open_source(s.path, None, s.name)) * s.weight for s in config.data.sources))
 
@@ -139,10 +128,19 @@ def _command(config: str, overrides: dict[str, str]) -> str:
 
 
 def _write(path: str, numbers: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(path, (json.dumps(numbers, indent=1) + "\n").encode())
+
+
+def _leave_accelerators() -> None:
+    """A plan on a TPU machine must not take its chips."""
+    import jax
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def _topologies() -> list[str]:
+    from llava_jax.plan import report
+
     rows = list[list[str]]()
     for chip in chips.CHIPS:
         memory, peak = (chip.devices_per_chip * value for value in (chip.hbm_bytes, chip.peak_flops))

@@ -7,6 +7,7 @@ are the same under every Pillow.
 import io
 import os
 import re
+import stat
 import struct
 import unicodedata
 import zlib
@@ -17,6 +18,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from llava_jax import files
 from llava_jax.errors import MissingFile, UsageError
 
 MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
@@ -55,15 +57,16 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
         return _rgb(ref, "image given as an object")
     if isinstance(ref, bytes):
         return _decoded(ref, f"image given as {len(ref)} bytes")
-    path = _located(os.fspath(ref), root)
-    name = f"image {str(path)!r}"
-    # Plain pathlib for local paths: epath's is_file() is true for a pipe, and reading one would wait for ever.
-    if not (Path(path) if _is_local(path) else path).is_file():
-        raise UsageError(f"{name}: not a regular file")
-    size = path.stat().length
-    if size > MAX_FILE_BYTES:
-        raise UsageError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are read: make it smaller")
-    return _decoded(path.read_bytes(), name)
+    for path in _spellings(os.fspath(ref), root):
+        try:
+            bucket = files.is_bucket(path)
+            content = files.read_range(path, 0, MAX_FILE_BYTES + 1) if bucket else _read_local(path, root)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if len(content) > MAX_FILE_BYTES:
+            raise UsageError(f"image {path!r}: over {MAX_FILE_BYTES} bytes, no more are read: make it smaller")
+        return _decoded(content, f"image {path!r}")
+    raise MissingFile(f"image {path!r}: no such file")
 
 
 def to_pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
@@ -128,32 +131,33 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize(first, Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
 
 
-def _located(ref: str, root: epath.PathLike | None) -> epath.Path:
-    """The existing path that `ref` means, under `root` if there is one."""
+def _spellings(ref: str, root: epath.PathLike | None) -> list[str]:
+    """The paths that `ref` may mean, under `root` if there is one.
+
+    macOS writes é as two characters where Linux data sets write one: as given, then both spellings.
+    """
     parts = ref.replace("\\", "/").split("/")
     if root is not None and ("://" in ref or ref.startswith(("/", "\\")) or ".." in parts):
         raise UsageError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
     if not ref or "\0" in ref:
         raise UsageError(f"image {ref!r}: not a path")
-    # macOS writes é as two characters where Linux data sets write one: try as given, then both spellings.
-    for spelling in dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref))):
-        path = epath.Path(spelling) if root is None else epath.Path(root) / spelling
-        if path.exists():
-            break
-    else:
-        raise MissingFile(f"image {str(path)!r}: no such file")
-    if root is None or not _is_local(path):  # object stores have no links
-        return path
-    if not Path(path).resolve().is_relative_to(Path(root).resolve()):
+    if files.is_bucket(ref) and not ref.startswith("gs://"):
+        raise UsageError(f"image {ref!r}: want a file or gs://BUCKET/FILE; download it first")
+    spellings = dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref)))
+    return [os.fspath(epath.Path(one) if root is None else epath.Path(root) / one) for one in spellings]
+
+
+def _read_local(path: str, root: epath.PathLike | None) -> bytes:
+    """What a file holds; one byte more than `MAX_FILE_BYTES` of a larger one."""
+    found = os.stat(path)
+    if root is not None and not Path(path).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
-            f"image {str(path)!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
+            f"image {path!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
             "folder that really holds the images, or copy them"
         )
-    return path
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise UsageError(f"image {path!r}: not a regular file")
+    return files.read_range(path, 0, min(found.st_size, MAX_FILE_BYTES) + 1)
 
 
 def _decoded(content: bytes, name: str) -> Image.Image:

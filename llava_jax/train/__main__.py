@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str], sigterm: Sigterm) -> int:
-    from llava_jax import config  # what follows takes seconds to import
+    from llava_jax import config, config_args  # what follows takes seconds to import
 
-    command = config.command(argv, "python -m llava_jax.train", __doc__ or "")
+    command = config_args.command(argv, "python -m llava_jax.train", __doc__ or "")
     settings = config.load(command.config, command.overrides)
     from llava_jax.train import trainer
 
@@ -37,5 +37,7 @@ def _nothing_lost() -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: _nothing_lost())  # before and after `main`
-    sys.exit(main())
+    signal.signal(signal.SIGTERM, lambda *_: _nothing_lost())  # before `main` listens
+    code = main()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives up handlers while it ends, but leaves this
+    sys.exit(code)

@@ -66,7 +66,8 @@ def _answer(
     run: Run, format: Format, source: Source, questions: Sequence[Conversation], step: int, state: State, stop: Stop
 ) -> None:
     """All processes compute the answers; process 0 writes them."""
-    assistant = Assistant(run.program.model, params.merge(state.params, run.frozen), format, slots=SAMPLES)
+    parameters = params.merge(state.params, run.frozen)
+    assistant = Assistant(run.program.model, parameters, format, SAMPLES, run.program.mesh)
     replies = assistant.replies(questions, SAMPLE_TOKENS, image_root=source.images)
     if run.writer is None:
         return

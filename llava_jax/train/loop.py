@@ -6,10 +6,11 @@ to be, so the device always has work; only a checkpoint or a hook waits for the 
 
 import contextlib
 import functools
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
@@ -22,7 +23,7 @@ from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.distributed import Stop
 from llava_jax.errors import NonFinite
-from llava_jax.train import measure, metrics, optimizer
+from llava_jax.train import learning, measure, metrics, optimizer
 from llava_jax.train.measure import Counts, Since, Surprise, Tracer, Yardstick
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
@@ -62,6 +63,7 @@ class Run:
     writer: Writer | None
     stop: Stop
     hooks: Sequence[Hook] = ()
+    warnings: list[str] = field(default_factory=list)  # each is printed once, and once more at the end
 
 
 class Progress(NamedTuple):
@@ -93,7 +95,7 @@ def train(run: Run, state: State) -> tuple[int, State]:
       SaveFailed: a checkpoint could not be written.
     """
     first, last = int(state.step) + 1, run.program.steps
-    rates = _highest_rate(run.program) * optimizer.schedule(run.config.train, last)
+    rates = highest_rates(run.program, run.config.train)
     features, surprise = run.program.model.config.image_features, Surprise()
     now = time.monotonic()
     progress, waiting = Progress(Since(now), Since(now)), None
@@ -149,11 +151,9 @@ def _preempted(run: Run, step: int, state: State) -> int:
 def _missed(run: Run, step: int, last: int) -> list[Hook]:
     """The hooks that are due after `step` and have written no row for it: it was saved before a kill or a stop.
 
-    A run that is finished calls all its hooks once more, so that it can still be evaluated with other data.
+    A run that is finished calls each hook once, so that it can be evaluated by the command that trained it.
     """
-    if step == last:
-        return list(run.hooks)
-    due = [hook for hook in run.hooks if step and step % hook.every == 0]
+    due = [hook for hook in run.hooks if step and (step == last or step % hook.every == 0)]
     workdir = run.checkpoints.directory
     mine = [hook.log for hook in due if not any(row["step"] == step for row in metrics.read(workdir, hook.log))]
     logs = distributed.exchange("missed hooks", mine)[0]  # process 0 writes the logs
@@ -210,6 +210,9 @@ def _report(
               f"finite, so it is skipped; records: {records}", file=sys.stderr, flush=True)  # fmt: skip
     if run.writer is not None:
         metrics.write(run.writer, metrics.STEPS, row)
+    if scalars.finite:
+        warmup = math.ceil(run.config.train.warmup_ratio * run.program.steps)
+        warn(run.warnings, learning.after(row, run.program.model.config.llm, warmup))
     bad_in_row = 0 if scalars.finite else progress.bad_in_row + 1
     if bad_in_row >= run.config.train.max_nonfinite:
         raise NonFinite(
@@ -245,9 +248,17 @@ def _show(run: Run, yardstick: Yardstick, progress: Progress, row: Mapping[str, 
     return progress._replace(line=Since(now), line_step=row["step"])
 
 
-def _highest_rate(program: Program) -> float:
+def highest_rates(program: Program, train: configs.Train) -> np.ndarray:
+    """float64 [steps]: the highest learning rate of any parameter at each update."""
     rows = [rate if isinstance(rate, tuple) else (rate,) for rate in program.rates.values()]
-    return max(rate or 0.0 for row in rows for rate in row)
+    return max(rate or 0.0 for row in rows for rate in row) * optimizer.schedule(train, program.steps)
+
+
+def warn(warnings: list[str], new: Sequence[str]) -> None:
+    """Prints the warnings that are new."""
+    for warning in (one for one in new if one not in warnings):
+        warnings.append(warning)
+        _say(f"warning: {warning}")
 
 
 def _say(line: str) -> None:

@@ -8,11 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
-import re
 import secrets
 import sys
 import traceback
@@ -27,7 +25,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import manager, store
+from llava_jax.checkpoint import lock, manager
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -41,23 +39,13 @@ from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
-from llava_jax.train import hooks, init, loop, metrics
+from llava_jax.train import hooks, init, learning, loop, metrics, settings
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
 
-SETTINGS = "config.json"  # in the workdir: the config that its checkpoints were trained with
-# Keys that may change between two starts of one run: they change no number that is trained. On another mesh sums are
-# taken in another order: the state goes over bit for bit, later losses agree to about 2e-6. A step's rows stay as they
-# were, so on half the chips each takes twice the rows_per_chip; the data's own state says so where it does not.
-HARMLESS = re.compile(
-    r"log\..*|checkpoint\..*|mesh\..*|compiler_options.*|profile|model\.(remat|base|start)|init.*"
-    r"|data\.(rows_per_chip|threads|skip_budget|validation.*|sources\.\d+\.(path|images|name))"
-    r"|train\.(eval_every|sample_every|max_nonfinite|offload_optimizer|watchdog_secs)"
-)
-LOCAL = re.compile(r"data\.(sources|validation)\.\d+\.(path|images|name)")  # may differ: the content is compared
 ALL_BUT_ONE = 1 - 1e-9  # a skip budget
 
 
@@ -78,7 +66,7 @@ def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> 
                                         "is lost; the same command begins again"))  # fmt: skip
         stack.callback(sigterm.react, None)
         stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
-        return _train(config, workdir, sigterm)
+        return _train(config, workdir, sigterm, stack)
 
 
 def _end_together(
@@ -103,7 +91,7 @@ def _end_together(
     return False
 
 
-def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int:
+def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
     if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
         logging.basicConfig(format="%(message)s")
         logging.getLogger("llava_jax").setLevel(logging.INFO)
@@ -114,16 +102,20 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
     held_out = _held_out(config)
     sources = _open(config.data.sources)
     _check_shared(workdir)
+    if distributed.index() == 0:
+        stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
     pipeline = _pipeline(config, format, sources, workdir)
     steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
     distributed.agree(_common(config, pipeline, steps))
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
-    _check_settings(workdir, config)
+    warnings = list[str]()
+    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
+    settings.check(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
-    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop())
+    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
     sigterm.react(functools.partial(_stop, run.stop))
     try:
         code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
@@ -135,6 +127,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm) -> int
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
+        loop.warn([], warnings)
         _conclude(program, workdir)
     return code
 
@@ -149,7 +142,7 @@ def _check_shared(workdir: epath.Path) -> None:
     nonce = distributed.exchange("nonce", secrets.token_hex(8) if distributed.index() == 0 else "")[0]
     mark = workdir / f".shared-{nonce}"
     if distributed.index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.make_directory(workdir)
         files.write_whole(mark, nonce.encode())
     distributed.exchange("the mark is written", True)
     sees = distributed.exchange("the mark is seen", files.exists(mark))
@@ -167,8 +160,7 @@ def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any
     package = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
     data = {f"data state {key}": value for key, value in pipeline.state().items()}
-    settings = {key: value for key, value in typed.describe(config).items() if not LOCAL.fullmatch(key)}
-    return {**settings, "code of llava_jax": code, **data, "number of steps": steps}
+    return {**settings.common(config), "code of llava_jax": code, **data, "number of steps": steps}
 
 
 def _keep_compilations() -> None:
@@ -205,12 +197,17 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     return held
 
 
+def format_of(config: configs.Config) -> Format:
+    """How a run of this config encodes its records, for who does not train."""
+    return _format(config, _model_config(config.model))
+
+
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
     place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
-    rows = model_config.llm.rows
+    rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
@@ -271,29 +268,6 @@ def _counted(tree: Mapping[str, Any]) -> str:
     return f"{params.count(tree):,} ({parts})" if parts else "0"
 
 
-def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
-    """Refuses a workdir whose checkpoints were trained with other settings, or not by this command."""
-    fault = _settings_fault(workdir, config) if distributed.index() == 0 else ""
-    if fault := distributed.exchange("settings", fault)[0]:
-        raise UsageError(fault)
-
-
-def _settings_fault(workdir: epath.Path, config: configs.Config) -> str:
-    if not store.numbered(workdir):
-        return ""
-    path = workdir / SETTINGS
-    if not files.exists(path):
-        return f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory"
-    changed = typed.difference(*(
-        {key: value for key, value in settings.items() if not HARMLESS.fullmatch(key)}
-        for settings in (json.loads(path.read_text()), typed.describe(config))
-    ))  # fmt: skip
-    return "" if not changed else (
-        f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or "
-        "begin anew in another --workdir (a checkpoint to start from is `model.start` or a row of `init`)"
-    )
-
-
 def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:
     rest = {"step": program.state.step, "opt_state": program.state.opt_state}
     saved = manager.restore(checkpoints, program.state.params, rest)
@@ -314,8 +288,7 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
                             config.prompt.image_start_end)  # fmt: skip
         card = Card(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
         cards.write_card(workdir, card, format.tokenizer.files())
-        settings = json.dumps(typed.describe(config), indent=1)
-        cards.write_whole(workdir / SETTINGS, settings.encode())
+        settings.write(workdir, config)
     return init.state(program, sources, config.train.seed), init.frozen(program, sources)
 
 

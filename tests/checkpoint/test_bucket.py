@@ -82,31 +82,28 @@ def test_when_every_step_of_a_bucket_is_damaged_the_run_does_not_begin_anew(buck
             restore(run)
 
 
-@pytest.mark.parametrize("first", [(), (500,)], ids=["before any step", "after one"])
-def test_a_save_that_is_killed_in_a_bucket_loses_nothing_and_leaves_nothing(bucket, bucket_proxy, first):
+@pytest.mark.parametrize("first, uploads", [((), 3), ((500,), 8)], ids=["before any step", "after one"])
+def test_a_save_that_is_killed_in_a_bucket_loses_nothing_and_leaves_nothing(bucket, bucket_proxy, first, uploads):
     """The process ends while the bucket holds some of the step's objects; which ones, the proxy decides."""
     run = epath.Path(bucket) / "run"
     write(run, first)
-    command = [sys.executable, "-c", SAVE, str(run)]
-    for uploads in (3, 8):
-        process = subprocess.Popen(command, cwd=Path(__file__).parents[2])
-        count, killed = [0], threading.Event()
+    process = subprocess.Popen([sys.executable, "-c", SAVE, str(run)], cwd=Path(__file__).parents[2])
+    count, killed = [0], threading.Event()
 
-        def plan(method, path, process=process, count=count, killed=killed, uploads=uploads):
-            if "/upload/" in path:
-                count[0] += 1
-                if count[0] > uploads:
-                    process.kill()
-                    killed.set()
-            return None
+    def plan(method, path):
+        count[0] += "/upload/" in path and "1000" in path
+        if count[0] > uploads:
+            process.kill()
+            killed.set()
+        return None
 
-        with buckets.faults(bucket_proxy, plan):
-            process.wait(timeout=120)
-        assert killed.is_set() and process.returncode
-        assert files.exists(run / "1000") and store.steps(run) == list(first)
-        saved = restore(run)
-        assert (saved and saved.step) == (first[0] if first else None)
-        assert [entry.name for entry in files.listed(run)] == [str(step) for step in first]
+    with buckets.faults(bucket_proxy, plan):
+        process.wait(timeout=120)
+    assert killed.is_set() and process.returncode
+    assert files.exists(run / "1000") and store.steps(run) == list(first)
+    saved = restore(run)
+    assert (saved and saved.step) == (first[0] if first else None)
+    assert [entry.name for entry in files.listed(run)] == [str(step) for step in first]
 
 
 SAVE = """

@@ -62,6 +62,15 @@ def test_import_export_import_is_bit_exact_in_every_layout_and_dtype(tmp_path, l
     assert reports.verify(tmp_path / "again").endswith("leaves read, all as they were written")
 
 
+def test_verify_is_not_content_with_what_it_cannot_compare(half, tmp_path):
+    shutil.copytree(half[1], tmp_path / "ours")
+    (tmp_path / "ours" / "0" / "params" / "_CHECKSUMS").unlink()
+    with pytest.raises(UnusableCheckpoint, match="leaves have no checksum, such as .*convert merge"):
+        reports.verify(tmp_path / "ours")
+    reports.merge(tmp_path / "ours", tmp_path / "whole")
+    assert reports.verify(tmp_path / "whole").endswith("all as they were written")
+
+
 def test_leaves_are_theirs_transposed_and_stacked(half):
     hub, ours = half
     leaves = loaded(ours)

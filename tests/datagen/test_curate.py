@@ -292,7 +292,8 @@ def test_a_checkpoint_describes_too_and_a_second_run_asks_it_nothing(images, tmp
         return replies(self, told, *arguments, **named)
 
     monkeypatch.setattr(Assistant, "replies", watched)
-    arguments = ["--images", images, "--checkpoint", tmp_path / "model", "--slots", 4, "--max-tokens", 3, "--sample", 4]
+    arguments = ["--images", images, "--checkpoint", tmp_path / "model", "--slots", 4, "--max-new-tokens", 3,
+                 "--sample", 4]  # fmt: skip
     assert step("describe", tmp_path / "out", *arguments) == 0
     rows = lines(tmp_path / "out" / curate.DESCRIBED)
     assert [len(batch) for batch in batches] == [4, 4], "three tokens are short: all go on"

@@ -106,25 +106,28 @@ def test_refused_answers_are_kept_with_the_reason_and_asked_again_if_wanted(worl
         assert len(lines(tmp_path / "twice" / "detail_rejects.jsonl")) == 1
 
 
-def test_answers_that_were_cut_short_are_refused(world, tmp_path):
+def test_answers_that_were_cut_short_are_refused_and_a_file_without_records_is_65(world, tmp_path, capsys):
     with FakeOpenAI(small.talk, always("length")) as server:
-        assert run(server, "reasoning", ["--records", world / "records.json"], tmp_path, "--limit", 3) == 0
+        assert run(server, "reasoning", ["--records", world / "records.json"], tmp_path, "--limit", 3) == 65
+    told = capsys.readouterr()
+    assert "0 records of 3 pictures, 3 answers refused" in told.out
+    assert "holds no record: all 3 answers were refused, {'unfinished': 3}: see reasoning_rejects.jsonl" in told.err
     assert [row["reason"] for row in lines(tmp_path / "reasoning_rejects.jsonl")] == [
         "unfinished: finish_reason is 'length'"] * 3  # fmt: skip
     assert read(tmp_path / "reasoning.json") == []
 
 
 def test_a_spent_budget_ends_in_what_there_is_and_a_raised_one_completes_it(world, tmp_path, capsys):
-    prices = ["--usd-per-million-in", 1000, "--usd-per-million-out", 1000, "--max-tokens", 50]
+    prices = ["--usd-per-million-in", 1000, "--usd-per-million-out", 1000, "--max-new-tokens", 50]
     with FakeOpenAI(small.talk) as server:
         source = ["--records", world / "records.json"]
-        assert run(server, "detail", source, tmp_path, "--budget-usd", 12, *prices) == 75
+        assert run(server, "detail", source, tmp_path, "--max-usd", 12, *prices) == 75
         told = capsys.readouterr()
         part = read(tmp_path / "detail.json")
         assert "budget" in told.err and "run the same command again" in told.err and "$" in told.out
         assert 0 < len(part) < PICTURES
         assert len(lines(tmp_path / "detail_unanswered.jsonl")) == PICTURES - len(part)
-        assert run(server, "detail", source, tmp_path, "--budget-usd", 100, *prices) == 0
+        assert run(server, "detail", source, tmp_path, "--max-usd", 100, *prices) == 0
         assert len(read(tmp_path / "detail.json")) == PICTURES == len(server.bodies)
         assert lines(tmp_path / "detail_unanswered.jsonl") == []
 
@@ -220,7 +223,7 @@ def test_stage_2_trains_on_what_was_made(world, made, tmp_path):
         (["detail", "--out", "o", "--records", "{tmp}/good.jsonl", "--base-url", "http://a", "--model", "m",
           "--prompts", "{tmp}"], 64, "system_message.txt"),
         (["detail", "--out", "o", "--records", "{tmp}/good.jsonl", "--base-url", "http://a", "--model", "m",
-          "--budget-usd", "1"], 64, "prices"),
+          "--max-usd", "1"], 64, "prices"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_an_exit_code(arguments, code, words, tmp_path, monkeypatch, capsys):

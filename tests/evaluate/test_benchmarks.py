@@ -13,6 +13,7 @@ from etils import epath
 
 from llava_jax.errors import DataError
 from llava_jax.evaluate import questions
+from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.benchmarks import mmbench, mme, pope, vqa
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS, get
 from llava_jax.evaluate.questions import Question
@@ -88,7 +89,7 @@ def test_annotations_of_another_shape_are_refused_by_row_and_field(tmp_path):
     asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
     put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
     put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [{"question_id": 1, "answers": [{}]}]})
-    with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer="):
+    with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer is missing"):
         load("vqav2", tmp_path, "split=val2014")
 
 
@@ -260,6 +261,12 @@ def test_gqa_compares_without_case_and_last_dot(tmp_path):
     benchmark, made, options = load("gqa", tmp_path)
     score = benchmark.score(made, {"1": "Yes.", "2": "a cat"}, options)
     assert score.numbers == {"accuracy": 50, "binary": 100, "open": 0}
+    rows.pop("2")
+    put(tmp_path, "testdev_balanced_questions.json", rows)
+    put(tmp_path, "a.jsonl", lines([{"question_id": "1", "text": "no"}]))
+    result = scores.score(benchmark, load("gqa", tmp_path)[1], [tmp_path / "a.jsonl"], options)
+    shown = {name: scores.shown(result, name) for name in result.numbers}
+    assert shown == {"accuracy": "0.00", "binary": "0.00", "open": "-"}, "a split that is empty has no number"
     files = benchmark.submit(epath.Path(tmp_path), made, {"1": "Yes.", "2": "A cat"}, options)
     assert json.loads(files["testdev_balanced_predictions.json"])[1] == {"questionId": "2", "prediction": "a cat"}
 

@@ -1,5 +1,6 @@
 """From answer files to an ensemble, a score and a report, through the doors."""
 
+import csv
 import json
 import sys
 
@@ -87,9 +88,30 @@ def test_a_report_has_rows_for_runs_and_published_ones(tmp_path):
     assert run("report", *files, "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert any(line.split() == "| a | 80.00 | 60.00 |".split() for line in page)
+    assert any(line.split() == "| b | 81.50 ± 0.25 | |".split() for line in page)
     assert any(line.split() == "| LLaVA-1.5-7B (published) | 85.90 |".split() for line in page)
     assert any(line.split() == "| b | **81.50 ± 0.25** |".split() for line in page)
-    assert "- b: 10 questions, mean and sample standard deviation of 2 repeats, 1 unparsed" in page
+    assert ("- b: 10 questions, mean and sample standard deviation of 2 repeats, 1 unparsed, counted as wrong" in page)
+
+
+def test_a_report_is_csv_and_latex_too(tmp_path):
+    numbers = {"F1": Value(80, 0.25), "random F1": Value(70, 0), "open": Value(0, 0)}
+    odd = result('50% & "a_b" {x}\\~^#$', 80.0, sd=0.25)._replace(numbers=numbers, counts={"open of": 0})
+    for name, one in {"a": odd, "b": result("b", 60, "gqa")}.items():
+        scores.write(tmp_path / f"{name}.json", one)
+    assert run("report", tmp_path / "a.json", tmp_path / "b.json", "--out", tmp_path / "out") == 0
+    rows = list(csv.reader((tmp_path / "out" / "report.csv").open(newline="")))
+    assert rows[0] == ["benchmark", "run", "published", "column", "mean", "sd", "repeats"]
+    assert ["pope", odd.model, "0", "F1", "80.0000", "0.2500", "2"] in rows
+    assert ["pope", odd.model, "0", "open", "", "", "2"] in rows
+    assert ["pope", "LLaVA-1.5-7B (published)", "1", "F1", "85.9", "", ""] in rows
+    assert ["gqa", "b", "0", "F1", "60.0000", "0.0000", "1"] in rows
+    text = (tmp_path / "out" / "report.tex").read_text()
+    name = r"""50\% \& "a\_b" \{x\}\textbackslash{}\textasciitilde{}\textasciicircum{}\#\$"""
+    assert rf"{name} & \textbf{{80.00 $\pm$ 0.25}} & 70.00 $\pm$ 0.00 & - \\" in text.splitlines()
+    assert r"LLaVA-1.5-7B (published) & 85.90 &  &  \\" in text.splitlines()
+    assert text.count(r"\begin{tabular}{lrrr}") == 1 and text.count(r"\begin{tabular}{lr}") == 1
+    assert text.count("\\begin") == text.count("\\end") == 2
 
 
 def test_differences_are_computed_not_copied():
@@ -108,7 +130,7 @@ def test_plots_want_matplotlib_and_say_so(tmp_path, monkeypatch, capsys):
     (tmp_path / "a.json").write_text(json.dumps(scores.to_json(result("a", 80), "a")))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert run("report", tmp_path / "a.json", "--out", tmp_path / "out", "--plots", "png") == 64
-    assert "pip install llava_jax[report]" in capsys.readouterr().err
+    assert 'pip install ".[report]"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind, start", [("png", b"\x89PNG"), ("svg", b"<?xml")])

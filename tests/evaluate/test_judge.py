@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -153,6 +154,39 @@ def test_a_review_that_never_came_is_named_and_not_scored(bench, capsys):
     assert "id='0' repeat 0 not_answered: HTTP 400" in capsys.readouterr().out
     assert run("score", "--benchmark", "llava_bench_coco", "--data", bench, bench / "reviews.jsonl") == 65
     assert "id='0' not_answered" in capsys.readouterr().err
+
+
+def test_a_score_of_reviews_names_the_candidate_not_the_judge(bench, capsys):
+    """Users' D12."""
+    with FakeOpenAI(lambda body: "8 6") as server:
+        assert run(*judge_words(bench, server)) == 0
+    capsys.readouterr()
+    place = ("--benchmark", "llava_bench_coco", "--data", bench, bench / "reviews.jsonl")
+    assert run("score", *place, "--out", bench / "s.json") == 0
+    assert "6 questions, model llava (" in capsys.readouterr().out
+    assert run("report", bench / "s.json", "--out", bench / "out") == 0
+    lines = (bench / "out" / "report.md").read_text().splitlines()
+    assert any(line.startswith("| llava ") for line in lines) and not any(line.startswith("| judge") for line in lines)
+
+
+@pytest.mark.parametrize("compat, lacking", [("false", "left out of the means"), ("true", "-1 and -1 in the means")])
+def test_reviews_without_scores_are_counted_in_one_way(bench, compat, lacking, capsys):
+    """Users' D13: they were "counted as wrong" and "left out of the means" in the same lines."""
+    rows = [Answer(i, text, "judge") for i, text in REVIEWS.items() if i != "5"]
+    answers.write(bench / "reviews.jsonl", [*rows, Answer("5", "", "judge")])
+    words = ("--benchmark", "llava_bench_coco", "--data", bench, bench / "reviews.jsonl", "--option")
+    assert run("score", *words, f"compat={compat}") == 0
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line for line in lines if line.startswith("1 ")]
+    assert [line.split()[1] for line in kinds] == ["empty_answer:", "unparsed:"]
+    assert all(lacking in line for line in kinds) and "wrong" not in "".join(lines)
+
+
+def test_a_kind_that_no_review_is_of_has_no_number(bench, capsys):
+    answers.write(bench / "reviews.jsonl", [Answer(i, REVIEWS[i], "judge") for i in "03"])
+    words = ("--benchmark", "llava_bench_coco", "--data", bench, bench / "reviews.jsonl", "--allow-faults")
+    assert run("score", *words) == 0
+    assert re.search(r"\n  detail +-   of 0\n", capsys.readouterr().out)
 
 
 def test_references_and_contexts_that_do_not_join_are_named(bench):

@@ -15,6 +15,7 @@ from llava_jax.checkpoint.store import LeafWriter
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
+from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import Format
@@ -26,12 +27,12 @@ WORDS = Path(__file__).parents[1] / "golden" / "tiny_llama.model"
 
 
 @functools.cache
-def weights() -> Any:
+def weights(config: LlavaConfig = CONFIG) -> Any:
     """Random parameters, large enough that every answer depends on the picture and on each word."""
     rng = np.random.default_rng(0)
     drawn = lambda shape: (0.12 * rng.standard_normal(shape)).astype(np.float32)  # noqa: E731
     flat = {name: 1 + drawn(leaf.shape) if name.endswith("scale") else drawn(leaf.shape)
-            for name, leaf in names.flatten(abstract_params(CONFIG)).items()}  # fmt: skip
+            for name, leaf in names.flatten(abstract_params(config)).items()}  # fmt: skip
     return jax.tree.map(jax.numpy.asarray, names.unflatten(flat))
 
 

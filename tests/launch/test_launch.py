@@ -63,12 +63,13 @@ def _told(workplace: Workplace) -> list[list[str]]:
     return [line.split("\0")[:-1] for line in workplace.lines("argv")]
 
 
-def test_a_gpu_node_starts_again_while_training_ends_with_75(workplace):
+def test_a_gpu_node_starts_again_while_training_ends_with_75_or_69(workplace):
     program(workplace.fake, "python", STEP)
-    (workplace.fake / "fate").write_text("75\n75\n0\n")
+    program(workplace.fake, "sleep", '#!/usr/bin/env bash\necho "$1" >>"$FAKE/slept"\n')
+    (workplace.fake / "fate").write_text("75\n69\n75\n0\n")
     done = workplace.run("gpu_node.sh", "--", *TRAINING)
-    assert done.returncode == 0 and done.stderr.count("it goes on") == 2
-    assert _told(workplace) == [["0.92", "", "-m", "llava_jax.train", *TRAINING]] * 3
+    assert done.returncode == 0 and done.stderr.count("it goes on") == 2 and workplace.lines("slept") == ["60"]
+    assert _told(workplace) == [["0.92", "", "-m", "llava_jax.train", *TRAINING]] * 4
 
 
 @pytest.mark.parametrize("code", [1, 42, *FINAL, 137])
@@ -105,7 +106,7 @@ def test_a_gpu_node_that_is_told_to_stop_waits_for_the_save_and_does_not_start_a
 def test_a_dry_run_of_the_gpu_scripts_can_be_pasted(workplace, script, environ):
     line, *rest = workplace.run(script, "--dry-run", "--", *TRAINING).stdout.splitlines()
     assert shlex.split(line) == [*environ.split(), "python", "-m", "llava_jax.train", *TRAINING]
-    assert rest == ["# where that ended with 75:", 'scontrol requeue "$SLURM_JOB_ID"'] * (script == "slurm.sh")
+    assert rest == ["# where that ended with 75 or 69:", 'scontrol requeue "$SLURM_JOB_ID"'] * (script == "slurm.sh")
 
 
 @pytest.mark.parametrize("script", ["gpu_node.sh", "slurm.sh"])
@@ -122,7 +123,7 @@ def test_slurm_outside_a_job_says_how_to_submit_it(workplace):
 def test_a_slurm_job_goes_back_into_the_queue_until_training_is_done(workplace):
     program(workplace.fake, "srun", STEP)
     program(workplace.fake, "scontrol", '#!/usr/bin/env bash\necho "$@" >>"$FAKE/requeued"\n')
-    (workplace.fake / "fate").write_text("75\n75\n0\n")
+    (workplace.fake / "fate").write_text("75\n69\n0\n")
     for requeues in (1, 2, 2):  # Slurm runs the script again for each requeue
         assert workplace.run("slurm.sh", "--", *TRAINING, SLURM_JOB_ID="12", SLURM_CPUS_PER_TASK="6").returncode == 0
         assert workplace.lines("requeued") == ["requeue 12"] * requeues
@@ -191,7 +192,8 @@ def test_the_jobset_asks_for_a_whole_slice_and_trains_on_all_its_hosts():
 def test_the_exit_codes_are_those_of_train():
     told = (HOUSE / "README.md").read_text().split("Exit codes:")[1].split("\n\n")[0]
     meanings = {int(code): meaning for code, meaning in re.findall(r"(\d+) ([a-z][^,.]*)", told)}
-    assert [code for code in meanings if code not in (0, 42, 75)] == FINAL and "run again" in meanings[75]
+    assert [code for code in meanings if code not in (0, 1, 42, 69, 75)] == FINAL
+    assert "run again" in meanings[75] and "does not answer" in meanings[69]
 
 
 def test_the_image_trains_as_a_user_of_its_own_and_its_build_sees_only_what_it_copies():

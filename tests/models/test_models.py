@@ -1,6 +1,7 @@
 """What the models promise beside parity: shapes of the released ones, the cache, the merge, packing, refusals."""
 
 import functools
+import json
 from dataclasses import replace
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params as names
+from llava_jax.errors import UsageError
 from llava_jax.models import presets, remat
 from llava_jax.models.llava import Llava, abstract_params, init_params
 from llava_jax.models.presets import LlavaConfig, RopeScaling, VisionConfig
@@ -177,12 +179,42 @@ def test_the_projector_starts_as_torch_linear_does():
     assert np.abs(kernel).max() <= bound and kernel.std() == pytest.approx(bound / 3**0.5, rel=0.05)
 
 
+@pytest.mark.parametrize("part, key, value", [
+    ("llm", "eps", "x"), ("llm", "eps", -1), ("llm", "eps", 0), ("llm", "eps", float("nan")),
+    ("llm", "rope_theta", "x"), ("llm", "rope_theta", 0), ("llm", "width", 48.0), ("llm", "heads", "4"),
+    ("llm", "heads", True), ("llm", "vocab", -1), ("llm", "layers", 10**12), ("llm", "max_positions", None),
+    ("llm", "head_width", 0), ("llm", "kv_heads", 3), ("llm", "tie_embeddings", "no"), ("llm", "rope_scaling", 5),
+    ("llm", "rope_scaling", {"kind": "linear", "factor": 0}), ("vision", "mean", [1, 2]), ("vision", "mean", "abc"),
+    ("vision", "mean", 5), ("vision", "std", [0, 0, 0]), ("vision", "std", ["a", 1, 1]), ("vision", "image_size", 29),
+    ("vision", "act", "x"), ("vision", "select_layer", 99), ("vision", "select_feature", "x"),
+    ("vision", "patch_size", 0), ("vision", "kind", "other"), ("vision", "kind", ["clip"]), (None, "vision", 5),
+    (None, "vision", None), (None, "llm", None), (None, "llm", []), (None, "projector", ["x"]),
+    (None, "projector", None), (None, "image_newline", 1), (None, "ln_vision_eps", -1), (None, "resampler", 5),
+    (None, "cross", {}),
+])  # fmt: skip
+def test_a_value_that_no_model_can_have_is_refused_by_name(part, key, value):
+    data = json.loads(json.dumps(presets.config_to_json(TINY)))
+    (data if part is None else data[part])[key] = value
+    with pytest.raises(UsageError, match=f"{key}|factor"):
+        presets.config_from_json(data)
+
+
+def test_the_model_of_an_older_version_lacks_only_keys_with_a_default():
+    data = presets.config_to_json(TINY)
+    older = dict(data["llm"])
+    for key in ("rope_scaling", "added_tokens", "tie_embeddings"):
+        del older[key]
+    assert presets.config_from_json(data | {"llm": older}) == TINY
+
+
 def test_configs_survive_json_and_refuse_what_no_model_has():
     config = replace(TINY, llm=replace(TINY.llm, rope_scaling=RopeScaling("linear", 2.0)))
     data = presets.config_to_json(config)
     assert presets.config_from_json(data) == config
     with pytest.raises(ValueError, match="depth"):
         presets.config_from_json(data | {"depth": 3})
+    with pytest.raises(ValueError, match="width"):
+        presets.config_from_json(data | {"llm": {k: v for k, v in data["llm"].items() if k != "width"}})
     with pytest.raises(ValueError, match="did you mean 'llava15_7b'"):
         presets.get("llava15_7B")
     with pytest.raises(ValueError, match="multiple of patch_size=14"):

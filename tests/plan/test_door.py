@@ -15,6 +15,7 @@ from llava_jax.plan.compile import find_place
 
 HOUSE = Path(__file__).parents[2]
 TINY = ["--config", str(HOUSE / "configs" / "tiny_pretrain.py"), "--config.model.preset=tiny", "--topology", "v5e:2x2"]
+SETTINGS = dict(zip(("--config", "--config.model.preset", "--topology"), (TINY[0:2], TINY[2:3], TINY[3:5])))
 PACKED = [f"--config.{setting}" for setting in (
     "data.layout=packed", "data.order=shuffle", "train.loss=token_mean", "data.rows_per_chip=2",
     "data.row_tokens=128", "data.images_per_group=4",
@@ -25,6 +26,12 @@ BYTES = ("peak_hbm_bytes", "argument_bytes", "temp_bytes")
 @pytest.fixture(autouse=True)
 def compiler():
     pytest.importorskip("libtpu")
+
+
+def tiny(words):
+    """The words, and those of TINY that they do not set themselves: an option may be given once."""
+    own = {word.partition("=")[0] for word in words}
+    return [*(word for name, given in SETTINGS.items() if name not in own for word in given), *words]
 
 
 def planned(tmp_path, *words):
@@ -134,19 +141,20 @@ def test_all_topologies_are_listed_with_chips_and_hosts(capsys):
     (["--slices", "0"], "mesh.slices=0: want at least 1"),
     (["--config", "configs/nowhere.py"], "no such file"),
     (["--config.train.lr"], "wants a value"),
+    (["--config.train.lr=1e-3", "--config.train.lr=1e-4"], "--config.train.lr is given more than once"),
 ])  # fmt: skip
 def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(words, said, capsys, monkeypatch):
-    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
-    assert main([*TINY, *words]) == 64
+    monkeypatch.setattr("llava_jax.plan.compile.compile_step", None)
+    assert main(tiny(words)) == 64
     assert said in capsys.readouterr().err
 
 
 def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("llava_jax.plan.__main__.compile_step", None)
+    monkeypatch.setattr("llava_jax.plan.compile.compile_step", None)
     text = (HOUSE / "configs" / "tiny_pretrain.py").read_text()
     text = text.replace("return config", 'config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
     (tmp_path / "fast.py").write_text(text)
-    assert main([*TINY, "--config", str(tmp_path / "fast.py")]) == 64
+    assert main(tiny(["--config", str(tmp_path / "fast.py")])) == 64
     assert "XLA refuses xla_tpu_fast=True" in capsys.readouterr().err
 
 

@@ -14,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax import files
+from llava_jax.errors import MissingFile, UsageError
 from llava_jax.prompt import images
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import open_image, to_pixels
 from llava_jax.prompt.templates import get
 from llava_jax.prompt.tokenizer import load
+from tests import buckets
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SIZES = [(200, 120), (120, 200), (40, 90), (336, 336), (335, 337), (1, 1), (1, 60), (700, 513), (513, 700), (336, 20)]
@@ -219,6 +222,49 @@ def test_missing_files_folders_and_pipes_are_named(tmp_path):
         open_image("gone.png", tmp_path)
     with pytest.raises(ValueError, match="not a path"):
         open_image("a\0.png", tmp_path)
+
+
+def test_a_picture_whose_owner_has_no_name_opens(tmp_path):
+    noise(4, 4).save(tmp_path / "a.png")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "a.png", 54321, 54321)  # as in a container, or on a disk of another machine
+    assert open_image("a.png", tmp_path).size == (4, 4)
+
+
+def test_an_address_is_no_picture(tmp_path):
+    with pytest.raises(UsageError, match="'https://x.org/a.png': want a file or gs://BUCKET/FILE; download it first"):
+        open_image("https://x.org/a.png")
+
+
+def test_a_picture_of_a_bucket_is_one_request_and_its_errors_are_those_of_a_disk(tmp_path, bucket, bucket_proxy):
+    small, large = encoded(noise(4, 4)), encoded(noise(30, 20))
+    accent = unicodedata.normalize("NFD", "café.png")
+    contents = {"a.png": large, "dir/b.png": small, "cut.png": large[:99], "empty.png": b"", accent: small}
+    for name, content in contents.items():
+        files.write_whole(tmp_path / name, content)
+        files.write_whole(f"{bucket}/{name}", content)
+
+    def outcome(name, root):
+        try:
+            return np.asarray(open_image(name, root)).tolist()
+        except ValueError as error:
+            return type(error), str(error).replace(str(root), "ROOT")
+
+    names = [*contents, unicodedata.normalize("NFC", "café.png"), "gone.png", "../a.png", "gs://other/a.png"]
+    for name in names:
+        assert outcome(name, bucket) == outcome(name, tmp_path), name
+    assert outcome("dir", bucket) == (MissingFile, "image 'ROOT/dir': no such file")
+    with buckets.faults(bucket_proxy, lambda method, path: None):
+        open_image("a.png", bucket)
+        open_image(f"{bucket}/dir/b.png")
+        assert [request.method for request in bucket_proxy.requests] == ["GET", "GET"]
+
+
+def test_a_picture_with_too_many_bytes_is_refused(place, monkeypatch):
+    files.write_whole(place / "a.png", encoded(noise(30, 20)))
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 99)
+    with pytest.raises(UsageError, match="a.png': over 99 bytes, no more are read: make it smaller"):
+        open_image("a.png", place)
 
 
 def test_both_spellings_of_an_accent_find_the_file(tmp_path):

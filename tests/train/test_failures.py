@@ -99,3 +99,14 @@ def test_sigterm_before_the_first_step_ends_both_with_75(forks, config, compiled
     both[0].signal(signal.SIGTERM)
     one, two = finish(both, 75)
     assert "nothing is lost" in one.err and "Traceback" not in one.err + two.err
+
+
+def test_a_second_run_on_the_same_workdir_is_refused_and_the_first_goes_on(forks, config, compiled, tmp_path):
+    words = ("--config.train.steps=400", "--config.checkpoint.every=400", "--config.train.eval_every=0")
+    first = forks.job(1, 1, config, tmp_path / "out", *words, **compiled)
+    while not (tmp_path / "out" / "lock.json").exists():
+        time.sleep(0.02)
+    (second,) = finish(forks.job(1, 1, config, tmp_path / "out", *words, **compiled), 64)
+    assert f"process {first[0].pid} on " in second.err and "two runs cannot share a directory" in second.err
+    first[0].kill()
+    finish(forks.job(1, 1, config, tmp_path / "out", *words[1:], "--config.train.steps=3", **compiled))

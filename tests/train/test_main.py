@@ -68,7 +68,8 @@ def test_the_last_line_says_what_to_do_with_the_checkpoint(copied, capsys):
     config, workdir = copied
     assert train(config, workdir) == 0  # a finished run is finished
     lines = capsys.readouterr().out.strip().splitlines()
-    assert "goes on after step 12" in lines[-2] and not lines[-2].startswith("step")
+    assert "goes on after step 12" in lines[-3] and not any(line.startswith("step") for line in lines)
+    assert lines[-2].startswith("warning: only 11 updates have a learning rate")
     for words in ("llava_jax.chat --checkpoint", "evaluate", "export --format hf", str(workdir)):
         assert words in lines[-1]
 
@@ -120,11 +121,16 @@ def test_other_data_is_refused(copied, tmp_path, capsys):
 
 def test_a_changed_base_is_refused_on_going_on(copied, capsys):
     config, workdir = copied
-    content = json.loads((workdir / "model.json").read_text())
-    content["base"][0]["fingerprint"] = "sha256:0"
-    (workdir / "model.json").write_text(json.dumps(content))
-    assert train(config, workdir) == 66
-    assert f"{config.parent / 'base'} (step 0) has changed" in capsys.readouterr().err
+    base = config.parent / "base"
+    kept = base.rename(base.with_name("kept"))
+    try:
+        tiny.write_base(base, seed=1)
+        assert train(config, workdir) == 66
+    finally:
+        shutil.rmtree(base)
+        kept.rename(base)
+    error = capsys.readouterr().err
+    assert f"step 0 of {base}" in error and "convert assemble" in error
 
 
 def test_frozen_leaves_that_begin_at_random_are_kept_where_every_reader_finds_them(run, tmp_path):
@@ -220,3 +226,33 @@ def test_a_bad_picture_ends_the_run_with_its_record(run, tmp_path, capsys):
     (run.parent / "images" / "3.jpg").write_bytes(b"no picture")
     assert train(run, tmp_path / "out") == 65
     assert "r3" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(copied, capsys):
+    config, workdir = copied
+    before = losses(workdir)
+    assert train(config, workdir, **{"train.steps": 15}) == 64
+    error = capsys.readouterr().err
+    assert "train.steps: 12 -> 15" in error and "--config.train.lengthen=true" in error
+    assert f"--workdir NEW --config.model.base={workdir}" in error
+    assert train(config, workdir, **{"train.steps": 15, "train.lengthen": "true"}) == 0
+    assert "goes on after step 12" in capsys.readouterr().out
+    assert list(losses(workdir)) == list(range(1, 16)) and before.items() <= losses(workdir).items()
+    assert train(config, workdir, **{"train.steps": 15}) == 0  # it is such a run now
+
+
+def test_settings_of_an_older_version_are_completed_and_damaged_ones_set_aside(copied, capsys):
+    config, workdir = copied
+    path = workdir / "config.json"
+    older = json.loads(path.read_text())
+    del older["train.watchdog_secs"], older["train.accumulate"]
+    path.write_text(json.dumps(older))
+    assert train(config, workdir) == 0
+    assert train(config, workdir, **{"train.accumulate": 2}) == 64
+    assert "train.accumulate: 1 -> 2" in capsys.readouterr().err
+    for content in ("[]", "{", "[" * 100_000):
+        path.write_text(content)
+        assert train(config, workdir) == 0
+        assert "config.json is damaged" in capsys.readouterr().err
+        assert json.loads(path.read_text())["train.accumulate"] == 1
+    assert len(list(workdir.glob("config.json.damaged*"))) == 3

@@ -1,4 +1,6 @@
-"""The table of all benchmarks, by the name that the doors know them by."""
+"""The table of all benchmarks, by the name that the commands know them by."""
+
+import difflib
 
 from llava_jax.errors import UsageError
 from llava_jax.evaluate.benchmarks import custom, gqa, llava_bench, mmbench, mme, mmvet, pope, scienceqa, seed, vqa
@@ -13,11 +15,18 @@ BENCHMARKS: dict[str, Benchmark] = {benchmark.name: benchmark for benchmark in _
 
 
 def get(name: str) -> Benchmark:
-    """The benchmark of that name.
+    """The benchmark of that name; case, dashes and blanks make no difference: "MM-Vet" is mmvet.
 
     Raises:
-      ValueError: there is none.
+      UsageError: there is none; names the nearest.
     """
-    if name not in BENCHMARKS:
-        raise UsageError(f"--benchmark {name}: want one of {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    known = {_folded(one): one for one in BENCHMARKS}
+    if _folded(name) not in known:
+        near = difflib.get_close_matches(_folded(name), known, n=1, cutoff=0.5)
+        hint = f"; did you mean {known[near[0]]}?" if near else ""
+        raise UsageError(f"--benchmark {name}: want one of {', '.join(BENCHMARKS)}{hint}")
+    return BENCHMARKS[known[_folded(name)]]
+
+
+def _folded(name: str) -> str:
+    return "".join(letter for letter in name.lower() if letter.isalnum())

@@ -3,15 +3,18 @@
     {"id": "1", "image": "cat.jpg", "question": "What is it?", "answer": "a cat", "category": "animals"}
     {"id": "2", "image": "cat.jpg", "question": "Which one?", "choices": ["a dog", "a cat"], "answer": "B"}
 
-`answer` may be a list of right ones; `image`, `category` and `choices` may be left out, `image` may be a list.
+`answer` may be a list of right ones; without any, the questions can be asked and not scored. `image`, `category` and
+`choices` may be left out, `image` may be a list.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from etils import epath
 
 from llava_jax.data.files import field
+from llava_jax.errors import DataError
 from llava_jax.evaluate.benchmarks.mmbench import letter
 from llava_jax.evaluate.benchmarks.vqa import normalised
 from llava_jax.evaluate.questions import (
@@ -38,19 +41,52 @@ RULES: dict[str, Callable[[str, str], bool]] = {
 }
 
 
+# Letters that stand alone, and are neither an article nor a pronoun: "B", "(B)", not the first of "A cat", "I see".
+_ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])\s+\w)")
+# Where one of them is an answer: in brackets, at the very beginning, or after a word that announces it.
+_PLACES = (
+    re.compile(r"\(([A-Z])\)"), re.compile(r"^\W*([A-Z])(?=[).:,;*]|\s*$|\s*\n)"),
+    re.compile(r"(?i:\b(?:answer|option|choice|letter)\b(?:\s+(?:is|would\s+be))?)[\s:=\"'*(]*([A-Z])(?=\W*$|[).:,;*\n])"),
+)  # fmt: skip
+
+
+def lenient_letter(text: str, choices: Sequence[str]) -> str:
+    """The one letter that a text answers with, or the letter of the choice that it repeats; "" for neither.
+
+        "B" "b" "(B)" "B)" "Answer: B" "The answer is B." "a cat" -> B    "A cat", "I think so", "B or C" -> ""
+
+    Ours: no benchmark's rule; its numbers compare with those of the same rule only.
+    """
+    bare = text.strip().strip("().*\"' ")
+    if bare.upper() in tuple(LETTERS):
+        return bare.upper()
+    same = {LETTERS[place] for place, one in enumerate(choices) if normalised(one) == normalised(text)}
+    if normalised(text) and len(same) == 1:
+        return same.pop()
+    places = {found for pattern in _PLACES for found in pattern.findall(text.strip())}
+    return places.pop() if len(places) == 1 and places == set(_ALONE.findall(text)) else ""
+
+
+# How a letter is read out of an answer to a question with choices.
+LETTER_RULES: dict[str, Callable[[str, Sequence[str]], str]] = {
+    "strict": lambda text, choices: letter(text), "lenient": lenient_letter,
+}  # fmt: skip
+
+
 def score(questions: Sequence[Question], answers: Answers, options: Options) -> Score:
     """Percent of right answers, in all and by category."""
-    rule = RULES[options["match"]]
+    rule, read = RULES[options["match"]], LETTER_RULES[options["letters"]]
+    hint = "; --option letters=lenient reads more ways to name one" if options["letters"] == "strict" else ""
     right, findings = {}, []
     for question in questions:
         text = answers.get(question.id, "")
         if not question.choices:
             right[question.id] = bool(text.strip()) and any(rule(text, one) for one in question.truth)
             continue
-        given = letter(text)
+        given = read(text, dict(question.facts or {})["choices"])
         right[question.id] = given == question.truth
         if text.strip() and not given:
-            findings.append(Fault("unparsed", question.id, f"no letter in {text[:60]!r}"))
+            findings.append(Fault("unparsed", question.id, f"no letter in {text[:60]!r}{hint}"))
         elif given and given not in LETTERS[: question.choices]:
             findings.append(Fault("wrong_letter", question.id, f"{given} is none of its {question.choices} choices"))
     kinds = sorted({question.kind for question in questions} - {""})
@@ -61,31 +97,38 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
 
 def _read(root: epath.Path, options: Options) -> Read:
     rows, faults = lines(root / _FILE)
-    made = []
+    questions = []
     for where, row in rows:
         question = _question(row, where)
-        if not question.choices and not all(one.strip() for one in question.truth):
+        if not question.choices and not all(one.strip() for one in question.truth or ()):
             faults.append(Fault("empty_truth", question.id, "its right answer is empty", where))
-        made.append(question)
-    return made, faults
+        questions.append(question)
+    return questions, faults
 
 
 def _question(row: Any, where: str) -> Question:
     key = "question_id" if isinstance(row, dict) and "question_id" in row else "id"
     identity = str(field(row, key, (str, int), where))
     text = field(row, "text" if "text" in row else "question", str, where)
-    images = row.get("image", [])
-    images = tuple(images) if isinstance(images, list) else (images,)
-    if not all(isinstance(image, str) for image in images):
-        field({"image": None}, "image", str, f"{where} id={identity!r}")
-    choices = field(row, "choices", list, where) if "choices" in row else []
-    answer = field(row, "answer", (str, list), where)
-    truth = answer if choices else tuple(answer) if isinstance(answer, list) else (answer,)
+    images = tuple(_texts(row.get("image", []), "image", where))
+    choices = _texts(field(row, "choices", list, where), "choices", where) if "choices" in row else []
+    if len(choices) > len(LETTERS):
+        raise DataError(f"{where}: {len(choices)} choices: want at most {len(LETTERS)}, a letter for each")
+    truth = None
+    if "answer" in row:
+        answer = field(row, "answer", (str, list), where)
+        truth = answer if choices else tuple(_texts(answer, "answer", where))
     return Question(identity, with_choices(text, choices) if choices else text, images, str(row.get("category", "")),
-                    len(choices), truth)  # fmt: skip
+                    len(choices), truth, {"choices": choices})  # fmt: skip
+
+
+def _texts(value: Any, name: str, where: str) -> list[str]:
+    """A text, or a list of texts, as a list."""
+    texts = value if isinstance(value, list) else [value]
+    return [field({name: text}, name, str, where) for text in texts]
 
 
 BENCHMARK = Benchmark(
     "custom", "own questions", "images", (Need(_FILE, "you: see the beginning of evaluate/benchmarks/custom.py"),),
-    _read, score, tokens=128, options={"match": tuple(RULES)},
+    _read, score, tokens=128, options={"match": tuple(RULES), "letters": tuple(LETTER_RULES)},
 )  # fmt: skip

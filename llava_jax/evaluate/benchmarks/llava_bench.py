@@ -12,12 +12,14 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.files import field
+from llava_jax.data.files import field, texts
 from llava_jax.evaluate.questions import Answers, Benchmark, Fault, Need, Options, Question, Read, Score, sound_lines
 
 KINDS = ("conv", "detail", "complex")
 COCO_PREFIX = "COCO_val2014_"  # of the picture files; the questions' names lack it
 FAILED = (-1.0, -1.0)  # what LLaVA enters into its means for a review without two scores
+# What becomes of a review without scores, by compat.
+LACKING = ("left out of the means", "-1 and -1 in the means where there is a review, else left out")
 _NUMBER = re.compile(r"\d+(?:\.\d+)?")
 _OUT_OF = re.compile(r"\s*/\s*10\b")
 RANGE = (0.0, 10.0)  # rules ask for 1 to 10; some judges give 0
@@ -54,15 +56,15 @@ READERS = {"tolerant": tolerant_scores, "strict": strict_scores}
 def score(questions: Sequence[Question], reviews: Answers, options: Options) -> Score:
     """Relative scores: 100 times the candidate's mean over the reference's (a ratio of means), by kind and in all.
 
-    Also both means times 10. A review without two scores is left out and is a finding. Differs from LLaVA: there it
-    counts as -1 for both and means are rounded to 3 decimals first, which compat=true does too.
+    Also both means times 10. A review without two scores is left out and is a finding, as is one that is not there.
+    Differs from LLaVA: there the first counts as -1 for both and means are rounded to 3 decimals first, which
+    compat=true does too.
     """
     compat = options["compat"] == "true"
     read = READERS["strict" if compat else options["parse"]]
     pairs = {question.id: read(reviews[question.id]) for question in questions if question.id in reviews}
-    findings = [Fault("unparsed", identity, f"no two scores in {reviews[identity][:60]!r}; "
-                      + ("counted as -1 and -1" if compat else "left out of the means"))
-                for identity, pair in pairs.items() if pair is None]  # fmt: skip
+    findings = [Fault("unparsed", identity, f"no two scores in {reviews[identity][:60]!r}")
+                for identity, pair in pairs.items() if pair is None and reviews[identity].strip()]  # fmt: skip
     numbers, counts = {}, {}
     for name in ("all", *KINDS):
         members = [pairs[q.id] for q in questions if q.id in pairs and name in ("all", q.kind)]
@@ -72,7 +74,7 @@ def score(questions: Sequence[Question], reviews: Answers, options: Options) -> 
         numbers |= {name: 100 * candidate / reference if reference else 0.0,
                     f"{name} reference x10": 10 * reference, f"{name} candidate x10": 10 * candidate}  # fmt: skip
         counts |= {f"{name} of": len(kept), f"{name} failed": sum(pair is None for pair in members)}
-    return Score(numbers, "all", counts, tuple(findings))
+    return Score(numbers, "all", counts, tuple(findings), LACKING[compat])
 
 
 def request_text(question: Question, candidate: str, rule: Mapping[str, str]) -> str:
@@ -96,8 +98,9 @@ def rule_name(question: Question) -> str:
 def _coco(root: epath.Path, options: Options) -> Read:
     contexts = {}
     for where, row in sound_lines(root / "caps_boxes_coco2014_val_80.jsonl"):
-        captions = "\n".join(field(row, "captions", list, where))
-        boxes = "\n".join(f"{one['category']}: {one['bbox']}" for one in field(row, "instances", list, where))
+        captions = "\n".join(texts(row, "captions", where))
+        boxes = "\n".join(f"{field(one, 'category', str, where)}: {field(one, 'bbox', list, where)}"
+                          for one in field(row, "instances", list, where))  # fmt: skip
         contexts[field(row, "image", str, where)] = f"{captions}\n\n{boxes}"
     return _joined(root / "qa90_questions.jsonl", root / "qa90_gpt4_answer.jsonl", contexts, "", COCO_PREFIX)
 
@@ -106,7 +109,8 @@ def _wild(root: epath.Path, options: Options) -> Read:
     contexts = {}
     for where, row in sound_lines(root / "context.jsonl"):
         caption = field(row, "caption", (str, list), where)
-        contexts[field(row, "image", str, where)] = caption if isinstance(caption, str) else "\n".join(caption)
+        whole = caption if isinstance(caption, str) else "\n".join(texts(row, "caption", where))
+        contexts[field(row, "image", str, where)] = whole
     return _joined(root / "questions.jsonl", root / "answers_gpt4.jsonl", contexts, "llava_bench_", "")
 
 

@@ -14,6 +14,8 @@ from xml.sax.saxutils import escape
 
 from etils import epath
 
+from llava_jax.data.files import read_text
+from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     LETTER,
     LETTERS,
@@ -80,15 +82,24 @@ def _read(name: str, root: epath.Path, options: Options) -> Read:
     for row in rows:
         # A picture that an earlier row holds is written as that row's index.
         data = pictures[row["image"]] if row["image"] in pictures else row["image"]
-        if len(data) < 64:
-            faults.append(Fault("missing_image", row["index"], f"image={data!r} is neither base64 nor another index"))
+        picture = _decoded(data)
+        if picture is None:
+            faults.append(Fault("missing_image", row["index"], f"image={data[:60]!r} is neither base64 nor an index"))
             continue
         choices = [row[letter] for letter in "ABCD" if letter in row]
         choices = choices[: next((i for i, text in enumerate(choices) if text.lower() in NONE), len(choices))]
         truth = None if row.get("answer", "").lower() in NONE else row["answer"]
         rounds = len(choices) if options["rounds"] == "all" else 1
-        made += [_question(name, row, base64.b64decode(data), choices, truth, turn) for turn in range(rounds)]
+        made += [_question(name, row, picture, choices, truth, turn) for turn in range(rounds)]
     return made, faults
+
+
+def _decoded(data: str) -> bytes | None:
+    """The picture in a cell, or None: a cell so short is the index of another row, which is not there."""
+    try:
+        return base64.b64decode(data) or None if len(data) >= 64 else None
+    except ValueError:
+        return None
 
 
 def _question(
@@ -107,11 +118,14 @@ def _question(
 
 def _rows(path: epath.Path) -> list[dict[str, str]]:
     csv.field_size_limit(1 << 28)  # a cell holds a picture
-    rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8"), newline=""), delimiter="\t"))
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline=""), delimiter="\t"))
+    except csv.Error as error:
+        raise DataError(f"{path}: no table of tab-separated cells: {error}") from None
     faults = []
     for number, row in enumerate(rows, 2):
         cut = None in row or None in row.values()
-        if cut or not {"index", "question", "image", "A"} <= set(row) or not row["index"].isdigit():
+        if cut or not {"index", "question", "image", "A"} <= set(row) or not row["index"].isdecimal():
             faults.append(Fault("truncated_line", str(row.get("index")), "a cell is missing", f"{path}: row {number}"))
     if faults:
         raise bad(str(path), faults)

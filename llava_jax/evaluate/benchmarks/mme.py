@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 from etils import epath
 
+from llava_jax.data.files import read_text
 from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     SHORT,
@@ -65,7 +66,7 @@ def _read(root: epath.Path, options: Options) -> Read:
             image = _picture(folder, path.stem)
             if image is None:
                 faults.append(Fault("missing_image", f"{kind}/{path.stem}", f"no picture named so in {folder}"))
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            for number, line in enumerate(read_text(path).splitlines()):
                 identity = f"{kind}/{path.stem}#{number}"
                 asked, tab, truth = line.rstrip("\n").partition("\t")
                 if truth.strip().lower() not in ("yes", "no"):

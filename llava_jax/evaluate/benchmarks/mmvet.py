@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax.data.files import field, read_json
+from llava_jax.data.files import field, read_json, texts
 from llava_jax.evaluate.questions import Answers, Benchmark, Need, Options, Question, Read
 
 _FILE = "mm-vet.json"
@@ -19,7 +19,7 @@ def _read(root: epath.Path, options: Options) -> Read:
     for identity, row in read_json(root / _FILE, dict).items():
         where = f"{_FILE}: {identity!r}"
         made.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
-                             "+".join(field(row, "capability", list, where))))  # fmt: skip
+                             "+".join(texts(row, "capability", where))))  # fmt: skip
     return made, []
 
 

@@ -4,12 +4,15 @@ Source: haotian-liu/LLaVA llava/eval/eval_pope.py @ c121f04; its rule reads "NO"
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 from etils import epath
 
 from llava_jax.data.files import field
+from llava_jax.errors import MissingFile
 from llava_jax.evaluate.questions import (
+    FILE,
     SHORT,
     Answers,
     Benchmark,
@@ -83,12 +86,31 @@ def _read(root: epath.Path, options: Options) -> Read:
     made, faults = [], []
     for kind in KINDS:
         for where, row in sound_lines(root / f"coco_pope_{kind}.json"):
-            identity, label = f"{kind}/{row['question_id']}", field(row, "label", str, where)
+            identity, label = f"{kind}/{field(row, 'question_id', (str, int), where)}", field(row, "label", str, where)
             if label not in ("yes", "no"):
                 faults.append(Fault("wrong_truth", identity, f"label {label!r}: want yes or no", where))
             image, text = field(row, "image", str, where), field(row, "text", str, where)
             made.append(Question(identity, f"{text}\n{SHORT}", (image,), kind, 0, label))
-    return made, faults
+    return _renumbered(made, epath.Path(options["questions"])) if options["questions"] else made, faults
+
+
+def _renumbered(questions: Sequence[Question], path: epath.Path) -> list[Question]:
+    """The questions under the ids of LLaVA's own file, where kind, picture and text are the same.
+
+    Those that are not in the file keep their id, and so are missed when answers to the file's are scored.
+    """
+    if not path.exists():
+        raise MissingFile(f"--option questions={path}: no such file; LLaVA's own is llava_pope_test.jsonl")
+    ids: dict[tuple[str, ...], list[str]] = {}
+    for where, row in sound_lines(path):
+        kind, image, text = (field(row, name, str, where) for name in ("category", "image", "text"))
+        identity = str(field(row, "question_id", (str, int), where))
+        ids.setdefault((kind, image, text.split("\n")[0]), []).append(identity)
+    renamed = []
+    for question in questions:
+        same = ids.get((question.kind, str(question.images[0]), question.text.split("\n")[0]))
+        renamed.append(replace(question, id=same.pop(0)) if same else question)
+    return renamed
 
 
 BENCHMARK = Benchmark(
@@ -97,5 +119,7 @@ BENCHMARK = Benchmark(
         *(Need(f"coco_pope_{kind}.json", "github.com/AoiDragon/POPE, output/coco") for kind in KINDS),
         Need("val2014", "images.cocodataset.org/zips/val2014.zip: COCO_val2014_000000000000.jpg", pictures=True),
     ),
-    _read, score,
+    _read, score, options={"questions": ("", FILE)},
+    ids="KIND/NUMBER, such as random/1; for answers with LLaVA's own numbers give the file that these are of: "
+        "--option questions=llava_pope_test.jsonl",
 )  # fmt: skip

@@ -47,11 +47,14 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
 
 def _read(root: epath.Path, options: Options) -> Read:
     told = read_json(root / _FILE)
-    names = {number: name for name, number in field(told, "question_type", dict, _FILE).items()}
+    kinds = field(told, "question_type", dict, _FILE)
+    names = {field(kinds, name, int, f"{_FILE}: question_type"): name for name in kinds}
     made = []
     for place, row in enumerate(field(told, "questions", list, _FILE)):
         where = f"{_FILE}: questions[{place}]"
         medium, identity = field(row, "data_type", str, where), str(field(row, "question_id", (str, int), where))
+        if medium not in _FOLDERS:
+            raise DataError(f"{where}: data_type={medium!r}: want one of {', '.join(_FOLDERS)}")
         choices = [field(row, f"choice_{letter}", str, where) for letter in "abcd"]
         file = field(row, "data_id", str, where) if medium == "image" else f"{identity}.png"
         number = field(row, "question_type_id", int, where)

@@ -11,7 +11,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.data.files import field, read_json
+from llava_jax.data.files import field, read_json, texts
 from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import (
     SHORT,
@@ -159,7 +159,7 @@ def _textvqa(root: epath.Path, options: Options) -> Read:
                 raise DataError(f"{where}: llava_textvqa_val_v051_ocr.jsonl has no question {words!r} about {image}")
             text = lines[key]
         made.append(Question(str(field(row, "question_id", int, where)), text, (f"{image}.jpg",), "", 0,
-                             field(row, "answers", list, where)))  # fmt: skip
+                             texts(row, "answers", where)))  # fmt: skip
     return made, []
 
 

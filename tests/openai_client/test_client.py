@@ -54,8 +54,8 @@ def test_the_limit_has_the_name_that_the_server_wants_and_what_is_not_given_is_n
 @pytest.mark.parametrize("fault", ["429", "500", "503", "broken json", "no choices", "other shape", "truncated",
                                    "dropped", "timeout"])  # fmt: skip
 def test_a_fault_that_passes_is_survived(fault):
-    timeout_secs = 0.3 if fault == "timeout" else 20
-    with FakeOpenAI(say, first(fault, fault)) as server, Client(place(server, timeout_secs=timeout_secs)) as client:
+    limit, server = 1 if fault == "timeout" else 20, FakeOpenAI(say, first(fault, fault), silence_secs=2)
+    with server, Client(place(server, timeout_secs=limit)) as client:
         assert client.ask(user("a")).text == "You said a"
         assert client.spent.retries == 2 and len(server.bodies) == 3
         maybe_billed = {"broken json", "no choices", "other shape", "truncated", "dropped", "timeout"}
@@ -115,7 +115,8 @@ def test_a_refused_key_ends_all_asking_but_not_what_the_cache_knows(fault, tmp_p
         outcomes = dict(client.ask_many(Request(user(str(i))) for i in range(50)))
         assert outcomes[8].text == "You said 8" and all(isinstance(outcomes[i], Failure) for i in range(8))
         assert all(outcomes[i].hopeless for i in range(50) if i != 8)
-        assert len(server.bodies) <= 1 + client.endpoint.concurrency
+        attempts = 1 + client.endpoint.retries if fault == "no model" else 1  # a gateway's 404 may pass
+        assert len(server.bodies) <= 1 + client.endpoint.concurrency * attempts
 
 
 def test_the_cache_bills_nothing_twice(tmp_path):
@@ -293,7 +294,8 @@ def test_the_key_is_nowhere(fault, tmp_path, caplog, capsys):
             seen += [repr(client.endpoint), str(client.endpoint), str(client.spent), repr(vars(client))]
         assert server.keys == {CANARY}, "it was sent, though"
     seen += [path.read_text(), *(record.getMessage() for record in caplog.records), *capsys.readouterr()]
-    assert len(path.read_text().splitlines()) == 2 and not any(CANARY in text for text in seen)
+    kinds = [set(json.loads(line)) & {"sent", "unsure", "failed", "text"} for line in path.read_text().splitlines()]
+    assert len([kind for kind in kinds if kind != {"unsure"}]) == 2 and not any(CANARY in text for text in seen)
     assert not any(CANARY[:12] in text for text in seen), "nor a half of it"
 
 

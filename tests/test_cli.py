@@ -1,0 +1,82 @@
+"""What all commands share: options that are given once, by one whole name, and errors that name their verb."""
+
+import argparse
+import io
+import sys
+
+import pytest
+
+from llava_jax import cli
+from llava_jax.errors import DataError
+
+
+def parser():
+    top = cli.Parser(prog="tool")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+    make = verbs.add_parser("make")
+    make.add_argument("source", nargs="?")
+    group = make.add_argument_group("money")
+    group.add_argument("--max-usd", type=float)
+    group.add_argument("--max-tokens-spent", type=int)
+    make.add_argument("--files", nargs="+")
+    make.add_argument("--option", action="append", default=[])
+    make.add_argument("--fast", action="store_true")
+    either = make.add_mutually_exclusive_group()
+    either.add_argument("--left")
+    either.add_argument("--right")
+    return top
+
+
+@pytest.mark.parametrize("words, message", [
+    ("make --max-usd 1 --max-usd 2", "tool make: argument --max-usd: is given more than once (see tool make --help)"),
+    ("make --max-usd=1 --max-usd=1", "--max-usd: is given more than once"),
+    ("make --files a --files b", "--files: is given more than once"),
+    ("make --left a --left b", "--left: is given more than once"),
+    ("make --budget-usd 1", "unrecognized arguments: --budget-usd; did you mean --max-usd? (see tool make --help)"),
+    ("make --budget-tokens=1", "did you mean --max-tokens-spent?"),
+    ("make --max-usb 1", "did you mean --max-usd?"),
+    ("make --max 1", "unrecognized arguments: --max; did you mean --max-usd?"),
+    ("make --max-tokens 1", "did you mean --max-tokens-spent?"),
+    ("make a b", "unrecognized arguments: b (see tool make --help)"),
+    ("make --max-usd x", "invalid float value: 'x' (see tool make --help)"),
+    ("other", "argument VERB: invalid choice: 'other'"),
+    ("", "the following arguments are required: VERB"),
+])  # fmt: skip
+def test_a_usage_error_is_one_line_that_names_the_verbs_own_help(words, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parser().parse_args(words.split())
+    said = capsys.readouterr()
+    assert caught.value.code == 64 and message in said.err
+    assert said.err.count("\n") == 1 and said.err.endswith("--help)\n") and not said.out
+
+
+def test_what_collects_values_or_is_a_switch_may_be_repeated():
+    made = parser()
+    for _ in range(2):  # and a parser may be used again
+        options = made.parse_args("make a --option x=1 --option y=2 --fast --fast --max-usd 3 --files a b".split())
+        assert (options.option, options.fast, options.max_usd, options.source) == (["x=1", "y=2"], True, 3.0, "a")
+        assert options.files == ["a", "b"]
+
+
+def test_text_that_the_terminal_cannot_show_ends_no_command(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.run("tool", lambda: print("é \ud800") or 0) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"\\xe9 \\ud800\n"
+
+
+def test_a_file_where_a_folder_is_wanted_is_one_line(tmp_path, capsys):
+    (tmp_path / "out").write_text("")
+    assert cli.run("tool", lambda: (tmp_path / "out" / "deep").mkdir(parents=True) or 0) == 64
+    assert cli.run("tool", lambda: (tmp_path / "out").mkdir() or 0) == 64
+    assert capsys.readouterr().err.count("\n") == 2
+
+
+def test_errors_of_ours_end_with_their_code_and_others_with_a_traceback(capsys):
+    def fail():
+        raise DataError("a.json: bad")
+
+    assert cli.run("tool", fail) == 65 and capsys.readouterr().err == "tool: a.json: bad\n"
+    with pytest.raises(argparse.ArgumentTypeError):
+        cli.run("tool", lambda: (_ for _ in ()).throw(argparse.ArgumentTypeError("fault")))
