@@ -6,10 +6,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_jax import errors
 from llava_jax.errors import UsageError
+from llava_jax.files import is_bucket
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
 # Earlier names of options, and names that people bring from elsewhere -> ours.
@@ -81,6 +83,13 @@ def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise UsageError(f"{option} wants a value")
         found[key] = text
     return rest, found
+
+
+def on_disk(text: str) -> Path:
+    """A path of an option whose files only a disk can hold; the `type` of such an option."""
+    if is_bucket(text):
+        raise argparse.ArgumentTypeError(f"{text}: want a path on a disk; copy it with `gcloud storage cp -r`")
+    return Path(text)
 
 
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from llava_jax import typed
 from llava_jax.errors import MissingFile, UsageError
+from llava_jax.files import want_disk
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -112,6 +113,7 @@ class Train:
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
+    lengthen: bool = False  # a run of other steps or epochs goes on with its optimizer; its rates are the new length's
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
     schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
     first_lr: float = 0.0  # where the warm-up to lr begins
@@ -276,9 +278,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an unknown key, a wrong type or value, a missing key, or a scalar that no table reads; it names
-        the file and the key.
+      ValueError: an unknown key, a wrong type or value, a missing key, a scalar that no table reads, or a path into a
+        bucket; it names the file and the key.
     """
+    want_disk(str(path), "--config", "a config is Python code")
     path, overrides = Path(path), dict(overrides or {})
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")

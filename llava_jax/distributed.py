@@ -68,6 +68,14 @@ def exchange(name: str, value: Any) -> list[Any]:
     return [json.loads(client.blocking_key_value_get(f"{place}/{i}", _WAIT_MS)) for i in range(count())]
 
 
+def answers(name: str) -> dict[int, Any]:
+    """{process: value} of the first `exchange` of that name, of those that have called it by now; waits for nobody."""
+    if count() == 1:
+        return {}
+    pairs = internal.global_state.client.key_value_dir_get(f"llava_jax/exchange/{name}/0")
+    return {int(key.rpartition("/")[2]): json.loads(value) for key, value in pairs}
+
+
 def agree(values: Mapping[str, Any]) -> None:
     """Compares values that must be the same on all processes.
 

@@ -11,7 +11,7 @@ import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from etils import epath
@@ -27,6 +27,9 @@ LONGEST_WAIT_SECS = 16.0
 # write; where TensorFlow is installed, etils would take its client, which raises other exceptions.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GS", '{"use_listings_cache": false}')
+# TensorStore (Orbax's too) waits for ever on a connection that died without a word; gcsfs gives up after 300 s.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 if "fsspec.config" in sys.modules:  # it has read the environment already
     sys.modules["fsspec.config"].conf.setdefault("gs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
@@ -106,6 +109,17 @@ def _is_directory(path: epath.PathLike) -> bool | None:
         return None
 
 
+def missing(folder: epath.PathLike, names: Iterable[str]) -> set[str]:
+    """The names of which there is no file in a folder. A bucket's folders are listed: that is one request for each
+    thousand of names, where looking for a file takes up to three. Raises as `exists`."""
+    folder = epath.Path(folder)
+    if not is_bucket(folder):
+        return {name for name in names if not (folder / name).exists()}
+    places = {name: folder / name for name in names}
+    there = {entry for parent in {place.parent for place in places.values()} for entry in listed(parent)}
+    return {name for name, place in places.items() if place not in there}
+
+
 def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
     Directories above it are made.
@@ -162,7 +176,7 @@ def set_aside(path: epath.PathLike) -> epath.Path:
     """
     path = epath.Path(path)
     names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
-    target = next(place for place in map(path.with_name, names) if not place.exists())
+    target = next(place for place in map(path.with_name, names) if not exists(place))
     if is_bucket(path):
         write_whole(target, read(path))
         delete(path)

@@ -188,7 +188,7 @@ def test_the_documents_name_commands():
     assert {command for command, _ in documented()} >= {"evaluate", "datagen", "convert", "data", "plan", "demo"}
 
 
-@pytest.mark.parametrize("command, words", documented(), ids=lambda value: value if isinstance(value, str) else None)
+@pytest.mark.parametrize("command, words", list(documented()))
 def test_every_documented_command_passes_its_parser(command, words, monkeypatch, capsys):
     module = importlib.import_module(f"llava_jax.{command}.__main__")
     parsed = []

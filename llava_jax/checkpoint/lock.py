@@ -62,38 +62,38 @@ def hold(
                 files.delete(path)
 
 
-def holder(directory: epath.PathLike) -> str:
-    """Who holds a directory's lock, as far as this machine can see without waiting; "" where nobody may."""
-    found = _read(epath.Path(directory) / FILE)
-    return "" if found is None or _lives(found) is False else _who(found)
+def holder(directory: epath.PathLike, stale_secs: float = STALE_SECS) -> str:
+    """Who holds a directory's lock; "" where nobody does. Waits for `stale_secs` where this machine cannot judge."""
+    path = epath.Path(directory) / FILE
+    found = _read(path)
+    lives = found is not None and _lives(found)
+    if lives is None:
+        lives = _watch(path, found, stale_secs)
+    return _who(found) if lives else ""
 
 
 def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
-    found = _read(path)
-    if found is not None and _lives(found):
-        raise _refusal(path, found)
-    if found is not None and _lives(found) is None:
-        print(f"{path.parent}: {_who(found)} may be writing here; waits {stale_secs:.0f} s for a sign of it",
-              file=sys.stderr, flush=True)  # fmt: skip
-        _watch(path, found, stale_secs)
-    if not files.is_bucket(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    holding = holder(path.parent, stale_secs)
+    if holding:
+        raise _refusal(path, holding)
     _write(path, mine)
-    if not _is_mine(_read(path), mine):
-        raise _refusal(path, _read(path) or {})
+    found = _read(path)
+    if not _is_mine(found, mine):
+        raise _refusal(path, _who(found or {}))
 
 
-def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> None:
-    """Returns when the lock has not been renewed for that time, or is gone."""
+def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> bool:
+    """Whether the lock is renewed in that time."""
+    print(f"{path.parent}: {_who(found)} may be writing there; waits {stale_secs:.0f} s for a sign of it",
+          file=sys.stderr, flush=True)  # fmt: skip
     begin = time.monotonic()
     while time.monotonic() - begin < stale_secs:
         time.sleep(min(1.0, stale_secs / 10))
         lifecycle.beat()
         now = _read(path)
-        if now is None:
-            return
         if now != found:
-            raise _refusal(path, now)
+            return now is not None
+    return False
 
 
 def _renew(
@@ -113,9 +113,9 @@ def _renew(
             print(f"the lock could not be renewed: {error}", file=sys.stderr, flush=True)
 
 
-def _refusal(path: epath.Path, found: dict[str, Any]) -> UsageError:
+def _refusal(path: epath.Path, holding: str) -> UsageError:
     return UsageError(
-        f"--workdir {path.parent}: {_who(found)} is writing here, and two runs cannot share a directory. Wait for its "
+        f"--workdir {path.parent}: {holding} is writing here, and two runs cannot share a directory. Wait for its "
         f"end, stop it, or name another directory (if nothing runs there, delete {path})"
     )
 
@@ -123,7 +123,7 @@ def _refusal(path: epath.Path, found: dict[str, Any]) -> UsageError:
 def _read(path: epath.Path, secs: float | None = None) -> dict[str, Any] | None:
     """The lock, None where there is none; one that cannot be understood is {}: nobody renews it."""
     try:
-        content = json.loads(files.retried(path.read_bytes, path, secs))
+        content = json.loads(files.retried(lambda: files.read(path), path, secs))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError:

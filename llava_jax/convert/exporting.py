@@ -35,7 +35,7 @@ from llava_jax.convert.source import Source, adapted, merge_adapters, open_sourc
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.presets import EvaConfig, LlavaConfig
-from llava_jax.prompt import templates
+from llava_jax.prompt import ending, templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
 
@@ -116,7 +116,7 @@ class Vocabulary(NamedTuple):
     rows: int
     image_id: int
     pad_id: int
-    ends: tuple[int, int]
+    ends: tuple[int | None, int]
 
 
 def _vocabulary(source: Source) -> Vocabulary:
@@ -125,13 +125,15 @@ def _vocabulary(source: Source) -> Vocabulary:
     llm = source.config.llm
     rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
-    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
+    image_id, pad_id = (words.ids[text] for text in (tokenizer_files.IMAGE, words.pad))
     return Vocabulary(words, rows, image_id, pad_id, (source.words.bos_id, source.words.eos_id))
 
 
-def _write_generation(partial: epath.Path, pad_id: int, ends: tuple[int, int]) -> None:
-    told = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
-    write_json(partial / "generation_config.json", told)
+def _generation(source: Source, pad_id: int) -> dict[str, Any]:
+    """generation_config.json: an answer ends where one of training ends."""
+    ids, texts = ending.of(templates.get(source.card.prompt.template), source.words)
+    ends = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)} | ({"stop_strings": list(texts)} if texts else {})
+    return {"bos_token_id": source.words.bos_id, "pad_token_id": pad_id} | ends
 
 
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
@@ -140,7 +142,7 @@ def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config.projector), "")
     content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt)})
-    _write_generation(partial, pad_id, ends)
+    write_json(partial / "generation_config.json", _generation(source, pad_id))
     _write_bytes(partial, tokenizer_files.files(words, "LlavaProcessor"))
     write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
     write_json(partial / "processor_config.json", processor.processor_json(config.vision))
@@ -163,7 +165,7 @@ def _export_blip2(source: Source, partial: epath.Path, final: epath.Path) -> Non
     dtype = _write_tensors(source, partial, rows, minigpt4.hub_rows(config), "")
     content = minigpt4.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt) | {"ln_vision_eps": config.ln_vision_eps}})
-    _write_generation(partial, pad_id, ends)
+    write_json(partial / "generation_config.json", _generation(source, pad_id))
     _write_bytes(partial, tokenizer_files.files(words, None))  # Blip2Processor wants no image_token of its own
     write_json(partial / "preprocessor_config.json", processor.blip_json(config.vision))
     processing = {"processor_class": "Blip2Processor", "num_query_tokens": config.image_features}
@@ -220,9 +222,11 @@ def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> Non
     name = tower or str(store.absolute(final / SIDE_TOWER))
     content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
     ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
-    pad = {"pad_token_id": words.specials.get(words.pad, 0)}
+    pad = {"pad_token_id": words.ids.get(words.pad, 0)}
     write_json(partial / "config.json", content | ends | pad | {OURS: _kept(prompt)})
-    write_json(partial / "generation_config.json", ends | pad)
+    # The original code stops at texts by itself, and its transformers knows no stop_strings.
+    generation = _generation(source, words.ids.get(words.pad, 0))
+    write_json(partial / "generation_config.json", {key: generation[key] for key in (*ends, *pad)})
     _write_bytes(partial, tokenizer_files.files(words, None))
     write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
     files.write_whole(partial / "README.md", readme.original(config, prompt, final.name, tower).encode())

@@ -32,7 +32,7 @@ from llava_jax.models.presets import (
     config_to_json,
 )
 from llava_jax.models.projectors import Projector, input_width
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 
 SIDE_TOWER = "vision_tower"  # where `export --format llava` puts a tower that no hub name stands for
 OURS = "llava_jax"  # the key of an exported config.json that keeps what the format has no place for
@@ -309,8 +309,8 @@ def _write(
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Checks that everything fits, then writes the checkpoint. A leaf is of the first part that can hold it."""
-    templates.get(prompt.template)
     words = tokenizer.load(words_directory, prompt.legacy)
+    ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:
         raise UnusableCheckpoint(
             f"{words_directory}: its tokenizer has {words.size} tokens, its embeddings {config.llm.vocab} rows; "

@@ -206,7 +206,7 @@ def legacy(llm: epath.Path) -> bool | None:
 
 
 def hub_config_json(
-    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int]
+    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int | None]
 ) -> dict[str, Any]:
     """config.json as transformers 4 writes it, with every field explicit; 5.x reads it too.
 

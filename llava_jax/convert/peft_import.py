@@ -22,7 +22,7 @@ from llava_jax.convert.source import Source, adapted, open_source
 from llava_jax.convert.table import LINEAR, Entry
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
-from llava_jax.prompt import templates
+from llava_jax.prompt import ending, templates
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")  # of the original code
@@ -247,5 +247,5 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> card
         options.image_mode or kept.get("image_mode", said.image_mode),
         kept.get("image_start_end", said.image_start_end),
     )
-    templates.get(prompt.template)
+    ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt

@@ -9,14 +9,14 @@ import tempfile
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, errors
+from llava_jax import cli, errors, files
 from llava_jax import config as configs
 from llava_jax.data import index, prepare, report
 from llava_jax.data.check import Checks, rules
 from llava_jax.data.problems import brief
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
 _RECORDS = ".json list, .jsonl, .parquet, .tar, or a directory of parquet, tar, Hugging Face datasets or TFDS"
@@ -93,6 +93,7 @@ def _format(options: argparse.Namespace, image_features: int) -> Format | None:
         return None
     legacy = None if options.legacy is None else options.legacy == "true"
     loaded = tokenizer.load(options.tokenizer, legacy=legacy)
+    ending.check(template, loaded, options.tokenizer)
     return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
 
 
@@ -131,7 +132,7 @@ def _validate(options: argparse.Namespace) -> int:
     format = _format(options, options.image_features)
     checks = Checks(rules(templates.get(options.template), format and format.tokenizer), format, options.row_tokens)
     look = options.images is not None
-    unchecked = {"image files (--images DIR)": look or epath.Path(options.records).is_dir(),
+    unchecked = {"image files (--images DIR)": look or files.is_dir(options.records),
                  "pictures (--open-images)": options.open_images,
                  "token counts (--tokenizer PATH)": format is not None,
                  "pictures of a row (--config FILE)": False}  # fmt: skip
@@ -204,6 +205,8 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    if options.to == "tfds" or options.records not in prepare.NAMES:
+        files.want_disk(options.out, "--out", "array_record files are written there")
     if options.records not in prepare.NAMES:
         if options.raw is not None or options.to == "json":
             raise UsageError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")

@@ -19,7 +19,8 @@ from llava_jax.datagen import files, rules
 from llava_jax.datagen.files import field
 from llava_jax.datagen.generate import drawn, record
 from llava_jax.datagen.parsing import Pair
-from llava_jax.errors import DataError, MissingFile
+from llava_jax.errors import DataError, MissingFile, Unreachable
+from llava_jax.files import is_bucket, is_dir, listed
 from llava_jax.openai_client import Answer, Client, Failure, Request
 from llava_jax.prompt.images import encode_jpeg, open_image, to_pixels
 
@@ -47,7 +48,7 @@ def pictures(folder: epath.PathLike) -> list[str]:
       FileNotFoundError: no such folder, or no picture in it. DataError: two have one name but for the suffix.
     """
     root = epath.Path(folder)
-    if not root.is_dir():
+    if not is_dir(root):
         raise MissingFile(f"images {str(root)!r}: no such folder")
     found = sorted(str(path.relative_to(root)) for path in _below(root) if path.suffix.lower() in SUFFIXES)
     if not found:
@@ -62,11 +63,12 @@ def pictures(folder: epath.PathLike) -> list[str]:
 
 def _below(folder: epath.Path) -> Iterator[epath.Path]:
     """All files in a folder and its folders; epath's glob knows no `**`."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _below(path)
-        else:
+    for path in listed(folder):
+        # In a bucket each question costs requests: what is named as a picture is one.
+        if path.suffix.lower() in SUFFIXES and is_bucket(path) or not is_dir(path):
             yield path
+        else:
+            yield from _below(path)
 
 
 def unreadable(paths: Sequence[str], images: epath.PathLike) -> list[dict[str, Any]]:
@@ -75,6 +77,8 @@ def unreadable(paths: Sequence[str], images: epath.PathLike) -> list[dict[str, A
     for path in paths:
         try:
             open_image(path, images)
+        except Unreachable:  # no fault of the picture's
+            raise
         except (ValueError, OSError) as error:
             rows.append({"image_id": Path(path).stem, "image": path, "unanswered": str(error)})
     return rows
@@ -239,7 +243,7 @@ def export(out: Path, taken: Sequence[dict[str, Any]], images: epath.PathLike, i
 
 def _copy(images: epath.PathLike, path: str, to: Path) -> None:
     """JPEG files as they are, others as JPEG."""
-    if Path(path).suffix.lower() in (".jpg", ".jpeg") and "://" not in str(images):
+    if Path(path).suffix.lower() in (".jpg", ".jpeg") and not is_bucket(images):
         shutil.copyfile(Path(images) / path, to)
     else:
         to.write_bytes(encode_jpeg(np.asarray(open_image(path, images)), quality=95))

@@ -10,12 +10,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from llava_jax import chips, cli
+from llava_jax import chips, cli, files
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
 
@@ -94,7 +91,21 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)
-    return configs.load(options.config, overrides)
+    config = configs.load(options.config, overrides)
+    _check_words(config)
+    return config
+
+
+def _check_words(config: configs.Config) -> None:
+    """Refuses a template that the tokenizer cannot write, where that is on this machine."""
+    from llava_jax.checkpoint import card as cards
+    from llava_jax.prompt import ending, templates, tokenizer
+
+    prompt, base = config.prompt, config.model.base
+    template = templates.get(prompt.template)
+    place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
+    if place and files.exists(place):
+        ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
@@ -106,7 +117,7 @@ def _samples(config: configs.Config, options: argparse.Namespace, step_samples: 
         return options.samples
     if config.train.steps:
         return round(config.train.steps * step_samples)
-    if not all(epath.Path(source.path).exists() for source in config.data.sources):
+    if not all(files.exists(source.path) for source in config.data.sources):
         return None
     return round(epochs * sum(len(open_source(s.path, None, s.name)) * s.weight for s in config.data.sources))
 
@@ -117,7 +128,7 @@ def _command(config: str, overrides: dict[str, str]) -> str:
 
 
 def _write(path: str, numbers: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(path, (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 def _leave_accelerators() -> None:

@@ -1,8 +1,12 @@
 """Pictures: bit for bit what CLIP's processor and LLaVA make of them, and what is refused."""
 
+import base64
+import hashlib
 import io
 import json
 import os
+import re
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -36,6 +40,10 @@ def encoded(image, format="PNG", **options):
     return stream.getvalue()
 
 
+def digest(pixels):
+    return hashlib.sha256(np.asarray(pixels).tobytes()).hexdigest()[:16]
+
+
 def padded(image):
     """The whole square, as the reference makes it before it resizes."""
     side = max(image.size)
@@ -53,6 +61,7 @@ def processor():
     )
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_are_bit_equal_to_transformers_and_to_the_reference(processor, size):
     picture = noise(*size)
@@ -62,6 +71,7 @@ def test_pixels_are_bit_equal_to_transformers_and_to_the_reference(processor, si
         assert ours.dtype == np.uint8 and np.array_equal(ours, theirs), mode
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("side", [224, 449, 27])
 @pytest.mark.parametrize("size", SIZES)
 def test_squashed_pixels_are_bit_equal_to_transformers_blip_processor(size, side):
@@ -79,6 +89,23 @@ def test_padding_in_strips_is_bit_equal_to_padding_the_square(size):
     picture = noise(*size)
     whole = padded(picture).resize((28, 28), Image.Resampling.BICUBIC)
     assert np.array_equal(to_pixels(picture, 28, "pad"), np.asarray(whole))
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "squash"])
+def test_pixels_are_those_of_pillow_12_whatever_is_installed(mode):
+    recorded = json.loads((GOLDEN / "pixels.json").read_text())
+    place = recorded["columns"].index(mode)
+    assert len(recorded["cases"]) == 200
+    for seed, case in enumerate(recorded["cases"]):
+        width, height, side = case[:3]
+        assert digest(to_pixels(noise(width, height, seed), side, mode)) == case[place], case
+
+
+def test_files_of_every_kind_become_the_rgb_of_pillow_12():
+    files = json.loads((GOLDEN / "pixels.json").read_text())["files"]
+    assert len(files) >= 14
+    for name, (content, wanted) in files.items():
+        assert digest(open_image(base64.b64decode(content))) == wanted, name
 
 
 @pytest.mark.parametrize("mode", ["square", "pad"])
@@ -134,6 +161,24 @@ def test_bad_files_are_refused_by_path(tmp_path, content, message):
         open_image("bad.jpg", tmp_path)
     with pytest.raises(ValueError, match=message):
         open_image(content)
+
+
+@pytest.mark.parametrize("kind", [b"\x02\0", b"\x05\0", b"\x07\0", b"\x0c\0"])
+def test_a_tiff_whose_offsets_are_of_another_type_is_refused(kind):
+    """A text, a fraction, bytes and a double where PIL expects a number of bytes: a TypeError of PIL's."""
+    content = encoded(noise(24, 20), "TIFF")
+    strips = content.index(struct.pack("<HH", 273, 4))  # StripOffsets, of type LONG
+    with pytest.raises(ValueError, match="damaged picture .*cannot be interpreted as an integer"):
+        open_image(content[: strips + 2] + kind + content[strips + 4 :])
+
+
+def test_a_jpeg_with_an_absurd_number_of_scans_is_refused_before_it_is_decoded():
+    flat = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
+    last = [match.start() for match in re.finditer(b"\xff\xda", flat)][-1]
+    with pytest.raises(ValueError, match="a JPEG of 506 scans for 4000 x 4000 pixels: save it anew"):
+        open_image(flat[:-2] + 500 * flat[last:-2] + flat[-2:])
+    assert open_image(flat + 500 * flat[last:-2]).size == (4000, 4000)  # what follows the picture is not looked at
+    assert open_image(encoded(noise(300, 200), "JPEG", progressive=True, quality=95)).size == (300, 200)
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, about what is wrong
