@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_jax import errors
+from llava_jax.errors import UsageError
 from llava_jax.files import is_bucket
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
@@ -60,6 +61,28 @@ class Parser(argparse.ArgumentParser):
         if RENAMED.get(word) in known.values():
             return f"; did you mean {RENAMED[word]}?"
         return f"; did you mean {known[near[0]]}?" if near else ""
+
+
+def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The other words, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
+
+    Raises:
+      UsageError: one lacks its value, or a key is given twice.
+    """
+    rest, found, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        option, equals, text = word.partition("=")
+        text = text if equals else next(words, "")
+        key = option.removeprefix("--config.")
+        if key in found:
+            raise UsageError(f"{option} is given more than once")
+        if not text and not equals:
+            raise UsageError(f"{option} wants a value")
+        found[key] = text
+    return rest, found
 
 
 def on_disk(text: str) -> Path:

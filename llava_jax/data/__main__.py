@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    words, overrides = configs.overrides(arguments)
+    words, overrides = cli.overrides(arguments)
     options = _parser().parse_args(words)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)

@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    words, overrides = _overrides(argv)
+    words, overrides = cli.overrides(argv)
     options = _parser().parse_args(words)
     if options.topologies:
         print("\n".join(_topologies()))
@@ -47,22 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", action="store_true", help="try rows x rematerialisation x mesh; print the fastest that fits")
     add("--topologies", action="store_true", help="list what --topology takes")
     return parser
-
-
-def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words that argparse reads, and {"data.rows_per_chip": "4"} of `--config.data.rows_per_chip=4`."""
-    rest, overrides, words = list[str](), dict[str, str](), iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        if key in overrides:
-            raise UsageError(f"--config.{key} is given more than once")
-        overrides[key] = text if equals else next(words, "")
-        if not overrides[key] and not equals:
-            raise UsageError(f"{word} wants a value")
-    return rest, overrides
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
