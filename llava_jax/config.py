@@ -308,9 +308,10 @@ def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         if not dot and branch in TOP:
             config[branch] = typed.parse(text, TOP[branch], key)
         elif key.startswith(("data.sources.", "data.validation.")):
-            _override_source(config, rest, text)
+            name, place = rest.split(".", 1)
+            config.data[name] = typed.replaced_in(config.data[name], place, text, Source(), f"data.{name}")
         elif branch == "lora":
-            _override_lora(config, rest, text)
+            config.lora = _adapters(config, rest, text)
         else:
             config[branch][rest] = typed.parse(text, _hint(branch, rest, key), key)
     return config
@@ -326,34 +327,12 @@ def _hint(branch: str, name: str, key: str) -> Any:
     raise UsageError(f"unknown key {key!r}{typed.near_key(key, known)}")
 
 
-def _override_lora(config: ConfigDict, name: str, text: str) -> None:
-    """Sets the rank or the alpha of all adapters."""
-    hints = typing.get_type_hints(Lora)
-    if name not in hints:
-        raise UsageError(f"unknown key 'lora.{name}'; want one of {', '.join(f'lora.{name}' for name in hints)}")
+def _adapters(config: ConfigDict, name: str, text: str) -> tuple[tuple[str, Lora | None], ...]:
+    """The table `lora` with another rank or alpha in all its adapters."""
     if not any(adapter for _, adapter in config.lora):
         raise UsageError(f"lora.{name}={text}: the config has no adapters; begin with configs/llava15_7b_task_lora.py, "
                          "or another whose name has `lora`")  # fmt: skip
-    value = typed.parse(text, hints[name], f"lora.{name}")
-    config.lora = tuple(
-        (pattern, adapter and dataclasses.replace(adapter, **{name: value})) for pattern, adapter in config.lora
-    )
-
-
-def _override_source(config: ConfigDict, rest: str, text: str) -> None:
-    """Sets one scalar of one source: `sources.0.path`. The number after the last adds a source."""
-    name, _, place = rest.partition(".")
-    index, _, scalar = place.partition(".")
-    sources = list(config.data[name])
-    known = [str(i) for i in range(len(sources) + 1)]
-    if index not in known or scalar not in typing.get_type_hints(Source):
-        keys = [f"data.{name}.{i}.{f.name}" for i in known for f in dataclasses.fields(Source)]
-        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys)}")
-    if int(index) == len(sources):
-        sources.append(Source())
-    value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
-    sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
-    config.data[name] = tuple(sources)
+    return tuple((rows, one and typed.replaced(one, name, text, f"lora.{name}")) for rows, one in config.lora)
 
 
 def _plain(value: Any) -> Any:

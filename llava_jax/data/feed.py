@@ -139,9 +139,10 @@ class Feed(abc.ABC):
         """Supervised tokens that `row_tokens` has cut off so far."""
         return int(self.tally.targets[:, 1].sum())
 
+    @property
     @abc.abstractmethod
-    def advice(self, steps: int) -> str:
-        """What to do where so many steps of this data are too few to learn from; "" where they are enough."""
+    def step_samples(self) -> float:
+        """Samples of one step; of packed rows, on average."""
 
     @property
     def bad(self) -> tuple[Finding, ...]:

@@ -12,7 +12,6 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import Plans
 from llava_jax.data.sources import Source
-from llava_jax.data.tally import few_samples
 from llava_jax.distributed import WHOLE, Rows
 from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
@@ -86,7 +85,7 @@ class Packed(Feed):
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
         tokens, images = np.minimum(sizes, [row_tokens, images_per_group]).T
         self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups)
-        self._parts, first = part.of, self.plans.epoch(0)
+        first = self.plans.epoch(0)
         self._digest = hashlib.sha256(first.samples.tobytes() + first.starts.tobytes()).hexdigest()
 
     @property
@@ -98,11 +97,9 @@ class Packed(Feed):
     def steps_of(self, epochs: float | int) -> int:
         return self.plans.steps_of(epochs)
 
-    def advice(self, steps: int) -> str:
-        rows = self.groups * self.plans.rows_per_group
-        advice = few_samples(self.samples, round(rows * self.plans.fill().samples_a_row), self._parts, steps)
-        padded = "--config.data.layout=padded --config.data.rows_per_chip=0 --config.data.rows_per_group=1"
-        return advice and f"{advice} {padded}"
+    @property
+    def step_samples(self) -> float:
+        return self.groups * self.plans.rows_per_group * self.plans.fill().samples_a_row
 
     def _rows(self, group: int) -> list[list[int]]:
         return self.plans.rows(group)

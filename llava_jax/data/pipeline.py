@@ -11,7 +11,6 @@ from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.index import token_lengths, word_lengths
 from llava_jax.data.orders import ORDERS, Schedule, resolve_steps
 from llava_jax.data.sources import Source
-from llava_jax.data.tally import few_samples
 from llava_jax.distributed import WHOLE, Rows
 from llava_jax.errors import UsageError
 from llava_jax.prompt.encode import Format
@@ -59,7 +58,6 @@ class Pipeline(Feed):
         check_sources(sources, skip_budget)
         _check_sizes(batch_samples, group, part.of, row_tokens, images_per_group, lengths)
         self._group_samples, self._lengths, self._tokens = group, (*lengths, row_tokens), None
-        self._parts = part.of
         words = None
         if order == "modality_length" and not one_pass:
             words = np.concatenate([word_lengths(source, cache_dir) for source in sources])
@@ -83,8 +81,9 @@ class Pipeline(Feed):
     def steps_of(self, epochs: float | int) -> int:
         return resolve_steps(self.samples, self.groups, epochs)
 
-    def advice(self, steps: int) -> str:
-        return few_samples(self.samples, self.groups, self._parts, steps)
+    @property
+    def step_samples(self) -> float:
+        return float(self.groups)
 
     def _rows(self, group: int) -> list[list[int]]:
         """The one sample of the one row; none where the last batch of one pass is filled up."""

@@ -1,4 +1,4 @@
-"""What a run does not learn of its data, counted while it reads, and what too little data comes to.
+"""What a run does not learn of its data, counted while it reads, and the steps that suit an amount of it.
 
 Each process counts what it reads; at the end they add it up.
 """
@@ -16,7 +16,7 @@ from llava_jax.data.packing import cut
 from llava_jax.data.problems import Finding, brief
 
 _log = logging.getLogger(__name__)
-_FEW_STEPS = 50  # fewer updates than these, of which warm-up takes some, teach little
+_STEPS, _LARGEST = 50, 128
 
 
 class Tally:
@@ -74,17 +74,13 @@ class Tally:
         return lines
 
 
-def few_samples(samples: int, batch_samples: int, parts: int, steps: int) -> str:
-    """What to do where an epoch does not fill one step, or a run has hardly any steps; "" where it has enough.
+def fitting(samples: int, multiple: int) -> tuple[int, int]:
+    """(samples of a step, epochs) that suit a fine-tune on so many samples; the first is a multiple of a number.
 
-    parts: of a step, which its samples divide into.
+    A rule of thumb: a step of about the root of the samples, LLaVA's 128 at most, and 50 steps at least.
 
-    The advice is a rule of thumb: a batch of about the root of the samples, and some 50 steps.
+        fitting(50, 1) -> (8, 8)       fitting(1000, 1) -> (32, 2)       fitting(50_000, 1) -> (128, 1)
     """
-    if samples >= batch_samples and steps >= _FEW_STEPS // 2:
-        return ""
-    batch = min(batch_samples, parts * 2 ** round(math.log2(max(1.0, math.sqrt(samples) / parts))))
-    epochs = math.ceil(_FEW_STEPS * batch / samples)
-    return (f"{samples:,} samples in steps of {batch_samples:,} are {steps:,} step(s), too few to learn much from: "
-            f"take smaller steps or more epochs, such as --config.data.batch_samples={batch} "
-            f"--config.train.epochs={epochs}")  # fmt: skip
+    near = 2 ** round(math.log2(max(1.0, math.sqrt(samples) / multiple)))
+    batch = multiple * max(1, min(near, _LARGEST // multiple))
+    return batch, math.ceil(_STEPS / math.ceil(samples / batch))

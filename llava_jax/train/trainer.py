@@ -31,7 +31,7 @@ from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import Source, open_source
+from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.distributed import Stop
 from llava_jax.errors import DataError, UsageError
 from llava_jax.lifecycle import Sigterm
@@ -99,8 +99,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     model_config = _model_config(config.model)
     programs.check(config, model_config)  # before rows are planned, which an absurd length makes endless
     format = _format(config, model_config)
-    held_out = _held_out(config)
-    sources = _open(config.data.sources)
+    sources, held_out = _sources(config)
     _check_shared(workdir)
     if distributed.index() == 0:
         stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
@@ -110,7 +109,9 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
     warnings = list[str]()
-    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
+    rates = loop.highest_rates(program, config.train)
+    parts = sharding.shards(program.mesh, "batch")
+    loop.warn(warnings, learning.before(config, rates, pipeline.samples, pipeline.step_samples, parts))
     settings.check(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
@@ -127,7 +128,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
-        loop.warn([], warnings)
+        loop.warn([], [*warnings, *pipeline.tally.lines()])
         _conclude(program, workdir)
     return code
 
@@ -225,11 +226,17 @@ def _open(sources: Sequence[configs.Source]) -> list[Source]:
         raise DataError(str(error)) from None
 
 
-def _held_out(config: configs.Config) -> list[Source]:
-    """The validation sources; what the hooks want is checked here, before anything large is read."""
-    if config.train.eval_every and not config.data.validation:
-        raise UsageError(f"train.eval_every={config.train.eval_every} wants data.validation, which is empty")
-    return _open(config.data.validation)
+def _sources(config: configs.Config) -> tuple[list[Source], list[Source]]:
+    """(what is trained on, what only validates). What the hooks want is checked before anything large is read."""
+    data = config.data
+    if config.train.eval_every and not data.validation and not data.hold_out:
+        raise UsageError(f"train.eval_every={config.train.eval_every} wants records, by --config.data.hold_out=0.02 "
+                         "or --config.data.validation.0.path=FILE")  # fmt: skip
+    held_out, sources = _open(data.validation), _open(data.sources)
+    if not data.hold_out:
+        return sources, held_out
+    pairs = [hold_out(source, data.hold_out, config.train.seed) for source in sources]
+    return [trained for trained, _ in pairs], [*held_out, *(rest for _, rest in pairs)]
 
 
 def _pipeline(
