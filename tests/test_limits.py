@@ -40,7 +40,6 @@ data.order random
 data.sources.0.weight -1 1e12 nan inf 0
 data.sources.-1.weight 1
 data.sources.².weight 1
-data.sources.1.weight 1
 train.lr -1 nan inf 1e30 fast none
 train.projector_lr -1 nan 1e30
 train.steps 0 -1 1.5 1e20 99999999999999999999
