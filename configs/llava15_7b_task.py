@@ -1,15 +1,18 @@
 """Fine-tunes a released LLaVA-1.5 on your own LLaVA JSON.
 
     python -m llava_jax.convert import llava-v1.5-7b checkpoints/llava15_7b --vision clip-vit-large-patch14-336
-    python -m llava_jax.data validate my.json --images my_pictures --open-images
+    python -m llava_jax.data validate --config configs/llava15_7b_task.py --open-images \
+        --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
     python -m llava_jax.train --config configs/llava15_7b_task.py --workdir runs/task \
         --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
 
 Any imported LLaVA-1.5 will do (`--config.model.base=DIR`): sizes, template and tokenizer are its own.
 Numbers: haotian-liu/LLaVA scripts/v1_5/finetune_task.sh. Differs from LLaVA: the loss is the mean over all supervised
   tokens of a step, which does not depend on how many devices share it.
-With fewer than some 10,000 records, take a smaller batch (`--config.data.batch_samples=32`) and more epochs.
-Expected: the loss on the training data falls within the first epoch; judge by `config.data.validation`, not by it.
+With fewer than some 10,000 records, take smaller steps and more epochs: 50 want --config.data.batch_samples=8
+  --config.train.epochs=8, 1,000 want 32 and 2; train says so where a run would be too short.
+Expected: the loss on the training data falls within the first epoch; judge by records that are not trained on, not by
+  it: --config.data.hold_out=0.02 --config.train.eval_every=50, or --config.data.validation.0.path=FILE.
 """
 
 from ml_collections import ConfigDict

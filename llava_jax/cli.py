@@ -6,9 +6,12 @@ import io
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from llava_jax import errors
+from llava_jax.errors import UsageError
+from llava_jax.files import is_bucket
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
 # Earlier names of options, and names that people bring from elsewhere -> ours.
@@ -60,6 +63,35 @@ class Parser(argparse.ArgumentParser):
         return f"; did you mean {known[near[0]]}?" if near else ""
 
 
+def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """The other words, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
+
+    Raises:
+      UsageError: one lacks its value, or a key is given twice.
+    """
+    rest, found, words = list[str](), dict[str, str](), iter(argv)
+    for word in words:
+        if not word.startswith("--config."):
+            rest.append(word)
+            continue
+        option, equals, text = word.partition("=")
+        text = text if equals else next(words, "")
+        key = option.removeprefix("--config.")
+        if key in found:
+            raise UsageError(f"{option} is given more than once")
+        if not text and not equals:
+            raise UsageError(f"{option} wants a value")
+        found[key] = text
+    return rest, found
+
+
+def on_disk(text: str) -> Path:
+    """A path of an option whose files only a disk can hold; the `type` of such an option."""
+    if is_bucket(text):
+        raise argparse.ArgumentTypeError(f"{text}: want a path on a disk; copy it with `gcloud storage cp -r`")
+    return Path(text)
+
+
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit code of a command. An exception of `errors` is one line that begins with `name`; others go through.
 
@@ -76,6 +108,12 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
+    except ImportError as error:
+        if not any(package in str(error) for package in ("gcsfs", "fsspec")):
+            raise
+        print(f'{name}: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name '
+              "a path on a disk", file=sys.stderr)  # fmt: skip
+        return errors.USAGE
     except (ValueError, OSError, ArithmeticError) as error:
         code = errors.exit_code(error)
         if code is None:

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from llava_jax import typed
 from llava_jax.errors import MissingFile, UsageError
+from llava_jax.files import want_disk
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
@@ -49,7 +50,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Source:
-    path: str  # .json, .jsonl, a TFDS directory, or a .tar shard or directory of them
+    path: str = ""  # .json, .jsonl, .parquet, .tar, or a directory of parquet, tar, HF datasets or TFDS
     images: str = ""  # root of the pictures
     weight: float = 1.0  # share in the mixture relative to its own size
     name: str = ""  # for messages; "": the path
@@ -59,6 +60,7 @@ class Source:
 class Data:
     sources: tuple[Source, ...] = ()
     validation: tuple[Source, ...] = ()
+    hold_out: float = 0.0  # share of the records that is not trained on, for train.eval_every; beside validation
     order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
     layout: Literal["padded", "packed"] = "padded"  # one sample a row, or as many as fit
     batch_samples: int = 128  # padded: samples, and rows, of a step; the reference's global batch
@@ -72,12 +74,15 @@ class Data:
 
     def __post_init__(self) -> None:
         _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_group=(1, None))
-        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None))
+        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None), hold_out=(0, 0.9))
         self._check_layout()
         if not self.sources:
             raise UsageError("data.sources is empty: want at least one Source(path, images)")
-        for i, source in enumerate(self.sources):
-            _in_range(source, f"data.sources.{i}", weight=(0, None))
+        for name in ("sources", "validation"):
+            for i, source in enumerate(vars(self)[name]):
+                _in_range(source, f"data.{name}.{i}", weight=(0, None))
+                if not source.path:
+                    raise UsageError(f"data.{name}.{i}.path is empty: want a file or directory of records")
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
             raise UsageError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
 
@@ -108,6 +113,7 @@ class Train:
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
+    lengthen: bool = False  # a run of other steps or epochs goes on with its optimizer; its rates are the new length's
     warmup_ratio: float = 0.03  # ceil(warmup_ratio * steps) steps, the first at rate 0
     schedule: Literal["cosine", "cosine_whole", "constant"] = "cosine"  # whole: falls from step 0 on, as in LAVIS
     first_lr: float = 0.0  # where the warm-up to lr begins
@@ -213,13 +219,16 @@ class Config:
 
     def __post_init__(self) -> None:
         _in_range(self, "config", profile=(0, None))
+        if self.data.hold_out and not self.train.eval_every:
+            raise UsageError(f"data.hold_out={self.data.hold_out}: nothing evaluates these records; set "
+                             "train.eval_every to a number of steps")  # fmt: skip
         if not self.lora and self.train.lora_dropout:
             raise UsageError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":
             self._check_packed()
             return
         divisors = {"accumulate": self.train.accumulate}
-        if self.train.loss == "group_mean" or self.data.order == "modality_length":
+        if self.train.loss == "group_mean":
             divisors["group_samples"] = self.train.group_samples
         for key, size in divisors.items():
             if self.data.batch_samples % size:
@@ -269,9 +278,10 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: an unknown key, a wrong type or value, a missing key, or a scalar that no table reads; it names
-        the file and the key.
+      ValueError: an unknown key, a wrong type or value, a missing key, a scalar that no table reads, or a path into a
+        bucket; it names the file and the key.
     """
+    want_disk(str(path), "--config", "a config is Python code")
     path, overrides = Path(path), dict(overrides or {})
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")
@@ -303,7 +313,10 @@ def _overridden(config: ConfigDict, overrides: Mapping[str, str]) -> ConfigDict:
         if not dot and branch in TOP:
             config[branch] = typed.parse(text, TOP[branch], key)
         elif key.startswith(("data.sources.", "data.validation.")):
-            _override_source(config, rest, text)
+            name, place = rest.split(".", 1)
+            config.data[name] = typed.replaced_in(config.data[name], place, text, Source(), f"data.{name}")
+        elif branch == "lora":
+            config.lora = _adapters(config, rest, text)
         else:
             config[branch][rest] = typed.parse(text, _hint(branch, rest, key), key)
     return config
@@ -319,17 +332,12 @@ def _hint(branch: str, name: str, key: str) -> Any:
     raise UsageError(f"unknown key {key!r}{typed.near(key, known)}")
 
 
-def _override_source(config: ConfigDict, rest: str, text: str) -> None:
-    """Sets one scalar of one source: `sources.0.path`."""
-    name, _, place = rest.partition(".")
-    index, _, scalar = place.partition(".")
-    sources = list(config.data[name])
-    if not index.isdigit() or int(index) >= len(sources) or scalar not in typing.get_type_hints(Source):
-        keys = [f"data.{name}.{i}.{f.name}" for i in range(len(sources)) for f in dataclasses.fields(Source)]
-        raise UsageError(f"unknown key {'data.' + rest!r}: want one of {', '.join(keys) or 'none (it is empty)'}")
-    value = typed.parse(text, typing.get_type_hints(Source)[scalar], f"data.{rest}")
-    sources[int(index)] = dataclasses.replace(sources[int(index)], **{scalar: value})
-    config.data[name] = tuple(sources)
+def _adapters(config: ConfigDict, name: str, text: str) -> tuple[tuple[str, Lora | None], ...]:
+    """The table `lora` with another rank or alpha in all its adapters."""
+    if not any(adapter for _, adapter in config.lora):
+        raise UsageError(f"lora.{name}={text}: the config has no adapters; begin with configs/llava15_7b_task_lora.py, "
+                         "or another whose name has `lora`")  # fmt: skip
+    return tuple((rows, one and typed.replaced(one, name, text, f"lora.{name}")) for rows, one in config.lora)
 
 
 def _plain(value: Any) -> Any:

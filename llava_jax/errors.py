@@ -5,6 +5,8 @@ ours or of a library, and keeps its traceback.
 """
 
 import errno
+from collections.abc import Callable
+from types import TracebackType
 
 DONE, CRASHED, STUCK, USAGE, DATA, CHECKPOINT, UNREACHABLE, NONFINITE, PREEMPTED = 0, 1, 42, 64, 65, 66, 69, 70, 75
 
@@ -59,3 +61,20 @@ def exit_code(error: BaseException) -> int | None:
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return CHECKPOINT
     return USAGE if isinstance(error, OSError) and error.filename is not None and error.errno in _PATHS else None
+
+
+class Foreign:
+    """A block of code that is not ours and may raise anything: a user's config file, a library that raises bare
+    Exceptions. What it raises becomes the message that `describe` makes of it; an interrupt goes through."""
+
+    def __init__(self, describe: Callable[[BaseException], UsageError]):
+        self._describe = describe
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is not None and not isinstance(error, KeyboardInterrupt):
+            raise self._describe(error) from error

@@ -4,13 +4,14 @@ A store that answers with a passing error is asked again for a while; what a use
 """
 
 import errno
+import itertools
 import logging
 import os
 import random
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from etils import epath
@@ -26,6 +27,9 @@ LONGEST_WAIT_SECS = 16.0
 # write; where TensorFlow is installed, etils would take its client, which raises other exceptions.
 os.environ.setdefault("EPATH_USE_TF", "false")
 os.environ.setdefault("FSSPEC_GS", '{"use_listings_cache": false}')
+# TensorStore (Orbax's too) waits for ever on a connection that died without a word; gcsfs gives up after 300 s.
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS", "60")
+os.environ.setdefault("TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES", "1")
 if "fsspec.config" in sys.modules:  # it has read the environment already
     sys.modules["fsspec.config"].conf.setdefault("gs", {})["use_listings_cache"] = False
 logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs the traceback of what it also raises
@@ -84,8 +88,41 @@ def exists(path: epath.PathLike) -> bool:
     return retried(path.exists, path)
 
 
+def is_file(path: epath.PathLike) -> bool:
+    """Whether there is such a file now. Raises as `exists`."""
+    return _is_directory(path) is False
+
+
+def is_dir(path: epath.PathLike) -> bool:
+    """Whether there is such a directory now; one without a file is none in a bucket. Raises as `exists`."""
+    return _is_directory(path) is True
+
+
+def _is_directory(path: epath.PathLike) -> bool | None:
+    """None: there is nothing, or what is neither."""
+    if not is_bucket(path):
+        return False if os.path.isfile(path) else True if os.path.isdir(path) else None
+    path = epath.Path(path)
+    try:
+        return retried(lambda: path.stat().is_directory, path)
+    except FileNotFoundError:
+        return None
+
+
+def missing(folder: epath.PathLike, names: Iterable[str]) -> set[str]:
+    """The names of which there is no file in a folder. A bucket's folders are listed: that is one request for each
+    thousand of names, where looking for a file takes up to three. Raises as `exists`."""
+    folder = epath.Path(folder)
+    if not is_bucket(folder):
+        return {name for name in names if not (folder / name).exists()}
+    places = {name: folder / name for name in names}
+    there = {entry for parent in {place.parent for place in places.values()} for entry in listed(parent)}
+    return {name for name, place in places.items() if place not in there}
+
+
 def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None) -> None:
     """Writes a file so that a reader finds the old content or the new one, never a part, also after a loss of power.
+    Directories above it are made.
 
     secs: as for `retried`.
 
@@ -100,6 +137,66 @@ def write_whole(path: epath.PathLike, content: bytes, secs: float | None = None)
         if not is_bucket(path):
             raise
         raise no_bucket(path) from error
+
+
+def read(path: epath.PathLike) -> bytes:
+    """The whole file. In a bucket this is one request, where etils looks three times before it reads.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    return read_range(path, 0, None)
+
+
+def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
+    """`size` bytes of a file from `start` on (None: all), fewer where it ends before. In a bucket: one request.
+
+    Raises:
+      FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
+    """
+    name = os.fspath(path)
+    if is_bucket(name):
+        return retried(lambda: _object_range(name, start, size), name)
+    with open(name, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if size is None else size)
+
+
+def make_directory(path: epath.PathLike) -> None:
+    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself)."""
+    if not is_bucket(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def set_aside(path: epath.PathLike) -> epath.Path:
+    """Gives a damaged file (on a disk, or a directory in its place) a name that ends in ".damaged"; returns it.
+
+    Raises:
+      Unreachable, UsageError: as `retried`.
+    """
+    path = epath.Path(path)
+    names = (f"{path.name}.damaged{number or ''}" for number in itertools.count())
+    target = next(place for place in map(path.with_name, names) if not exists(place))
+    if is_bucket(path):
+        write_whole(target, read(path))
+        delete(path)
+    else:
+        path.rename(target)
+    return target
+
+
+def size_bytes(path: epath.PathLike) -> int:
+    """Of a file. (etils' own `stat` fails where a file's owner has no name, as in many containers.)"""
+    if not is_bucket(path):
+        return os.stat(path).st_size
+    path = epath.Path(path)
+    return retried(lambda: path.stat().length, path)
+
+
+def want_disk(path: epath.PathLike, name: str, why: str) -> None:
+    """Raises UsageError for a path into a bucket. `name` is the option that holds it."""
+    if is_bucket(path):
+        raise UsageError(f"{name} {path}: want a path on a disk, as {why}; copy it with `gcloud storage cp -r`")
 
 
 def delete(path: epath.PathLike) -> None:
@@ -216,17 +313,37 @@ def _line(error: BaseException) -> str:
     return f"{type(error).__name__}: {' '.join(words.split())[:300]}"
 
 
+def _object_range(name: str, start: int, size: int | None) -> bytes:
+    """Through etils' own client, which can read a part of an object in one request; etils offers no such call."""
+    import fsspec  # of the `gcs` extra
+
+    client = fsspec.filesystem("gcs", finalize_on_close=True)
+    try:
+        return b"" if size == 0 else client.cat_file(name, start or None, None if size is None else start + size)
+    except FileNotFoundError:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), name) from None
+    except client_errors() as error:
+        if str(error).endswith("416"):  # it begins where the object ends
+            return b""
+        raise
+
+
 def _write_object(path: epath.Path, content: bytes) -> None:
     path.write_bytes(content)
 
 
 def _replace_file(path: epath.Path, content: bytes) -> None:
-    partial = path.parent / f".{path.name}.partial"
-    with open(partial, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
-    os.replace(partial, path)
+    os.makedirs(path.parent, exist_ok=True)
+    # Other processes and machines may write the same file at this moment.
+    partial = path.parent / f".{path.name}.{os.getpid()}-{time.time_ns()}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a machine that loses power may keep the new name and no content
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

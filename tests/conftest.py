@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from etils import epath
+from PIL import Image
 
 from tests import buckets
 
@@ -42,6 +44,23 @@ def bucket_server(bucket_proxy: buckets.Proxy) -> str:
 def bucket(bucket_server: str) -> str:
     """A new, empty bucket: "gs://NAME"."""
     return buckets.make(bucket_server, f"bucket-{next(_numbers)}")
+
+
+@pytest.fixture(params=["disk", "bucket"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> epath.Path:
+    """An empty directory, once on a disk and once in a bucket."""
+    return epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
+
+
+@pytest.fixture
+def rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets other code resize as Pillow up to 12 does (but for stripes), whatever is installed."""
+    resize = Image.Image.resize
+
+    def in_order(self, size, resample, *rest, **named):
+        return resize(resize(self, (size[0], self.height), resample), size, resample, *rest, **named)
+
+    monkeypatch.setattr(Image.Image, "resize", in_order)
 
 
 _numbers = itertools.count()

@@ -19,6 +19,8 @@ REFUSALS = {
     "quota": (429, '{"error": {"code": "insufficient_quota", "message": "pay first"}}', {}),
     "500": (500, "<html>oops</html>", {}),
     "503": (503, "", {}),
+    "504": (504, "", {}),
+    "escapes": (500, "\x1b[31mred\x07 \x9b2J", {}),
     "400": (400, '{"error": {"message": "messages[0] is wrong"}}', {}),
     "400 echo": (400, '{"error": {"message": "bad header Bearer {key} in ' + "x" * 270 + ' {key}"}}', {}),
     "500 echo": (500, "crashed while reading {key}", {"X-Echo": "{key}"}),

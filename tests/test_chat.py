@@ -1,6 +1,8 @@
 """The chat door: one answer or a talk, streamed, with its history; one clear line for what is wrong."""
 
+import http.server
 import io
+import threading
 
 import pytest
 
@@ -70,7 +72,7 @@ def test_text_alone_with_a_temperature_repeats_with_its_seed(place, assistant, c
         (["--temperature", "hot"], 64, "--temperature: invalid float value: 'hot'"),
         (["--tempo", "1"], 64, "unrecognized arguments: --tempo"),
         (["--max-new-tokens", "5000"], 64, "the model has 1024"),
-        (["--checkpoint", "nowhere"], 66, "nowhere: no model.json here"),
+        (["--checkpoint", "nowhere"], 66, "nowhere: there is no such checkpoint"),
         (["--checkpoint", "."], 66, "no model.json here"),
     ],
 )
@@ -110,3 +112,60 @@ def test_ctrl_c_ends_the_talk_without_a_traceback(place, monkeypatch):
 
     monkeypatch.setattr(chat, "_question", interrupted)
     assert run(place) == 130
+
+
+def test_several_pictures_are_shown_in_order_or_where_the_question_names_them(place, assistant, capsys):
+    tiny.picture().rotate(90).save(place / "other.png")
+    images = ["--image", str(place / "it.png"), "--image", str(place / "other.png")]
+    assert run(place, *images, "--prompt", "What are they?") == 0
+    assert run(place, *images, "--prompt", "First <image>, then <image>.") == 0
+    pictures = (tiny.picture(), tiny.picture().rotate(90))
+    texts = ("<image>\n<image>\nWhat are they?", "First <image>, then <image>.")
+    wanted = [assistant.reply(Conversation((Turn("user", text),), pictures, images_in_place=True), int(NEW)).text
+              for text in texts]  # fmt: skip
+    assert capsys.readouterr().out.splitlines() == "\n".join(wanted).splitlines()
+    assert run(place, *images, "--prompt", "Only <image>?") == 64
+    assert "has 1 <image> for 2 picture(s)" in capsys.readouterr().err
+
+
+def test_commands_add_a_picture_forget_and_end_and_a_mistake_costs_only_itself(place, assistant, capsys, monkeypatch):
+    lines = ["Hello", "/image nowhere.png", "/paint", f"/image {place / 'it.png'}", "What is it?", "/reset", "Hello",
+             "/quit", "never read"]  # fmt: skip
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
+    assert run(place, "--system", "Be brief.") == 0
+    out, error = capsys.readouterr()
+    turns = (Turn("user", "Hello"),)
+    first = assistant.reply(Conversation(turns, system="Be brief."), int(NEW)).text
+    turns += (Turn("assistant", first), Turn("user", "<image>\nWhat is it?"))
+    second = assistant.reply(Conversation(turns, (tiny.picture(),), system="Be brief."), int(NEW)).text
+    assert out == f"{first}\n{second}\n{first}\n"
+    assert "nowhere.png': no such file" in error and "/paint is no command" in error
+
+
+def test_a_url_is_fetched_only_where_that_is_asked_for(place, capsys):
+    content = (place / "it.png").read_bytes()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200 if self.path == "/it.png" else 404)
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/it.png"
+    try:
+        assert run(place, "--image", str(place / "it.png"), "--prompt", "What is it?") == 0
+        assert run(place, "--image", url, "--prompt", "What is it?", "--allow-urls") == 0
+        one, two = capsys.readouterr().out.splitlines()
+        assert one == two
+        assert run(place, "--image", url, "--prompt", "What is it?") == 64
+        assert "--allow-urls" in capsys.readouterr().err
+        assert run(place, "--image", url + "x", "--prompt", "What is it?", "--allow-urls") == 64
+        assert "404" in capsys.readouterr().err
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from llava_jax import cli
-from llava_jax.errors import DataError
+from llava_jax.errors import DataError, UsageError
 
 
 def parser():
@@ -80,3 +80,12 @@ def test_errors_of_ours_end_with_their_code_and_others_with_a_traceback(capsys):
     assert cli.run("tool", fail) == 65 and capsys.readouterr().err == "tool: a.json: bad\n"
     with pytest.raises(argparse.ArgumentTypeError):
         cli.run("tool", lambda: (_ for _ in ()).throw(argparse.ArgumentTypeError("fault")))
+
+
+def test_the_settings_of_a_config_are_taken_out_of_a_command():
+    words = ["a.json", "--config", "f.py", "--config.train.lr=1e-4", "--config.data.hold_out", "0.1", "--out", "b"]
+    assert cli.overrides(words) == (["a.json", "--config", "f.py", "--out", "b"],
+                                    {"train.lr": "1e-4", "data.hold_out": "0.1"})  # fmt: skip
+    for words, message in ((["--config.a"], "wants a value"), (["--config.a=1", "--config.a=2"], "more than once")):
+        with pytest.raises(UsageError, match=f"--config.a .*{message}"):
+            cli.overrides(words)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -73,8 +74,13 @@ def test_no_base_is_random(write):
         ("trian.lr", "1", "unknown key 'trian.lr'; did you mean 'train.lr'"),
         ("rates", "1", "rates: a table is set in the file"),
         ("data.lengths", "3", "data.lengths='3': want tuple"),
-        ("data.sources.2.path", "a", "unknown key 'data.sources.2.path': want one of data.sources.0.path"),
-        ("data.validation.0.path", "a", r"want one of none \(it is empty\)"),
+        ("data.sources.3.path", "a", "unknown key 'data.sources.3.path': want data.sources.0, 1, 2 and a name"),
+        ("data.sources.0.pth", "a", "unknown key 'data.sources.0.pth': want one of data.sources.0.path,"),
+        ("data.sources.2.weight", "2", "data.sources.2.path is empty"),
+        ("data.validation.1.path", "a", "unknown key 'data.validation.1.path': want data.validation.0 and a name"),
+        ("data.hold_out", "0.02", "data.hold_out=0.02: nothing evaluates these records; set train.eval_every"),
+        ("data.hold_out", "1", "data.hold_out=1.0: want 0 to 0.9"),
+        ("lora.rank", "8", "lora.rank=8: the config has no adapters; begin with configs/llava15_7b_task_lora.py"),
         ("train.lr", "fast", "train.lr='fast': want float"),
         ("train.lr", "none", "train.lr='none': want float"),
         ("train.lr", "nan", "train.lr=nan: want a finite number, at least 0"),
@@ -182,3 +188,23 @@ def test_help_is_printed_and_leaves(capsys):
     with pytest.raises(SystemExit) as left:
         configs.command(["--help"], "program", "what it does")
     assert left.value.code == 0 and "what it does\nusage: program" in capsys.readouterr().out
+
+
+def test_validation_and_adapters_are_set_by_flags(write):
+    flags = {"data.validation.0.path": "v.json", "data.validation.0.images": "pics", "data.sources.2.path": "c.json"}
+    data = configs.load(write(), flags | {"train.eval_every": "50"}).data
+    assert data.validation == (configs.Source("v.json", "pics"),)
+    assert [source.path for source in data.sources] == ["a.json", "b.json", "c.json"]
+    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task_lora.py"
+    flags = {"lora.rank": "16", "lora.alpha": "32", "data.hold_out": "0.02", "train.eval_every": "9"}
+    config = configs.load(task, flags)
+    assert config.lora == (("llm/.*", configs.Lora(16, 32.0)), (".*", None)) and config.data.hold_out == 0.02
+    with pytest.raises(ValueError, match="unknown key 'lora.rnak': want one of lora.rank, lora.alpha"):
+        configs.load(task, {"lora.rnak": "16"})
+
+
+def test_a_step_of_any_size_suits_an_order_by_length_and_only_a_mean_of_groups_wants_a_multiple(write):
+    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task.py"
+    assert configs.load(task, {"data.batch_samples": "20"}).data.order == "modality_length"
+    with pytest.raises(ValueError, match="train.group_samples=16 does not divide data.batch_samples=20"):
+        configs.load(task, {"data.batch_samples": "20", "train.loss": "group_mean"})

@@ -37,17 +37,11 @@ def _first(count, status):
     return plan
 
 
-@pytest.fixture(params=["disk", "bucket"])
-def place(request, tmp_path) -> epath.Path:
-    return epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
-
-
 def test_a_directory_that_is_not_there_has_no_entries(place):
     assert files.listed(place / "nothing" / "here") == []
 
 
 def test_a_write_is_whole_and_listed_without_leftovers(place):
-    (place / "a").mkdir(parents=True)
     files.write_whole(place / "a" / "f.json", b"old")
     files.write_whole(place / "a" / "f.json", b"new")
     assert (place / "a" / "f.json").read_bytes() == b"new"
@@ -148,12 +142,52 @@ def test_a_file_has_no_entries(place):
 
 
 def test_an_error_of_the_disk_that_stays_is_raised_as_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        files.write_whole(tmp_path / "missing" / "f", b"1")
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(FileExistsError):
+        files.write_whole(tmp_path / "file" / "f", b"1")
     full = ValueError("RESOURCE_EXHAUSTED: Error writing [OS error 28: ENOSPC No space left on device]")
     with pytest.raises(OSError, match="No space left.*/mnt/a") as error:
         files.retried(lambda: (_ for _ in ()).throw(full), "/mnt/a")
     assert error.value.errno == errno.ENOSPC
+
+
+def test_a_write_makes_the_directories_above_it_and_a_failed_one_leaves_nothing(tmp_path):
+    files.write_whole(tmp_path / "a" / "b" / "f", b"1")
+    (tmp_path / "d").mkdir()
+    with pytest.raises(IsADirectoryError):
+        files.write_whole(tmp_path / "d", b"1")
+    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["a", "b", "f", "d"]
+
+
+def test_a_part_of_a_file_is_one_request_in_a_bucket(place, request):
+    files.write_whole(place / "f", bytes(range(100)))
+    files.write_whole(place / "empty", b"")
+    for start, size in ((0, None), (0, 5), (95, 20), (100, 10), (3, 0), (5, None)):
+        end = 100 if size is None else start + size
+        assert files.read_range(place / "f", start, size) == bytes(range(100))[start:end], (start, size)
+    assert files.read(place / "empty") == files.read_range(place / "empty", 0, 10) == b""
+    with pytest.raises(FileNotFoundError) as raised:
+        files.read(place / "gone")
+    assert raised.value.filename == str(place / "gone")
+    if files.is_bucket(place):
+        proxy = request.getfixturevalue("bucket_proxy")
+        with buckets.faults(proxy, lambda method, path: None):
+            files.read(place / "f")
+            files.read_range(place / "f", 7, 7)
+            assert [one.method for one in proxy.requests] == ["GET", "GET"]
+
+
+def test_what_wants_a_disk_names_the_option_the_path_and_the_remedy(tmp_path):
+    files.want_disk(tmp_path, "--out", "it grows")
+    with pytest.raises(UsageError, match="^--out gs://b/x: want a path on a disk, as it grows; .*`gcloud storage cp "):
+        files.want_disk("gs://b/x", "--out", "it grows")
+
+
+def test_the_size_of_a_file_whose_owner_has_no_name_is_known(place):
+    files.write_whole(place / "f", b"12345")
+    if os.geteuid() == 0 and not files.is_bucket(place):
+        os.chown(place / "f", 54321, 54321)
+    assert files.size_bytes(place / "f") == 5
 
 
 @pytest.mark.parametrize(

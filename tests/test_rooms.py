@@ -13,14 +13,15 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
-    "__init__.py": (), "errors": (), "files": (), "cli": (), "lifecycle": (), "distributed": (),
+    "__init__.py": (), "errors": (), "files": (), "streams": (), "cli": (), "lifecycle": (), "distributed": (),
     "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch"),
+    "data/__main__.py": ("prompt", "batch", "config", "train/trainer"),  # validate --config: what that run would check
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
-    "train": ("chips", "config", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    "train": ("chips", "config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
     "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
@@ -32,15 +33,18 @@ ROOMS = {
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
-    "datagen/curate.py": ("prompt", "openai_client", "generate"),
-    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # the same, as the door runs it
+    "datagen/describer.py": ("prompt", "openai_client", "generate"),
+    "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
+    # It refuses what training refuses: a template that the tokenizer cannot write.
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
+    "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "files", "lifecycle", "distributed")  # rooms that all others may import
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # rooms that all others may import
 COMMANDS = ("cli",)  # what files that are commands may import beside their room's own list
 
 # A third party -> the rooms or files that may import it.
@@ -50,11 +54,11 @@ GUESTS = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/tokenizer",), "sentencepiece": ("prompt/tokenizer",),
+    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
-    "grain": ("data",), "tensorflow_datasets": ("data/tfds", "data/builders"),
-    "flax": ("models",), "optax": ("train",), "tensorboardX": ("train/metrics",), "wandb": ("train/metrics",),
-    "gcsfs": ("files",),  # only to name what it raises
+    "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
+    "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
+    "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
@@ -62,7 +66,16 @@ GUESTS = {
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
 NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
-PALLAS = "models/attention"
+PALLAS = "models/flash"
+# Where a path may be one of pathlib, which turns gs://BUCKET/x into the local path gs:/BUCKET/x, and why.
+DISK = {
+    "cli": "`on_disk` refuses a bucket", "config": "a config is Python code; a bucket is refused",
+    "openai_client": "a cache is locked and grows; a bucket is refused", "demo": "a bucket is refused",
+    "evaluate/ablate": "its --workdir; a bucket is refused", "datagen": "its --out; a bucket is refused",
+    "prompt": "links on a disk, and temporary folders for transformers", "data/validate": "links on a disk",
+    "checkpoint/lock": "the kernel's own files", "doctor": "its own temporary folder, and this package's files",
+    "train/trainer": "this package's own files, and the cache of compiled programs",
+}
 
 
 def _within(name: str, place: str) -> bool:
@@ -124,6 +137,16 @@ def test_residents_keep_to_their_rooms():
                 wrong.append(f"llava_jax/{name} imports {module}: kernels live in {PALLAS}")
             if module.startswith("etils") and not module.startswith("etils.epath"):
                 wrong.append(f"llava_jax/{name} imports {module}: only etils.epath is a resident")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_a_path_that_may_be_in_a_bucket_is_none_of_pathlibs():
+    wrong = []
+    for name, node in _nodes(ast.Call):
+        calls = isinstance(node.func, ast.Name) and node.func.id == "Path" and ast.unparse(node) != "Path(__file__)"
+        takes = any(word.arg == "type" and ast.unparse(word.value) == "Path" for word in node.keywords)
+        if (calls or takes) and not any(_within(name, place) for place in DISK):
+            wrong.append(f"llava_jax/{name}:{node.lineno} {ast.unparse(node)[:60]}: want epath.Path")
     assert not wrong, "\n".join(wrong)
 
 

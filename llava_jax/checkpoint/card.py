@@ -18,8 +18,9 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import UnusableCheckpoint, UsageError
-from llava_jax.files import exists, is_bucket, listed, retried, write_whole
+from llava_jax.files import exists, is_bucket, listed, write_whole
 
 FORMAT = 2
 FAMILIES = ("llava",)
@@ -103,8 +104,6 @@ def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[s
     A base is named relative to `directory` where one path leads from one to the other, so that all can be moved.
     """
     directory = epath.Path(directory)
-    if not is_bucket(directory):
-        (directory / TOKENIZER).mkdir(parents=True, exist_ok=True)
     for name, content in tokenizer_files.items():
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
@@ -150,7 +149,7 @@ def read_json(path: epath.Path) -> Any:
       UnusableCheckpoint: it is no JSON.
       Unreachable, UsageError: as `files.retried`.
     """
-    content = retried(path.read_bytes, path)
+    content = files.read(path)
     try:
         return json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -163,7 +162,7 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
     try:
         content = read_json(path)
     except (FileNotFoundError, NotADirectoryError):
-        raise UnusableCheckpoint(_no_card(epath.Path(directory))) from None
+        raise UnusableCheckpoint(missing(directory)) from None
     version = content.get("format") if isinstance(content, dict) else None
     if type(version) is not int or not 1 <= version <= FORMAT:
         raise UnusableCheckpoint(
@@ -182,8 +181,9 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
     return card, values.get("tokenizer")
 
 
-def _no_card(directory: epath.Path) -> str:
+def missing(directory: epath.PathLike) -> str:
     """What to say where there is no model.json: how to get one depends on what is there instead."""
+    directory = epath.Path(directory)
     if exists(directory / "config.json") and not exists(directory / "metrics.jsonl"):
         return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; make one with "
                 f"`python -m llava_jax.convert import {directory} DST`")  # fmt: skip
@@ -218,7 +218,7 @@ def _tokenizer_files(folder: epath.Path) -> dict[str, bytes]:
     entries = [path for path in listed(folder) if not path.name.startswith(".")]
     if not entries:
         raise UnusableCheckpoint(f"{folder}: missing; copy the checkpoint again, whole")
-    return {path.name: retried(path.read_bytes, path) for path in entries}
+    return {path.name: files.read(path) for path in entries}
 
 
 def _sha256(content: bytes) -> str:

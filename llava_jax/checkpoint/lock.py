@@ -62,36 +62,38 @@ def hold(
                 files.delete(path)
 
 
-def holder(directory: epath.PathLike) -> str:
-    """Who holds a directory's lock, as far as this machine can see without waiting; "" where nobody may."""
-    found = _read(epath.Path(directory) / FILE)
-    return "" if found is None or _is_gone(found) else _who(found)
+def holder(directory: epath.PathLike, stale_secs: float = STALE_SECS) -> str:
+    """Who holds a directory's lock; "" where nobody does. Waits for `stale_secs` where this machine cannot judge."""
+    path = epath.Path(directory) / FILE
+    found = _read(path)
+    lives = found is not None and _lives(found)
+    if lives is None:
+        lives = _watch(path, found, stale_secs)
+    return _who(found) if lives else ""
 
 
 def _take(path: epath.Path, mine: dict[str, Any], stale_secs: float) -> None:
-    found = _read(path)
-    if found is not None and not _is_gone(found):
-        print(f"{path.parent}: {_who(found)} may be writing here; waits {stale_secs:.0f} s for a sign of it",
-              file=sys.stderr, flush=True)  # fmt: skip
-        _watch(path, found, stale_secs)
-    if not files.is_bucket(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    holding = holder(path.parent, stale_secs)
+    if holding:
+        raise _refusal(path, holding)
     _write(path, mine)
-    if not _is_mine(_read(path), mine):
-        raise _refusal(path, _read(path) or {})
+    found = _read(path)
+    if not _is_mine(found, mine):
+        raise _refusal(path, _who(found or {}))
 
 
-def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> None:
-    """Returns when the lock has not been renewed for that time, or is gone."""
+def _watch(path: epath.Path, found: dict[str, Any], stale_secs: float) -> bool:
+    """Whether the lock is renewed in that time."""
+    print(f"{path.parent}: {_who(found)} may be writing there; waits {stale_secs:.0f} s for a sign of it",
+          file=sys.stderr, flush=True)  # fmt: skip
     begin = time.monotonic()
     while time.monotonic() - begin < stale_secs:
         time.sleep(min(1.0, stale_secs / 10))
         lifecycle.beat()
         now = _read(path)
-        if now is None:
-            return
         if now != found:
-            raise _refusal(path, now)
+            return now is not None
+    return False
 
 
 def _renew(
@@ -111,9 +113,9 @@ def _renew(
             print(f"the lock could not be renewed: {error}", file=sys.stderr, flush=True)
 
 
-def _refusal(path: epath.Path, found: dict[str, Any]) -> UsageError:
+def _refusal(path: epath.Path, holding: str) -> UsageError:
     return UsageError(
-        f"--workdir {path.parent}: {_who(found)} is writing here, and two runs cannot share a directory. Wait for its "
+        f"--workdir {path.parent}: {holding} is writing here, and two runs cannot share a directory. Wait for its "
         f"end, stop it, or name another directory (if nothing runs there, delete {path})"
     )
 
@@ -121,7 +123,7 @@ def _refusal(path: epath.Path, found: dict[str, Any]) -> UsageError:
 def _read(path: epath.Path, secs: float | None = None) -> dict[str, Any] | None:
     """The lock, None where there is none; one that cannot be understood is {}: nobody renews it."""
     try:
-        content = json.loads(files.retried(path.read_bytes, path, secs))
+        content = json.loads(files.retried(lambda: files.read(path), path, secs))
     except FileNotFoundError:
         return None
     except json.JSONDecodeError:
@@ -150,12 +152,12 @@ def _identity() -> dict[str, Any]:
             "since": time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())}  # fmt: skip
 
 
-def _is_gone(found: dict[str, Any]) -> bool:
-    """Whether this machine knows that the process of a lock has ended: its numbers mean something only here."""
+def _lives(found: dict[str, Any]) -> bool | None:
+    """Whether the process of a lock lives; None where this machine cannot say: its numbers mean something only here."""
     here = _identity()
     if not found.get("namespace") or any(found.get(key) != here[key] for key in ("host", "namespace")):
-        return False
-    return not isinstance(found.get("pid"), int) or _started(found["pid"]) != found.get("started")
+        return None
+    return isinstance(found.get("pid"), int) and _started(found["pid"]) == found.get("started")
 
 
 def _namespace() -> str:

@@ -76,9 +76,11 @@ def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
     usable = steps(directory)
     if usable:
         raise UnusableCheckpoint(f"{directory}: no usable step {step}; usable are {', '.join(map(str, usable))}")
+    if not files.exists(directory / cards.FILE):
+        raise UnusableCheckpoint(cards.missing(directory))
     raise UnusableCheckpoint(
-        f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole); "
-        "name a directory that `convert` or `train` wrote"
+        f"{directory}: no usable checkpoint step here (a directory NUMBER/params, whole): a run has none before its "
+        "first save, nor where copying stopped halfway"
     )
 
 

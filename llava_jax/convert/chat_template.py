@@ -18,8 +18,9 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
       tokenizer: has `<image>` among its special tokens.
     """
     plain = not (template.examples or template.system_inside or template.images_only or template.between)
-    bos = tokenizer.piece(tokenizer.bos_id)
-    after_image, after_bos = _gap(tokenizer, IMAGE, "\nA"), _gap(tokenizer, bos, "A") if tokenizer.adds_bos else ""
+    after_image, after_bos = _gap(tokenizer, IMAGE, "\nA"), ""
+    if tokenizer.adds_bos:
+        after_bos = _gap(tokenizer, tokenizer.piece(tokenizer.bos_id), "A")
     if not plain or template.image_frame != ("", "") or after_image is None or after_bos is None:
         return None
     lines = [
@@ -72,8 +73,8 @@ def _gap(tokenizer: Tokenizer, special: str, text: str) -> str | None:
     """
     wanted = tokenizer.encode(text, bos=False)
     for gap in ("", " "):
-        ids = tokenizer.encode("A" + special + gap + text, bos=False)
-        if ids[ids.index(tokenizer.specials[special]) + 1 :] == wanted:
+        ids, word = tokenizer.encode("A" + special + gap + text, bos=False), tokenizer.ids[special]
+        if word in ids and ids[ids.index(word) + 1 :] == wanted:
             return gap
     return None
 

@@ -1,8 +1,9 @@
 """CLIP vision towers of Hugging Face: names of their tensors, and their config.json, both ways."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, PATCH, SAME, Row
@@ -112,7 +113,7 @@ def config_json(config: VisionConfig) -> dict[str, Any]:
     }
 
 
-def open_directory(directory: Path) -> tuple[dict[str, Any], TensorFiles, str]:
+def open_directory(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles, str]:
     """(config.json, tensors, prefix of the tower's names) of a CLIP directory.
 
     Raises:

@@ -7,13 +7,13 @@ there, in the base's own dtype.
 import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.convert import (
@@ -35,7 +35,7 @@ from llava_jax.convert.source import Source, adapted, merge_adapters, open_sourc
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.presets import EvaConfig, LlavaConfig
-from llava_jax.prompt import templates
+from llava_jax.prompt import ending, templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
 
@@ -67,7 +67,7 @@ def export(
         raise UsageError(f"format {format!r}: wanted one of {', '.join(formats)}")
     if split_projector and format != "peft":
         raise UsageError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
-    final = Path(destination)
+    final = epath.Path(destination)
     opened = open_source(source, step)
     if minigpt4.is_kin(opened.config):
         if format not in kin:
@@ -83,30 +83,29 @@ def export(
         })  # fmt: skip
     write = _export_split if split_projector else formats[format]
     with store.staged(final) as partial:
-        write(opened if write in _WITH_ADAPTERS else merge_adapters(opened), Path(partial), final)
+        write(opened if write in _WITH_ADAPTERS else merge_adapters(opened), partial, final)
 
 
-def _export_peft(source: Source, partial: Path, final: Path) -> None:
+def _export_peft(source: Source, partial: epath.Path, final: epath.Path) -> None:
     peft.write(source, peft.adapter_of(source), partial, final.name, _base_name(source))
     write_json(partial / peft.PROMPT, _kept(source.card.prompt))
 
 
 def _base_name(source: Source) -> str | None:
     """What a frozen decoder was imported from, for a reader of the adapter; nothing is decided by it."""
-    for base in source.card.base:
-        path = source.directory / base.path
-        if (path / cards.FILE).exists() and "imported_from" in cards.read_card(path).source:
+    for path in (path for base in source.card.base for path in cards.places(source.directory, base)):
+        if files.exists(path / cards.FILE) and "imported_from" in cards.read_card(path).source:
             return str(cards.read_card(path).source["imported_from"])
     return None
 
 
-def _export_split(source: Source, partial: Path, final: Path) -> None:
+def _export_split(source: Source, partial: epath.Path, final: epath.Path) -> None:
     """A whole model beside an adapter of the decoder alone: vLLM takes no other. Source: vLLM 0.33 lora/peft_helper."""
     adapter, rest = peft.text_adapter_of(source)
-    (partial / "base").mkdir()
+    files.make_directory(partial / "base")
     _export_hf(merge_adapters(source, rest), partial / "base", final / "base")
-    (partial / "adapter").mkdir()
-    peft.write(source, adapter, partial / "adapter", f"{final.name}/adapter", str((final / "base").absolute()))
+    files.make_directory(partial / "adapter")
+    peft.write(source, adapter, partial / "adapter", f"{final.name}/adapter", str(store.absolute(final / "base")))
     write_json(partial / "adapter" / peft.PROMPT, _kept(source.card.prompt))
 
 
@@ -117,7 +116,7 @@ class Vocabulary(NamedTuple):
     rows: int
     image_id: int
     pad_id: int
-    ends: tuple[int, int]
+    ends: tuple[int | None, int]
 
 
 def _vocabulary(source: Source) -> Vocabulary:
@@ -126,22 +125,24 @@ def _vocabulary(source: Source) -> Vocabulary:
     llm = source.config.llm
     rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
-    image_id, pad_id = (words.specials[text] for text in (tokenizer_files.IMAGE, words.pad))
+    image_id, pad_id = (words.ids[text] for text in (tokenizer_files.IMAGE, words.pad))
     return Vocabulary(words, rows, image_id, pad_id, (source.words.bos_id, source.words.eos_id))
 
 
-def _write_generation(partial: Path, pad_id: int, ends: tuple[int, int]) -> None:
-    told = {"bos_token_id": ends[0], "eos_token_id": ends[1], "pad_token_id": pad_id}
-    write_json(partial / "generation_config.json", told)
+def _generation(source: Source, pad_id: int) -> dict[str, Any]:
+    """generation_config.json: an answer ends where one of training ends."""
+    ids, texts = ending.of(templates.get(source.card.prompt.template), source.words)
+    ends = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)} | ({"stop_strings": list(texts)} if texts else {})
+    return {"bos_token_id": source.words.bos_id, "pad_token_id": pad_id} | ends
 
 
-def _export_hf(source: Source, partial: Path, final: Path) -> None:
+def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     config, prompt = source.config, source.card.prompt
     words, rows, image_id, pad_id, ends = _vocabulary(source)
     dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config.projector), "")
     content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt)})
-    _write_generation(partial, pad_id, ends)
+    write_json(partial / "generation_config.json", _generation(source, pad_id))
     _write_bytes(partial, tokenizer_files.files(words, "LlavaProcessor"))
     write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
     write_json(partial / "processor_config.json", processor.processor_json(config.vision))
@@ -149,12 +150,12 @@ def _export_hf(source: Source, partial: Path, final: Path) -> None:
     if not prompt.image_start_end:  # marks around images stand inside the text that the processor expands
         text = chat_template.render(templates.get(prompt.template), words.tokenizer)
     if text is not None:
-        (partial / "chat_template.jinja").write_text(text)
+        files.write_whole(partial / "chat_template.jinja", text.encode())
         write_json(partial / "chat_template.json", {"chat_template": text})  # wins where both are read
-    (partial / "README.md").write_text(readme.hub(config, prompt, final.name, text is not None))
+    files.write_whole(partial / "README.md", readme.hub(config, prompt, final.name, text is not None).encode())
 
 
-def _export_blip2(source: Source, partial: Path, final: Path) -> None:
+def _export_blip2(source: Source, partial: epath.Path, final: epath.Path) -> None:
     """A Blip2ForConditionalGeneration with a LLaMA."""
     config, prompt = source.config, source.card.prompt
     words, rows, image_id, pad_id, ends = _vocabulary(source)
@@ -164,15 +165,15 @@ def _export_blip2(source: Source, partial: Path, final: Path) -> None:
     dtype = _write_tensors(source, partial, rows, minigpt4.hub_rows(config), "")
     content = minigpt4.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt) | {"ln_vision_eps": config.ln_vision_eps}})
-    _write_generation(partial, pad_id, ends)
+    write_json(partial / "generation_config.json", _generation(source, pad_id))
     _write_bytes(partial, tokenizer_files.files(words, None))  # Blip2Processor wants no image_token of its own
     write_json(partial / "preprocessor_config.json", processor.blip_json(config.vision))
     processing = {"processor_class": "Blip2Processor", "num_query_tokens": config.image_features}
     write_json(partial / "processor_config.json", processing)
-    (partial / "README.md").write_text(readme.blip2(config, prompt, final.name))
+    files.write_whole(partial / "README.md", readme.blip2(config, prompt, final.name).encode())
 
 
-def _export_llama_proj(source: Source, partial: Path, final: Path) -> None:
+def _export_llama_proj(source: Source, partial: epath.Path, final: epath.Path) -> None:
     """`checkpoint.pth` as the original code's training leaves it, under "model": the linear layer and adapters."""
     decoder = [name for name in adapted(source) if name.startswith("llm/")]
     merged = merge_adapters(source, set(adapted(source)) - set(decoder))
@@ -200,7 +201,7 @@ def _check_original_adapter(source: Source, kernel: str) -> None:
         )
 
 
-def _export_llava(source: Source, partial: Path, final: Path) -> None:
+def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> None:
     if "llava" not in final.name.lower():
         raise UsageError(
             f"{final}: the original code tells a model's kind by its directory's name; wanted one with 'llava' in it, "
@@ -218,18 +219,20 @@ def _export_llava(source: Source, partial: Path, final: Path) -> None:
         _write_side_tower(source, partial / SIDE_TOWER)
     else:
         dtype = _write_tensors(source, partial, rows, table_rows, "")
-    name = tower or str((final / SIDE_TOWER).absolute())
+    name = tower or str(store.absolute(final / SIDE_TOWER))
     content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
     ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
-    pad = {"pad_token_id": words.specials.get(words.pad, 0)}
+    pad = {"pad_token_id": words.ids.get(words.pad, 0)}
     write_json(partial / "config.json", content | ends | pad | {OURS: _kept(prompt)})
-    write_json(partial / "generation_config.json", ends | pad)
+    # The original code stops at texts by itself, and its transformers knows no stop_strings.
+    generation = _generation(source, words.ids.get(words.pad, 0))
+    write_json(partial / "generation_config.json", {key: generation[key] for key in (*ends, *pad)})
     _write_bytes(partial, tokenizer_files.files(words, None))
     write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
-    (partial / "README.md").write_text(readme.original(config, prompt, final.name, tower))
+    files.write_whole(partial / "README.md", readme.original(config, prompt, final.name, tower).encode())
 
 
-def _export_projector(source: Source, partial: Path, final: Path) -> None:
+def _export_projector(source: Source, partial: epath.Path, final: epath.Path) -> None:
     """`mm_projector.bin` and `config.json`, as the first stage of the original code leaves them."""
     config = source.config
     leaves = {name: spec for name, spec in source.specs.items() if name.startswith("projector/")}
@@ -247,7 +250,7 @@ def _export_projector(source: Source, partial: Path, final: Path) -> None:
     write_json(partial / "config.json", content | {OURS: _kept(source.card.prompt)})
 
 
-def _write_tensors(source: Source, partial: Path, vocab: int, rows: Sequence[table.Row], *leaves: str) -> str:
+def _write_tensors(source: Source, partial: epath.Path, vocab: int, rows: Sequence[table.Row], *leaves: str) -> str:
     """Writes the shards of the leaves that begin with one of `leaves`; returns the dtype of most of the bytes."""
     specs = _exported_specs(source, vocab)
     specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
@@ -311,9 +314,9 @@ def fit_axis(parts: Sequence[np.ndarray], axis: int, size: int) -> np.ndarray:
     return whole[:size] if axis == 0 else whole[:, :size]
 
 
-def _write_side_tower(source: Source, directory: Path) -> None:
+def _write_side_tower(source: Source, directory: epath.Path) -> None:
     """A tower of unknown name as a CLIP directory of its own, which the original code loads by its path."""
-    directory.mkdir()
+    files.make_directory(directory)
     _write_tensors(source, directory, source.config.llm.vocab, clip.rows("vision_model."), "vision/")
     content = {"architectures": ["CLIPVisionModel"], **clip.config_json(source.config.vision)}
     write_json(directory / "config.json", content)
@@ -334,9 +337,9 @@ def _kept(prompt: cards.PromptCard) -> dict[str, Any]:
     return {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
 
 
-def _write_bytes(directory: Path, contents: Mapping[str, bytes]) -> None:
+def _write_bytes(directory: epath.Path, contents: Mapping[str, bytes]) -> None:
     for name, content in contents.items():
-        (directory / name).write_bytes(content)
+        files.write_whole(directory / name, content)
 
 
 # They say what becomes of adapters themselves; for all others these are merged.

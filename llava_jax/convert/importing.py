@@ -5,7 +5,6 @@ Leaves are read and written one at a time, and the directory gets its name when 
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from llava_jax import params
+from llava_jax import files, params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.convert import clip, llama, llava, minigpt4, processor, table
@@ -33,7 +32,7 @@ from llava_jax.models.presets import (
     config_to_json,
 )
 from llava_jax.models.projectors import Projector, input_width
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 
 SIDE_TOWER = "vision_tower"  # where `export --format llava` puts a tower that no hub name stands for
 OURS = "llava_jax"  # the key of an exported config.json that keeps what the format has no place for
@@ -67,7 +66,7 @@ def import_checkpoint(
       UnusableCheckpoint: the files are damaged or are not what they should be; names the tensor or the key.
       ValueError: `destination` exists, or an option is wrong.
     """
-    directory = Path(source)
+    directory = epath.Path(source)
     content = read_json(directory / "config.json")
     tensors = open_tensors(directory)
     where = str(directory / "config.json")
@@ -90,7 +89,7 @@ def import_checkpoint(
     _write(destination, config, parts, {}, prompt, directory, origin)
 
 
-def _refuse_vision(vision: epath.PathLike | None, directory: Path) -> None:
+def _refuse_vision(vision: epath.PathLike | None, directory: epath.Path) -> None:
     if vision is not None:
         raise UsageError(f"--vision {vision}: {directory} is in the Hugging Face format, which holds its own tower")
 
@@ -126,7 +125,7 @@ def assemble(
     Raises:
       As `import_checkpoint`.
     """
-    llm_directory, is_eva = Path(llm), minigpt4.holds_eva(vision)
+    llm_directory, is_eva = epath.Path(llm), minigpt4.holds_eva(vision)
     parts, given = [], projector_type
     if projector is not None:
         kind, parts = _projector_parts(open_tensors(projector))
@@ -137,7 +136,7 @@ def assemble(
             f"--projector {projector}: a MiniGPT-v2's, since it has adapters of the decoder; it does not say how large "
             "the pictures were: give --image-size (448 as released)"
         )
-    pretrained = None if connector is None else minigpt4.connector(Path(connector))
+    pretrained = None if connector is None else minigpt4.connector(epath.Path(connector))
     kind = given or ("qformer" if pretrained else "concat4_linear" if is_eva else "mlp2x_gelu")
     if pretrained is not None:
         if kind != "qformer":
@@ -153,7 +152,7 @@ def assemble(
         None if pretrained is None else pretrained.config,
     )  # fmt: skip
     if not is_eva:
-        config = _with_image_numbers(config, Path(vision))
+        config = _with_image_numbers(config, epath.Path(vision))
     fresh = _fresh(config, parts, seed) | _scales(added, config)
     origin = {"vision": str(vision), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
     origin |= {} if connector is None else {"connector": str(connector)}
@@ -161,7 +160,9 @@ def assemble(
     _write(destination, config, parts, fresh, prompt, llm_directory, origin, added)
 
 
-def _assembled_prompt(options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: Path) -> cards.PromptCard:
+def _assembled_prompt(
+    options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: epath.Path
+) -> cards.PromptCard:
     template, mode, legacy = "v1", "pad", options.legacy
     if is_eva:
         template = minigpt4.V2_TEMPLATE if adapted else minigpt4.TEMPLATES.get(kind, template)
@@ -172,7 +173,7 @@ def _assembled_prompt(options: PromptOptions, kind: str, is_eva: bool, adapted: 
 def _tower(
     vision: epath.PathLike, kind: str, select_layer: int | None, image_size: int | None
 ) -> tuple[TowerConfig, Part]:
-    directory = Path(vision)
+    directory = epath.Path(vision)
     if minigpt4.holds_eva(vision):
         if select_layer is not None:
             raise UsageError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
@@ -205,12 +206,12 @@ def _projector_parts(tensors: TensorFiles) -> tuple[str | None, list[Part]]:
 
 
 def _original(
-    directory: Path, content: Mapping[str, Any], tensors: TensorFiles, vision: epath.PathLike | None
+    directory: epath.Path, content: Mapping[str, Any], tensors: TensorFiles, vision: epath.PathLike | None
 ) -> tuple[LlavaConfig, list[Part]]:
     """The model in the original code's files, whose tower may lie among them or elsewhere."""
     layout, where = llava.ORIGINAL, str(directory / "config.json")
     in_file = layout.vision + "embeddings.class_embedding" in tensors.specs
-    if vision is None and (directory / SIDE_TOWER).is_dir():
+    if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
     if vision is None and not (in_file and name in clip.HUB_TOWERS):
@@ -223,9 +224,9 @@ def _original(
         tower = clip.config_json(clip.HUB_TOWERS[name])
         config = llava.read_original_config(content, where, tower, kind)
         return config, [Part(("",), tensors, llava.rows(layout, kind))]
-    tower, clip_tensors, prefix = clip.open_directory(Path(vision))
+    tower, clip_tensors, prefix = clip.open_directory(epath.Path(vision))
     config = llava.read_original_config(content, where, tower, kind)
-    config = _with_image_numbers(config, Path(vision))
+    config = _with_image_numbers(config, epath.Path(vision))
     if in_file:  # a tower that was trained on; the original code's own is preferred to the one it came from
         return config, [Part(("",), tensors, llava.rows(layout, kind))]
     rest = Part(("llm/", "projector/"), tensors, llava.rows(layout, kind))
@@ -271,7 +272,7 @@ def _scales(added: Mapping[str, tuple[int, int]], config: LlavaConfig) -> dict[s
     }
 
 
-def _with_image_numbers(config: LlavaConfig, directory: Path) -> LlavaConfig:
+def _with_image_numbers(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
     settings = processor.read_settings(directory)
     if settings.side not in (None, config.vision.image_size):
         raise UnusableCheckpoint(
@@ -281,7 +282,7 @@ def _with_image_numbers(config: LlavaConfig, directory: Path) -> LlavaConfig:
     return dataclasses.replace(config, vision=dataclasses.replace(config.vision, mean=settings.mean, std=settings.std))
 
 
-def _prompt(directory: Path, content: Mapping[str, Any], options: PromptOptions) -> cards.PromptCard:
+def _prompt(directory: epath.Path, content: Mapping[str, Any], options: PromptOptions) -> cards.PromptCard:
     """Options first, then what an export of ours kept, then what the format itself says."""
     kept = content.get(OURS) or {}
     if minigpt4.is_hub(content):
@@ -303,13 +304,13 @@ def _write(
     parts: Sequence[Part],
     fresh: Mapping[str, np.ndarray],
     prompt: cards.PromptCard,
-    words_directory: Path,
+    words_directory: epath.Path,
     origin: Mapping[str, Any],
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Checks that everything fits, then writes the checkpoint. A leaf is of the first part that can hold it."""
-    templates.get(prompt.template)
     words = tokenizer.load(words_directory, prompt.legacy)
+    ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:
         raise UnusableCheckpoint(
             f"{words_directory}: its tokenizer has {words.size} tokens, its embeddings {config.llm.vocab} rows; "

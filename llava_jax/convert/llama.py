@@ -1,8 +1,9 @@
 """LLaMA decoders of Hugging Face: names of their tensors, and their config.json, both ways."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Row
@@ -118,7 +119,7 @@ def with_head(content: Mapping[str, Any], tied: bool, tensors: TensorFiles, head
     return {**content, "tie_word_embeddings": bool(tied) and head not in tensors.specs}
 
 
-def open_directory(directory: Path) -> tuple[dict[str, Any], TensorFiles]:
+def open_directory(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:
     """(config.json, tensors) of a LLaMA or Vicuna directory. Raises UnusableCheckpoint on another family."""
     content = read_json(directory / "config.json")
     if content.get("model_type") != "llama":

@@ -163,7 +163,7 @@ def read_original_config(
 
 
 def hub_config_json(
-    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int]
+    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int | None]
 ) -> dict:
     """config.json as transformers 4 writes it, with every field explicit; 5.x and vLLM read it too.
 

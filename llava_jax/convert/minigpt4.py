@@ -6,11 +6,11 @@ layer (with MiniGPT-v2 also adapters of the decoder) lie apart. Each may also be
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.convert import eva, llama, qformer
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Part, Row
@@ -55,9 +55,9 @@ def holds_eva(path: epath.PathLike) -> bool:
     Raises:
       FileNotFoundError: it is not there.
     """
-    _want(Path(path), "a CLIP directory, eva_vit_g.pth or a BLIP-2 directory")
-    file = Path(path) / "config.json"
-    return Path(path).is_file() or (file.is_file() and is_hub(read_json(file)))
+    _want(epath.Path(path), "a CLIP directory, eva_vit_g.pth or a BLIP-2 directory")
+    file = epath.Path(path) / "config.json"
+    return files.is_file(path) or (files.is_file(file) and is_hub(read_json(file)))
 
 
 def read_hub(content: Mapping[str, Any], where: str, tensors: TensorFiles, ln_eps: float | None) -> LlavaConfig:
@@ -121,7 +121,7 @@ def adapter_rows(default: str = ".default") -> list[Row]:
     ]  # fmt: skip
 
 
-def tower(path: Path, select_feature: str, image_size: int | None) -> tuple[EvaConfig, Part]:
+def tower(path: epath.Path, select_feature: str, image_size: int | None) -> tuple[EvaConfig, Part]:
     """The tower out of a file with LAVIS's names, or of a BLIP-2 directory.
 
     Args:
@@ -130,7 +130,7 @@ def tower(path: Path, select_feature: str, image_size: int | None) -> tuple[EvaC
     Raises:
       UnusableCheckpoint: there is none in it.
     """
-    if path.is_file():
+    if files.is_file(path):
         tensors = open_tensors(path)
         config, prefix, ignored = eva.read_lavis_config(tensors, select_feature)
         names, ignored = eva.LAVIS, (*ignored, *qformer.LAVIS_IGNORED, _CONNECTOR_FILE, _LLM_FILE)
@@ -146,7 +146,7 @@ def tower(path: Path, select_feature: str, image_size: int | None) -> tuple[EvaC
     return config, Part(("vision/",), tensors, eva.rows(names, prefix), ignored)
 
 
-def connector(path: Path) -> Connector:
+def connector(path: epath.Path) -> Connector:
     """The Q-Former and the norm before it, out of a file with LAVIS's names or of a BLIP-2 directory.
 
     Raises:
@@ -154,7 +154,7 @@ def connector(path: Path) -> Connector:
     """
     leaves = ("resampler/", "ln_vision/")
     _want(path, "blip2_pretrained_*.pth or a BLIP-2 directory")
-    if path.is_file():
+    if files.is_file(path):
         tensors = open_tensors(path)
         config = qformer.read_lavis_config(tensors)
         ignored = (*qformer.LAVIS_IGNORED, _TOWER_FILE, _LLM_FILE)
@@ -197,16 +197,16 @@ def adapters(parts: Sequence[Part]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def legacy(llm: Path) -> bool | None:
+def legacy(llm: epath.Path) -> bool | None:
     """True for a LLaMA's words, None for others, which have no such switch.
 
     The original's environment.yml pins transformers 4.30, which cuts them in the older way, whatever their files say.
     """
-    return True if (llm / "tokenizer.model").is_file() else None
+    return True if files.is_file(llm / "tokenizer.model") else None
 
 
 def hub_config_json(
-    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int]
+    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int | None]
 ) -> dict[str, Any]:
     """config.json as transformers 4 writes it, with every field explicit; 5.x reads it too.
 
@@ -250,12 +250,12 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
     return part
 
 
-def _want(path: Path, what: str) -> None:
-    if not path.exists():
+def _want(path: epath.Path, what: str) -> None:
+    if not files.exists(path):
         raise MissingWeights(f"{path}: no such file or directory; wanted {what}")
 
 
-def _open_hub(directory: Path) -> tuple[dict[str, Any], TensorFiles]:
+def _open_hub(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:
     content = read_json(directory / "config.json")
     if not is_hub(content):
         raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted {HUB_TYPE!r}")

@@ -8,11 +8,12 @@ Source: peft 0.21 `utils/save_and_load.py`, `tuners/lora/config.py`.
 import collections
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
+from llava_jax import files
 from llava_jax.convert import clip, llava, readme, table
 from llava_jax.convert.files import Spec, write_json, write_safetensors
 from llava_jax.convert.source import Source, adapted
@@ -92,7 +93,7 @@ def text_adapter_of(source: Source) -> tuple[Adapter, list[str]]:
     return Adapter(tuple(text), ()), [name for name in kernels if name not in text]
 
 
-def write(source: Source, adapter: Adapter, directory: Path, name: str, base: str | None) -> None:
+def write(source: Source, adapter: Adapter, directory: epath.Path, name: str, base: str | None) -> None:
     """Writes the files of an adapter into a directory.
 
     Args:
@@ -110,7 +111,8 @@ def write(source: Source, adapter: Adapter, directory: Path, name: str, base: st
     specs |= {PREFIX + n: Spec(e.their_shape, np.dtype(source.specs[e.ours].dtype)) for e in saved for n in e.theirs}
     write_safetensors(directory / WEIGHTS, specs, _tensors(source, modules, saved))
     write_json(directory / CONFIG, _config_json(modules, bool(saved), base))
-    (directory / "README.md").write_text(readme.adapter(name, base, bool(saved), max(m.rank for m in modules)))
+    text = readme.adapter(name, base, bool(saved), max(module.rank for module in modules))
+    files.write_whole(directory / "README.md", text.encode())
 
 
 def _kernels(source: Source) -> list[str]:

@@ -6,12 +6,12 @@ All namings are read: those of transformers 4 and 5, and the original code's wit
 import math
 import re
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.convert import clip, llama, llava, table
@@ -22,7 +22,7 @@ from llava_jax.convert.source import Source, adapted, open_source
 from llava_jax.convert.table import LINEAR, Entry
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
-from llava_jax.prompt import templates
+from llava_jax.prompt import ending, templates
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")  # of the original code
@@ -55,7 +55,7 @@ class Tensor(NamedTuple):
 
 def is_adapter(directory: epath.PathLike) -> bool:
     """Whether a directory holds an adapter; the original code's holds config.json too."""
-    return (Path(directory) / CONFIG).is_file()
+    return files.is_file(epath.Path(directory) / CONFIG)
 
 
 def import_adapter(
@@ -71,7 +71,7 @@ def import_adapter(
       UnusableCheckpoint: the tensors do not fit the base or the adapter's config; names them.
       ValueError: no base, one with adapters of its own, or an existing `destination`.
     """
-    directory = Path(source)
+    directory = epath.Path(source)
     if base is None:
         raise UsageError(f"{directory} holds an adapter: say --base CHECKPOINT, the imported model it was trained on")
     config = _read_config(directory)
@@ -96,7 +96,7 @@ def import_adapter(
         cards.write_card(partial, card, cards.read_tokenizer_files(base))
 
 
-def _read_config(directory: Path) -> dict[str, Any]:
+def _read_config(directory: epath.Path) -> dict[str, Any]:
     content = read_json(directory / CONFIG)
     for key, allowed in _PLAIN.items():
         if content.get(key, allowed[0]) not in allowed:
@@ -110,16 +110,16 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return content
 
 
-def _weights(directory: Path) -> Path:
+def _weights(directory: epath.Path) -> epath.Path:
     found = _existing(directory, WEIGHTS)
     if not found:
         raise MissingWeights(f"{directory}: no weights here; wanted {' or '.join(WEIGHTS)}")
     return found[0]
 
 
-def _existing(directory: Path, names: Iterable[str]) -> list[Path]:
+def _existing(directory: epath.Path, names: Iterable[str]) -> list[epath.Path]:
     """The first of the files that is there; peft and the original code write either, and the safe one counts."""
-    return [directory / name for name in names if (directory / name).is_file()][:1]
+    return [directory / name for name in names if files.is_file(directory / name)][:1]
 
 
 def _known(source: Source) -> dict[str, tuple[Entry, tuple[int, ...]]]:
@@ -233,10 +233,10 @@ def _whole(found: Iterable[Tensor]) -> list[Entry]:
     ]
 
 
-def _prompt(directory: Path, base: Source, options: PromptOptions) -> cards.PromptCard:
+def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> cards.PromptCard:
     """Options first, then what the adapter's directory says, then the base."""
-    kept = read_json(directory / PROMPT) if (directory / PROMPT).is_file() else {}
-    content = read_json(directory / "config.json") if (directory / "config.json").is_file() else {}
+    kept = read_json(directory / PROMPT) if files.is_file(directory / PROMPT) else {}
+    content = read_json(directory / "config.json") if files.is_file(directory / "config.json") else {}
     if llava.is_original(content):
         kept["image_mode"] = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
         kept["image_start_end"] = bool(content.get("mm_use_im_start_end", False))
@@ -247,5 +247,5 @@ def _prompt(directory: Path, base: Source, options: PromptOptions) -> cards.Prom
         options.image_mode or kept.get("image_mode", said.image_mode),
         kept.get("image_start_end", said.image_start_end),
     )
-    templates.get(prompt.template)
+    ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt

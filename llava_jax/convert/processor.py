@@ -1,9 +1,11 @@
 """The image and processor files of a Hugging Face directory, both ways."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
+from etils import epath
+
+from llava_jax import files
 from llava_jax.convert.files import read_json
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import CLIP_MEAN, CLIP_STD, TowerConfig, VisionConfig
@@ -18,16 +20,17 @@ class ImageSettings(NamedTuple):
     std: tuple[float, float, float]
 
 
-def read_settings(directory: Path) -> ImageSettings:
+def read_settings(directory: epath.PathLike) -> ImageSettings:
     """The image processor of a directory; transformers 5 nests it in processor_config.json.
 
     Raises:
       UnusableCheckpoint: a processor whose pixels this model would not see the same.
     """
+    directory = epath.Path(directory)
     nested, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
-    content = read_json(nested).get("image_processor") if nested.is_file() else None
+    content = read_json(nested).get("image_processor") if files.is_file(nested) else None
     if content is None:  # transformers takes the nested one where both are there
-        content = read_json(alone) if alone.is_file() else None
+        content = read_json(alone) if files.is_file(alone) else None
     if content is None:
         return ImageSettings(None, None, CLIP_MEAN, CLIP_STD)
     fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}

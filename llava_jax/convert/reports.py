@@ -12,6 +12,7 @@ from llava_jax.checkpoint import store
 from llava_jax.convert.files import Spec
 from llava_jax.convert.source import Source, merge_adapters, open_source
 from llava_jax.convert.table import Progress, nbytes
+from llava_jax.errors import UnusableCheckpoint
 
 
 def inspect(directory: epath.PathLike, step: int | None = None) -> Iterator[str]:
@@ -42,17 +43,22 @@ def verify(directory: epath.PathLike, step: int | None = None) -> str:
     """Reads every leaf, bases included, and compares it with its checksum; returns one line on what was found.
 
     Raises:
-      UnusableCheckpoint: something is missing, of the wrong shape, or changed since it was written.
+      UnusableCheckpoint: something is missing, of the wrong shape, or changed since it was written; or it has no
+        checksum, so that nobody can know.
     """
     source = open_source(directory, step)
     progress = Progress("verifies", "leaves", [_nbytes(source, name) for name in source.specs])
-    without = 0
+    unknown = [name for name, leaves in source.places.items() if name not in leaves.checksums]
     for name, leaves in source.places.items():
         leaves.read(name)
-        without += name not in leaves.checksums
         progress.add(_nbytes(source, name))
-    note = f"; {without} have no checksum, so only their size is known to be right" if without else ""
-    return f"{source.directory}: {len(source.specs)} leaves read, all as they were written{note}"
+    if unknown:
+        raise UnusableCheckpoint(
+            f"{source.directory}: {len(unknown)} of {len(source.specs)} leaves have no checksum, such as {unknown[0]}: "
+            f"only their size is known to be right. `python -m llava_jax.convert merge {directory} OUT` writes a "
+            "checkpoint with checksums, from where on damage is noticed"
+        )
+    return f"{source.directory}: {len(source.specs)} leaves read, all as they were written"
 
 
 def merge(directory: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:

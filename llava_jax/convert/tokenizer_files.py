@@ -12,7 +12,7 @@ from etils import epath
 
 from llava_jax.convert.chat_template import IMAGE
 from llava_jax.errors import UsageError
-from llava_jax.prompt.tokenizer import HubTokenizer, LlamaTokenizer, Tokenizer, load
+from llava_jax.prompt.tokenizer import LlamaTokenizer, Tokenizer, Word, load
 
 PAD = "<pad>"
 
@@ -21,34 +21,42 @@ class Words(NamedTuple):
     """A tokenizer as it is exported.
 
     Attributes:
-      specials: text -> id of its special tokens.
+      words: its words, by rising id.
       pad: text of the padding token.
     """
 
     tokenizer: Tokenizer
-    specials: dict[str, int]
+    words: tuple[Word, ...]
     pad: str
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Text -> id of its words."""
+        return {word.text: word.id for word in self.words}
 
 
 def with_image_token(directory: epath.PathLike, legacy: bool | None) -> Words:
     """A checkpoint's tokenizer with `<image>` and `<pad>`, which Hugging Face models want; ids that are there stay."""
     tokenizer = load(directory, legacy, added=(IMAGE, PAD))
-    return Words(tokenizer, tokenizer.specials, PAD)
+    return Words(tokenizer, tokenizer.words, PAD)
 
 
 def without_image_token(tokenizer: Tokenizer) -> Words:
-    """The tokenizer as the original code has it: without `<image>`, `<pad>` and what comes after them."""
+    """The tokenizer as the original code has it: without `<image>` and `<pad>` where nothing comes after them."""
     end = kept_rows(tokenizer, tokenizer.size)
     pad = tokenizer.pad_id
     if pad >= end:  # LLaVA pads with <unk>; other tokenizers seldom have one
-        pad = tokenizer.processor.unk_id() if isinstance(tokenizer, LlamaTokenizer) else tokenizer.eos_id
-    kept = {text: number for text, number in tokenizer.specials.items() if number < end}
-    return Words(tokenizer, kept, tokenizer.piece(pad))
+        pad = tokenizer.eos_id if tokenizer.unk_id is None else tokenizer.unk_id
+    return Words(tokenizer, tuple(word for word in tokenizer.words if word.id < end), tokenizer.piece(pad))
 
 
 def kept_rows(tokenizer: Tokenizer, rows: int) -> int:
     """Rows of the vocabulary without those that `with_image_token` added."""
-    return min(tokenizer.specials.get(text, rows) for text in (IMAGE, PAD))
+    end = tokenizer.size
+    added = {tokenizer.ids.get(text) for text in (IMAGE, PAD)}
+    while end - 1 in added:
+        end -= 1
+    return rows if end == tokenizer.size else end
 
 
 def files(words: Words, processor_class: str | None) -> dict[str, bytes]:
@@ -59,55 +67,60 @@ def files(words: Words, processor_class: str | None) -> dict[str, bytes]:
       ValueError: a SentencePiece model that is no BPE, which tokenizer.json could not reproduce.
     """
     tokenizer = words.tokenizer
-    texts = {"bos_token": tokenizer.piece(tokenizer.bos_id), "eos_token": tokenizer.piece(tokenizer.eos_id)}
+    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id, "unk_token": tokenizer.unk_id}
+    texts = {key: tokenizer.piece(number) for key, number in named.items() if number is not None}
     texts["pad_token"] = words.pad
-    specials = dict(sorted(words.specials.items(), key=lambda item: item[1]))
-    decoder = {str(number): _flags(text) for text, number in specials.items()}
     config: dict[str, Any] = {
         "clean_up_tokenization_spaces": False,
         "model_max_length": 10**30,  # transformers' word for "no limit"
         "padding_side": "left",  # what batched generation wants
-        "added_tokens_decoder": decoder,
+        "added_tokens_decoder": {str(word.id): word.flags() for word in words.words},
     }
     found = {}
     if isinstance(tokenizer, LlamaTokenizer):
         found["tokenizer.model"] = tokenizer.model
-        texts["unk_token"] = tokenizer.piece(tokenizer.processor.unk_id())
         config |= {"tokenizer_class": "LlamaTokenizer", "legacy": tokenizer.legacy, "sp_model_kwargs": {}}
         config |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
-        model, first = _llama_json(tokenizer, specials), tokenizer.processor.get_piece_size()
+        config |= {} if tokenizer.prefixed else {"add_prefix_space": False}
+        model, first = _llama_json(tokenizer, words.words), tokenizer.processor.get_piece_size()
     else:
         config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
-        model, first = _hub_json(tokenizer, specials), 0
+        model, first = json.loads(tokenizer.content) | {"added_tokens": _entries(words.words)}, 0
     if processor_class is not None:
         config |= {"processor_class": processor_class, "extra_special_tokens": {"image_token": IMAGE}}
     contents = {"tokenizer.json": model, "tokenizer_config.json": config | texts, "special_tokens_map.json": texts}
-    contents["added_tokens.json"] = {text: number for text, number in specials.items() if number >= first}
+    contents["added_tokens.json"] = {word.text: word.id for word in words.words if word.id >= first}
     written = {name: json.dumps(content, indent=2, ensure_ascii=False) for name, content in contents.items()}
     return found | {name: text.encode() for name, text in written.items()}
 
 
-def _llama_json(tokenizer: LlamaTokenizer, specials: Mapping[str, int]) -> dict[str, Any]:
+def _entries(words: Sequence[Word]) -> list[dict[str, Any]]:
+    """`added_tokens` of tokenizer.json."""
+    return [{"id": word.id, **word.flags()} for word in words]
+
+
+def _llama_json(tokenizer: LlamaTokenizer, words: Sequence[Word]) -> dict[str, Any]:
     """tokenizer.json of a SentencePiece BPE. Source: transformers' LlamaConverter (behaviour only)."""
     processor = tokenizer.processor
     vocab = {processor.id_to_piece(number): number for number in range(processor.get_piece_size())}
     scores = [processor.get_score(number) for number in vocab.values()]
     if any(score != int(score) for score in scores):
         raise UsageError("tokenizer.model is no BPE (its scores are no ranks), so no tokenizer.json gives the same ids")
-    # legacy: every stretch between special tokens gets a "▁"; else only the one that begins the text.
+    # legacy: every stretch between words gets a "▁"; else only the one that begins the text.
     prepend = [{"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]
-    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first", "split": False}
+    scheme = "first" if tokenizer.prefixed else "never"
+    metaspace = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": False}
     back = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    strip = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if tokenizer.prefixed else []
     return {
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": [{"id": number, **_flags(text)} for text, number in specials.items()],
+        "added_tokens": _entries(words),
         "normalizer": {"type": "Sequence", "normalizers": prepend} if tokenizer.legacy else None,
         "pre_tokenizer": None if tokenizer.legacy else metaspace,
         "post_processor": _start(tokenizer.piece(tokenizer.bos_id), tokenizer.bos_id) if tokenizer.adds_bos else None,
-        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, strip]},
+        "decoder": {"type": "Sequence", "decoders": [back, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]},
         "model": {
             "type": "BPE",
             "dropout": None,
@@ -143,16 +156,3 @@ def _start(text: str, number: int) -> dict[str, Any]:
         "pair": [bos, first, {"SpecialToken": {"id": text, "type_id": 1}}, second],
         "special_tokens": {text: {"id": text, "ids": [number], "tokens": [text]}},
     }
-
-
-def _hub_json(tokenizer: HubTokenizer, specials: Mapping[str, int]) -> dict[str, Any]:
-    """The tokenizer's own tokenizer.json with these special tokens in it."""
-    content = json.loads(tokenizer.files()["tokenizer.json"])
-    there = {token["content"]: token for token in content["added_tokens"]}
-    content["added_tokens"] = [there.get(text, {"id": number, **_flags(text)}) for text, number in specials.items()]
-    return content
-
-
-def _flags(text: str) -> dict[str, Any]:
-    flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
-    return {"content": text, **flags}

@@ -12,12 +12,13 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
+from etils import epath
 
+from llava_jax import files, streams
 from llava_jax.errors import UnusableCheckpoint
 
 _STORAGES = {
@@ -61,10 +62,10 @@ class StoredTensor(NamedTuple):
 class TorchZip:
     """A torch file; `tensors` are known at once, their bytes are read when asked for."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: epath.Path):
         self._path = path
         try:
-            self._zip = zipfile.ZipFile(path)
+            self._zip = zipfile.ZipFile(streams.open_read(path))
             entries = self._zip.infolist()
         except _BAD_ZIP:
             raise UnusableCheckpoint(
@@ -168,7 +169,7 @@ _ALLOWED = {
 }
 
 
-def write_torch(path: Path, tensors: Mapping[str, np.ndarray], within: str | None = None) -> None:
+def write_torch(path: epath.PathLike, tensors: Mapping[str, np.ndarray], within: str | None = None) -> None:
     """Writes a dictionary of arrays so that `torch.load(path, weights_only=True)` reads it.
 
     within: the dictionary becomes the only value, under this key, of another.
@@ -190,13 +191,12 @@ def write_torch(path: Path, tensors: Mapping[str, np.ndarray], within: str | Non
         arguments += [_global("collections", "OrderedDict") + pickle.EMPTY_TUPLE + pickle.REDUCE]
         out.write(_text(name) + _global("torch._utils", "_rebuild_tensor_v2") + _tuple(arguments) + pickle.REDUCE)
     out.write(pickle.SETITEMS + (pickle.SETITEM if within is not None else b"") + pickle.STOP)
-    root = path.stem
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
-        file.writestr(f"{root}/data.pkl", out.getvalue())
-        file.writestr(f"{root}/byteorder", "little")
-        for key, array in enumerate(tensors.values()):
-            file.writestr(f"{root}/data/{key}", np.ascontiguousarray(array).tobytes())
-        file.writestr(f"{root}/version", "3\n")
+    root, whole = epath.Path(path).stem, io.BytesIO()
+    with zipfile.ZipFile(whole, "w", zipfile.ZIP_STORED) as file:
+        arrays = {f"data/{key}": np.ascontiguousarray(array).tobytes() for key, array in enumerate(tensors.values())}
+        for name, content in {"data.pkl": out.getvalue(), "byteorder": b"little", **arrays, "version": b"3\n"}.items():
+            file.writestr(zipfile.ZipInfo(f"{root}/{name}"), content)  # without the time: the same tensors, same bytes
+    files.write_whole(path, whole.getvalue())
 
 
 def _text(text: str) -> bytes:

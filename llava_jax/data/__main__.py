@@ -1,36 +1,43 @@
 """`python -m llava_jax.data show | validate | index | prepare`: look at records before anything is trained on them."""
 
 import argparse
-import collections
-import dataclasses
-import itertools
 import json
 import logging
 import sys
 import tempfile
-import time
-from collections.abc import Iterable
 
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, errors
-from llava_jax.data import index, prepare
-from llava_jax.data.sources import JsonSource, open_source
-from llava_jax.data.validate import REASONS, Finding, brief, rules, validate
+from llava_jax import cli, errors, files
+from llava_jax import config as configs
+from llava_jax.data import index, prepare, report
+from llava_jax.data.check import Checks, rules
+from llava_jax.data.problems import brief
+from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
-_NOTES_SHOWN = 20
+_RECORDS = ".json list, .jsonl, .parquet, .tar, or a directory of parquet, tar, Hugging Face datasets or TFDS"
+_FORMAT = {"template": "v1", "tokenizer": None, "legacy": None, "image_start_end": False, "row_tokens": 2048,
+           "image_features": 576}  # fmt: skip
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data."""
-    options = _parser().parse_args(arguments)
+    return cli.run("data", lambda: _run(sys.argv[1:] if arguments is None else arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    words, overrides = cli.overrides(arguments)
+    options = _parser().parse_args(words)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)
-    return cli.run("data", lambda: options.run(options))
+    if overrides and not vars(options).get("config"):
+        raise UsageError(f"--config.{next(iter(overrides))} changes a config: name it, with `validate --config FILE`")
+    options.overrides = overrides
+    return options.run(options)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,29 +55,36 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "prepare":
             _add_prepare(sub)
             continue
-        sub.add_argument("records", metavar="RECORDS", help=".json list, .jsonl, or a TFDS directory")
-        sub.add_argument("--split", default="train", help="of a TFDS directory")
+        sub.add_argument("records", metavar="RECORDS", nargs="?" if verb == "validate" else None, help=_RECORDS)
+        sub.add_argument("--split", default="train", help="of a directory")
         if verb != "show":
             sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         _add_format(sub, verb)
+        if verb == "validate":
+            _add_validate(sub)
     return parser
 
 
 def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
-    sub.add_argument("--template", default="v1", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
+    sub.add_argument("--template", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
     sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show", help="tokenizer.model or a directory")
     sub.add_argument("--legacy", choices=("true", "false"), help="LLaMA tokenizer mode; default: what its files say")
-    sub.add_argument("--image-start-end", action="store_true",
+    sub.add_argument("--image-start-end", action="store_true", default=None,
                      help="<im_start> and <im_end> around each image, tokens if the tokenizer has them")  # fmt: skip
-    if verb == "show":
-        return
-    sub.add_argument("--row-tokens", type=int, default=2048, metavar="N", help="longest row; default 2048")
-    sub.add_argument("--image-features", type=int, default=576, metavar="N", help="tokens of an image; default 576")
-    if verb == "validate":
-        sub.add_argument("--open-images", action="store_true", help="decode every image too")
     if verb == "index":
         sub.add_argument("--cache", metavar="DIR", help="keep the lengths there (WORKDIR/lengths: training reads them)")
+    if verb != "show":
+        sub.add_argument("--row-tokens", type=int, metavar="N", help="longest row; default 2048")
+        sub.add_argument("--image-features", type=int, metavar="N", help="tokens of an image; default 576")
+
+
+def _add_validate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--open-images", action="store_true", help="decode every image too")
+    sub.add_argument("--config", metavar="FILE",
+                     help="check what a run of this config would: its format, limits and skip budget, and its sources "
+                     "where no RECORDS are named; --config.BRANCH.KEY=VALUE as in train")  # fmt: skip
+    sub.add_argument("--out", metavar="GOOD.json", help="write the records that are fit there, as they were written")
 
 
 def _format(options: argparse.Namespace, image_features: int) -> Format | None:
@@ -79,10 +93,19 @@ def _format(options: argparse.Namespace, image_features: int) -> Format | None:
         return None
     legacy = None if options.legacy is None else options.legacy == "true"
     loaded = tokenizer.load(options.tokenizer, legacy=legacy)
+    ending.check(template, loaded, options.tokenizer)
     return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
 
 
+def _fill_in(options: argparse.Namespace) -> None:
+    """Sets what no argument says to its default."""
+    for name, value in _FORMAT.items():
+        if vars(options).get(name, value) is None:
+            setattr(options, name, value)
+
+
 def _show(options: argparse.Namespace) -> int:
+    _fill_in(options)
     format, code = _format(options, image_features=1), 0
     for record in open_source(options.records, split=options.split):
         try:
@@ -101,56 +124,46 @@ def _show(options: argparse.Namespace) -> int:
 
 
 def _validate(options: argparse.Namespace) -> int:
-    format, start = _format(options, options.image_features), time.monotonic()
-    limits = rules(templates.get(options.template), format.tokenizer if format else None)
-    try:
-        source = open_source(options.records, options.images, split=options.split, keep_broken=True)
-    except DataError as error:
-        return _report(options, 0, [Finding(options.records, 0, None, "", "malformed_json", str(error))], start)
-    broken = source.broken if isinstance(source, JsonSource) else ()
-    findings = (Finding(source.path, i, line, "", "malformed_json", detail) for i, line, detail in broken)
-    sound = validate(source, limits, format, options.row_tokens, options.open_images)
-    return _report(options, len(source) + len(broken), itertools.chain(findings, sound), start)
+    if options.config:
+        return report.run(_of_config(options), options.open_images, options.json, options.out)
+    if not options.records:
+        raise UsageError("validate wants RECORDS, or --config FILE, whose sources it then reads")
+    _fill_in(options)
+    format = _format(options, options.image_features)
+    checks = Checks(rules(templates.get(options.template), format and format.tokenizer), format, options.row_tokens)
+    look = options.images is not None
+    unchecked = {"image files (--images DIR)": look or files.is_dir(options.records),
+                 "pictures (--open-images)": options.open_images,
+                 "token counts (--tokenizer PATH)": format is not None,
+                 "pictures of a row (--config FILE)": False}  # fmt: skip
+    place = report.Place(options.records, options.images, options.split)
+    skipped = tuple(what for what, done in unchecked.items() if not done)
+    return report.run(report.Task([place], checks, look, 0.0, skipped), options.open_images, options.json, options.out)
 
 
-def _report(options: argparse.Namespace, records: int, findings: Iterable[Finding], start: float) -> int:
-    """Prints findings as they come, then counts; the exit code."""
-    counts: collections.Counter[str] = collections.Counter()
-    bad = set()
-    for finding in findings:
-        counts[finding.reason] += 1
-        if finding.fatal:
-            bad.add((finding.index, finding.line))
-        if options.json:
-            print(json.dumps(dataclasses.asdict(finding) | {"refused": finding.fatal}))
-        elif finding.fatal or counts[finding.reason] <= _NOTES_SHOWN:
-            print(finding)
-    secs = time.monotonic() - start
-    if options.json:
-        print(json.dumps({"records": records, "bad": len(bad), "counts": counts, "secs": round(secs, 3)}))
-        return errors.DATA if bad else 0
-    for reason, count in counts.most_common():
-        refused, meaning = REASONS[reason]
-        print(f"{count:9,} {reason:22} {'refused' if refused else 'used   '} {meaning}")
-    print(f"{options.records}: {records:,} records, {len(bad):,} bad, in {secs:.1f} s ({records / secs:,.0f}/s)"
-          + _unchecked(options))  # fmt: skip
-    return errors.DATA if bad else 0
+def _of_config(options: argparse.Namespace) -> report.Task:
+    """What a run of the config would check, and where."""
+    given = [f"--{name.replace('_', '-')}" for name in _FORMAT if vars(options)[name] is not None]
+    if given:
+        raise UsageError(f"{', '.join(given)}: the config says it; change it with --config.prompt.template, "
+                         "--config.data.row_tokens, ...")  # fmt: skip
+    config = configs.load(options.config, options.overrides)
+    from llava_jax.train import trainer  # here only: it brings jax
 
-
-def _unchecked(options: argparse.Namespace) -> str:
-    skipped = []
-    if not options.images and not epath.Path(options.records).is_dir():
-        skipped.append("image files (--images DIR)")
-    if not options.open_images:
-        skipped.append("pictures (--open-images)")
-    if not options.tokenizer:
-        skipped.append("token counts (--tokenizer PATH)")
-    return f"; not checked: {', '.join(skipped)}" if skipped else ""
+    format, data = trainer.format_of(config), config.data
+    checks = Checks(rules(format.template, format.tokenizer), format, data.row_tokens, data.images_per_group)
+    unchecked = () if options.open_images else ("pictures (--open-images)",)
+    places = [report.Place(one.path, one.images or None, options.split) for one in data.sources]
+    held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]
+    if options.records:
+        images = options.images or next((p.images for p in (*places, *held_out) if p.path == options.records), None)
+        places, held_out = [report.Place(options.records, images, options.split)], []
+    return report.Task([*places, *held_out], checks, True, data.skip_budget, unchecked)
 
 
 def _index(options: argparse.Namespace) -> int:
+    _fill_in(options)
     format = _format(options, options.image_features)
-    templates.get(options.template)
     source = open_source(options.records, options.images, split=options.split)
     words = index.word_lengths(source, options.cache)
     lengths = np.abs(words) if format is None else index.token_lengths(source, format, options.cache)
@@ -192,6 +205,8 @@ def _add_prepare(sub: argparse.ArgumentParser) -> None:
 
 
 def _prepare(options: argparse.Namespace) -> int:
+    if options.to == "tfds" or options.records not in prepare.NAMES:
+        files.want_disk(options.out, "--out", "array_record files are written there")
     if options.records not in prepare.NAMES:
         if options.raw is not None or options.to == "json":
             raise UsageError(f"prepare {options.records}: --from and --to json want one of {', '.join(prepare.NAMES)}")

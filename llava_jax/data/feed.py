@@ -16,13 +16,16 @@ import grain
 import numpy as np
 
 from llava_jax.batch import Batch, Example
+from llava_jax.data.check import Checks, allowed_bad, example, read, rules
 from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
-from llava_jax.data.sources import Record, Source
-from llava_jax.data.validate import REASONS, Finding, Problem, brief, check, found, rules
+from llava_jax.data.problems import Finding, Problem, brief
+from llava_jax.data.records import found
+from llava_jax.data.sources import Source
+from llava_jax.data.tally import Tally
 from llava_jax.distributed import Rows, SharedSet
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.encode import Format
 
 _log = logging.getLogger(__name__)
 _FOREVER = 2**62
@@ -30,11 +33,25 @@ _STATE_VERSION = 1
 
 
 class _Loaded(NamedTuple):
-    """A sample on its way through grain: an example, or an empty one and why."""
+    """A sample on its way through grain: an example, or an empty one and why; unknown: its keys that nothing reads."""
 
     example: Example
     record: int
     finding: Finding | None
+    unknown: tuple[Finding, ...] = ()
+
+
+class _Naming(NamedTuple):
+    """Names the record in what is raised while it is read, which grain does not know."""
+
+    source: Source
+    index: int
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            error.add_note(f"while reading {self.source.path}[{self.index}]")
 
 
 class _Groups:
@@ -63,7 +80,7 @@ class Feed(abc.ABC):
     mean_groups: for the loss "group_mean", so many neighbouring groups of rows share a mean. A process loads them whole
       even where it yields a part, as the weight of a target depends on the other targets of its group.
 
-    lost_targets: learned tokens that `row_tokens` has cut off so far.
+    tally: what of the data was not learned from so far.
     """
 
     def __init__(
@@ -78,9 +95,10 @@ class Feed(abc.ABC):
         starts = {place // whole * whole for place in self._own}
         self._read = sorted(start + i for start in starts for i in range(whole))
         self.row_tokens, self.images_per_group = row_tokens, images_per_group
-        self.skip_budget, self.threads, self.lost_targets = skip_budget, threads, 0
+        self.skip_budget, self.threads = skip_budget, threads
+        self.tally = Tally(self._own, row_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
-        self._rules = rules(format.template, format.tokenizer)
+        self._checks = Checks(rules(format.template, format.tokenizer), format, row_tokens, images_per_group)
         self._bad: dict[int, Finding] = {}
         self._bad_everywhere = SharedSet("bad")
         self._step = start_step
@@ -117,6 +135,16 @@ class Feed(abc.ABC):
         return self.schedule.samples
 
     @property
+    def lost_targets(self) -> int:
+        """Supervised tokens that `row_tokens` has cut off so far."""
+        return int(self.tally.targets[:, 1].sum())
+
+    @property
+    @abc.abstractmethod
+    def step_samples(self) -> float:
+        """Samples of one step; of packed rows, on average."""
+
+    @property
     def bad(self) -> tuple[Finding, ...]:
         """The records that this process has skipped, in the order of meeting; a record counts once."""
         return tuple(self._bad.values())
@@ -137,8 +165,8 @@ class Feed(abc.ABC):
                 groups = {place: next(loaded) for place in self._read}
                 self._note([sample for group in groups.values() for row in group for sample in row])
                 examples = self._examples(groups)
-                batch, lost = packed(examples, self._row_length(), self.images_per_group, self.format.image_size)
-                self.lost_targets += lost
+                batch, _ = packed(examples, self._row_length(), self.images_per_group, self.format.image_size)
+                self.tally.note_targets(examples, batch.weights)
                 self._step += 1
                 yield batch, tuple(example.id for group in examples for row in group for example in row)
         finally:
@@ -199,56 +227,55 @@ class Feed(abc.ABC):
 
     def _note(self, samples: Sequence[_Loaded]) -> None:
         """Counts the bad samples of a batch, of all processes; raises DataError when they are too many."""
-        allowed = int(self.skip_budget * self.records + 1e-9)
         for sample in samples:
             if sample.finding is None:
+                self.tally.note_keys(sample.unknown)
                 continue
             known = sample.record in self._bad
             self._bad[sample.record] = sample.finding
             self._bad_everywhere.add(sample.record)
-            bad = len(self._bad_everywhere.values())
-            if bad > allowed:
-                raise DataError(
-                    f"{sample.finding}. Bad records so far: {bad}; skip_budget={self.skip_budget} of "
-                    f"{self.records} records allows {allowed}. Repair the data (python -m llava_jax.data validate "
-                    f"{sample.finding.path} lists all), or raise data.skip_budget"
-                )
+            bad = self._bad_everywhere.values()
+            allowed = allowed_bad(self.skip_budget, self.records)
+            if len(bad) > allowed:
+                raise _too_many(sample.finding, len(bad), self.skip_budget, self.records)
             if not known:
-                _log.warning("skips %s (%d of %d allowed)", sample.finding, bad, allowed)
+                _log.warning("skips %s (%d of %d allowed)", sample.finding, len(bad), allowed)
+            self._check_source(sample, bad)
+
+    def _check_source(self, sample: _Loaded, bad: set[int]) -> None:
+        """Raises DataError where a source has nothing to learn from, whatever the budget."""
+        which = self._place(sample.record)[0]
+        size = self.schedule.sizes[which]
+        refused = sum(int(self._starts[which]) <= number < self._starts[which] + size for number in bad)
+        if refused == size and not self.one_pass:
+            raise DataError(
+                f"{sample.finding}. All {size} records of source {self.sources[which].name!r} are refused: nothing of "
+                "it is learned. Repair it, or take it out of data.sources"
+            )
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(the source of a record, its number there)."""
+        which = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return which, number - int(self._starts[which])
 
     def _load(self, group: int) -> list[list[_Loaded]]:
         return [[self._sample(record) for record in row] for row in self._rows(group)]
 
     def _sample(self, number: int) -> _Loaded:
-        """The record's example, or an empty one and what is wrong. Runs in grain's threads and must not raise there:
-        grain loses the rest of the batch, and does not know the record."""
-        which = int(np.searchsorted(self._starts, number, side="right")) - 1
-        source, index = self.sources[which], number - int(self._starts[which])
-        try:
+        """The record's example, or an empty one and what is wrong.
+
+        Runs in grain's threads, where an exception loses the rest of the batch: only a store that does not answer, or a
+        fault of a library, may raise one.
+        """
+        which, index = self._place(number)
+        source = self.sources[which]
+        with _Naming(source, index):
             record = source[index]
-        except (ValueError, OSError) as error:
-            record = Record(source.path, index, None, None)
-            return _Loaded(_empty(record.id), number, found(record, Problem("unreadable", str(error))))
-        fatal = [problem for problem in check(record, self._rules) if REASONS[problem.reason][0]]
-        result = fatal[0] if fatal else self._encoded(record, source)
+            reading = read(record, self._checks.rules, source.images)
+            result = example(reading, self._checks, source.images)
         if isinstance(result, Problem):
             return _Loaded(_empty(record.id), number, found(record, result))
-        return _Loaded(result, number, None)
-
-    def _encoded(self, record: Record, source: Source) -> Example | Problem:
-        try:
-            example = encode(record.conversation, self.format, source.images)
-        except (ValueError, OSError) as error:
-            missing = isinstance(error.__cause__, FileNotFoundError)
-            reason = "missing_image" if missing else "bad_image" if record.raw.get("image") else "bad_text"
-            return Problem(reason, str(error))
-        kept, lost = cut(example, self.row_tokens)
-        if len(kept.images) > self.images_per_group:
-            return Problem("too_many_images", f"{len(kept.images)} for images_per_group={self.images_per_group}")
-        if not kept.learned[1:].any():
-            return Problem("no_learned_tokens", f"{len(example.tokens)} tokens for a row of {self.row_tokens}: all "
-                           f"{lost} targets are lost")  # fmt: skip
-        return example
+        return _Loaded(result, number, None, reading.unknown)
 
 
 def _weighted(example: Example, total: float) -> Example:
@@ -260,9 +287,24 @@ def _empty(id: str) -> Example:
     return Example(np.zeros(0, np.int32), np.zeros(0, bool), (), (), id)
 
 
+def _too_many(finding: Finding, bad: int, skip_budget: float | int, records: int) -> DataError:
+    return DataError(
+        f"{finding}. Bad records so far: {bad}; skip_budget={skip_budget} of {records} records allows "
+        f"{allowed_bad(skip_budget, records)}. Repair the data (python -m llava_jax.data validate {finding.path} lists "
+        "all, and writes the others with --out), or raise data.skip_budget"
+    )
+
+
 def check_sources(sources: Sequence[Source], skip_budget: float | int) -> None:
-    """Raises ValueError where these arguments of any pipeline do not fit; names them."""
+    """Raises ValueError where these arguments of any pipeline do not fit, DataError where too many records are known
+    to be unreadable; names them."""
     if not sources:
         raise UsageError("data sources=() is empty: want at least one")
     if not 0 <= skip_budget < 1:
         raise UsageError(f"data skip_budget={skip_budget}: want a part of all records, 0 <= skip_budget < 1")
+    bad = [(source, index) for source in sources for index in source.unreadable]
+    records = sum(map(len, sources))
+    if len(bad) > allowed_bad(skip_budget, records):
+        source, index = bad[0]
+        record = source.text(index)
+        raise _too_many(found(record, Problem("unreadable", record.fault)), len(bad), skip_budget, records)

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError
 
 
@@ -15,7 +16,7 @@ def read_json(path: epath.Path, kind: type = object) -> Any:
       DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        value = json.loads(path.read_bytes().decode("utf-8-sig"))
+        value = json.loads(files.read(path).decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
     if not isinstance(value, kind):
@@ -30,7 +31,7 @@ def read_text(path: epath.Path) -> str:
       DataError: it is no UTF-8.
     """
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return files.read(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is no UTF-8 text: is it the right file?") from None
 

@@ -3,21 +3,26 @@
 Packing and row lengths are planned from these numbers, so they count exactly what `encode` makes of a record.
 """
 
+import functools
 import hashlib
+import importlib.resources
 import io
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator
 
 import numpy as np
 from etils import epath
 
-from llava_jax.data.sources import Record, Source
-from llava_jax.data.validate import REASONS, check, rules
+from llava_jax import files
+from llava_jax.data.check import read, rules
+from llava_jax.data.problems import Problem
+from llava_jax.data.records import Record, parse
+from llava_jax.data.sources import Source
 from llava_jax.prompt.encode import Format, encode
 
 _log = logging.getLogger(__name__)
+_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def word_lengths(source: Source, cache_dir: epath.PathLike | None = None) -> np.ndarray:
@@ -40,10 +45,12 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
     fit = rules(format.template)
 
     def measured(record: Record) -> tuple[int, int]:
-        if any(REASONS[problem.reason][0] for problem in check(record, fit)):
+        reading = read(record, fit)
+        # The image folder may change between two starts, so what is wrong with paths does not count.
+        if any(problem.fatal and problem.reason != "unsafe_path" for problem in reading.problems):
             return 0, 0
         try:
-            example = encode(record.conversation, format, open_images=False)
+            example = encode(reading.conversation, format, open_images=False)
         except ValueError:
             return 0, 0  # what is wrong is said when the record is read for training
         return len(example.tokens), len(example.image_spans)
@@ -52,12 +59,12 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
 
 
 def _words(record: Record) -> int:
-    raw = record.raw
-    rows = raw.get("conversations") if isinstance(raw, dict) else None
-    texts = [row.get("value") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    count = sum(len(text.split()) for text in texts if isinstance(text, str))
-    # Differs from LLaVA: it asserts that no record is empty; here a bad record must not stop the others' order.
-    return max(count, 1) * (1 if isinstance(raw, dict) and "image" in raw else -1)
+    parsed = parse(record)
+    if isinstance(parsed, Problem):
+        return -1  # Differs from LLaVA: it asserts that no record is empty; a bad one must not stop the others' order
+    conversation = parsed.conversation
+    count = sum(len(text.split()) for text in (conversation.system or "", *(turn.text for turn in conversation.turns)))
+    return max(count, 1) * (1 if conversation.images else -1)
 
 
 def _fingerprint(format: Format) -> str:
@@ -76,33 +83,47 @@ def _kept(
 ) -> np.ndarray:  # fmt: skip
     """int32 [n, numbers]: the measure of every record, from the cache if it holds it.
 
-    A file is written under another name and then renamed, so hosts that measure at once do not disturb each other.
+    A file of the cache is a .npy file and then the SHA-256 of it. Its name is of the data, the measure and the code
+    that measures: another release measures anew.
     """
     if not cache_dir:
         return _measured(source, kind, numbers, measure)
-    key = hashlib.sha256(f"{source.fingerprint} {kind}".encode()).hexdigest()[:32]
+    key = hashlib.sha256(f"{source.fingerprint} {kind} {_code()}".encode()).hexdigest()[:32]
     place = epath.Path(cache_dir) / f"lengths-{key}.npy"
     found = _load(place, (len(source), numbers))
     if found is None:
         found = _measured(source, kind, numbers, measure)
-        place.parent.mkdir(parents=True, exist_ok=True)
         buffer = io.BytesIO()
         np.save(buffer, found, allow_pickle=False)
-        partial = place.with_name(f"{place.name}.{os.getpid()}-{time.time_ns()}.partial")
-        partial.write_bytes(buffer.getvalue())
-        partial.replace(place)
+        files.write_whole(place, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
     return found
 
 
 def _load(place: epath.Path, shape: tuple[int, int]) -> np.ndarray | None:
     """What the cache holds, or None where it holds nothing whole: it is then measured again."""
-    if not place.exists():
-        return None
     try:
-        found = np.load(io.BytesIO(place.read_bytes()), allow_pickle=False)
-    except (ValueError, EOFError):
+        content = files.read(place)
+    except FileNotFoundError:
         return None
-    return found if found.dtype == np.int32 and found.shape == shape else None
+    array, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(array).digest() == digest:
+        found = np.load(io.BytesIO(array), allow_pickle=False)
+        if found.dtype == np.int32 and found.shape == shape:
+            return found
+    _log.warning("%s is damaged: its records are measured again", place)
+    return None
+
+
+@functools.cache
+def _code() -> str:
+    """A hash of all that decides what a record is and how many tokens it has."""
+    digest = hashlib.sha256()
+    for package in ("data", "prompt"):
+        folder = importlib.resources.files("llava_jax") / package
+        for file in sorted(folder.iterdir(), key=lambda file: file.name):
+            if file.name.endswith(".py"):
+                digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
 
 
 def _measured(source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]]) -> np.ndarray:
@@ -113,8 +134,8 @@ def _measured(source: Source, kind: str, numbers: int, measure: Callable[[Record
 def _watched(source: Source, kind: str) -> Iterator[Record]:
     """The records, with a line of progress every ten seconds."""
     start = last = time.monotonic()
-    for done, record in enumerate(source):
-        yield record
+    for done in range(len(source)):
+        yield source.text(done)
         now = time.monotonic()
         if now - last > 10:
             last, rate = now, done / (now - start)

@@ -111,7 +111,7 @@ def picks(sizes: Sequence[int], weights: Sequence[float | int], seed: int, epoch
         visits = np.arange(epoch * count, (epoch + 1) * count)
         if count % size:
             visits = np.concatenate([
-                randperm(size, twister(_mixed(seed, number, int(turn))))[visits[visits // size == turn] % size]
+                randperm(size, twister(mixed(seed, number, int(turn))))[visits[visits // size == turn] % size]
                 for turn in np.unique(visits // size)
             ])  # fmt: skip
         chosen.append(first + visits % size)
@@ -119,7 +119,8 @@ def picks(sizes: Sequence[int], weights: Sequence[float | int], seed: int, epoch
     return np.concatenate(chosen)
 
 
-def _mixed(*numbers: int) -> int:
+def mixed(*numbers: int) -> int:
+    """A seed of its own for each sequence of numbers."""
     return int(np.random.SeedSequence([number & 0xFFFFFFFF for number in numbers]).generate_state(1)[0])
 
 
@@ -190,7 +191,7 @@ class Schedule:
         chosen = picks(self.sizes, self.weights, self.seed, epoch)
         # Differs from LLaVA: each epoch has its own seed instead of going on with one stream, so that any epoch can
         # be entered directly. The first epoch is the reference's.
-        generator = twister(_mixed(self.seed, epoch) if epoch else self.seed)
+        generator = twister(mixed(self.seed, epoch) if epoch else self.seed)
         if self.order == "shuffle":
             return chosen[randperm(len(chosen), generator)]
         if self.order == "modality_length":

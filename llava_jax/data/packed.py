@@ -97,6 +97,10 @@ class Packed(Feed):
     def steps_of(self, epochs: float | int) -> int:
         return self.plans.steps_of(epochs)
 
+    @property
+    def step_samples(self) -> float:
+        return self.groups * self.plans.rows_per_group * self.plans.fill().samples_a_row
+
     def _rows(self, group: int) -> list[list[int]]:
         return self.plans.rows(group)
 

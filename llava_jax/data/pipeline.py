@@ -81,6 +81,10 @@ class Pipeline(Feed):
     def steps_of(self, epochs: float | int) -> int:
         return resolve_steps(self.samples, self.groups, epochs)
 
+    @property
+    def step_samples(self) -> float:
+        return float(self.groups)
+
     def _rows(self, group: int) -> list[list[int]]:
         """The one sample of the one row; none where the last batch of one pass is filled up."""
         return [[] if self.one_pass and group >= self.samples else [self.schedule.record(group)]]

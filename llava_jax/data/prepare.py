@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data import scienceqa
 from llava_jax.data.files import field, read_json
 from llava_jax.data.sources import open_source
@@ -68,7 +69,7 @@ def make(name: str, directory: epath.PathLike, options: Options) -> Made:
       DataError: a file is missing (names it and where it comes from) or damaged. ValueError: an unknown option.
     """
     root = epath.Path(directory)
-    if not root.is_dir():
+    if not files.is_dir(root):
         raise DataError(f"--from {directory} is no directory")
     made = NAMES[name](root, options)
     if not made.records:
@@ -83,12 +84,10 @@ def write(made: Made, out: epath.PathLike) -> epath.Path:
       ValueError: it is there already.
     """
     path = epath.Path(out) / f"{made.name}.json"
-    if path.exists():
+    if files.exists(path):
         raise UsageError(f"{path} exists already: remove it or choose another --out")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".part")
-    beside.write_text("[\n" + ",\n".join(json.dumps(row, ensure_ascii=False) for row in made.records) + "\n]\n")
-    beside.replace(path)
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False) for row in made.records)
+    files.write_whole(path, f"[\n{rows}\n]\n".encode())
     return path
 
 
@@ -111,7 +110,7 @@ def _scienceqa(root: epath.Path, options: Options) -> Made:
 def _llava_pretrain(root: epath.Path, options: Options) -> Made:
     path = _raw(root, PRETRAIN, options, "huggingface.co/liuhaotian: LLaVA-Pretrain or LLaVA-CC3M-Pretrain-595K")
     records = [record.raw for record in open_source(path)]
-    images = root / "images" if (root / "images").is_dir() else root
+    images = root / "images" if files.is_dir(root / "images") else root
     _want(images, records, "images.zip of the same data set, unpacked")
     return Made(records, images, path.stem, _counted(path, PRETRAIN, records))
 
@@ -137,7 +136,7 @@ def _llava_instruct(root: epath.Path, options: Options) -> Made:
 def _coco(root: epath.Path, options: Options) -> Made:
     split = options.split or "train2017"
     name = f"captions_{split}.json"
-    path = next((one for one in (root / name, root / "annotations" / name) if one.exists()), None)
+    path = next((one for one in (root / name, root / "annotations" / name) if files.exists(one)), None)
     if path is None:
         raise DataError(f"{root} lacks {name} and annotations/{name}: cocodataset.org, annotations_trainval")
     told = read_json(path)
@@ -160,7 +159,7 @@ def _coco(root: epath.Path, options: Options) -> Made:
         for number, caption in enumerate(chosen):
             apart = f"-{number}" if options.captions == "all" else ""
             records.append(_pair(f"{identity:012}{apart}", name, caption))
-    images = root / split if (root / split).is_dir() else root
+    images = root / split if files.is_dir(root / split) else root
     _want(images, records, f"{split}.zip of cocodataset.org, unpacked")
     notes = (f"{bare:,} pictures without a caption are left out",) if bare else ()
     return Made(records, images, f"coco_{split}", notes)
@@ -168,7 +167,7 @@ def _coco(root: epath.Path, options: Options) -> Made:
 
 def _cc_sbu_align(root: epath.Path, options: Options) -> Made:
     path = root / "filter_cap.json"
-    if not path.exists():
+    if not files.exists(path):
         raise DataError(f"{root} lacks filter_cap.json: MiniGPT-4's dataset/README_2_STAGE.md says where it is, and "
                         "`python -m llava_jax.datagen curate` makes one of your own pictures")  # fmt: skip
     rng, records = np.random.default_rng(options.seed), []
@@ -189,7 +188,7 @@ def _raw(root: epath.Path, names: Sequence[str] | dict[str, int | None], options
     wanted = [options.file] if options.file else list(names)
     if options.file and options.file not in names:
         raise UsageError(f"--file {options.file}: want one of {', '.join(names)}")
-    found = [root / name for name in wanted if (root / name).exists()]
+    found = [root / name for name in wanted if files.exists(root / name)]
     if not found:
         raise DataError(f"{root} holds none of {', '.join(wanted)}; they come from {source}")
     if len(found) > 1:
@@ -200,7 +199,7 @@ def _raw(root: epath.Path, names: Sequence[str] | dict[str, int | None], options
 def _want(folder: epath.Path, records: Sequence[dict[str, Any]], source: str) -> None:
     """Looks for the first picture: a folder too deep or an archive still packed shows at once."""
     first = next((record["image"] for record in records if isinstance(record.get("image"), str)), None)
-    if first is not None and not (folder / first).exists():
+    if first is not None and not files.exists(folder / first):
         raise DataError(f"{folder / first} does not exist: want {source}")
 
 

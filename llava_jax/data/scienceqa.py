@@ -10,6 +10,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.files import field, read_json
 from llava_jax.errors import DataError, UsageError
 
@@ -151,7 +152,7 @@ def _restored(text: str) -> str:
 
 
 def _json(path: epath.Path) -> Any:
-    if not path.exists():
+    if not files.exists(path):
         raise DataError(f"{path} does not exist: it is one of the files that lupantech/ScienceQA's tools/download.sh "
                         "and data/scienceqa provide")  # fmt: skip
     return read_json(path)

@@ -1,66 +1,101 @@
 """Reads picture-caption pairs from tar shards, as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
 
-A shard is never unpacked: its headers are read once, then pictures by their places in the file.
+A shard is never unpacked: its headers and captions are read once, then a picture by its place in the file.
 """
 
 import hashlib
 import json
+import logging
 import re
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from llava_jax.data.sources import Record, Source
-from llava_jax.errors import DataError
+from llava_jax import files, streams
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Source
+from llava_jax.errors import DataError, Unreachable
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
+CAPTIONS = ("txt", "json")  # the first that is there counts
 CAPTION_WORDS = 50
 _MARKS = re.compile(r"[.!\"()*#:;~]")
+_MOST_CAPTION_BYTES = 10**6  # img2dataset's .json holds a page of metadata beside the caption
+_READERS = 8  # shards that are opened at once; more than one only helps where a store is far
+# A bucket's shard is read through: a request for each header would take a thousand times as long.
+_BLOCK_BYTES = 16 * 2**20
+
+_log = logging.getLogger(__name__)
 
 
-class Place(NamedTuple):
-    """Bytes of a shard. json: they are an object with a caption, and no plain text."""
+class _Member(NamedTuple):
+    """A file in a shard. content: of a caption; fault: why it cannot be used, or ""."""
 
-    shard: int
+    key: str
+    kind: str
     start: int
     size: int
-    json: int
+    content: bytes
+    fault: str
+
+
+class _Pair(NamedTuple):
+    """A picture's place in its shard and its caption; or what is wrong with them."""
+
+    key: str
+    start: int
+    size: int
+    caption: str
+    fault: str
 
 
 @dataclass(frozen=True)
 class ShardSource(Source):
-    """shards: the tar files; keys: names of the pairs; pictures, captions: int64 [n, 4], a `Place` in each row."""
+    """Pairs of tar files. A pair that is damaged is a record with a fault.
+
+    Attributes:
+      shards: the tar files.
+      pairs: of all shards.
+      shard_of: int32 [n], the shard of each pair.
+    """
 
     shards: tuple[epath.Path, ...]
-    keys: tuple[str, ...]
-    pictures: np.ndarray
-    captions: np.ndarray
+    pairs: tuple[_Pair, ...]
+    shard_of: np.ndarray
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self.pairs)
 
     def __getitem__(self, index: int) -> Record:
-        key = self.keys[index]
-        of_picture, of_text = (Place(*map(int, table[index])) for table in (self.pictures, self.captions))
-        caption = _caption(self._read(of_text), bool(of_text.json), f"{self.path}: {key}")
-        raw = {
-            "id": key, "image": key,
-            "conversations": [{"from": "human", "value": "<image>"},
-                              {"from": "gpt", "value": clean_caption(caption)}],
-        }  # fmt: skip
-        return Record(self.path, index, None, raw, (self._read(of_picture),))
+        pair, shard = self.pairs[index], self.shards[self.shard_of[index]]
+        if pair.fault:
+            return self._record(index, b"", pair.fault)
+        try:
+            picture = files.read_range(shard, pair.start, pair.size)
+        except Unreachable:
+            raise
+        except OSError as error:
+            return self._record(index, b"", f"{shard}: cannot be read ({error})")
+        fault = "" if len(picture) == pair.size else f"{shard}: ends within its picture: has it changed?"
+        return self._record(index, picture, fault)
 
-    def _read(self, place: Place) -> bytes:
-        with self.shards[place.shard].open("rb") as file:
-            file.seek(place.start)
-            data = file.read(place.size)
-        if len(data) != place.size:
-            raise DataError(f"{self.shards[place.shard]}: ends within a file: has it changed since the start?")
-        return data
+    def text(self, index: int) -> Record:
+        return self._record(index, b"", self.pairs[index].fault)
+
+    @property
+    def unreadable(self) -> Sequence[int]:
+        return [index for index, pair in enumerate(self.pairs) if pair.fault]
+
+    def _record(self, index: int, picture: bytes, fault: str) -> Record:
+        pair = self.pairs[index]
+        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": clean_caption(pair.caption)}]
+        return Record(self.path, index, None, {"id": pair.key, "image": picture, "conversations": turns}, fault)
 
 
 def clean_caption(text: str) -> str:
@@ -75,60 +110,96 @@ def clean_caption(text: str) -> str:
     return " ".join(words[:CAPTION_WORDS])
 
 
-def open_shards(place: epath.Path, name: str, weight: float | int) -> ShardSource:
-    """The pairs of one .tar file, or of all in a directory.
+def open_shards(place: epath.Path, shards: tuple[epath.Path, ...], name: str, weight: float | int) -> ShardSource:
+    """The pairs of some .tar files, of which `place` is the only one, or the directory of all.
 
     The fingerprint covers the shards' names, and every file's name and size in them.
 
     Raises:
-      DataError: a shard is no tar file or cut short, or a pair lacks its picture or caption; names it.
+      DataError: a shard is no tar file, or it ends before its end mark; names it.
     """
-    shards = tuple(sorted(place.glob("*.tar"))) if place.is_dir() else (place,)
-    hashed, keys, tables = hashlib.sha256(), [], ([], [])
-    for number, shard in enumerate(shards):
-        pairs: dict[str, dict[str, Place]] = {}
-        for key, kind, start, size in _members(shard):
-            hashed.update(f"{shard.name}/{key}.{kind}:{size}\n".encode())
-            found = pairs.setdefault(key, {})
-            if kind in found:
-                raise DataError(f"{shard}: holds {key}.{kind} twice: write it again")
-            found[kind] = Place(number, start, size, kind == "json")
-        for key, kinds in pairs.items():
-            picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
-            caption = kinds.get("txt", kinds.get("json"))
-            if picture is None or caption is None:
-                wish = f"a caption ({key}.txt or .json)" if picture else f"a picture ({', '.join(PICTURES)})"
-                raise DataError(f"{shard}: {key} has {', '.join(sorted(kinds))} but lacks {wish}: write it again")
-            keys.append(key)
-            tables[0].append(picture)
-            tables[1].append(caption)
-    pictures, captions = (np.asarray(table, np.int64).reshape(-1, 4) for table in tables)
-    return ShardSource(name, str(place), None, weight, hashed.hexdigest(), shards, tuple(keys), pictures, captions)
+    hashed, pairs, shard_of = hashlib.sha256(), [], []
+    start = last = time.monotonic()
+    with ThreadPoolExecutor(_READERS) as pool:
+        for number, (listing, found) in enumerate(pool.map(_read_shard, shards)):
+            hashed.update(listing)
+            pairs += found
+            shard_of += [number] * len(found)
+            if (now := time.monotonic()) - last > 10:
+                last, rate = now, (number + 1) / (now - start)
+                _log.info("reads the headers of %s: %d of %d shards, %.1f/s, ETA %.0f s", name, number + 1, len(shards),
+                          rate, (len(shards) - number - 1) / rate)  # fmt: skip
+    table = np.asarray(shard_of, np.int32)
+    return ShardSource(name, str(place), None, weight, hashed.hexdigest(), shards, tuple(pairs), table)
 
 
-def _members(shard: epath.Path) -> Iterator[tuple[str, str, int, int]]:
-    """(key, kind, start, size) of every plain file, in order; img2dataset's other files (logs) have no such kind."""
-    with shard.open("rb") as file:
-        end = file.seek(0, 2)
-        file.seek(0)
-        try:
+def _read_shard(shard: epath.Path) -> tuple[bytes, list[_Pair]]:
+    """(names and sizes of the files in it, its pairs)."""
+    listing, members = [], dict[str, dict[str, _Member]]()
+    twice = dict[str, str]()
+    for member in _members(shard):
+        known = members.setdefault(member.key, {})
+        if member.kind in known:
+            twice[member.key] = f"{member.key}.{member.kind} is there twice"
+        known[member.kind] = member
+        if member.kind in (*PICTURES, *CAPTIONS):
+            listing.append(f"{shard.name}/{member.key}.{member.kind}:{member.size}\n")
+    # Files with neither a picture's nor a caption's suffix are none of ours: img2dataset's logs.
+    ours = {key: kinds for key, kinds in members.items() if not {*PICTURES, *CAPTIONS}.isdisjoint(kinds)}
+    return "".join(listing).encode(), [_pair(key, kinds, twice.get(key, "")) for key, kinds in ours.items()]
+
+
+def _pair(key: str, kinds: dict[str, _Member], fault: str) -> _Pair:
+    picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
+    caption = next((kinds[kind] for kind in CAPTIONS if kind in kinds), None)
+    if picture is None or caption is None:
+        wish = f"a caption ({key}.txt or .json)" if picture else f"a picture ({', '.join(PICTURES)})"
+        return _Pair(key, 0, 0, "", fault or f"the shard has {key}.{', .'.join(sorted(kinds))} but lacks {wish}")
+    fault = fault or picture.fault or caption.fault
+    try:
+        text = "" if fault else _caption(caption)
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        text, fault = "", f"no caption can be read in {key}.{caption.kind} ({error!r})"
+    return _Pair(key, picture.start, picture.size, text, fault)
+
+
+def _members(shard: epath.Path) -> Iterator[_Member]:
+    """Every plain file, in order.
+
+    Raises:
+      DataError: no tar file, or one that is cut off or damaged between its files: nobody knows what is lost.
+    """
+    try:
+        with streams.open_read(shard, _BLOCK_BYTES) as file:
+            end = file.seek(0, 2)
+            file.seek(0)
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                for member in tar:
-                    key, _, kind = member.name.rpartition(".")
-                    if not member.isfile() or kind.lower() not in (*PICTURES, "txt", "json"):
-                        continue
+                for member in filter(tarfile.TarInfo.isfile, tar):
                     if member.offset_data + member.size > end:
                         raise DataError(f"{shard}: ends within {member.name}: copy or download it again")
-                    yield key, kind.lower(), member.offset_data, member.size
-        except tarfile.TarError as error:
-            raise DataError(f"{shard}: no whole, plain tar file ({error}): unpack or copy it again") from None
+                    yield _member(tar, member)
+                offset = tar.offset
+    except tarfile.TarError as error:
+        raise DataError(f"{shard}: no whole, plain tar file ({error}): unpack or copy it again") from None
+    # Python's reader takes both for the end of the archive.
+    mark = files.read_range(shard, offset, tarfile.BLOCKSIZE)
+    if not mark or any(mark):
+        what = "a damaged header" if mark else "no end mark"
+        raise DataError(f"{shard}: {what} at byte {offset}, so files may be lost: copy or download it again")
 
 
-def _caption(data: bytes, is_json: bool, where: str) -> str:
-    try:
-        value: Any = json.loads(data)["caption"] if is_json else data.decode()
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: no caption can be read ({error!r})") from None
+def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> _Member:
+    key, _, kind = member.name.rpartition(".")
+    kind, content, fault = kind.lower(), b"", ""
+    if kind in CAPTIONS and member.size > _MOST_CAPTION_BYTES:
+        fault = f"{member.name} has {member.size} bytes, a caption at most {_MOST_CAPTION_BYTES}"
+    elif kind in CAPTIONS:
+        content = tar.extractfile(member).read()
+    return _Member(key, kind, member.offset_data, member.size, content, fault)
+
+
+def _caption(member: _Member) -> str:
+    value: Any = json.loads(member.content)["caption"] if member.kind == "json" else member.content.decode()
     if not isinstance(value, str):
-        raise DataError(f"{where}: caption={value!r}: want a string")
+        raise TypeError(f"caption={str(value)[:60]!r}: want a string")
     return value

@@ -1,70 +1,26 @@
-"""Where records come from: LLaVA JSON, JSON lines, a TFDS directory or tar shards, read by record number.
-
-A source keeps its file as bytes and parses one record when asked: 665,298 records take the file's own size in
-memory, where parsed objects take several times that.
-"""
+"""Where records come from: JSON, JSON lines, parquet, a TFDS directory or tar shards, read by record number."""
 
 import abc
 import hashlib
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
+from llava_jax import files
+from llava_jax.data.orders import mixed, randperm, twister
+from llava_jax.data.records import Record
 from llava_jax.errors import DataError, MissingFile, UsageError
-from llava_jax.prompt.conversation import Conversation, from_record
 
-_KINDS = ".json (one list), .jsonl (a record a line), a TFDS directory, .tar or a directory of .tar"
-_SPACE = re.compile(r"[ \t\n\r]*")
-
-
-@dataclass(frozen=True)
-class Record:
-    """One record as it was written.
-
-    path: the file; index: place in the source, from 0; line: in JSON lines, from 1, else None.
-    raw: the parsed JSON value, whatever it is.
-    pictures: encoded images that come with the record (TFDS, shards); empty when `raw["image"]` names files.
-    """
-
-    path: str
-    index: int
-    line: int | None
-    raw: Any
-    pictures: tuple[bytes, ...] = ()
-
-    @property
-    def where(self) -> str:
-        """`records.json[16]` (index) or `records.jsonl:17` (line)."""
-        return f"{self.path}[{self.index}]" if self.line is None else f"{self.path}:{self.line}"
-
-    @property
-    def id(self) -> str:
-        """The record's own id; where it stands if it has none."""
-        return str(self.raw.get("id", self.where)) if isinstance(self.raw, dict) else self.where
-
-    @property
-    def conversation(self) -> Conversation:
-        """The record's turns and images.
-
-        Raises:
-          ValueError: the record has another shape; names it.
-        """
-        conversation = from_record(self.raw, self.where)
-        if not self.pictures:
-            return conversation
-        return Conversation(
-            conversation.turns, self.pictures, conversation.id, conversation.system, conversation.images_in_place
-        )
+_KINDS = (".json (one list), .jsonl (a record a line), .parquet, a directory of parquet files or of Hugging Face "
+          "`datasets`, a TFDS directory, .tar or a directory of .tar")  # fmt: skip
+_HELD_OUT = 2**31  # its stream of random numbers: no epoch has this number
 
 
 @dataclass(frozen=True)
 class Source(abc.ABC):
-    """Records of one file or directory.
+    """Records of one file or directory. One that is damaged is a record with a fault: it costs the others nothing.
 
     name: for messages. images: the folder that image paths are relative to, or None.
     weight: how often each record is seen in an epoch, on average.
@@ -83,160 +39,130 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Record: ...
 
+    def text(self, index: int) -> Record:
+        """The record with empty bytes for each picture that comes with it, where that spares reading the picture."""
+        return self[index]
+
+    @property
+    def unreadable(self) -> Sequence[int]:
+        """The records that are known to have a fault since the source was opened."""
+        return ()
+
+    def written(self, index: int) -> str:
+        """The record's JSON as it was written, on one line.
+
+        Raises:
+          UsageError: it was not written as JSON.
+        """
+        raise UsageError(f"{self.path} holds no JSON: want a .json or .jsonl file")
+
     def __iter__(self) -> Iterator[Record]:
         return (self[index] for index in range(len(self)))
 
 
-class Broken(NamedTuple):
-    """A line of a JSON lines file that is no JSON."""
-
-    index: int
-    line: int
-    detail: str
-
-
-@dataclass(frozen=True)
-class JsonSource(Source):
-    """data: the whole file; starts, ends: int64 [n] byte offsets of the records; lines: int64 [n] for JSON lines.
-
-    broken: lines that did not parse; their records are left out of the source.
-    """
-
-    data: bytes
-    starts: np.ndarray
-    ends: np.ndarray
-    lines: np.ndarray | None
-    broken: tuple[Broken, ...]
-
-    def __len__(self) -> int:
-        return len(self.starts)
-
-    def __getitem__(self, index: int) -> Record:
-        raw = json.loads(self.data[self.starts[index] : self.ends[index]].decode())
-        return Record(self.path, index, None if self.lines is None else int(self.lines[index]), raw)
-
-
 def open_source(
     path: epath.PathLike, images: epath.PathLike | None = None, name: str = "", weight: float | int = 1.0,
-    split: str = "train", keep_broken: bool = False,
+    split: str = "train",
 ) -> Source:  # fmt: skip
-    """Records of a `.json` list, a `.jsonl` file (one record a line), a TFDS directory or (a directory of) tar shards.
+    """Records of a `.json` list, a `.jsonl` file (one record a line), parquet files, or (a directory of) tar shards;
+    or of a directory of Hugging Face `datasets` or of TFDS.
 
     Args:
       path: local or gs://.
-      images: folder of the image files; not for TFDS and shards, which hold their images.
+      images: folder of the image files; not for what holds its images.
       name: for messages; the file's name if empty.
       weight: 2 shows each record twice an epoch, 0.5 another half of the records each epoch.
-      split: of a TFDS directory.
-      keep_broken: return JSON lines that are no JSON in `.broken` instead of raising.
+      split: of a directory.
 
     Raises:
       FileNotFoundError: the path or the image folder does not exist.
-      DataError: the file is no JSON (names line and column), has no records, or the directory is no TFDS data set.
+      DataError: the file is no JSON (names line and column), has no records, or the directory is no data set.
       ValueError: a suffix that is not known, or a weight at which no record is shown.
     """
     place, folder = epath.Path(path), epath.Path(images) if images else None
-    if not place.exists():
+    if not files.exists(place):
         raise MissingFile(f"data source {str(path)!r} does not exist: want {_KINDS}")
-    if folder is not None and not folder.is_dir():
+    if folder is not None and not files.is_dir(folder):
         raise MissingFile(f"image folder {str(images)!r} of {str(path)!r} is no directory")
-    name = name or place.name
-    if place.suffix == ".tar" or (place.is_dir() and any(place.glob("*.tar"))):
-        from llava_jax.data import shards  # here only: it builds upon this module
-
-        source: Source = shards.open_shards(place, name, weight)
-    elif place.is_dir():
-        from llava_jax.data import tfds  # here only: it takes a second that JSON readers need not wait
-
-        source = tfds.open_tfds(place, name, weight, split)
-    elif place.suffix == ".json":
-        source = _open_list(place, folder, name, weight)
-    elif place.suffix == ".jsonl":
-        source = _open_lines(place, folder, name, weight, keep_broken)
-    else:
-        raise UsageError(f"data source {str(path)!r}: want {_KINDS}")
-    if not len(source) and not keep_broken:
+    source = _opened(place, folder, name or place.name, weight, split)
+    if not len(source):
         raise DataError(f"{place}: holds no records")
-    if weight <= 0 or (len(source) and round(len(source) * weight) < 1):
-        raise UsageError(f"data source {name!r}: weight={weight} shows none of its {len(source)} records an epoch")
+    if weight <= 0 or round(len(source) * weight) < 1:
+        raise UsageError(
+            f"data source {source.name!r}: weight={weight} shows none of its {len(source)} records an epoch"
+        )
     return source
 
 
-def _open_list(path: epath.Path, images: epath.Path | None, name: str, weight: float | int) -> JsonSource:
-    data, text = _read(path)
-    bounds = np.asarray(list(_elements(path, text)), np.int64).reshape(-1, 2)
-    if not text.isascii():  # offsets in characters become offsets in bytes, piece by piece
-        marks = bounds.reshape(-1)
-        pieces = zip(np.concatenate([[0], marks[:-1]]).tolist(), marks.tolist())
-        bounds = np.cumsum([len(text[a:b].encode()) for a, b in pieces], dtype=np.int64).reshape(-1, 2)
-    return JsonSource(name, str(path), images, weight, _hash(data), data, bounds[:, 0], bounds[:, 1], None, ())
+def _opened(place: epath.Path, folder: epath.Path | None, name: str, weight: float | int, split: str) -> Source:
+    # Imported here only: they build upon this module, and none needs to wait for the others' libraries.
+    if place.suffix in (".json", ".jsonl"):
+        from llava_jax.data import json_files
+
+        return json_files.open_json(place, folder, name, weight)
+    members = [] if place.suffix in (".tar", ".parquet", ".arrow") else _members(place)
+    tars = tuple(member for member in members if member.suffix == ".tar")
+    if place.suffix == ".tar" or tars:
+        from llava_jax.data import shards
+
+        return shards.open_shards(place, tars or (place,), name, weight)
+    from llava_jax.data import parquet
+
+    if tables := parquet.find(place, members, split):
+        return parquet.open_tables(place, tables, folder, name, weight)
+    if members:
+        from llava_jax.data import tfds
+
+        return tfds.open_tfds(place, name, weight, split)
+    raise UsageError(f"data source {str(place)!r}: want {_KINDS}")
 
 
-def _elements(path: epath.Path, text: str) -> Iterator[tuple[int, int]]:
-    """Start and end of each element of the one list in `text`, in characters."""
-    decode = json.JSONDecoder().raw_decode
-    place = _space(text, 0)
-    if text[place : place + 1] != "[":
-        raise DataError(f"{_at(path, text, place)}: want one JSON list of records (.jsonl for a record a line)")
-    place = _space(text, place + 1)
-    while text[place : place + 1] != "]":
-        try:
-            end = decode(text, place)[1]
-        except json.JSONDecodeError as error:
-            raise DataError(f"{_at(path, text, error.pos)}: no valid JSON: {error.msg}") from None
-        except (ValueError, RecursionError) as error:  # a number of 5,000 digits, 100,000 open brackets
-            raise DataError(f"{_at(path, text, place)}: no valid JSON: {error}") from None
-        yield place, end
-        place = _space(text, end)
-        if text[place : place + 1] == ",":
-            place = _space(text, place + 1)
-        elif text[place : place + 1] != "]":
-            raise DataError(f"{_at(path, text, place)}: no valid JSON: want ',' or ']' (is the file cut short?)")
-    if _space(text, place + 1) != len(text):
-        raise DataError(f"{_at(path, text, place + 1)}: no valid JSON: text after the list's end")
-
-
-def _open_lines(
-    path: epath.Path, images: epath.Path | None, name: str, weight: float | int, keep_broken: bool
-) -> JsonSource:
-    data, _ = _read(path)
-    good, broken, start = [], [], 0
-    for number, line in enumerate(data.split(b"\n"), 1):
-        end = start + len(line)
-        if line.strip():
-            try:
-                json.loads(line.decode())
-                good.append((start, end, number))
-            except (ValueError, RecursionError) as error:
-                shown = repr(line.decode()[:80])
-                broken.append(Broken(len(good) + len(broken), number, f"no valid JSON: {error}; it begins {shown}"))
-        start = end + 1
-    if broken and not keep_broken:
-        raise DataError(f"{path}:{broken[0].line}: {broken[0].detail}")
-    table = np.asarray(good, np.int64).reshape(-1, 3)
-    return JsonSource(
-        name, str(path), images, weight, _hash(data), data, table[:, 0], table[:, 1], table[:, 2], tuple(broken)
-    )
-
-
-def _read(path: epath.Path) -> tuple[bytes, str]:
-    """The file without a byte-order mark, as bytes and as text."""
-    data = path.read_bytes().removeprefix(b"\xef\xbb\xbf")
+def _members(place: epath.Path) -> list[epath.Path]:
+    """What lies in a directory; none in a file, which a bucket cannot tell from an empty directory."""
     try:
-        return data, data.decode()
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: byte {data[error.start]:#04x} is no UTF-8 text: save it as UTF-8") from None
+        return files.listed(place)
+    except NotADirectoryError:
+        return []
 
 
-def _space(text: str, place: int) -> int:
-    return _SPACE.match(text, place).end()  # always matches, if only ""
+@dataclass(frozen=True)
+class Part(Source):
+    """Some records of another source. chosen: their numbers there, ascending."""
+
+    whole: Source
+    chosen: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.chosen)
+
+    def __getitem__(self, index: int) -> Record:
+        return self.whole[int(self.chosen[index])]
+
+    def text(self, index: int) -> Record:
+        return self.whole.text(int(self.chosen[index]))
+
+    def written(self, index: int) -> str:
+        return self.whole.written(int(self.chosen[index]))
+
+    @property
+    def unreadable(self) -> Sequence[int]:
+        return np.flatnonzero(np.isin(self.chosen, self.whole.unreadable)).tolist()
 
 
-def _at(path: epath.Path, text: str, place: int) -> str:
-    line = text.count("\n", 0, place) + 1
-    return f"{path}:{line}:{place - (text.rfind(chr(10), 0, place) + 1) + 1}"
+def hold_out(source: Source, share: float, seed: int) -> tuple[Part, Part]:
+    """(the records to train on, those held out for validation): the same for a source and a seed, whenever it is asked.
+
+    Raises:
+      UsageError: the share leaves no record on one of the sides.
+    """
+    count = round(share * len(source))
+    if not 0 < count < len(source):
+        raise UsageError(f"data.hold_out={share} of the {len(source)} records of {source.name!r} holds {count} out: "
+                         "want at least one on each side")  # fmt: skip
+    order = randperm(len(source), twister(mixed(seed, _HELD_OUT)))
+    return _part(source, np.sort(order[count:])), _part(source, np.sort(order[:count]))
 
 
-def _hash(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()
+def _part(source: Source, chosen: np.ndarray) -> Part:
+    digest = hashlib.sha256(source.fingerprint.encode() + chosen.astype("<i8").tobytes()).hexdigest()
+    return Part(source.name, source.path, source.images, source.weight, digest, source, chosen)

@@ -1,7 +1,7 @@
 """Reads LLaVA-style instruction data from a TFDS directory (array_record), without TensorFlow.
 
-    features   conversations: Sequence({from: Text, value: Text}); optional: id: Text,
-               image: Image or images: Sequence(Image), images_in_place: bool (see `Conversation`)
+    features   conversations: Sequence({from: Text, value: Text, optional loss: bool}); optional: id: Text,
+               image: Image or images: Sequence(Image), images_in_place: bool (see `Conversation`), weight: float
 """
 
 import hashlib
@@ -11,10 +11,12 @@ from typing import Any
 import tensorflow_datasets as tfds
 from etils import epath
 
-from llava_jax.data.sources import Record, Source
+from llava_jax import files
+from llava_jax.data.records import Record
+from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, UsageError
 
-_KNOWN = {"id", "conversations", "image", "images", "images_in_place"}
+_KNOWN = {"id", "conversations", "image", "images", "images_in_place", "weight"}
 
 
 class _Encoded(tfds.decode.SkipDecoding):
@@ -36,22 +38,28 @@ class TfdsSource(Source):
     def __getitem__(self, index: int) -> Record:
         try:
             example = self.examples[index]
-        except (RuntimeError, IndexError) as error:  # what array_record raises for damaged shards
-            raise DataError(f"{self.path}[{index}]: unreadable ({error}): write the data set again") from None
-        turns = example["conversations"]
-        raw: dict[str, Any] = {
-            "conversations": [
-                {"from": speaker.decode(), "value": text.decode()}
-                for speaker, text in zip(turns["from"], turns["value"], strict=True)
-            ]
-        }
-        if "id" in example:
-            raw["id"] = example["id"].decode()
+            raw = _texts(example)
+        except (RuntimeError, IndexError, ValueError) as error:  # what array_record raises for damaged shards
+            fault = f"the data set is damaged here ({error}): write it again"
+            return Record(self.path, index, None, None, fault)
         pictures = (*example.get("images", ()), *([example["image"]] if example.get("image") else ()))
-        names = [f"picture {i}" for i in range(len(pictures))]
         if pictures:
-            raw["image"] = names if example.get("images_in_place", len(names) > 1) else names[0]
-        return Record(self.path, index, None, raw, tuple(bytes(picture) for picture in pictures))
+            images = [bytes(picture) for picture in pictures]
+            raw["image"] = images if example.get("images_in_place", len(images) > 1) else images[0]
+        return Record(self.path, index, None, raw)
+
+
+def _texts(example: Any) -> dict[str, Any]:
+    """All but the pictures, as JSON has it."""
+    turns = example["conversations"]
+    said = zip(turns["from"], turns["value"], strict=True)
+    rows: list[dict[str, Any]] = [{"from": one.decode(), "value": text.decode()} for one, text in said]
+    if "loss" in turns:
+        rows = [row | {"loss": bool(loss)} for row, loss in zip(rows, turns["loss"], strict=True)]
+    raw: dict[str, Any] = {"conversations": rows}
+    if "weight" in example:
+        raw["weight"] = float(example["weight"])
+    return raw | ({"id": example["id"].decode()} if "id" in example else {})
 
 
 def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> TfdsSource:
@@ -79,16 +87,16 @@ def open_tfds(place: epath.Path, name: str, weight: float | int, split: str) -> 
                         f"value) and of {', '.join(sorted(_KNOWN))} what applies")  # fmt: skip
     decoders = {key: _Encoded() for key in ("image", "images") if key in keys}
     examples = builder.as_data_source(split=split, decoders=decoders)
-    digest = hashlib.sha256((place / "dataset_info.json").read_bytes() + split.encode())
+    digest = hashlib.sha256(files.read(place / "dataset_info.json") + split.encode())
     for shard in sorted(splits[split].filepaths, key=str):
-        digest.update(f"{shard.name} {epath.Path(shard).stat().length}\n".encode())
+        digest.update(f"{shard.name} {files.size_bytes(shard)}\n".encode())
     return TfdsSource(name, str(place), None, weight, digest.hexdigest(), examples)
 
 
 def _version(place: epath.Path) -> epath.Path:
-    if (place / "features.json").exists():
+    if files.exists(place / "features.json"):
         return place
-    versions = sorted(child for child in place.iterdir() if (child / "features.json").exists())
+    versions = [child for child in files.listed(place) if files.exists(child / "features.json")]
     if not versions:
         raise DataError(f"{place}: no TFDS data set (no features.json, here or one level down)")
     if len(versions) > 1:

@@ -5,14 +5,16 @@ Killed or interrupted, each verb goes on where it was when it is run again: OUT/
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from llava_jax import cli
 from llava_jax.datagen import files, filters, generate, phrases, shots
 from llava_jax.datagen.options import DESCRIBE_TOKENS, SHORT_TOKENS, add_endpoint, add_subjects, read_subjects
 from llava_jax.datagen.progress import Progress, unanswered
 from llava_jax.errors import DataError, UsageError
+from llava_jax.files import exists
 from llava_jax.openai_client.options import open_client
 
 
@@ -49,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_out(sub: argparse.ArgumentParser, draws: bool = True) -> None:
-    sub.add_argument("--out", metavar="DIR", required=True, type=Path, help="a local folder")
+    sub.add_argument("--out", metavar="DIR", required=True, type=cli.on_disk, help="a folder on a disk")
     if draws:
         sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (by each picture's id)")
 
@@ -140,8 +142,8 @@ def _questions(options: argparse.Namespace, name: str) -> Any:
     """The user's file, or the prompts folder's, or ours: LLaVA's own folder holds no questions."""
     if options.questions:
         return shots.lines(options.questions, "")
-    theirs = Path(options.prompts) / name
-    return shots.lines(name, options.prompts if theirs.exists() else shots.PROMPTS)
+    theirs = epath.Path(options.prompts) / name
+    return shots.lines(name, options.prompts if exists(theirs) else shots.PROMPTS)
 
 
 def _filter(options: argparse.Namespace) -> int:
@@ -173,7 +175,7 @@ def _filter(options: argparse.Namespace) -> int:
 
 
 def _curate(options: argparse.Namespace) -> int:
-    from llava_jax.datagen import steps  # here only: it brings the model, which the other verbs need not
+    from llava_jax.datagen import steps  # here only: it opens pictures, which the other verbs do not
 
     return steps.STEPS[options.step](options)
 

@@ -7,8 +7,6 @@ Source: arXiv:2304.10592, section 3.2.
 """
 
 import base64
-import hashlib
-import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -19,13 +17,11 @@ from etils import epath
 
 from llava_jax.datagen import files, rules
 from llava_jax.datagen.files import field
-from llava_jax.datagen.generate import MARKER, drawn, record
+from llava_jax.datagen.generate import drawn, record
 from llava_jax.datagen.parsing import Pair
-from llava_jax.errors import DataError, MissingFile
-from llava_jax.generate.assistant import Assistant
+from llava_jax.errors import DataError, MissingFile, Unreachable
+from llava_jax.files import is_bucket, is_dir, listed
 from llava_jax.openai_client import Answer, Client, Failure, Request
-from llava_jax.openai_client.cache import Cache
-from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import encode_jpeg, open_image, to_pixels
 
 DESCRIBED, CORRECTED, FILTERED, REVIEW = "described.jsonl", "corrected.jsonl", "filtered.jsonl", "review"
@@ -52,7 +48,7 @@ def pictures(folder: epath.PathLike) -> list[str]:
       FileNotFoundError: no such folder, or no picture in it. DataError: two have one name but for the suffix.
     """
     root = epath.Path(folder)
-    if not root.is_dir():
+    if not is_dir(root):
         raise MissingFile(f"images {str(root)!r}: no such folder")
     found = sorted(str(path.relative_to(root)) for path in _below(root) if path.suffix.lower() in SUFFIXES)
     if not found:
@@ -67,11 +63,12 @@ def pictures(folder: epath.PathLike) -> list[str]:
 
 def _below(folder: epath.Path) -> Iterator[epath.Path]:
     """All files in a folder and its folders; epath's glob knows no `**`."""
-    for path in folder.iterdir():
-        if path.is_dir():
-            yield from _below(path)
-        else:
+    for path in listed(folder):
+        # In a bucket each question costs requests: what is named as a picture is one.
+        if path.suffix.lower() in SUFFIXES and is_bucket(path) or not is_dir(path):
             yield path
+        else:
+            yield from _below(path)
 
 
 def unreadable(paths: Sequence[str], images: epath.PathLike) -> list[dict[str, Any]]:
@@ -80,6 +77,8 @@ def unreadable(paths: Sequence[str], images: epath.PathLike) -> list[dict[str, A
     for path in paths:
         try:
             open_image(path, images)
+        except Unreachable:  # no fault of the picture's
+            raise
         except (ValueError, OSError) as error:
             rows.append({"image_id": Path(path).stem, "image": path, "unanswered": str(error)})
     return rows
@@ -135,44 +134,6 @@ def endpoint_asks(client: Client, images: epath.PathLike, temperature: float | N
         return Request(messages, temperature=temperature, max_tokens=max_tokens)
 
     return lambda dialogues: client.ask_many(request(path, said) for path, said in dialogues)
-
-
-def checkpoint_asks(
-    assistant: Assistant, name: str, cache: Cache, images: epath.PathLike, temperature: float, max_tokens: int
-) -> Ask:
-    """A describer from a checkpoint, `assistant.slots` pictures at a time; `cache` keeps its answers.
-
-    name: which checkpoint it is, for the cache: an answer of another one is not taken.
-    """
-
-    def ask(dialogues: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[int, Answer | Failure]]:
-        waiting: list[tuple[int, str, Conversation]] = []
-        for index, (path, said) in enumerate(dialogues):
-            told = [name, path, *said, temperature, max_tokens]
-            key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            if found := cache.get(key):
-                yield index, found
-                continue
-            turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
-            turns[0] = Turn("user", f"{MARKER}\n{turns[0].text}")
-            waiting.append((index, key, Conversation(tuple(turns), (path,), id=path)))
-            if len(waiting) == assistant.slots:
-                yield from answered(waiting)
-                waiting = []
-        if waiting:
-            yield from answered(waiting)
-
-    def answered(batch: list[tuple[int, str, Conversation]]) -> Iterator[tuple[int, Answer]]:
-        told = [conversation for _, _, conversation in batch]
-        replies = assistant.replies(told, max_tokens, temperature, image_root=images)
-        for (index, key, _), reply in zip(batch, replies):
-            # The words' tokens alone: neither the end token nor a stop string counts as length.
-            tokens = len(assistant.format.tokenizer.encode(reply.text, bos=False))
-            answer = Answer(reply.text, reply.ended_by, reply.prompt_tokens, tokens)
-            cache.keep(key, name, answer)
-            yield index, answer
-
-    return ask
 
 
 def _small(images: epath.PathLike, path: str, side: int) -> bytes:
@@ -282,7 +243,7 @@ def export(out: Path, taken: Sequence[dict[str, Any]], images: epath.PathLike, i
 
 def _copy(images: epath.PathLike, path: str, to: Path) -> None:
     """JPEG files as they are, others as JPEG."""
-    if Path(path).suffix.lower() in (".jpg", ".jpeg") and "://" not in str(images):
+    if Path(path).suffix.lower() in (".jpg", ".jpeg") and not is_bucket(images):
         shutil.copyfile(Path(images) / path, to)
     else:
         to.write_bytes(encode_jpeg(np.asarray(open_image(path, images)), quality=95))

@@ -2,7 +2,6 @@
 
 import collections
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import UnionType
@@ -11,6 +10,7 @@ from typing import Any
 from etils import epath
 
 from llava_jax.errors import DataError, MissingFile
+from llava_jax.files import read, write_whole
 
 
 def read_json(path: epath.PathLike) -> Any:
@@ -47,13 +47,7 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a whole file or leaves the old one. In JSON, half a character (a lone surrogate) becomes its escape."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with open(unfinished, "w", encoding="utf-8", errors="backslashreplace") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -118,7 +112,7 @@ def brief(value: Any) -> str:
 
 def _text(path: epath.PathLike) -> str:
     try:
-        return epath.Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").decode()
+        return read(path).removeprefix(b"\xef\xbb\xbf").decode()
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None
     except (FileNotFoundError, IsADirectoryError, PermissionError) as error:

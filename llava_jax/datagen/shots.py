@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.errors import MissingFile, UsageError
+from llava_jax.files import listed
+from llava_jax.files import read as read_file
 
 PROMPTS = Path(__file__).parent / "prompts"
 BRIEF, DETAIL = "brief_questions.txt", "detail_questions.txt"
@@ -56,7 +58,7 @@ def read(kind: str, prompts: epath.PathLike = PROMPTS) -> Shots:
     """
     folder = epath.Path(prompts) / KINDS[kind].folder
     examples = []
-    for path in sorted(folder.glob("*_caps.txt")) if folder.is_dir() else []:
+    for path in (path for path in listed(folder) if path.name.endswith("_caps.txt")):
         examples.append((_text(path), _text(path.parent / path.name.replace("_caps.txt", "_conv.txt"))))
     return Shots(_text(folder / "system_message.txt"), tuple(examples))
 
@@ -74,10 +76,10 @@ def lines(name: str, prompts: epath.PathLike = PROMPTS) -> Sequence[str]:
 
 
 def _text(path: epath.Path) -> str:
-    if not path.is_file():
-        raise MissingFile(f"prompts {str(path)!r}: no such file: want the layout of "
-                                f"{PROMPTS}: KIND/system_message.txt, 000_caps.txt, 000_conv.txt ...")  # fmt: skip
     try:
-        return path.read_bytes().decode().strip()
+        return read_file(path).decode().strip()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise MissingFile(f"prompts {str(path)!r}: no such file: want the layout of "
+                          f"{PROMPTS}: KIND/system_message.txt, 000_caps.txt, 000_conv.txt ...") from None  # fmt: skip
     except UnicodeDecodeError as error:
         raise UsageError(f"prompts {str(path)!r}: byte {error.start} is no UTF-8 text: save it as UTF-8") from None

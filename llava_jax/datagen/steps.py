@@ -2,6 +2,7 @@
 
 import argparse
 import functools
+import os
 import random
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from llava_jax.datagen import curate, files, review, shots
 from llava_jax.datagen.progress import Progress, unanswered
 from llava_jax.errors import DataError, MissingFile, UsageError
-from llava_jax.generate.assistant import Assistant
+from llava_jax.files import is_bucket, listed
 from llava_jax.openai_client.cache import Cache
 from llava_jax.openai_client.options import open_client
 
@@ -51,14 +52,17 @@ def _describe(options: argparse.Namespace) -> int:
 
 
 def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.Wording) -> list[dict[str, Any]]:
+    from llava_jax.datagen import describer  # here only: it brings the model, which the other steps need not
+    from llava_jax.generate.assistant import Assistant
+
     assistant = Assistant.open(options.checkpoint, slots=options.slots, template=options.template)
-    place = Path(options.checkpoint)
+    place = options.checkpoint if is_bucket(options.checkpoint) else os.path.realpath(options.checkpoint)
     # Its steps are part of the name: a checkpoint that was trained further answers anew.
-    name = f"{place.resolve()} {sorted(path.name for path in place.iterdir())} {options.template}"
+    name = f"{place} {[path.name for path in listed(place)]} {options.template}"
     cache = Cache(options.out / "describe_cache.jsonl")
     try:
-        ask = curate.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
-                                     options.max_new_tokens)  # fmt: skip
+        ask = describer.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
+                                        options.max_new_tokens)  # fmt: skip
         return curate.describe(paths, ask, words, options.short_tokens, Progress)
     finally:
         cache.close()

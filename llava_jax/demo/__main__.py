@@ -30,7 +30,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(words: list[str]) -> int:
     parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
-    parser.add_argument("--workdir", help="a new directory (default: runs/demo, or runs/demo_minigpt4)")
+    text = "a new directory (default: runs/demo, or runs/demo_minigpt4)"
+    parser.add_argument("--workdir", type=cli.on_disk, help=text)
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
     options = parser.parse_args(words)
     usual = "runs/demo" if options.family == "llava" else f"runs/demo_{options.family}"
@@ -59,7 +60,7 @@ def _demo(words: list[str]) -> int:
 def _bases(words: list[str]) -> int:
     text = "trains the demo's base models, about an hour on two busy cores; see demo/bases.py"
     parser = cli.Parser("python -m llava_jax.demo bases", description=text)
-    parser.add_argument("directory", nargs="?", type=Path, help="default: the package's own")
+    parser.add_argument("directory", nargs="?", type=cli.on_disk, help="default: the package's own")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args(words)
     directory = options.directory or Path(__file__).parent / "assets"

@@ -13,9 +13,10 @@ ablate          trains, answers and scores the paper's grid -> a table with diff
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
-from llava_jax import cli
+from etils import epath
+
+from llava_jax import cli, files
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import judge, verbs
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(options: argparse.Namespace) -> int:
     """Runs the verb; the modules that bring jax are imported here, after what is quick to refuse."""
+    asks_server = vars(options).get("base_url") is not None
+    if asks_server and "out" in options:
+        files.want_disk(options.cache or options.out, "--cache", "it is locked and grows (--cache FILE names another)")
     if options.verb == "answer":
         verbs.chosen(options)
         if (options.checkpoint is None) == (options.base_url is None):
@@ -47,10 +51,20 @@ def _run(options: argparse.Namespace) -> int:
 
         return ask.run(options)
     if options.verb == "ablate":
+        _check_grid(options)
         from llava_jax.evaluate import ablate
 
         return ablate.main(options)
     return verbs.VERBS[options.verb](options)
+
+
+def _check_grid(options: argparse.Namespace) -> None:
+    """Raises UsageError where the grid lacks its data."""
+    if options.grid == "scienceqa" and options.scienceqa is None:
+        raise UsageError("grid scienceqa wants --scienceqa DIR")
+    needed = (*TYPES, "benchmark", "data")
+    if options.grid == "mixes" and None in [vars(options)[name] for name in needed]:
+        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in needed)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -96,7 +110,7 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     _endpoint_options(verb)
     verb.add_argument(
-        "--out", required=True, metavar="FILE", help="answers.jsonl, on a disk that can append; a shard adds its number"
+        "--out", required=True, metavar="FILE", help="answers.jsonl; a shard adds its number"
     )
     verb.add_argument("--name", default="", help="model_id of the answers; default: the checkpoint or model")
     verb.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own")
@@ -146,23 +160,23 @@ def _ensemble_options(verb: argparse.ArgumentParser) -> None:
 def _ablate_options(verb: argparse.ArgumentParser) -> None:
     add: Callable[..., argparse.Action] = verb.add_argument
     add("grid", choices=GRIDS)
-    add("--workdir", required=True, type=Path)
-    add("--base", required=True, type=Path, metavar="DIR", help="checkpoint before stage 1 (`convert assemble`)")
-    add("--last-layer", type=Path, metavar="DIR", help="the same with --select-layer -1")
-    add("--small", type=Path, metavar="DIR", help="of a smaller model")
-    add("--stage1", required=True, type=Path, metavar="CONFIG")
-    add("--stage2", required=True, type=Path, metavar="CONFIG")
+    add("--workdir", required=True, type=cli.on_disk)
+    add("--base", required=True, type=epath.Path, metavar="DIR", help="checkpoint before stage 1 (`convert assemble`)")
+    add("--last-layer", type=epath.Path, metavar="DIR", help="the same with --select-layer -1")
+    add("--small", type=epath.Path, metavar="DIR", help="of a smaller model")
+    add("--stage1", required=True, type=cli.on_disk, metavar="CONFIG")
+    add("--stage2", required=True, type=cli.on_disk, metavar="CONFIG")
     add("--stage1-set", action="append", default=[], metavar="KEY=VALUE", help="such as train.steps=10")
     add("--stage2-set", action="append", default=[], metavar="KEY=VALUE")
     add("--hand-off", choices=("base", "start"), default="base",
         help="the key of stage 2's config that names stage 1's checkpoint: model.base or model.start")  # fmt: skip
-    add("--pretrain", required=True, type=Path, metavar="JSON", help="stage 1's records")
-    add("--images", required=True, type=Path, metavar="DIR", help="pictures of stage 1 and of the instructions")
-    add("--scienceqa", type=Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
+    add("--pretrain", required=True, type=epath.Path, metavar="JSON", help="stage 1's records")
+    add("--images", required=True, type=epath.Path, metavar="DIR", help="pictures of stage 1 and of the instructions")
+    add("--scienceqa", type=epath.Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
     for name in TYPES:
-        add(f"--{name}", type=Path, metavar="JSON", help="grid mixes: instruction data of this type")
+        add(f"--{name}", type=epath.Path, metavar="JSON", help="grid mixes: instruction data of this type")
     add("--benchmark", metavar="NAME", help="grid mixes: what every row is asked")
-    add("--data", type=Path, metavar="DIR", help="grid mixes: the benchmark's files")
+    add("--data", type=epath.Path, metavar="DIR", help="grid mixes: the benchmark's files")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark")
     add("--records", type=int, metavar="N", help="of the instruction data at most; default: all")
     add("--max-new-tokens", type=int, help="default: the benchmark's own")

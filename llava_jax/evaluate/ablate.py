@@ -11,12 +11,13 @@ import argparse
 import contextlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from etils import epath
 
 from llava_jax.data import scienceqa
 from llava_jax.data.sources import open_source
@@ -29,6 +30,7 @@ from llava_jax.evaluate.score import Result
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import options as server
 
+AnyPath = Path | epath.Path  # on a disk, or perhaps in a bucket
 REASONS_FIRST, ANSWER_FIRST = "QCM-LEA", "QCM-ALE"
 TYPES = ("conversation", "detail", "reasoning")
 
@@ -77,13 +79,13 @@ class Plan:
     """
 
     workdir: Path
-    bases: dict[str, Path]
+    bases: Mapping[str, AnyPath]
     stage1: Path
     stage2: Path
-    pretrain: Path
-    images: Path
-    scienceqa: Path | None = None
-    instructions: tuple[Path, ...] = ()
+    pretrain: AnyPath
+    images: AnyPath
+    scienceqa: AnyPath | None = None
+    instructions: tuple[AnyPath, ...] = ()
     stage1_set: tuple[str, ...] = ()
     stage2_set: tuple[str, ...] = ()
     hand_off: str = "base"
@@ -95,7 +97,7 @@ class Exam(NamedTuple):
     """What every row is asked. answered: from the answer file to the file that `score` reads (a judge's reviews)."""
 
     benchmark: Benchmark
-    data: Path
+    data: AnyPath
     options: dict[str, str]
     settings: answer.Settings
     slots: int = 16
@@ -139,7 +141,7 @@ def table(done: Sequence[tuple[Row, Result]]) -> str:
     return report.markdown(["", done[0][1].main, "paper"], lines)
 
 
-def mixture(files: Sequence[Path], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
+def mixture(files: Sequence[AnyPath], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
     """The records of each file's share: a seeded permutation's beginning, so that a smaller share lies in a larger.
 
     limit: records in all at most, drawn by the same seed.
@@ -159,7 +161,7 @@ def _limited(records: list[Any], seed: int, limit: int | None) -> list[Any]:
     return [records[i] for i in sorted(order[:limit])]
 
 
-def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> Path:
+def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> AnyPath:
     """The checkpoint to examine: stage 2, or stage 1 where there is no stage 2."""
     first = plan.bases[row.base]
     if row.stage1:
@@ -179,7 +181,7 @@ def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> Path:
     return place
 
 
-def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, Path]:
+def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, AnyPath]:
     """Writes what a row's stage 2 reads; the file, and the folder of its pictures."""
     if plan.scienceqa is not None:
         problems = scienceqa.read(plan.scienceqa)
@@ -196,13 +198,13 @@ def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, Path]:
     return path, images
 
 
-def _source(records: Path, images: Path) -> dict[str, Path]:
+def _source(records: AnyPath, images: AnyPath) -> dict[str, AnyPath]:
     return {"data.sources.0.path": records, "data.sources.0.images": images}
 
 
-def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequence[str]) -> None:
+def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequence[str]) -> None:
     """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
-    from llava_jax.train import __main__ as train  # here only: the other verbs of this door need not wait for it
+    from llava_jax.train import __main__ as train  # here only: the other verbs need not wait for it
 
     words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
     words += [f"--config.{word}" for word in more]
@@ -214,7 +216,7 @@ def _train(config: Path, workdir: Path, settings: dict[str, Path], more: Sequenc
         raise Failed(code, log)
 
 
-def _examined(checkpoint: Path, row: Row, exam: Exam, plan: Plan) -> Result:
+def _examined(checkpoint: AnyPath, row: Row, exam: Exam, plan: Plan) -> Result:
     options = exam.options | ({"format": row.format} if exam.benchmark.name == "scienceqa" else {})
     asked, _ = questions.load(exam.benchmark, exam.data, options, images=True)
     # A stage 1 alone was trained on bare captions: it is asked in the words of stage 2.
@@ -254,10 +256,6 @@ def main(told: argparse.Namespace) -> int:
 def _plan(told: argparse.Namespace) -> Plan:
     bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
     files = tuple(vars(told)[name] for name in TYPES)
-    if told.grid == "scienceqa" and told.scienceqa is None:
-        raise UsageError("grid scienceqa wants --scienceqa DIR")
-    if told.grid == "mixes" and (None in files or told.benchmark is None or told.data is None):
-        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in TYPES)}, --benchmark and --data")
     return Plan(
         told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
         told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,

@@ -5,6 +5,7 @@ the batch, the host or the order; so merged shards are, byte for byte, what one 
 """
 
 import base64
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -16,7 +17,9 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.answers import Answer
@@ -25,12 +28,14 @@ from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import Client, Failure, Request
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.images import encode_jpeg, open_image
+from llava_jax.streams import GrowingFile
 
 BATCHES = 8  # answered between two writes of the file
 DIVIDER = "###"  # between reasons and answer in ScienceQA's LEPA
 ANSWER_HEADER = f" {DIVIDER}\nANSWER:"
 ANSWER_TOKENS = 64  # of the second pass. Source: haotian-liu/LLaVA llava/eval/model_vqa_science.py @ 8959d5c
 LOG_SECS = 10.0
+FLUSH_SECS = 60.0  # what a kill may cost where an answer file lies in a bucket
 _MEDIA = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 
@@ -138,7 +143,10 @@ def weights_id(assistant: Assistant) -> str:
     """A hash of the first row of every parameter: little to read, and any training moves some of them."""
     digest = hashlib.sha256()
     for leaf in jax.tree.leaves(assistant.params):
-        digest.update(np.asarray(leaf[(0,) * (leaf.ndim - 1)], np.float32).tobytes())
+        row = leaf[(0,) * (leaf.ndim - 1)]
+        if not row.is_fully_addressable:
+            row = multihost_utils.process_allgather(row, tiled=True)
+        digest.update(np.asarray(row, np.float32).tobytes())
     return digest.hexdigest()[:16]
 
 
@@ -157,7 +165,7 @@ def run(
     """Answers this host's share of the questions into its file, and returns all that the file then holds.
 
     Answers that the file has already are kept; a last line that a kill cut off is made anew. Rows are appended as
-    they come; at the end the file is written once more in the questions' order.
+    they come, in a bucket each `FLUSH_SECS`; at the end the file is written once more in the questions' order.
 
     Args:
       faults: questions that cannot be asked; each becomes a row that says why.
@@ -167,21 +175,22 @@ def run(
     """
     place = shard(path, host, hosts)
     mine = list(questions)[host::hosts]
-    done = {} if not place.exists() else _resumed(place, run_id)
+    done = resume(place, run_id)
     unable = {fault.id: fault for fault in faults}
     jobs = [Job(question, repeat) for question in mine for repeat in range(settings.repeats)]
     todo = [job for job in jobs if (job.question.id, job.repeat) not in done]
     ready = [job for job in todo if job.question.id not in unable]
-    place.parent.mkdir(parents=True, exist_ok=True)
-    answers.write(place, done.values())
     if len(done):
         print(f"goes on after {len(done):,} of {len(jobs):,} answers in {place}", flush=True)
-    with place.open("a") as file:
+    flushed = time.monotonic()
+    with contextlib.closing(GrowingFile(place, "".join(map(answers.line, done.values())).encode())) as file:
         said = _unable(todo, unable, model, run_id)
         for answer in _chained(said, _answers(ready, speak, model, run_id)):
             done[answer.id, answer.repeat] = answer
-            file.write(answers.line(answer))
-            file.flush()
+            file.add(answers.line(answer).encode())
+            if time.monotonic() - flushed > FLUSH_SECS:
+                file.flush()
+                flushed = time.monotonic()
     found = tuple(answers.ordered(questions, done.values()))
     answers.write(place, found)
     return found
@@ -224,14 +233,24 @@ def _data_url(image: str | bytes, folder: epath.Path) -> str:
       ValueError: it is no picture, or its path or a link leads out of the folder; nothing else leaves the machine.
     """
     picture = open_image(image, folder)
-    data = image if isinstance(image, bytes) else (folder / image).read_bytes()
+    data = image if isinstance(image, bytes) else files.read(folder / image)
     if data[:2] not in _MEDIA:
         data = encode_jpeg(np.asarray(picture))
     return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
 
 
+def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
+    """What an earlier start has answered, which is all that the file holds then; rows of a fault are asked again.
+
+    Raises:
+      DataError: the file holds answers of another run, or is broken.
+    """
+    done = _resumed(place, run_id) if files.exists(place) else {}
+    answers.write(place, done.values())
+    return done
+
+
 def _resumed(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
-    """What an earlier start has answered; rows of a fault are asked again."""
     found = answers.read([place])
     broken = [fault for fault in found.faults if fault.kind != "truncated_line"]
     if broken:

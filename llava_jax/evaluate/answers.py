@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError
 from llava_jax.evaluate.questions import FAULTS, Fault, Question, lines
 
@@ -59,7 +60,7 @@ def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
     kept: dict[tuple[str, int], Answer] = {}
     faults: list[Fault] = []
     for path in map(epath.Path, paths):
-        if not path.exists():
+        if not files.exists(path):
             raise DataError(f"answer file {path} does not exist: `answer` writes it")
         rows, broken = lines(path)
         faults += broken
@@ -128,11 +129,7 @@ def ordered(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterato
 
 def write(path: epath.PathLike, answers: Iterable[Answer]) -> None:
     """Writes the file whole: it is never seen half written."""
-    place = epath.Path(path)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    beside = place.with_name(place.name + ".part")
-    beside.write_text("".join(map(line, answers)), encoding="utf-8")
-    beside.replace(place)
+    files.write_whole(path, "".join(map(line, answers)).encode())
 
 
 def _answer(row: Any, where: str) -> Answer | Fault:

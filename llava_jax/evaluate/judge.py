@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.data.files import read_json
 from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate.answers import Answer
@@ -40,7 +41,7 @@ def rules(path: epath.PathLike, questions: Sequence[Question]) -> dict[str, dict
       DataError: it has another shape, or lacks the rule of a question's kind.
     """
     place = epath.Path(path)
-    if not place.exists():
+    if not files.exists(place):
         raise DataError(f"rules {path} do not exist: the original is llava/eval/table/rule.json of haotian-liu/LLaVA")
     told = read_json(place)
     wanted = {llava_bench.rule_name(question) for question in questions}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 
 SHORT = "Answer the question using a single word or phrase."  # Source: haotian-liu/LLaVA docs/Evaluation.md:13-18
@@ -139,7 +140,7 @@ def load(
     """
     root = epath.Path(directory)
     wanted = [need for need in _wanted(benchmark, options) if images or not need.pictures]
-    missing = [need for need in wanted if not (root / need.path).exists()]
+    missing = [need for need in wanted if not files.exists(root / need.path)]
     if missing:
         raise DataError("\n".join([
             f"{benchmark.name}: {directory} lacks {len(missing)} of what {benchmark.title} needs:",
@@ -182,7 +183,7 @@ def bad(where: str, faults: Sequence[Fault]) -> BadBenchmark:
 def lines(path: epath.Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
     """[(where, value)] of a JSON lines file, and a fault for each line that is no JSON. Blank lines are left out."""
     rows, faults = [], []
-    for number, line in enumerate(path.read_bytes().decode("utf-8-sig", "replace").split("\n"), 1):
+    for number, line in enumerate(files.read(path).decode("utf-8-sig", "replace").split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -219,7 +220,7 @@ def percent(right: int | float, of: int) -> float:
 def _missing_images(questions: Sequence[Question], folder: epath.Path) -> list[Fault]:
     """A fault for each picture that is not in the folder; each file is looked for once."""
     names = {image for question in questions for image in question.images if isinstance(image, str)}
-    gone = {name for name in names if not (folder / name).exists()}
+    gone = files.missing(folder, names)
     return [Fault("missing_image", question.id, f"{folder / image} does not exist")
             for question in questions for image in question.images if image in gone]  # fmt: skip
 

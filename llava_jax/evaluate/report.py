@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.score import Result, Value
@@ -80,14 +81,13 @@ def write(paths: Sequence[epath.PathLike], directory: epath.PathLike, plots: str
       DataError: a path is no file of scores. UsageError: plots are wanted and matplotlib is not there.
     """
     results = [scores.from_json(path) for path in paths]
-    files = {FILE: page(results), CSV: comma_separated(results), LATEX: latex(results)}
-    content = {name: text.encode("utf-8", "backslashreplace") for name, text in files.items()}
+    tables = {FILE: page(results), CSV: comma_separated(results), LATEX: latex(results)}
+    content = {name: text.encode("utf-8", "backslashreplace") for name, text in tables.items()}
     for name in _benchmarks(results) if plots != "none" else ():
         content[f"{name}.{plots}"] = plot(_of(results, name), PUBLISHED.get(name, ()), plots)
     place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
     for name, data in content.items():
-        (place / name).write_bytes(data)
+        files.write_whole(place / name, data)
     return tuple(str(place / name) for name in content)
 
 

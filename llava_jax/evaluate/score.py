@@ -1,7 +1,8 @@
 """Answers in, numbers out: no model, no accelerator, and nothing that is counted as wrong without being named.
 
 Two policies meet here. Faults of files (a truncated line, an id twice, a question without an answer, a picture that
-was missing) stop the scoring, each named by its id, until they are mended or allowed; allowed, they count as wrong.
+was missing) stop the scoring, each named by its id, until they are mended or allowed; allowed, they count as wrong, or
+as what the benchmark's rule makes of them.
 Failings of the model (an empty answer, a letter that is no choice, a text without an answer) are what a benchmark
 measures: its official rule counts them, and each is listed.
 """
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from llava_jax import files
 from llava_jax.errors import DataError, UsageError
 from llava_jax.evaluate import answers
 from llava_jax.evaluate.questions import FAULTS, Benchmark, Fault, Options, Question, Score
@@ -100,11 +102,10 @@ def submission(
     if any(answer.repeat for answer in merged):
         raise UsageError(f"{', '.join(map(str, paths))}: holds repeats; a server wants one answer to a question")
     place = epath.Path(directory)
-    place.mkdir(parents=True, exist_ok=True)
-    files = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)
-    for name, content in files.items():
-        (place / name).write_bytes(content)
-    return tuple(str(place / name) for name in files)
+    contents = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)
+    for name, content in contents.items():
+        files.write_whole(place / name, content)
+    return tuple(str(place / name) for name in contents)
 
 
 def _answered_by(answer: answers.Answer) -> str:
@@ -123,7 +124,7 @@ def to_json(result: Result, run: str = "") -> dict[str, Any]:
 def write(path: epath.PathLike, result: Result, run: str = "") -> None:
     """Writes the file that `from_json` reads."""
     text = json.dumps(to_json(result, run), indent=1, ensure_ascii=False)
-    epath.Path(path).write_bytes(text.encode("utf-8", "backslashreplace"))
+    files.write_whole(path, text.encode("utf-8", "backslashreplace"))
 
 
 def from_json(path: epath.PathLike) -> tuple[str, Result]:
@@ -133,7 +134,7 @@ def from_json(path: epath.PathLike) -> tuple[str, Result]:
       DataError: it is no such file.
     """
     try:
-        row = json.loads(epath.Path(path).read_text(encoding="utf-8"))
+        row = json.loads(files.read(path))
         run = row.pop("run")
         row["numbers"] = {name: Value(**value) for name, value in row["numbers"].items()}
         row["findings"] = tuple(Fault(**finding) for finding in row["findings"])

@@ -25,7 +25,7 @@ from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode
 
@@ -106,8 +106,10 @@ class Assistant:
         config = presets.config_from_json(dict(card.model))
         kind = _dtype(dtype)
         words = tokenizer.load(epath.Path(directory) / cards.TOKENIZER, legacy=card.prompt.legacy)
+        chosen = templates.get(template or card.prompt.template)
+        ending.check(chosen, words, str(directory), card.prompt.image_start_end)
         format = Format(
-            templates.get(template or card.prompt.template), words, config.vision.image_size, config.image_features,
+            chosen, words, config.vision.image_size, config.image_features,
             card.prompt.image_mode, card.prompt.image_start_end,
         )  # fmt: skip
         places = store.places(directory, step)
@@ -244,8 +246,7 @@ class Assistant:
 
     def _engine(self) -> Engine:
         words = self.format.tokenizer
-        ends = {words.specials[stop] for stop in self.format.template.stops if stop in words.specials}
-        return Engine(self.model, self.slots, words.size, tuple(sorted(ends | {words.eos_id})), self.mesh)
+        return Engine(self.model, self.slots, words.size, ending.of(self.format.template, words).ids, self.mesh)
 
 
 class _Row(NamedTuple):

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import httpx2
 
+from llava_jax.errors import UsageError
+
 MAX_BODY_BYTES = 4 << 20  # decoded; an answer of 4,096 tokens takes about 20 kB
 _GZIP = zlib.MAX_WBITS + 16  # zlib's number for gzip's header and no other
 
@@ -35,6 +37,9 @@ class Poster:
 
     A thread of its own runs an event loop: there alone a deadline covers all of an exchange, where a blocking client
     measures the silence between two bytes.
+
+    Raises:
+      UsageError: a proxy or certificate that the environment names cannot be used.
     """
 
     def __init__(self, kept_connections: int) -> None:
@@ -43,7 +48,11 @@ class Poster:
         limits = httpx2.Limits(max_connections=None, max_keepalive_connections=kept_connections)
         # Without cookies: a broken one would be sent back, and spoil the requests to come.
         cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
-        self._http = httpx2.AsyncClient(timeout=None, limits=limits, cookies=cookies)
+        try:
+            self._http = httpx2.AsyncClient(timeout=None, limits=limits, cookies=cookies)
+        except (ImportError, OSError, ValueError, httpx2.InvalidURL) as error:
+            raise UsageError(f"the variables of the environment that name proxies or certificates (HTTP_PROXY, "
+                             f"ALL_PROXY, SSL_CERT_FILE ...): {error}") from None  # fmt: skip
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="openai_client", daemon=True)
         self._thread.start()

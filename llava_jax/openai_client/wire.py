@@ -24,10 +24,10 @@ _RETRIED = (404, 408, 409, 425, 429)  # and every 5xx
 # Key, address or model: no other request would fare better; 403 may be about one text. A gateway may answer 404 for a
 # while, so it is also in _RETRIED.
 _HOPELESS = (401, 404)
-_UNSURE = (502, 504, 524)  # a gateway gave up; the server behind it may have answered all the same
+_UNSURE = (504, 524)  # a gateway stopped waiting; the server behind it may have answered all the same
 _PICTURE_TOKENS = 1500  # for estimates only; high for one picture of 1,024 pixels a side
 _ANSWER_TOKENS = 1024  # the same, where a request has no max_tokens
-_CHARACTERS_PER_TOKEN = 3  # the same: English has about four
+_BYTES_PER_TOKEN = 3  # the same: English has about four, Chinese three
 _MOST_TOKENS = 10_000_000  # of one answer; a server that counts more counts wrongly
 _SHOWN_CHARACTERS = 300  # of what a server says
 
@@ -175,13 +175,13 @@ def exchange(poster: Poster, endpoint: Endpoint, request: Request) -> Exchange:
 
 def estimate(request: Request) -> tuple[int, int]:
     """(in, out) tokens, rather too many, for a budget that must hold before the answer is there."""
-    characters = pictures = 0
+    length = pictures = 0
     for message in request.messages:
         content = message["content"]
         for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-            characters += len(part.get("text", "")) + 12  # and what frames a message
+            length += _length_bytes(part.get("text", "")) + 12  # and what frames a message
             pictures += part["type"] != "text"
-    tokens = -(-characters // _CHARACTERS_PER_TOKEN) + pictures * _PICTURE_TOKENS
+    tokens = -(-length // _BYTES_PER_TOKEN) + pictures * _PICTURE_TOKENS
     return tokens, _ANSWER_TOKENS if request.max_tokens is None else request.max_tokens
 
 
@@ -221,12 +221,16 @@ def _answer(response: Response, request: Request, key: str) -> Answer | None:
     if not isinstance(text, str) or not isinstance(reason, str) or not isinstance(usage, dict):
         return None
     # Servers that count nothing are billed by our estimate, or a budget would never end.
-    guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-len(text) // _CHARACTERS_PER_TOKEN)}
+    guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-_length_bytes(text) // _BYTES_PER_TOKEN)}
     counts = [guess if usage.get(name) is None else usage[name] for name, guess in guesses.items()]
     if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
         return None
     text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which no file can
     return Answer(_without(text, key), _shown(reason, key), *counts)
+
+
+def _length_bytes(text: str) -> int:
+    return len(text.encode("utf-8", "replace"))
 
 
 def _text(response: Response) -> str:

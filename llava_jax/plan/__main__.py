@@ -10,12 +10,9 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from etils import epath
-
-from llava_jax import chips, cli
+from llava_jax import chips, cli, files
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
 
@@ -28,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    words, overrides = _overrides(argv)
+    words, overrides = cli.overrides(argv)
     options = _parser().parse_args(words)
     if options.topologies:
         print("\n".join(_topologies()))
@@ -50,22 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     add("--search", action="store_true", help="try rows x rematerialisation x mesh; print the fastest that fits")
     add("--topologies", action="store_true", help="list what --topology takes")
     return parser
-
-
-def _overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The words that argparse reads, and {"data.rows_per_chip": "4"} of `--config.data.rows_per_chip=4`."""
-    rest, overrides, words = list[str](), dict[str, str](), iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
-            continue
-        key, equals, text = word.removeprefix("--config.").partition("=")
-        if key in overrides:
-            raise UsageError(f"--config.{key} is given more than once")
-        overrides[key] = text if equals else next(words, "")
-        if not overrides[key] and not equals:
-            raise UsageError(f"{word} wants a value")
-    return rest, overrides
 
 
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
@@ -110,7 +91,21 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)
-    return configs.load(options.config, overrides)
+    config = configs.load(options.config, overrides)
+    _check_words(config)
+    return config
+
+
+def _check_words(config: configs.Config) -> None:
+    """Refuses a template that the tokenizer cannot write, where that is on this machine."""
+    from llava_jax.checkpoint import card as cards
+    from llava_jax.prompt import ending, templates, tokenizer
+
+    prompt, base = config.prompt, config.model.base
+    template = templates.get(prompt.template)
+    place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
+    if place and files.exists(place):
+        ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
@@ -122,7 +117,7 @@ def _samples(config: configs.Config, options: argparse.Namespace, step_samples: 
         return options.samples
     if config.train.steps:
         return round(config.train.steps * step_samples)
-    if not all(epath.Path(source.path).exists() for source in config.data.sources):
+    if not all(files.exists(source.path) for source in config.data.sources):
         return None
     return round(epochs * sum(len(open_source(s.path, None, s.name)) * s.weight for s in config.data.sources))
 
@@ -133,7 +128,7 @@ def _command(config: str, overrides: dict[str, str]) -> str:
 
 
 def _write(path: str, numbers: dict[str, Any]) -> None:
-    Path(path).write_text(json.dumps(numbers, indent=1) + "\n", encoding="utf-8")
+    files.write_whole(path, (json.dumps(numbers, indent=1) + "\n").encode())
 
 
 def _leave_accelerators() -> None:

@@ -2,7 +2,7 @@
 
 XLA's own cost analysis counts a loop's body once, so a scan over 32 layers looks like one. Here every computation is
 walked from the entry, and what a loop's body costs is multiplied by its trip count. Counted are dots, convolutions
-(TPU writes dots so) and splash attention's kernels; all else is linear in the activations and left out.
+(TPU writes dots so) and flash attention's kernels; all else is linear in the activations and left out.
 """
 
 import functools
@@ -334,35 +334,30 @@ def _meetings(inner: int, kernel: int, out: int, stride: int, pad: int, lhs_dila
     return int(np.sum((place >= 0) & (place <= (inner - 1) * lhs_dilate) & (place % lhs_dilate == 0)))
 
 
-# Products of [T, H] x [H, S] size that each of splash attention's kernels makes of a pair of blocks.
-SPLASH = {"fwd": (2, "q", "kv"), "dq": (3, "q_dq", "kv_dq"), "dkv": (4, "q_dkv", "kv_dkv")}
+# Products of [T, H] x [H, S] size that each of flash attention's kernels (`models.flash`) makes of a tile.
+FLASH = {"forward": 2, "backward": 5}
 
 
 def _kernel_flops(here: Computation, one: Instruction) -> int | None:
-    """FLOPs of a splash attention kernel, whose products lie in its own code; None for another kernel.
+    """FLOPs of a flash attention kernel, whose products lie in its own code; None for another kernel.
 
-    Its operands give the shapes and its metadata the block sizes. The mask is taken to be causal, as ours is: every
-    pair of blocks on or below the diagonal is computed whole, whichever segments meet in it.
+    Its operands give the shapes and its metadata the tile. Counted is every tile on or below the diagonal: which of
+    them hold a sample's queries and keys, and are computed, is in the data.
     """
-    kind = re.search(r"splash_m[hq]a_(fwd|dq|dkv)", one.attributes + one.name)
+    kind = re.search(r"flash_(forward|backward)", one.attributes + one.name)
     noted = re.search(r'"xprof_metadata":"(\{.*?\})"', one.attributes)
     shapes = [dims for name in one.operands for type_, dims in arrays(here.instructions[name].shape)
-              if type_ in ("bf16", "f32", "f16") and len(dims) >= 3]  # fmt: skip
+              if type_ in ("bf16", "f32") and len(dims) >= 3]  # fmt: skip
     if kind is None or noted is None or len(shapes) < 2:
         return None
-    products, q_block, kv_block = SPLASH[kind[1]]
-    sizes = json.loads(noted[1].replace('\\"', '"'))
-    if kind[1] == "dkv" and any(len(dims) > len(shapes[0]) for _, dims in arrays(one.shape)):
-        products = 5  # dq comes out of the same kernel, apart for each block of keys
+    tile = json.loads(noted[1].replace('\\"', '"'))["tile"]
     queries, keys = shapes[0], shapes[1]
-    pairs = _block_pairs(queries[-2], keys[-2], sizes[f"block_{q_block}"], sizes[f"block_{kv_block}"])
-    return 2 * products * math.prod(queries[:-2]) * queries[-1] * pairs
+    return 2 * FLASH[kind[1]] * math.prod(queries[:-2]) * queries[-1] * _tile_pairs(queries[-2], keys[-2], tile)
 
 
-def _block_pairs(queries: int, keys: int, q_block: int, kv_block: int) -> int:
-    """(query, key) pairs in the blocks that a causal mask touches."""
-    ends = np.arange(q_block, queries + 1, q_block)
-    return int(np.sum(np.minimum(keys, -(-ends // kv_block) * kv_block)) * q_block)
+def _tile_pairs(queries: int, keys: int, tile: int) -> int:
+    """(query, key) pairs in the tiles that a causal mask touches; queries may go on behind the last key."""
+    return int(np.sum(np.minimum(keys, np.arange(tile, queries + 1, tile))) * tile)
 
 
 def _group(one: Instruction) -> int:

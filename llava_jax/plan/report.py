@@ -25,7 +25,7 @@ FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
 # Where an operation belongs, by the name that the program gives it; the first that matches.
 PARTS = (
     ("tower and projector", r"/(vision|ln_vision|resampler|projector)/"),
-    ("attention", r"/llm/.*(splash_|bkgts|btkgh|dot_product_attention)"),
+    ("attention", r"/llm/.*(flash_|bkgts|btkgh|dot_product_attention)"),
     ("decoder", r"/llm/"),
     ("logits", ""),
 )

@@ -98,7 +98,8 @@ def encode(
         ids += chunk_ids
         learned += chunk_learned
     images = _pixels(conversation, format, image_root, name) if open_images else ()
-    return Example(np.array(ids, np.int32), np.array(learned, bool), tuple(spans), images, conversation.id)
+    tokens, targets = np.array(ids, np.int32), np.array(learned, bool)
+    return Example(tokens, targets, tuple(spans), images, conversation.id, conversation.weight)
 
 
 def with_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -133,7 +134,7 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
         yield from system
     for turn in template.examples:
         yield from (piece._replace(learned=False) for piece in _turn(turn, template, [Piece(turn.text)]))
-    first = True
+    first = supervised = True  # supervised: the last answer, which ends where a "###" of the next turn is learned
     for turn in _arranged(conversation, template, reply, name):
         message = list(_message(turn, conversation, format))
         if turn.role == "user" and message:
@@ -142,7 +143,10 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
             if not first:
                 yield Piece(template.between)
             first = False
-        yield from _turn(turn, template, message)
+        if turn.role == "assistant":
+            supervised = turn.supervised
+        pieces = _turn(turn, template, message)
+        yield from pieces if supervised else _unlearned(pieces)
     if reply:
         yield Piece(template.assistant.before[0].text)
         if conversation.begun:
@@ -152,7 +156,8 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
                 yield _CUT
             yield Piece(conversation.begun, typed=True)
     else:
-        yield from (Piece(*part) for part in template.ending)
+        ending = [Piece(*part) for part in template.ending]
+        yield from ending if supervised else _unlearned(ending)
 
 
 def _system(conversation: Conversation, template: Template, name: str) -> list[Piece]:
@@ -203,6 +208,10 @@ def _turn(turn: Turn, template: Template, message: list[Piece]) -> list[Piece]:
     if template.reply_apart and turn.role == "assistant":
         before.append(_CUT)
     return before + message + [Piece(*part) for part in frame.after]
+
+
+def _unlearned(pieces: Iterable[Piece]) -> Iterable[Piece]:
+    return (piece._replace(learned=False) if piece.learned else piece for piece in pieces)
 
 
 def _message(turn: Turn, conversation: Conversation, format: Format) -> Iterable[Piece]:

@@ -1,12 +1,16 @@
 """Picture files to uint8 pixels, as CLIP's processor and LLaVA make them, and no file that could hurt us.
 
-Everything up to the resize happens here, on uint8; scaling and normalising happen on the device.
+Everything up to the resize happens here, on uint8; scaling and normalising happen on the device. A picture's pixels
+are the same under every Pillow.
 """
 
 import io
 import os
+import re
+import stat
 import struct
 import unicodedata
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +18,7 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
+from llava_jax import files
 from llava_jax.errors import MissingFile, UsageError
 
 MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
@@ -23,10 +28,17 @@ FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # PIL's other re
 # CLIP's mean times 255, cut to integers. Source: haotian-liu/LLaVA llava/train/train.py:702-716 @ c121f04.
 BORDER = (122, 116, 104)
 
-# What PIL's readers raise on damaged files.
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, MemoryError, OverflowError, IndexError, struct.error,
-           Image.DecompressionBombError)  # fmt: skip
+# A progressive JPEG of a few hundred kB may hold thousands of scans, each over all of its pixels (64 million: 0.1 s).
+MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans; encoders write about 10 scans
+
+# What PIL's readers raise on damaged files; a TIFF's tags of another type than its readers expect are TypeErrors.
+_DAMAGE = (
+    ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, RuntimeError,
+    SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 _STRIP_ROWS = 256
+# A JPEG's markers but those that stand alone: in a scan's data 0xFF is followed by 0 or by a restart's number.
+_SEGMENT = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
 
 def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
@@ -45,15 +57,16 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
         return _rgb(ref, "image given as an object")
     if isinstance(ref, bytes):
         return _decoded(ref, f"image given as {len(ref)} bytes")
-    path = _located(os.fspath(ref), root)
-    name = f"image {str(path)!r}"
-    # Plain pathlib for local paths: epath's is_file() is true for a pipe, and reading one would wait for ever.
-    if not (Path(path) if _is_local(path) else path).is_file():
-        raise UsageError(f"{name}: not a regular file")
-    size = path.stat().length
-    if size > MAX_FILE_BYTES:
-        raise UsageError(f"{name}: {size} bytes, at most {MAX_FILE_BYTES} are read: make it smaller")
-    return _decoded(path.read_bytes(), name)
+    for path in _spellings(os.fspath(ref), root):
+        try:
+            bucket = files.is_bucket(path)
+            content = files.read_range(path, 0, MAX_FILE_BYTES + 1) if bucket else _read_local(path, root)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        if len(content) > MAX_FILE_BYTES:
+            raise UsageError(f"image {path!r}: over {MAX_FILE_BYTES} bytes, no more are read: make it smaller")
+        return _decoded(content, f"image {path!r}")
+    raise MissingFile(f"image {path!r}: no such file")
 
 
 def to_pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
@@ -81,7 +94,7 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
 def _square(image: Image.Image, size: int) -> Image.Image:
     width, height = image.size
     longer = int(size * max(width, height) / min(width, height))
-    image = image.resize((size, longer) if width <= height else (longer, size), Image.Resampling.BICUBIC)
+    image = _resized(image, (size, longer) if width <= height else (longer, size))
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
@@ -89,8 +102,8 @@ def _square(image: Image.Image, size: int) -> Image.Image:
 def _pad(image: Image.Image, size: int) -> Image.Image:
     """As padding to the full square and resizing that, without ever holding the square.
 
-    PIL resizes the rows of a picture first, each by itself, and then the columns; so the rows can be padded and
-    resized in strips. 20000 x 100 pixels would fill 1.6 GB as a square.
+    Rows are resized first, each by itself, so they can be padded and resized in strips. 20000 x 100 pixels would fill
+    1.6 GB as a square.
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
@@ -104,35 +117,47 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
 
 
 def _squash(image: Image.Image, size: int) -> Image.Image:
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+    return _resized(image, (size, size))
 
 
-def _located(ref: str, root: epath.PathLike | None) -> epath.Path:
-    """The existing path that `ref` means, under `root` if there is one."""
+def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """The rows resized and rounded to uint8, then the columns; of stripes the columns first.
+
+    So does every Pillow that the released models were trained with. Pillow 13 begins with the columns of many upright
+    pictures, which rounds to other pixels. Source: Pillow 12.2 Image.resize and Resample.c (order of the passes).
+    """
+    stripe = image.height > 100 * image.width and size[1] < image.height
+    first = (image.width, size[1]) if stripe else (size[0], image.height)
+    return image.resize(first, Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+
+
+def _spellings(ref: str, root: epath.PathLike | None) -> list[str]:
+    """The paths that `ref` may mean, under `root` if there is one.
+
+    macOS writes é as two characters where Linux data sets write one: as given, then both spellings.
+    """
     parts = ref.replace("\\", "/").split("/")
     if root is not None and ("://" in ref or ref.startswith(("/", "\\")) or ".." in parts):
         raise UsageError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
     if not ref or "\0" in ref:
         raise UsageError(f"image {ref!r}: not a path")
-    # macOS writes é as two characters where Linux data sets write one: try as given, then both spellings.
-    for spelling in dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref))):
-        path = epath.Path(spelling) if root is None else epath.Path(root) / spelling
-        if path.exists():
-            break
-    else:
-        raise MissingFile(f"image {str(path)!r}: no such file")
-    if root is None or not _is_local(path):  # object stores have no links
-        return path
-    if not Path(path).resolve().is_relative_to(Path(root).resolve()):
+    if files.is_bucket(ref) and not ref.startswith("gs://"):
+        raise UsageError(f"image {ref!r}: want a file or gs://BUCKET/FILE; download it first")
+    spellings = dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref)))
+    return [os.fspath(epath.Path(one) if root is None else epath.Path(root) / one) for one in spellings]
+
+
+def _read_local(path: str, root: epath.PathLike | None) -> bytes:
+    """What a file holds; one byte more than `MAX_FILE_BYTES` of a larger one."""
+    found = os.stat(path)
+    if root is not None and not Path(path).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
-            f"image {str(path)!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
+            f"image {path!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
             "folder that really holds the images, or copy them"
         )
-    return path
-
-
-def _is_local(path: epath.Path) -> bool:
-    return "://" not in os.fspath(path)
+    if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
+        raise UsageError(f"image {path!r}: not a regular file")
+    return files.read_range(path, 0, min(found.st_size, MAX_FILE_BYTES) + 1)
 
 
 def _decoded(content: bytes, name: str) -> Image.Image:
@@ -140,7 +165,18 @@ def _decoded(content: bytes, name: str) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except _DAMAGE as error:
         raise UsageError(f"{name}: {_reason(content, error)}: replace the file or drop the record") from error
+    if "progressive" in image.info and (scans := _scans(content)) * image.width * image.height > MAX_SCANNED:
+        raise UsageError(f"{name}: a JPEG of {scans} scans for {image.width} x {image.height} pixels: save it anew")
     return _rgb(image, name)
+
+
+def _scans(jpeg: bytes) -> int:
+    """How often a JPEG file goes over its first picture."""
+    scans, at = 0, 2
+    while (found := _SEGMENT.search(jpeg, at)) and found[0] != b"\xff\xd9":
+        scans += found[0] == b"\xff\xda"
+        at = found.end() + int.from_bytes(jpeg[found.end() : found.end() + 2])
+    return scans
 
 
 def _reason(content: bytes, error: BaseException) -> str:

@@ -6,11 +6,14 @@ where another project is the source, it stands beside the template.
 """
 
 import difflib
+import re
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from llava_jax.errors import UsageError
 from llava_jax.prompt.conversation import Turn
+
+_MARK = re.compile(r"</?s>|<\|\w+\|>")
 
 
 class Part(NamedTuple):
@@ -68,6 +71,13 @@ class Template:
     reply_apart: bool = False
     system_kept: bool = False
     examples: tuple[Turn, ...] = ()
+
+    @property
+    def marks(self) -> tuple[str, ...]:
+        """The texts in it that are one token each for the models it was made for, such as "</s>"."""
+        parts = (*self.user.before, *self.user.after, *self.assistant.before, *self.assistant.after, *self.ending)
+        texts = (*(part.text for part in parts), *self.system_frame, *self.image_frame, self.between, *self.stops)
+        return tuple(sorted({mark for text in texts for mark in _MARK.findall(text)}))
 
 
 _POLITE_HUMAN = (

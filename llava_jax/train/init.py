@@ -1,5 +1,7 @@
 """Where every leaf's first value comes from: the `init` table, read one leaf at a time onto the devices."""
 
+import functools
+import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +12,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llava_jax import distributed, files, params
-from llava_jax.checkpoint import sharded, store
+from llava_jax.checkpoint import lock, sharded, store
 from llava_jax.checkpoint.card import Base
 from llava_jax.checkpoint.leaves import Read
 from llava_jax.checkpoint.sharded import agreed
@@ -21,6 +23,7 @@ from llava_jax.train.program import Program
 from llava_jax.train.step import State
 
 RANDOM = "random"
+_log = logging.getLogger(__name__)
 
 
 def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.PathLike, seed: int) -> dict[str, str]:
@@ -30,7 +33,8 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     adapter's scale too) are written once, to `workdir/random`, which is then their directory.
 
     Raises:
-      ValueError: a name without a row, a row without a name, or adapters that would be lost or scaled otherwise.
+      UsageError: a name without a row, a row without a name, adapters that would be lost or scaled otherwise, or a
+        directory that another run still writes to.
       UnusableCheckpoint: a directory of the table lacks a leaf or has it in another shape; names both.
     """
     frozen = _stored(program.frozen)
@@ -38,6 +42,8 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     rows = [(pattern, value if value == RANDOM else str(store.absolute(value))) for pattern, value in table]
     sources = params.lookup(wanted, rows, "init", every_row=True)
     for directory, names in _by_directory(sources).items():
+        agreed("start", functools.partial(_refuse_unfinished, directory))
+        _log.info("begins with step %s of %s: %d parameters", store.latest_step(directory), directory, len(names))
         found = store.leaf_specs(directory)
         _refuse_missing_adapters(directory, found, names)
         held = {name: found[name] for name in names if name in found}
@@ -50,6 +56,16 @@ def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.P
     kept = str(store.absolute(epath.Path(workdir) / RANDOM))
     _keep_random(program, adrift, epath.Path(kept), seed)
     return sources | dict.fromkeys(adrift, kept)
+
+
+def _refuse_unfinished(directory: str) -> None:
+    """A run that goes on deletes its older steps (`checkpoint.keep`), and this one would rest on them."""
+    holding = lock.holder(directory) if distributed.index() == 0 else ""
+    if holding:
+        raise UsageError(
+            f"table `init`: {directory} is still being trained ({holding}), and its older steps are deleted as it goes "
+            f"on; wait for its end, or begin with what `python -m llava_jax.convert merge {directory} OUT` makes of it"
+        )
 
 
 def _refuse_missing_adapters(directory: str, found: Mapping[str, Any], names: Sequence[str]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from llava_jax import config as configs
+from llava_jax.data.tally import fitting
 from llava_jax.errors import UsageError
 from llava_jax.models.presets import LlamaConfig
 
@@ -17,22 +18,45 @@ FEW_UPDATES = 20  # fewer than this teach a pretrained model hardly anything
 SETTLED = 10  # updates after the warm-up, by when a pretrained model is far better than guessing
 
 
-def before(config: configs.Config, rates: np.ndarray, records: int) -> list[str]:
-    """Warnings about the learning rates of all updates (float [steps], the highest of all parameters).
+def before(config: configs.Config, rates: np.ndarray, samples: int, step_samples: float, parts: int) -> list[str]:
+    """Warnings about the size of the data and the learning rates of all updates.
+
+    Args:
+      rates: float [steps], the highest of all parameters.
+      samples: of an epoch; step_samples: of a step.
+      parts: that the mesh cuts a step's rows into.
 
     Raises:
       UsageError: no update has a learning rate.
     """
-    updates, data = int((rates > 0).sum()), config.data
-    size = f"data.batch_samples={data.batch_samples}" if data.layout == "padded" else f"{data.row_tokens} tokens a row"
-    remedy = (f"{records:,} records at {size} make {len(rates)} steps: set --config.train.epochs=N (or steps) higher, "
-              "or --config.data.batch_samples lower, with --config.train.group_samples a divisor of it")  # fmt: skip
+    updates = int((rates > 0).sum())
+    remedy = (f"{samples:,} samples in steps of {step_samples:,.0f} make {len(rates)} step(s): set "
+              f"{_fitting(config, samples, parts)}")  # fmt: skip
+    if not updates and len(rates) >= FEW_UPDATES:
+        raise UsageError(f"no update has a learning rate: train.lr={config.train.lr}; want it above 0")
     if not updates:
         raise UsageError(
             f"no update has a learning rate: train.lr={config.train.lr} and of {len(rates)} step(s) the first "
             f"{math.ceil(config.train.warmup_ratio * len(rates))} warm up from 0. {remedy}"
         )
-    return [f"only {updates} updates have a learning rate. {remedy}"] if updates < FEW_UPDATES else []
+    if updates < FEW_UPDATES:
+        return [f"only {updates} updates have a learning rate. {remedy}"]
+    return [f"a step shows records more than once. {remedy}"] if samples < step_samples else []
+
+
+def _fitting(config: configs.Config, samples: int, parts: int) -> str:
+    """Options with which so many samples make a run."""
+    batch, epochs = fitting(samples, math.lcm(parts, config.train.accumulate))
+    settings = {"data.layout": "padded", "data.rows_per_chip": 0, "data.rows_per_group": 1}
+    settings = settings if config.data.layout == "packed" else {}
+    settings["data.batch_samples"] = batch
+    if config.train.loss == "group_mean":
+        settings["train.group_samples"] = batch
+    if config.train.steps:
+        settings["train.steps"] = epochs * math.ceil(samples / batch)
+    else:
+        settings["train.epochs"] = epochs
+    return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
 def after(row: Mapping[str, Any], model: LlamaConfig, warmup: int) -> list[str]:

@@ -2,15 +2,19 @@
 
 import json
 import math
+import re
+import secrets
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
-import tensorboardX
 from etils import epath
 
-from llava_jax import config
+from llava_jax import config, files
 from llava_jax.errors import UsageError
+from llava_jax.streams import GrowingFile
+from llava_jax.train.events import EventFile
 
 # One line an update; counts are of the global batch:
 #   step, loss, rate    which update, its loss, the highest learning rate
@@ -30,30 +34,28 @@ from llava_jax.errors import UsageError
 STEPS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"  # {"step", "loss"}
 SAMPLES = "samples.jsonl"  # {"step", "id", "prompt", "answer"}
+WANDB = "wandb_id"  # names the run at Weights & Biases, so that every start of it goes on there
 
 Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Writer:
-    """Open logs of one run."""
+    """Open logs of one run.
 
-    files: Mapping[str, "Lines"]
-    board: tensorboardX.SummaryWriter | None
+    In a bucket they are written anew by `flush`, which the loop calls with each save: a row is about 450 bytes, so that
+    100,000 updates are 45 MB a save, little beside the checkpoint itself.
+    """
+
+    files: Mapping[str, GrowingFile]
+    board: EventFile | None
     wandb: Any  # a wandb run, or None
-
-
-@dataclass(frozen=True)
-class Lines:
-    """A JSON lines file. A local one grows line by line; a remote one cannot, so it is written anew by `flush`."""
-
-    path: epath.Path
-    local: IO[str] | None
-    kept: list[str]
 
 
 def open_writer(workdir: epath.PathLike, log: config.Log, step: int, settings: Mapping[str, Any]) -> Writer:
     """Logs that go on after `step` updates: rows beyond it, which a kill left and a resume repeats, are dropped.
+
+    A damaged log is set aside, said, and its whole rows go on in the new one.
 
     Args:
       settings: the run's config, for Weights & Biases.
@@ -62,76 +64,96 @@ def open_writer(workdir: epath.PathLike, log: config.Log, step: int, settings: M
       ValueError: `log.wandb` names a project and wandb is not installed.
     """
     workdir = epath.Path(workdir)
-    files = {name: _open_lines(workdir / name, step) for name in (STEPS, VALIDATION, SAMPLES)}
-    board = tensorboardX.SummaryWriter(str(workdir / "tensorboard"), purge_step=step + 1) if log.tensorboard else None
-    return Writer(files, board, _open_wandb(log.wandb, workdir.name, settings) if log.wandb else None)
+    logs = {name: _go_on(workdir / name, step) for name in (STEPS, VALIDATION, SAMPLES)}
+    board = EventFile(workdir / "tensorboard", step) if log.tensorboard else None
+    return Writer(logs, board, _open_wandb(log.wandb, workdir, settings) if log.wandb else None)
 
 
 def write(writer: Writer, name: str, row: Row) -> None:
     """Adds a row to a file and its numbers to the boards. Floats keep every bit; one that is not finite is null."""
     finite = {key: None if isinstance(x, float) and not math.isfinite(x) else x for key, x in row.items()}
-    line = json.dumps(finite, ensure_ascii=False) + "\n"
-    lines = writer.files[name]
-    if lines.local is None:
-        lines.kept.append(line)
-    else:
-        lines.local.write(line)
-        lines.local.flush()
+    writer.files[name].add((json.dumps(finite, ensure_ascii=False) + "\n").encode())
     numbers = {f"{name.removesuffix('.jsonl')}/{k}": x for k, x in finite.items() if isinstance(x, int | float)}
     numbers.pop(f"{name.removesuffix('.jsonl')}/step")
     if writer.board is not None:
-        for tag, value in numbers.items():
-            writer.board.add_scalar(tag, value, row["step"])
+        writer.board.add(row["step"], numbers)
     if writer.wandb is not None:
         writer.wandb.log(numbers, step=row["step"])
 
 
 def flush(writer: Writer) -> None:
-    """Brings everything to disk, as far as it is not there already."""
-    for lines in writer.files.values():
-        if lines.local is None and lines.kept:
-            lines.path.write_text("".join(lines.kept))
-    if writer.board is not None:
-        writer.board.flush()
+    """Brings everything to disk or bucket, as far as it is not there already."""
+    for file in _open_files(writer):
+        file.flush()
 
 
 def close(writer: Writer) -> None:
     """Flushes and closes."""
-    flush(writer)
-    for lines in writer.files.values():
-        if lines.local is not None:
-            lines.local.close()
-    if writer.board is not None:
-        writer.board.close()
+    for file in _open_files(writer):
+        file.close()
     if writer.wandb is not None:
         writer.wandb.finish()
 
 
 def read(workdir: epath.PathLike, name: str = STEPS) -> list[dict[str, Any]]:
-    """The rows of a log."""
-    path = epath.Path(workdir) / name
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The whole rows of a log; none where there is no log."""
+    try:
+        return [row for row, _ in _parsed(files.read(epath.Path(workdir) / name))[0]]
+    except FileNotFoundError:
+        return []
 
 
-def _open_lines(path: epath.Path, step: int) -> Lines:
-    kept = []
-    for line in path.read_text().splitlines(keepends=True) if path.exists() else []:
-        # A kill may cut the last line short.
-        if line.endswith("\n") and json.loads(line)["step"] <= step:
-            kept.append(line)
-    partial = path.parent / f".{path.name}.partial"
-    partial.write_text("".join(kept))
-    partial.replace(path)
-    if "://" in str(path):
-        return Lines(path, None, kept)
-    return Lines(path, path.open("a"), [])
+def _open_files(writer: Writer) -> list[GrowingFile | EventFile]:
+    return [*writer.files.values(), *([] if writer.board is None else [writer.board])]
 
 
-def _open_wandb(project: str, name: str, settings: Mapping[str, Any]) -> Any:
+def _go_on(path: epath.Path, step: int) -> GrowingFile:
+    try:
+        rows, fault = _parsed(files.read(path))
+    except FileNotFoundError:
+        rows, fault = [], ""
+    except IsADirectoryError:
+        rows, fault = [], "it is a directory"
+    if fault:
+        print(f"{path} is damaged ({fault}): it is now called {files.set_aside(path).name}, and its whole rows go on "
+              "in a new one", file=sys.stderr, flush=True)  # fmt: skip
+    return GrowingFile(path, b"".join(line for row, line in rows if row["step"] <= step))
+
+
+def _parsed(content: bytes) -> tuple[list[tuple[dict[str, Any], bytes]], str]:
+    """(each whole row with its line, what is wrong with the first other line). A kill may cut the last line short."""
+    rows, fault = [], ""
+    for number, line in enumerate(content.split(b"\n")[:-1], 1):
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append((row, line + b"\n"))
+        else:
+            fault = fault or f"line {number} is no row of a log"
+    return rows, fault
+
+
+def _open_wandb(project: str, workdir: epath.Path, settings: Mapping[str, Any]) -> Any:
     try:
         import wandb
     except ImportError:
         raise UsageError(
             f'log.wandb={project!r} wants the package wandb, which is missing: `pip install wandb`, or log.wandb=""'
         ) from None
-    return wandb.init(project=project, name=name, config=dict(settings), resume="allow")
+    run = _wandb_id(workdir / WANDB)
+    return wandb.init(project=project, name=workdir.name, config=dict(settings), id=run, resume="allow")
+
+
+def _wandb_id(path: epath.Path) -> str:
+    """The run's id there, drawn by its first start; wandb resumes no run without one."""
+    try:
+        if re.fullmatch(rb"[0-9a-f]{16}", content := files.read(path)):
+            return content.decode()
+        print(f"{path} is damaged: the run begins anew at Weights & Biases", file=sys.stderr, flush=True)
+    except FileNotFoundError:
+        pass
+    drawn = secrets.token_hex(8)
+    files.write_whole(path, drawn.encode())
+    return drawn

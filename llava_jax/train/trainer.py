@@ -8,11 +8,9 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
 import logging
 import math
 import os
-import re
 import secrets
 import sys
 import traceback
@@ -27,37 +25,27 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import lock, manager, store
+from llava_jax.checkpoint import lock, manager
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import Source, open_source
+from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.distributed import Stop
 from llava_jax.errors import DataError, UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import templates, tokenizer
-from llava_jax.prompt.encode import IMAGE_START, Format
-from llava_jax.train import hooks, init, learning, loop, metrics
+from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt.encode import Format
+from llava_jax.train import hooks, init, learning, loop, metrics, settings
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
 
-SETTINGS = "config.json"  # in the workdir: the config that its checkpoints were trained with
-# Keys that may change between two starts of one run: they change no number that is trained. On another mesh sums are
-# taken in another order: the state goes over bit for bit, later losses agree to about 2e-6. A step's rows stay as they
-# were, so on half the chips each takes twice the rows_per_chip; the data's own state says so where it does not.
-HARMLESS = re.compile(
-    r"log\..*|checkpoint\..*|mesh\..*|compiler_options.*|profile|model\.(remat|base|start)|init.*"
-    r"|data\.(rows_per_chip|threads|skip_budget|validation.*|sources\.\d+\.(path|images|name))"
-    r"|train\.(eval_every|sample_every|max_nonfinite|offload_optimizer|watchdog_secs)"
-)
-LOCAL = re.compile(r"data\.(sources|validation)\.\d+\.(path|images|name)")  # may differ: the content is compared
 ALL_BUT_ONE = 1 - 1e-9  # a skip budget
 
 
@@ -110,8 +98,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     _keep_compilations()
     model_config = _model_config(config.model)
     format = _format(config, model_config)
-    held_out = _held_out(config)
-    sources = _open(config.data.sources)
+    sources, held_out = _sources(config)
     _check_shared(workdir)
     if distributed.index() == 0:
         stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
@@ -121,8 +108,10 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     program = programs.build(config, model_config, steps)
     _introduce(program, pipeline, workdir)
     warnings = list[str]()
-    loop.warn(warnings, learning.before(config, loop.highest_rates(program, config.train), pipeline.records))
-    _check_settings(workdir, config)
+    rates = loop.highest_rates(program, config.train)
+    parts = sharding.shards(program.mesh, "batch")
+    loop.warn(warnings, learning.before(config, rates, pipeline.samples, pipeline.step_samples, parts))
+    settings.check(workdir, config)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
@@ -138,7 +127,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
             metrics.close(writer)
         manager.close(checkpoints)
     if code == errors.DONE:
-        loop.warn([], warnings)
+        loop.warn([], [*warnings, *pipeline.tally.lines()])
         _conclude(program, workdir)
     return code
 
@@ -153,7 +142,7 @@ def _check_shared(workdir: epath.Path) -> None:
     nonce = distributed.exchange("nonce", secrets.token_hex(8) if distributed.index() == 0 else "")[0]
     mark = workdir / f".shared-{nonce}"
     if distributed.index() == 0:
-        workdir.mkdir(parents=True, exist_ok=True)
+        files.make_directory(workdir)
         files.write_whole(mark, nonce.encode())
     distributed.exchange("the mark is written", True)
     sees = distributed.exchange("the mark is seen", files.exists(mark))
@@ -171,8 +160,7 @@ def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any
     package = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
     data = {f"data state {key}": value for key, value in pipeline.state().items()}
-    settings = {key: value for key, value in typed.describe(config).items() if not LOCAL.fullmatch(key)}
-    return {**settings, "code of llava_jax": code, **data, "number of steps": steps}
+    return {**settings.common(config), "code of llava_jax": code, **data, "number of steps": steps}
 
 
 def _keep_compilations() -> None:
@@ -209,6 +197,11 @@ def _model_config(model: configs.Model) -> LlavaConfig:
     return held
 
 
+def format_of(config: configs.Config) -> Format:
+    """How a run of this config encodes its records, for who does not train."""
+    return _format(config, _model_config(config.model))
+
+
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
@@ -217,10 +210,10 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
     rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
-    if config.prompt.image_start_end and IMAGE_START not in words.specials:
-        raise UsageError(f"prompt.image_start_end wants {IMAGE_START} in the tokenizer {place}, which lacks it")
+    template = templates.get(config.prompt.template)
+    ending.check(template, words, str(place), config.prompt.image_start_end)
     return Format(
-        templates.get(config.prompt.template), words, model_config.vision.image_size, model_config.image_features,
+        template, words, model_config.vision.image_size, model_config.image_features,
         config.prompt.image_mode, config.prompt.image_start_end,
     )  # fmt: skip
 
@@ -232,11 +225,17 @@ def _open(sources: Sequence[configs.Source]) -> list[Source]:
         raise DataError(str(error)) from None
 
 
-def _held_out(config: configs.Config) -> list[Source]:
-    """The validation sources; what the hooks want is checked here, before anything large is read."""
-    if config.train.eval_every and not config.data.validation:
-        raise UsageError(f"train.eval_every={config.train.eval_every} wants data.validation, which is empty")
-    return _open(config.data.validation)
+def _sources(config: configs.Config) -> tuple[list[Source], list[Source]]:
+    """(what is trained on, what only validates). What the hooks want is checked before anything large is read."""
+    data = config.data
+    if config.train.eval_every and not data.validation and not data.hold_out:
+        raise UsageError(f"train.eval_every={config.train.eval_every} wants records, by --config.data.hold_out=0.02 "
+                         "or --config.data.validation.0.path=FILE")  # fmt: skip
+    held_out, sources = _open(data.validation), _open(data.sources)
+    if not data.hold_out:
+        return sources, held_out
+    pairs = [hold_out(source, data.hold_out, config.train.seed) for source in sources]
+    return [trained for trained, _ in pairs], [*held_out, *(rest for _, rest in pairs)]
 
 
 def _pipeline(
@@ -275,29 +274,6 @@ def _counted(tree: Mapping[str, Any]) -> str:
     return f"{params.count(tree):,} ({parts})" if parts else "0"
 
 
-def _check_settings(workdir: epath.Path, config: configs.Config) -> None:
-    """Refuses a workdir whose checkpoints were trained with other settings, or not by this command."""
-    fault = _settings_fault(workdir, config) if distributed.index() == 0 else ""
-    if fault := distributed.exchange("settings", fault)[0]:
-        raise UsageError(fault)
-
-
-def _settings_fault(workdir: epath.Path, config: configs.Config) -> str:
-    if not store.numbered(workdir):
-        return ""
-    path = workdir / SETTINGS
-    if not files.exists(path):
-        return f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory"
-    changed = typed.difference(*(
-        {key: value for key, value in settings.items() if not HARMLESS.fullmatch(key)}
-        for settings in (json.loads(path.read_text()), typed.describe(config))
-    ))  # fmt: skip
-    return "" if not changed else (
-        f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or "
-        "begin anew in another --workdir (a checkpoint to start from is `model.start` or a row of `init`)"
-    )
-
-
 def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:
     rest = {"step": program.state.step, "opt_state": program.state.opt_state}
     saved = manager.restore(checkpoints, program.state.params, rest)
@@ -318,8 +294,7 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
                             config.prompt.image_start_end)  # fmt: skip
         card = Card(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
         cards.write_card(workdir, card, format.tokenizer.files())
-        settings = json.dumps(typed.describe(config), indent=1)
-        cards.write_whole(workdir / SETTINGS, settings.encode())
+        settings.write(workdir, config)
     return init.state(program, sources, config.train.seed), init.frozen(program, sources)
 
 

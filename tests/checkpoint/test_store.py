@@ -41,7 +41,7 @@ def test_the_latest_step_is_the_newest_whole_one(tmp_path):
     assert store.latest_step(tmp_path) == 10
     with pytest.raises(UnusableCheckpoint, match="no usable step 11; usable are 2, 10"):
         store.load_params(tmp_path, step=11)
-    with pytest.raises(UnusableCheckpoint, match="no usable checkpoint step"):
+    with pytest.raises(UnusableCheckpoint, match="no usable checkpoint step|no model.json"):
         store.load_params(tmp_path / "11")
 
 

@@ -62,6 +62,15 @@ def test_import_export_import_is_bit_exact_in_every_layout_and_dtype(tmp_path, l
     assert reports.verify(tmp_path / "again").endswith("leaves read, all as they were written")
 
 
+def test_verify_is_not_content_with_what_it_cannot_compare(half, tmp_path):
+    shutil.copytree(half[1], tmp_path / "ours")
+    (tmp_path / "ours" / "0" / "params" / "_CHECKSUMS").unlink()
+    with pytest.raises(UnusableCheckpoint, match="leaves have no checksum, such as .*convert merge"):
+        reports.verify(tmp_path / "ours")
+    reports.merge(tmp_path / "ours", tmp_path / "whole")
+    assert reports.verify(tmp_path / "whole").endswith("all as they were written")
+
+
 def test_leaves_are_theirs_transposed_and_stacked(half):
     hub, ours = half
     leaves = loaded(ours)
@@ -112,7 +121,7 @@ def test_hf_export_adds_image_and_pad_and_llava_export_takes_them_off(tmp_path, 
     assert same(read_all(tmp_path / "llava-back"), original)
     assert same(read_all(tmp_path / "llava-back" / "vision_tower"), tower)
     words = tokenizer.load(tmp_path / "llava-back")
-    assert (words.size, words.added, words.pad_id) == (960, (), 0)  # pads with <unk>
+    assert (words.size, len(words.words), words.pad_id) == (960, 3, 0)  # pads with <unk>
 
 
 @pytest.mark.parametrize("dtype", tiny.DTYPES)

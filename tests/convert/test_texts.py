@@ -114,10 +114,10 @@ def test_tokens_that_are_there_keep_their_ids_and_come_off_again(tmp_path):
     there = tokenizer.load(tiny.TOKENIZER, legacy=False, added=("<im_start>", "<image>"))
     tokenizer.save(there, tmp_path)
     found = tokenizer_files.with_image_token(tmp_path, False)
-    assert (found.specials["<image>"], found.specials["<pad>"], found.tokenizer.size) == (961, 962, 963)
+    assert (found.ids["<image>"], found.ids["<pad>"], found.tokenizer.size) == (961, 962, 963)
     assert tokenizer_files.kept_rows(found.tokenizer, 1024) == 961
     left = tokenizer_files.without_image_token(found.tokenizer)
-    assert (left.specials, left.pad) == ({"<unk>": 0, "<s>": 1, "</s>": 2, "<im_start>": 960}, "<unk>")
+    assert (left.ids, left.pad) == ({"<unk>": 0, "<s>": 1, "</s>": 2, "<im_start>": 960}, "<unk>")
     plain = tokenizer.load(tiny.TOKENIZER, legacy=False)
     assert tokenizer_files.kept_rows(plain, 960) == 960 and tokenizer_files.without_image_token(plain).pad == "<unk>"
 
@@ -128,7 +128,7 @@ def test_a_directory_with_tokenizer_json_alone_is_exported_with_the_same_ids(tmp
             (tmp_path / name).write_bytes(content.replace(b'"LlamaTokenizer"', b'"PreTrainedTokenizerFast"'))
     found = tokenizer_files.with_image_token(tmp_path, None)
     assert isinstance(found.tokenizer, tokenizer.HubTokenizer)
-    assert (found.specials["<image>"], found.tokenizer.size) == (960, 962)
+    assert (found.ids["<image>"], found.tokenizer.size) == (960, 962)
     written = tokenizer_files.files(found, "LlavaProcessor")
     assert "tokenizer.model" not in written and json.loads(written["added_tokens.json"])["<pad>"] == 961
     text = "A red square. USER: <image> \nWhat is it?</s>"

@@ -167,6 +167,7 @@ def test_the_side_tower_of_a_llava_export_loads_as_a_clip_model(made, tmp_path):
         assert torch.equal(tower(pixels).last_hidden_state, model.model.vision_tower(pixels).last_hidden_state)
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("mode", ["pad", "square", "squash"])
 def test_the_written_image_processor_makes_our_pixels(tmp_path, mode):
     from PIL import Image

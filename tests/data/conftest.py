@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_jax.data.check import Checks, rules
+from llava_jax.data.problems import Finding
 from llava_jax.data.sources import Source, open_source
+from llava_jax.data.validate import validate
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import Format
 
@@ -48,6 +51,14 @@ def record(number: int) -> dict:
         ],
     }
     return made if number % 3 == 0 else made | {"image": f"{number % 5}.png"}
+
+
+def findings(
+    source: Source, format: Format, row_tokens: int = 400, images: int = 9, opened: bool = True
+) -> list[Finding]:
+    """All that `validate` finds, in the order of the records."""
+    checks = Checks(rules(format.template, format.tokenizer), format, row_tokens, images)
+    return [finding for verdict in validate(source, checks, open_images=opened) for finding in verdict.findings]
 
 
 @pytest.fixture(scope="session")

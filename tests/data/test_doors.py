@@ -77,11 +77,13 @@ def test_validate_as_json_and_with_token_counts(make, folder, tmp_path, tokenize
     ("name", "content", "said"),
     [
         ("a.jsonl", '{"id": 1}\n{"id": \n[]\n',
-         ["a.jsonl:2 id='' malformed_json: no valid JSON", "bad_shape", "3 records, 3 bad"]),
-        ("a.json", '[{"id": 1}', ["malformed_json", "a.json:1:11", "1 malformed_json"]),
+         ["a.jsonl:2' unreadable: no valid JSON", "bad_shape", "3 records, 3 bad"]),
+        ("a.json", '[{"id": 1}', ["bad_source", "a.json:1:11", "1 bad_source"]),
+        ("a.json", "[]", ["bad_source", "holds no records", "1 bad_source"]),
+        ("a.jsonl", "\n\n", ["bad_source", "holds no records"]),
     ],
 )  # fmt: skip
-def test_validate_lists_what_is_no_json(tmp_path, capsys, name, content, said):
+def test_validate_lists_what_cannot_be_read(tmp_path, capsys, name, content, said):
     (tmp_path / name).write_text(content)
     assert main(["validate", str(tmp_path / name)]) == 65
     out = capsys.readouterr().out

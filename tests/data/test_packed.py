@@ -188,7 +188,7 @@ def test_within_the_budget_a_bad_record_leaves_a_hole_and_is_counted_once(make, 
 def test_more_images_than_a_pool_holds_are_a_bad_record(make, build):
     turns = [{"from": "human", "value": "<image> <image> <image> Same?"}, {"from": "gpt", "value": "No."}]
     row = {"id": "three", "image": ["0.png", "1.png", "2.png"], "conversations": turns}
-    with pytest.raises(DataError, match="too_many_images: 3 for images_per_group=2"):
+    with pytest.raises(DataError, match="too_many_images: 3 images for images_per_group=2"):
         take(build(make([row]), images_per_group=2), 1)
     batch, _ = take(build(make([row]), images_per_group=3), 1)[0]
     assert batch.image_slots.max() == 11 and (batch.segments > 0).any(axis=1).sum() == 1

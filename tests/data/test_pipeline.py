@@ -191,7 +191,7 @@ def test_a_record_with_no_target_left_in_its_row_is_bad_and_other_losses_are_cou
 def test_more_images_than_a_row_takes_are_a_bad_record(make, build):
     turns = [{"from": "human", "value": "<image> <image> Same?"}, {"from": "gpt", "value": "No."}]
     row = {"id": "two", "image": ["0.png", "1.png"], "conversations": turns}
-    with pytest.raises(DataError, match="too_many_images: 2 for images_per_group=1"):
+    with pytest.raises(DataError, match="too_many_images: 2 images for images_per_group=1"):
         take(build(make([row])), 1)
     batch, _ = take(build(make([row]), images_per_group=2, batch_samples=1), 1)[0]
     assert batch.image_slots[batch.image_slots >= 0].tolist() == list(range(8))

@@ -1,11 +1,12 @@
 """Files to records, and messages that say where."""
 
-import io
 import json
 
 import numpy as np
 import pytest
 
+from llava_jax import files
+from llava_jax.data import index
 from llava_jax.data.index import sizes, token_lengths, word_lengths
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError
@@ -45,7 +46,6 @@ def test_lines_count_blank_ones(tmp_path):
         ("a.json", b"[" * 100000, r"a\.json:1:2: no valid JSON"),
         ("a.json", b"[]", "holds no records"),
         ("a.json", b'["\xff"]', r"a\.json:1: byte 0xff is no UTF-8"),
-        ("a.jsonl", b'{"id": 1}\n{"id": \n', r"a\.jsonl:2: no valid JSON.*it begins"),
         ("a.jsonl", b"\n", "holds no records"),
     ],
 )
@@ -75,25 +75,40 @@ def test_the_fingerprint_is_of_the_content_only(make):
 def test_word_lengths_count_as_the_reference_s_sampler(make):
     assert word_lengths(make(4)).tolist() == [-5, 8, 10, -11]
     odd = [{}, 3, {"image": "x", "conversations": []}, {"conversations": [{"value": 4}, 5]}]
-    assert word_lengths(make(odd, "odd.json")).tolist() == [-1, -1, 1, -1]
+    assert word_lengths(make(odd, "odd.json")).tolist() == [-1, -1, -1, -1]
 
 
-def test_lengths_are_kept_by_fingerprint_and_a_broken_file_is_measured_again(make, v1, tmp_path):
-    source, cache = make(4), tmp_path / "cache"
+def test_lengths_are_kept_for_this_data_and_this_code(make, v1, place, monkeypatch, caplog):
+    source, cache = make(4), place / "lengths"
     fresh = token_lengths(source, v1, cache)
-    (kept,) = cache.iterdir()
-    kept.write_bytes(_npy(np.full((4, 2), 9, np.int32)))
-    assert token_lengths(source, v1, cache).tolist() == [9, 9, 9, 9]
-    kept.write_bytes(kept.read_bytes()[:-3])
-    assert token_lengths(source, v1, cache).tolist() == fresh.tolist()
+    (kept,) = files.listed(cache)
+    with monkeypatch.context() as no_measuring:
+        no_measuring.setattr(index, "_measured", None)
+        assert token_lengths(source, v1, cache).tolist() == fresh.tolist()
     word_lengths(source, cache)
-    assert len(list(cache.iterdir())) == 2
+    assert len(files.listed(cache)) == 2
+    # A release that counts otherwise does not find what this one counted.
+    monkeypatch.setattr(index, "_code", lambda: "another")
+    files.write_whole(kept, b"")
+    assert token_lengths(source, v1, cache).tolist() == fresh.tolist() and len(files.listed(cache)) == 3
+    assert not [record for record in caplog.records if record.name.startswith("llava_jax")]
 
 
-def _npy(array):
-    buffer = io.BytesIO()
-    np.save(buffer, array)
-    return buffer.getvalue()
+def test_a_damaged_length_is_measured_again_and_said(make, v1, place, caplog):
+    source, cache = make(4), place / "lengths"
+    fresh = token_lengths(source, v1, cache)
+    (kept,) = files.listed(cache)
+    whole, rng = files.read(kept), np.random.default_rng(0)
+    flips = [bytes([*whole[:i], whole[i] ^ 1 << int(rng.integers(8)), *whole[i + 1 :]]) for i in range(len(whole))]
+    # The first is numpy's own and sound, as a release before this one has left it.
+    for content in (whole[:-32], b"", whole[:-3], whole + b"0", *flips[::7]):
+        files.write_whole(kept, content)
+        caplog.clear()
+        assert token_lengths(source, v1, cache).tolist() == fresh.tolist()
+        assert [record.message for record in caplog.records if record.name.startswith("llava_jax")] == [
+            f"{kept} is damaged: its records are measured again"
+        ]
+    assert files.read(kept) == whole
 
 
 def test_a_refused_record_has_token_length_0(make, v1):

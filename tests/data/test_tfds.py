@@ -4,12 +4,16 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
+from llava_jax import files
 from llava_jax.data.builders.llava_instruct import write
+from llava_jax.data.index import sizes
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
-from llava_jax.errors import DataError
+from llava_jax.errors import DataError, UsageError
+from tests.data.conftest import findings
 
 
 def test_a_written_data_set_holds_the_same_conversations_and_the_files_bytes(make, folder, tmp_path):
@@ -67,3 +71,29 @@ def test_what_cannot_be_written_or_read_is_said(make, tmp_path):
         open_source(place, split="test")
     with pytest.raises(DataError, match="no TFDS data set"):
         open_source(tmp_path)
+
+
+def test_a_damaged_record_costs_itself(make, v1, tmp_path):
+    place = write(make(12), tmp_path / "out")
+    (shard,) = place.glob("*.array_record*")
+    content = bytearray(shard.read_bytes())
+    content[1000:1008] = b"\xff" * 8  # the file begins with about 3,000 bytes of records
+    shard.write_bytes(content)
+    source = open_source(place)
+    bad = [record.index for record in source if record.fault]
+    assert 0 < len(bad) < 12
+    assert [finding.index for finding in findings(source, v1, 160)] == bad
+    assert np.flatnonzero(sizes(source, v1)[:, 0] == 0).tolist() == bad
+    feed = Pipeline(sources=[source], format=v1, batch_samples=4, row_tokens=160, one_pass=True, skip_budget=0.9)
+    assert len(list(feed)) == 3 and sorted(one.index for one in feed.bad) == bad
+
+
+def test_a_data_set_in_a_bucket_is_read_and_none_is_written_there(make, v1, tmp_path, bucket):
+    place = write(make(7), tmp_path / "out")
+    for path in place.iterdir():
+        files.write_whole(f"{bucket}/set/{path.name}", path.read_bytes())
+    here, there = open_source(place), open_source(f"{bucket}/set")
+    assert [record.raw for record in here] == [record.raw for record in there]
+    assert here.fingerprint == there.fingerprint
+    with pytest.raises(UsageError, match=f"--out {bucket}/out: want a path on a disk, as array_record"):
+        write(make(7), f"{bucket}/out")

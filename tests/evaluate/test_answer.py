@@ -1,6 +1,11 @@
 """Answers from a checkpoint and from an endpoint: the same in any batch, on any host, and after any kill."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +19,7 @@ from llava_jax.prompt.encode import encode, marked
 from tests.fake_openai import FakeOpenAI, always, first
 from tests.generate import tiny
 
+HOUSE = Path(__file__).parents[2]
 ASKED = 5
 NEW = 8
 SLOTS = 2  # one size everywhere, so that each shape is compiled once
@@ -79,6 +85,37 @@ def test_two_hosts_merged_are_one_host_to_the_byte_and_in_score(data, checkpoint
         assert run("score", *place, *files) == 0
         told.append(capsys.readouterr().out)
     assert told[0] == told[1]
+
+
+def pair(*words):
+    """Two processes of two devices each, started with the same words: [(exit code, what it printed)]."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+                "LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2",
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}  # fmt: skip
+    both = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, words)], text=True, cwd=HOUSE,
+                             env=os.environ | settings | {"JAX_PROCESS_ID": str(number)},
+                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(2)]  # fmt: skip
+    outs = [one.communicate(timeout=900)[0] for one in both]
+    return [(one.returncode, out) for one, out in zip(both, outs)]
+
+
+def test_two_processes_of_one_job_are_one_host_to_the_byte(data, checkpoint, whole, tmp_path):
+    for number in range(2):
+        (tmp_path / str(number)).mkdir()
+    # What a kill has left of an earlier start: question 1 is answered, 3 is cut off.
+    lines = whole.read_text().splitlines(keepends=True)
+    (tmp_path / "apart-00001-of-00002.jsonl").write_text(lines[1] + lines[3][:30])
+    ended = pair(data, checkpoint, tmp_path, "--benchmark", "custom", "--max-new-tokens", NEW, "--slots", SLOTS,
+                 "--name", "tiny")  # fmt: skip
+    assert [code for code, _ in ended] == [64, 64], ended
+    assert (tmp_path / "apart.jsonl").read_bytes() == whole.read_bytes(), ended
+    assert (tmp_path / "together.jsonl").read_bytes() == whole.read_bytes(), ended
+    assert not list(tmp_path.glob("together-*"))
+    assert "goes on after 1 of 2 answers" in ended[1][1] and "5 answers, 0 questions without one" in ended[0][1]
+    assert "--out mine.jsonl: process 0 does not see what process 1 of 2 writes" in ended[0][1]
 
 
 def test_a_killed_run_goes_on_and_answers_nothing_twice(data, checkpoint, whole, tmp_path, capsys):

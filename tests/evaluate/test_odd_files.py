@@ -1,7 +1,6 @@
 """Files of benchmarks, answers and scores with odd values in every place: they are read, or an error of ours."""
 
 import base64
-import copy
 import json
 
 import pytest
@@ -12,8 +11,8 @@ from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import questions
 from llava_jax.evaluate.benchmarks.all import get
 from tests.evaluate.test_scienceqa import PROBLEM
+from tests.odd import TEXTS, changed
 
-ODD = (None, True, -7, 10**400, 1.5, float("nan"), "", "\ud800", "a\x00\x1b[31m", [], [[]], [None], {}, {"a": None})
 PEOPLE = [{"answer": "cat"}] * 10
 LETTERED = {f"choice_{letter}": letter for letter in "abcd"}
 # benchmark -> (options, {file: value of a .json, or rows of a .jsonl})
@@ -53,20 +52,6 @@ FILES = {
         "v2_mscoco_val2014_annotations.json": {
             "annotations": [{"question_id": 5, "answer_type": "other", "answers": PEOPLE}]}}),
 }  # fmt: skip
-
-
-def changed(value):
-    """The value with each of ODD in the place of each of its parts, and without each part."""
-    yield from ODD
-    if isinstance(value, dict | list):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            for part in changed(value[key]):
-                whole = copy.copy(value)
-                whole[key] = part
-                yield whole
-            whole = copy.copy(value)
-            del whole[key]
-            yield whole
 
 
 def write(folder, name, value):
@@ -112,7 +97,7 @@ def test_an_odd_value_anywhere_in_a_benchmarks_files_is_an_error_of_ours_or_read
             except Exception as error:
                 raise AssertionError(f"{file}: {json.dumps(other)[:400]}") from error
             count += 1
-        for text in ("[" * 100_000, '{"a": ' * 50_000, "{", "", "\x00", "\ufeff[]", "[1, 2"):
+        for text in TEXTS:
             (tmp_path / file).write_text(text)
             run(benchmark, tmp_path, options)
         (tmp_path / file).write_bytes(b"\xff\xfe\x00\x80")

@@ -54,8 +54,8 @@ def test_the_limit_has_the_name_that_the_server_wants_and_what_is_not_given_is_n
 @pytest.mark.parametrize("fault", ["429", "500", "503", "broken json", "no choices", "other shape", "truncated",
                                    "dropped", "timeout"])  # fmt: skip
 def test_a_fault_that_passes_is_survived(fault):
-    timeout_secs = 0.3 if fault == "timeout" else 20
-    with FakeOpenAI(say, first(fault, fault)) as server, Client(place(server, timeout_secs=timeout_secs)) as client:
+    limit, server = 1 if fault == "timeout" else 20, FakeOpenAI(say, first(fault, fault), silence_secs=2)
+    with server, Client(place(server, timeout_secs=limit)) as client:
         assert client.ask(user("a")).text == "You said a"
         assert client.spent.retries == 2 and len(server.bodies) == 3
         maybe_billed = {"broken json", "no choices", "other shape", "truncated", "dropped", "timeout"}

@@ -12,6 +12,7 @@ import zlib
 
 import pytest
 
+from llava_jax.errors import UsageError
 from llava_jax.openai_client import Answer, AskError, Budget, Client, Endpoint, Failure, Request, wire
 from llava_jax.openai_client.post import MAX_BODY_BYTES
 from tests.fake_openai import FakeOpenAI, always, in_turn
@@ -189,13 +190,13 @@ def asked(text, **settings):
 def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     fault, expected = FAULTS[name]
-    patience = 0.5 if fault in SLOW or "pause" in name else 20
+    patience = 1.5 if fault in SLOW and fault != "endless" or "pause" in name else 20
     with RawServer(fault) as server:
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, retries=1, backoff_secs=0.01)
         start = time.monotonic()
         with Client(endpoint, tmp_path / "c.jsonl") as client:
             outcomes = dict(client.ask_many([asked("one"), asked("bad"), asked("two"), asked("bad", choice=1)]))
-        assert time.monotonic() - start < 15
+        assert time.monotonic() - start < 25
         assert [outcomes[place].text for place in (0, 2)] == ["fine", "fine"]
         for outcome in (outcomes[1], outcomes[3]):
             if isinstance(outcome, Answer):
@@ -267,12 +268,12 @@ def test_a_404_that_stays_ends_the_run():
                    for outcome in outcomes.values()) and len(server.bodies) == 3  # fmt: skip
 
 
-@pytest.mark.parametrize("fault", ["timeout", "dropped", "truncated", "broken json"])
+@pytest.mark.parametrize("fault", ["timeout", "dropped", "truncated", "broken json", "504"])
 def test_attempts_that_may_have_been_billed_count_against_the_budget(fault, tmp_path):
     """Six attempts of 12 + 5 tokens at most would be 102; the budget has room for three."""
     budget = Budget(max_tokens=3 * sum(wire.estimate(asked("x" * 20))))
-    patience = 0.2 if fault == "timeout" else 20
-    with FakeOpenAI(faults=always(fault), silence_secs=0.5) as server:
+    patience = 1 if fault == "timeout" else 20
+    with FakeOpenAI(faults=always(fault), silence_secs=2) as server:
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, backoff_secs=0.01, concurrency=1)
         with Client(endpoint, tmp_path / "c.jsonl", budget) as client:
             outcomes = dict(client.ask_many(asked("x" * 20, choice=i) for i in range(3)))
@@ -333,6 +334,14 @@ def test_settings_that_cannot_work_are_refused(changes, words):
     with pytest.raises(ValueError, match=words) as caught:
         Endpoint(**{"base_url": "http://a/v1", "model": "m"} | changes)
     assert "CANARY" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name, value", [("ALL_PROXY", "socks5://127.0.0.1:1"), ("HTTP_PROXY", "http://[::1"),
+                                         ("HTTP_PROXY", "ftp://x"), ("SSL_CERT_FILE", "/nowhere")])  # fmt: skip
+def test_an_environment_that_cannot_be_used_is_named(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match="HTTP_PROXY, ALL_PROXY, SSL_CERT_FILE"):
+        Client(Endpoint("http://a/v1", "m"))
 
 
 @pytest.mark.parametrize("settings", [{"temperature": float("nan")}, {"temperature": -1}, {"max_tokens": 0},

@@ -104,7 +104,7 @@ def test_products_of_many_heads_count_without_the_padding_that_tpu_writes_them_w
         assert cost.flops == 2 * 4 * 8 * 64 * 64 * 128
 
 
-def test_splash_attention_counts_every_pair_of_blocks_that_the_causal_mask_touches(mesh):
+def test_flash_attention_counts_every_tile_that_the_causal_mask_touches(mesh):
     q = jax.ShapeDtypeStruct((16, 1024, 4, 128), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((16, 1024), jnp.int32)
 
@@ -113,8 +113,8 @@ def test_splash_attention_counts_every_pair_of_blocks_that_the_causal_mask_touch
             return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
 
     cost = on_tpu(mesh, jax.grad(loss, (0, 1, 2)), q, q, q, segments, cut=("fsdp",))
-    pairs = 3 * 512 * 512  # of 2 x 2 blocks the one above the diagonal is skipped
-    assert cost.flops == (2 + 3 + 4) * 2 * 128 * pairs * 2 * 4  # forward, dq, dk and dv; two rows of four heads a chip
+    pairs = 3 * 512 * 512  # of 2 x 2 tiles the one above the diagonal is skipped
+    assert cost.flops == (2 + 5) * 2 * 128 * pairs * 2 * 4  # forward, backward; two rows of four heads a chip
     assert not cost.uncounted
 
 

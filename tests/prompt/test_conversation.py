@@ -1,47 +1,52 @@
-"""Records of LLaVA JSON become conversations, or say what is wrong with them."""
+"""What a conversation holds beside its words: what is learned of it, and how much it counts."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from llava_jax.prompt.conversation import Conversation, Turn, from_record
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.conversation import Conversation, Turn, check_text
+from llava_jax.prompt.encode import Format, encode
+from tests.data.conftest import GOLDEN
 
-HUMAN, GPT = {"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}
-
-
-def test_a_record_becomes_a_conversation():
-    record = {"id": 7, "image": "a/cat.jpg", "conversations": [HUMAN, GPT], "model": ""}
-    turns = (Turn("user", "<image>\nWhat?"), Turn("assistant", "A cat."))
-    assert from_record(record, "x.json:3") == Conversation(turns, ("a/cat.jpg",), "7")
-
-
-def test_a_list_of_images_stays_in_place_and_a_system_turn_becomes_the_system_text():
-    said = [("system", "Be brief."), ("user", "Hi"), ("assistant", "")]
-    rows = [{"from": speaker, "value": text} for speaker, text in said]
-    conversation = from_record({"image": ["a", "b"], "conversations": rows}, "x.json:3")
-    assert conversation.images_in_place and conversation.images == ("a", "b")
-    assert (conversation.id, conversation.system, len(conversation.turns)) == ("x.json:3", "Be brief.", 2)
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"conversations": None}, "conversations=None: want a list"),
-        ({"conversations": []}, r"conversations=\[\]"),
-        ({"conversations": [HUMAN, "x"]}, r"conversations\[1\]='x'"),
-        ({"conversations": [HUMAN, {"from": "gpt", "value": 3}]}, r"conversations\[1\].value=3: want a string"),
-        ({"conversations": [{"from": "bot", "value": "x"}]}, r"conversations\[0\].from='bot'"),
-        ({"conversations": [HUMAN, {"from": "system", "value": "x"}]}, r"conversations\[1\].from='system'"),
-        ({"conversations": [{"from": "system", "value": "x"}]}, "system turn only"),
-        ({"conversations": [{"from": "human", "value": "a\ud83d"}]}, r"conversations\[0\].value.*surrogate"),
-        ({"image": None}, "image=None: want a path"),
-        ({"image": ["a", 3]}, "image=.*want a path"),
-    ],
+TALK = Conversation(
+    (Turn("user", "What is it?"), Turn("assistant", "A dog."), Turn("user", "Look again."), Turn("assistant", "A cat."))
 )
-def test_a_bad_record_is_named_with_the_path_inside_it(change, message):
-    record = {"id": "r1", "conversations": [HUMAN, GPT]} | change
-    with pytest.raises(ValueError, match=f"'r1' \\(x.json:3\\).*{message}"):
-        from_record(record, "x.json:3")
 
 
-def test_a_record_that_is_no_object_is_refused():
-    with pytest.raises(ValueError, match=r"'x.json:3': want a JSON object.*list"):
-        from_record([HUMAN, GPT], "x.json:3")
+@pytest.fixture(scope="module")
+def words():
+    return tokenizer.load(GOLDEN / "tiny_llama.model", legacy=True)
+
+
+def marked(talk: Conversation, supervised: tuple[bool, ...]) -> Conversation:
+    marks = iter(supervised)
+    turns = [replace(turn, supervised=next(marks)) if turn.role == "assistant" else turn for turn in talk.turns]
+    return replace(talk, turns=tuple(turns))
+
+
+@pytest.mark.parametrize("name", [name for name, one in templates.TEMPLATES.items() if not one.images_only])
+def test_an_answer_that_is_not_supervised_stands_in_the_prompt_and_is_not_learned(words, name):
+    """With its end mark, wherever the template writes that; the other answers are learned as ever."""
+    format = Format(templates.get(name), words, 8, 4, "pad")
+    whole = encode(TALK, format)
+    found = {marks: encode(marked(TALK, marks), format) for marks in [(True, False), (False, True), (False, False)]}
+    for example in found.values():
+        assert np.array_equal(example.tokens, whole.tokens) and not (example.learned & ~whole.learned).any()
+    first, second, none = found.values()
+    assert np.array_equal(first.learned | second.learned, whole.learned)
+    assert np.array_equal(first.learned & second.learned, none.learned)  # v0 learns a "###" before the first question
+    said = {marks: words.decode(example.tokens[example.learned].tolist()) for marks, example in found.items()}
+    assert "dog" in said[True, False] and "cat" not in said[True, False]
+    assert "cat" in said[False, True] and "dog" not in said[False, True]
+
+
+def test_the_weight_of_a_conversation_is_that_of_its_example(words):
+    format = Format(templates.get("v1"), words, 8, 4, "pad")
+    assert encode(replace(TALK, weight=0.25), format).weight == 0.25 and encode(TALK, format).weight == 1.0
+
+
+def test_half_a_character_is_named_with_its_place():
+    with pytest.raises(ValueError, match=r"here: character 1 is a lone surrogate \(U\+D83D\)"):
+        check_text("a\ud83d", "here")

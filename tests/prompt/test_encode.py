@@ -10,9 +10,10 @@ import pytest
 import sentencepiece
 
 from llava_jax.batch import Span
+from llava_jax.data.records import Record
 from llava_jax.prompt import templates
 from llava_jax.prompt import tokenizer as tokenizers
-from llava_jax.prompt.conversation import Conversation, Turn, from_record
+from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
@@ -71,7 +72,7 @@ def assert_learned(example, template, turns, tokenizer):
 def check_case(case, tokenizer):
     record = {"id": case["case"], "conversations": case["conversations"]}
     record |= {"image": "x.jpg"} if case["has_image"] else {}
-    conversation = from_record(record)
+    conversation = Record("", 0, None, record).conversation
     format = format_of(case["version"], start_end=case["mm_use_im_start_end"], tokenizer=tokenizer)
     example = encode(conversation, format, open_images=False)
     ids, labels = with_labels(example)

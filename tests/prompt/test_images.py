@@ -1,8 +1,12 @@
 """Pictures: bit for bit what CLIP's processor and LLaVA make of them, and what is refused."""
 
+import base64
+import hashlib
 import io
 import json
 import os
+import re
+import struct
 import unicodedata
 from pathlib import Path
 
@@ -10,12 +14,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from llava_jax import files
+from llava_jax.errors import MissingFile, UsageError
 from llava_jax.prompt import images
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import open_image, to_pixels
 from llava_jax.prompt.templates import get
 from llava_jax.prompt.tokenizer import load
+from tests import buckets
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 SIZES = [(200, 120), (120, 200), (40, 90), (336, 336), (335, 337), (1, 1), (1, 60), (700, 513), (513, 700), (336, 20)]
@@ -31,6 +38,10 @@ def encoded(image, format="PNG", **options):
     stream = io.BytesIO()
     image.save(stream, format, **options)
     return stream.getvalue()
+
+
+def digest(pixels):
+    return hashlib.sha256(np.asarray(pixels).tobytes()).hexdigest()[:16]
 
 
 def padded(image):
@@ -50,6 +61,7 @@ def processor():
     )
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_are_bit_equal_to_transformers_and_to_the_reference(processor, size):
     picture = noise(*size)
@@ -59,6 +71,7 @@ def test_pixels_are_bit_equal_to_transformers_and_to_the_reference(processor, si
         assert ours.dtype == np.uint8 and np.array_equal(ours, theirs), mode
 
 
+@pytest.mark.usefixtures("rows_first")
 @pytest.mark.parametrize("side", [224, 449, 27])
 @pytest.mark.parametrize("size", SIZES)
 def test_squashed_pixels_are_bit_equal_to_transformers_blip_processor(size, side):
@@ -76,6 +89,23 @@ def test_padding_in_strips_is_bit_equal_to_padding_the_square(size):
     picture = noise(*size)
     whole = padded(picture).resize((28, 28), Image.Resampling.BICUBIC)
     assert np.array_equal(to_pixels(picture, 28, "pad"), np.asarray(whole))
+
+
+@pytest.mark.parametrize("mode", ["square", "pad", "squash"])
+def test_pixels_are_those_of_pillow_12_whatever_is_installed(mode):
+    recorded = json.loads((GOLDEN / "pixels.json").read_text())
+    place = recorded["columns"].index(mode)
+    assert len(recorded["cases"]) == 200
+    for seed, case in enumerate(recorded["cases"]):
+        width, height, side = case[:3]
+        assert digest(to_pixels(noise(width, height, seed), side, mode)) == case[place], case
+
+
+def test_files_of_every_kind_become_the_rgb_of_pillow_12():
+    files = json.loads((GOLDEN / "pixels.json").read_text())["files"]
+    assert len(files) >= 14
+    for name, (content, wanted) in files.items():
+        assert digest(open_image(base64.b64decode(content))) == wanted, name
 
 
 @pytest.mark.parametrize("mode", ["square", "pad"])
@@ -133,6 +163,24 @@ def test_bad_files_are_refused_by_path(tmp_path, content, message):
         open_image(content)
 
 
+@pytest.mark.parametrize("kind", [b"\x02\0", b"\x05\0", b"\x07\0", b"\x0c\0"])
+def test_a_tiff_whose_offsets_are_of_another_type_is_refused(kind):
+    """A text, a fraction, bytes and a double where PIL expects a number of bytes: a TypeError of PIL's."""
+    content = encoded(noise(24, 20), "TIFF")
+    strips = content.index(struct.pack("<HH", 273, 4))  # StripOffsets, of type LONG
+    with pytest.raises(ValueError, match="damaged picture .*cannot be interpreted as an integer"):
+        open_image(content[: strips + 2] + kind + content[strips + 4 :])
+
+
+def test_a_jpeg_with_an_absurd_number_of_scans_is_refused_before_it_is_decoded():
+    flat = encoded(Image.new("L", (4000, 4000)), "JPEG", progressive=True)
+    last = [match.start() for match in re.finditer(b"\xff\xda", flat)][-1]
+    with pytest.raises(ValueError, match="a JPEG of 506 scans for 4000 x 4000 pixels: save it anew"):
+        open_image(flat[:-2] + 500 * flat[last:-2] + flat[-2:])
+    assert open_image(flat + 500 * flat[last:-2]).size == (4000, 4000)  # what follows the picture is not looked at
+    assert open_image(encoded(noise(300, 200), "JPEG", progressive=True, quality=95)).size == (300, 200)
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")  # PIL's, about what is wrong
 def test_a_damaged_file_never_raises_anything_else():
     rng = np.random.RandomState(0)
@@ -174,6 +222,49 @@ def test_missing_files_folders_and_pipes_are_named(tmp_path):
         open_image("gone.png", tmp_path)
     with pytest.raises(ValueError, match="not a path"):
         open_image("a\0.png", tmp_path)
+
+
+def test_a_picture_whose_owner_has_no_name_opens(tmp_path):
+    noise(4, 4).save(tmp_path / "a.png")
+    if os.geteuid() == 0:
+        os.chown(tmp_path / "a.png", 54321, 54321)  # as in a container, or on a disk of another machine
+    assert open_image("a.png", tmp_path).size == (4, 4)
+
+
+def test_an_address_is_no_picture(tmp_path):
+    with pytest.raises(UsageError, match="'https://x.org/a.png': want a file or gs://BUCKET/FILE; download it first"):
+        open_image("https://x.org/a.png")
+
+
+def test_a_picture_of_a_bucket_is_one_request_and_its_errors_are_those_of_a_disk(tmp_path, bucket, bucket_proxy):
+    small, large = encoded(noise(4, 4)), encoded(noise(30, 20))
+    accent = unicodedata.normalize("NFD", "café.png")
+    contents = {"a.png": large, "dir/b.png": small, "cut.png": large[:99], "empty.png": b"", accent: small}
+    for name, content in contents.items():
+        files.write_whole(tmp_path / name, content)
+        files.write_whole(f"{bucket}/{name}", content)
+
+    def outcome(name, root):
+        try:
+            return np.asarray(open_image(name, root)).tolist()
+        except ValueError as error:
+            return type(error), str(error).replace(str(root), "ROOT")
+
+    names = [*contents, unicodedata.normalize("NFC", "café.png"), "gone.png", "../a.png", "gs://other/a.png"]
+    for name in names:
+        assert outcome(name, bucket) == outcome(name, tmp_path), name
+    assert outcome("dir", bucket) == (MissingFile, "image 'ROOT/dir': no such file")
+    with buckets.faults(bucket_proxy, lambda method, path: None):
+        open_image("a.png", bucket)
+        open_image(f"{bucket}/dir/b.png")
+        assert [request.method for request in bucket_proxy.requests] == ["GET", "GET"]
+
+
+def test_a_picture_with_too_many_bytes_is_refused(place, monkeypatch):
+    files.write_whole(place / "a.png", encoded(noise(30, 20)))
+    monkeypatch.setattr(images, "MAX_FILE_BYTES", 99)
+    with pytest.raises(UsageError, match="a.png': over 99 bytes, no more are read: make it smaller"):
+        open_image("a.png", place)
 
 
 def test_both_spellings_of_an_accent_find_the_file(tmp_path):

@@ -89,6 +89,8 @@ class Parent:
         self.number += 1
         folder = self.folder / str(self.number)
         folder.mkdir()
+        for name in ("out", "err"):
+            (folder / name).touch()  # a child may be killed before it has opened them
         argv = ["--config", str(config), "--workdir", str(workdir), *words]
         return Process(self, self.ask({"argv": argv, "env": environment, "folder": str(folder)}), folder)
 

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from etils import epath
 
 from llava_jax import config as configs
 from llava_jax.batch import Batch
@@ -188,41 +186,6 @@ def test_a_run_that_is_stopped_calls_what_was_due_when_it_starts_again(program, 
         hook = Hook(4, functools.partial(validate, None), "validated.jsonl")
         assert loop.train(dataclasses.replace(run, hooks=[hook]), state)[0] == 0
     assert calls == [4, 4, 8]
-
-
-def test_rows_beyond_the_step_of_a_resume_are_dropped_and_a_cut_line_too(tmp_path):
-    rows = [json.dumps({"step": step, "loss": 0.1 + step}) + "\n" for step in range(1, 6)]
-    (tmp_path / metrics.STEPS).write_text("".join(rows) + '{"step": 6, "lo')
-    writer = metrics.open_writer(tmp_path, configs.Log(tensorboard=False), 3, {})
-    metrics.write(writer, metrics.STEPS, {"step": 4, "loss": np.float32(0.1).item(), "ids": ["ä\n"]})
-    metrics.close(writer)
-    found = metrics.read(tmp_path)
-    assert [row["step"] for row in found] == [1, 2, 3, 4] and np.float32(found[-1]["loss"]) == np.float32(0.1)
-
-
-def test_a_remote_log_which_cannot_grow_is_written_anew_as_a_whole(tmp_path):
-    lines = metrics.Lines(epath.Path(tmp_path / "steps.jsonl"), None, ['{"step": 1}\n'])
-    writer = metrics.Writer({metrics.STEPS: lines}, None, None)
-    for step in (2, 3):
-        metrics.write(writer, metrics.STEPS, {"step": step})
-        metrics.flush(writer)
-    metrics.close(writer)
-    assert [row["step"] for row in metrics.read(tmp_path, "steps.jsonl")] == [1, 2, 3]
-
-
-def test_tensorboard_gets_the_numbers(tmp_path):
-    writer = metrics.open_writer(tmp_path, configs.Log(tensorboard=True), 0, {})
-    metrics.write(writer, metrics.VALIDATION, {"step": 1, "loss": 2.5})
-    metrics.close(writer)
-    (events,) = (tmp_path / "tensorboard").iterdir()
-    assert b"validation/loss" in events.read_bytes()
-
-
-def test_wandb_that_is_not_installed_is_asked_for_by_name(tmp_path):
-    if importlib.util.find_spec("wandb"):
-        pytest.skip("wandb is installed here")
-    with pytest.raises(ValueError, match="pip install wandb"):
-        metrics.open_writer(tmp_path, configs.Log(tensorboard=False, wandb="llava"), 0, {})
 
 
 def test_a_run_that_hangs_ends_with_its_stacks():

@@ -1,5 +1,6 @@
 """The door, in this process: what it leaves on disk, how it goes on, and how it refuses."""
 
+import json
 import shutil
 
 import jax
@@ -225,3 +226,33 @@ def test_a_bad_picture_ends_the_run_with_its_record(run, tmp_path, capsys):
     (run.parent / "images" / "3.jpg").write_bytes(b"no picture")
     assert train(run, tmp_path / "out") == 65
     assert "r3" in capsys.readouterr().err
+
+
+def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(copied, capsys):
+    config, workdir = copied
+    before = losses(workdir)
+    assert train(config, workdir, **{"train.steps": 15}) == 64
+    error = capsys.readouterr().err
+    assert "train.steps: 12 -> 15" in error and "--config.train.lengthen=true" in error
+    assert f"--workdir NEW --config.model.base={workdir}" in error
+    assert train(config, workdir, **{"train.steps": 15, "train.lengthen": "true"}) == 0
+    assert "goes on after step 12" in capsys.readouterr().out
+    assert list(losses(workdir)) == list(range(1, 16)) and before.items() <= losses(workdir).items()
+    assert train(config, workdir, **{"train.steps": 15}) == 0  # it is such a run now
+
+
+def test_settings_of_an_older_version_are_completed_and_damaged_ones_set_aside(copied, capsys):
+    config, workdir = copied
+    path = workdir / "config.json"
+    older = json.loads(path.read_text())
+    del older["train.watchdog_secs"], older["train.accumulate"]
+    path.write_text(json.dumps(older))
+    assert train(config, workdir) == 0
+    assert train(config, workdir, **{"train.accumulate": 2}) == 64
+    assert "train.accumulate: 1 -> 2" in capsys.readouterr().err
+    for content in ("[]", "{", "[" * 100_000):
+        path.write_text(content)
+        assert train(config, workdir) == 0
+        assert "config.json is damaged" in capsys.readouterr().err
+        assert json.loads(path.read_text())["train.accumulate"] == 1
+    assert len(list(workdir.glob("config.json.damaged*"))) == 3

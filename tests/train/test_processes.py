@@ -17,7 +17,10 @@ ACROSS = {
     "tensor": (("fsdp=1", "tensor=2"), 2, 1),
     "context": (("fsdp=1", "context=2"), 2, 1),
     "mixed": (("data=2", "fsdp=1", "tensor=2"), 2, 2),
-    "tensor of four": (("fsdp=2", "tensor=2"), 4, 1),
+    "fsdp, four": (("fsdp=4",), 4, 1),
+    "tensor, four": (("fsdp=1", "tensor=4"), 4, 1),
+    "context, four": (("fsdp=1", "context=4"), 4, 1),
+    "mixed, four": (("fsdp=2", "tensor=2"), 4, 1),
 }
 
 

@@ -1,0 +1,86 @@
+"""Several processes that answer one benchmark: each its own share of the questions, or all of them every question.
+
+A model that the devices of each process can hold is there in each, and the shards are merged in the end. A larger one
+lies on the devices of all processes, which then make each answer together; process 0 keeps it.
+"""
+
+import traceback
+import types
+from collections.abc import Callable, Iterator, Sequence
+
+from etils import epath
+
+from llava_jax import distributed, errors, files
+from llava_jax.errors import UsageError
+from llava_jax.evaluate import answer, answers
+from llava_jax.evaluate.answer import Job, Said, Speaker
+from llava_jax.evaluate.answers import Answer
+from llava_jax.evaluate.questions import Question
+
+Run = Callable[[Speaker, int, int], tuple[Answer, ...]]  # (speaker, host, hosts): `answer.run`
+
+
+def run_all(
+    run: Run, questions: Sequence[Question], speak: Speaker, out: epath.PathLike, run_id: str, together: bool
+) -> tuple[Answer, ...]:  # fmt: skip
+    """The answers to all questions, on process 0; on the others those of their own share, if they have one.
+
+    Args:
+      together: the model lies on the devices of all processes.
+
+    Raises:
+      UsageError: the processes have not the same command, checkpoint or `out`.
+    """
+    distributed.agree({"--out": str(out), "the run (questions, settings and checkpoint)": run_id})
+    if together:
+        return _together(run, questions, speak)
+    index, count = distributed.index(), distributed.count()
+    shards = [answer.shard(out, number, count) for number in range(count)]
+    answer.resume(shards[index], run_id)
+    _check_shared(out, shards)
+    mine = run(speak, index, count)
+    distributed.exchange("answered", True)
+    if index:
+        return mine
+    merged = answers.merge(questions, shards)
+    answers.write(out, merged)
+    return merged
+
+
+def _together(run: Run, questions: Sequence[Question], speak: Speaker) -> tuple[Answer, ...]:
+    """Process 0 knows what is left to answer; the others compute the same."""
+
+    def lead(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
+        distributed.exchange("jobs", [[job.question.id, job.repeat] for job in jobs])
+        yield from speak(jobs)
+
+    if distributed.index() == 0:
+        return run(lead, 0, 1)
+    by_id = {question.id: question for question in questions}
+    for _ in speak([Job(by_id[name], repeat) for name, repeat in distributed.exchange("jobs", [])[0]]):
+        pass
+    return ()
+
+
+def _check_shared(out: epath.PathLike, shards: Sequence[epath.Path]) -> None:
+    """Refuses a place where process 0, which merges the shards, does not see those of the others."""
+    distributed.exchange("shards are there", True)
+    gone = [number for number, shard in enumerate(shards) if not files.exists(shard)]
+    gone = distributed.exchange("shards that are not seen", gone)[0]
+    if gone:
+        raise UsageError(
+            f"--out {out}: process 0 does not see what process {gone[0]} of {len(shards)} writes beside it: want a "
+            "place that all hosts share; or start each with --host I --hosts N, and `merge` their files"
+        )
+
+
+def end_together(
+    kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+) -> bool:
+    """Where this process fails it ends the others, which would wait for it, with its exit code (for an ExitStack)."""
+    if distributed.count() > 1 and error is not None and not isinstance(error, KeyboardInterrupt | SystemExit):
+        code = errors.exit_code(error)
+        if code is None and not distributed.is_ending():
+            traceback.print_exception(kind, error, trace)
+        distributed.leave(errors.CRASHED if code is None else code, f"evaluate: {error}")
+    return False

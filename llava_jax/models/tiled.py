@@ -1,0 +1,191 @@
+"""Attention in plain XLA, a tile of scores at a time: what runs where no kernel does.
+
+Scores never outlive their tile, and tiles in which no query sees a key are left out, at run time where samples decide.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from llava_jax.models.remat import ATTENTION, named
+
+NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without any key gives no NaN
+
+# The side of a causal row's tiles is an eighth of it, between these two. Other rows leave no tile out: there tiles
+# bound the memory only, and hold twice the longest's queries and all keys.
+SHORTEST_TILE, LONGEST_TILE = 128, 512
+
+Numbers = tuple[Int[Array, "B T"], Int[Array, "B S"]]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def tiled_attention(
+    causal: bool,
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B S K H"],
+    v: Float[Array, "B S K H"],
+    numbers: Numbers | None = None,
+) -> Float[Array, "B T N H"]:
+    """Attention as `attention` defines it, of rows to themselves or to others.
+
+    numbers: of queries and of keys; a query sees the keys of its own number. One that sees none gets some mean of v.
+    """
+    return _forward(causal, q, k, v, numbers)[0]
+
+
+def share(
+    of_queries: Int[Array, "B Tiles Tile"], of_keys: Int[Array, "B Others Tile"]
+) -> Bool[Array, "B Tiles Others"]:
+    """Whether a tile of queries and one of keys may hold tokens of one sample, by the ranges of their numbers.
+
+    Exact for samples that are numbered in order, with padding (0) last; others may seem to share more.
+    """
+    queries, keys = (jnp.where(x == 0, jnp.iinfo(jnp.int32).max, x) for x in (of_queries, of_keys))
+    least, most = (x[:, :, None] for x in (queries.min(-1), queries.max(-1)))
+    return (least <= keys.max(-1)[:, None]) & (keys.min(-1)[:, None] <= most)
+
+
+class _Tiles(NamedTuple):
+    """How rows are cut: in `chunks` that go one after the other, and their queries and keys in so many tiles."""
+
+    chunks: int
+    queries: int
+    keys: int
+
+    def cut(self, x: Array, count: int) -> Array:
+        """[B, ..., T, H] -> [chunks * count, B / chunks, ..., tile, H]; zeros fill the last tile."""
+        tile = -(-x.shape[-2] // count)
+        x = jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, tile * count - x.shape[-2]), (0, 0)])
+        x = jnp.moveaxis(x.reshape(self.chunks, -1, *x.shape[1:-2], count, tile, x.shape[-1]), -3, 1)
+        return x.reshape(-1, *x.shape[2:])
+
+    def join(self, x: Array, tokens: int) -> Array:
+        """What `cut` made: [chunks * count, B / chunks, ..., tile, H] -> [B, ..., tokens, H]."""
+        x = jnp.moveaxis(x.reshape(self.chunks, -1, *x.shape[1:]), 1, -3)
+        return x.reshape(-1, *x.shape[2:-3], x.shape[-3] * x.shape[-2], x.shape[-1])[..., :tokens, :]
+
+
+class _Keys(NamedTuple):
+    """Keys, values, and numbers with a last dimension of 1, each as `cut` makes it; or one tile of them."""
+
+    keys: Array
+    values: Array
+    numbers: Array | None
+
+    def tile(self, place: Array) -> "_Keys":
+        return jax.tree.map(lambda x: x[place], self)
+
+
+class _Block(NamedTuple):
+    """A tile of queries, the `place` of its row's first tile of keys, and the range of tiles after it that are seen."""
+
+    place: Array
+    own: Array
+    first: Array
+    end: Array
+    queries: Array
+    numbers: Array | None
+
+
+def _cut(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) -> tuple[_Tiles, _Block, _Keys]:
+    """The tiles, and all blocks of queries in the order of `lax.scan`."""
+    rows, tokens = q.shape[:2]
+    longest = min(LONGEST_TILE, max(SHORTEST_TILE, tokens // 8)) if causal else 2 * LONGEST_TILE
+    count = -(-tokens // longest)
+    tiles = _Tiles(rows if causal and numbers is not None else 1, count, count if causal else 1)
+    of_queries, of_keys = (None, None) if numbers is None else (
+        tiles.cut(x[..., None], n) for x, n in zip(numbers, (tiles.queries, tiles.keys)))  # fmt: skip
+    keys = _Keys(*(tiles.cut(x.swapaxes(1, 2), tiles.keys) for x in (k, v)), of_keys)
+    chunk, place = (x.reshape(-1) for x in jnp.indices((tiles.chunks, tiles.queries)))
+    first, end = jnp.zeros_like(place), place + 1 if causal else jnp.full_like(place, tiles.keys)
+    if causal and numbers is not None:
+        first = share(*(x.reshape(tiles.chunks, count, -1) for x in (of_queries, of_keys))).argmax(axis=2).reshape(-1)
+    queries = tiles.cut(_grouped(q, k.shape[2]), tiles.queries)
+    return tiles, _Block(chunk * tiles.keys, place, first, end, queries, of_queries), keys
+
+
+def _forward(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) -> tuple[Array, Any]:
+    tiles, blocks, keys = _cut(causal, q, k, v, numbers)
+
+    def block(_: None, own: _Block) -> tuple[None, tuple[Array, Array]]:
+        def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            before, total, weighted = state
+            seen = keys.tile(own.place + j)
+            scores = _scores(causal, own, seen, j)
+            top = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
+            weights, shrink = jnp.exp(scores - top), jnp.exp(before - top)
+            part = _sum("bkgts,bksh->bkgth", weights.astype(v.dtype), seen.values)
+            return top, shrink * total + weights.sum(axis=-1, keepdims=True), shrink * weighted + part
+
+        zero = jnp.zeros(own.queries.shape, jnp.float32)
+        start = (zero[..., :1] + NEVER, zero[..., :1], zero)
+        top, total, weighted = jax.lax.fori_loop(own.first, own.end, step, start)
+        return None, (weighted / total, top + jnp.log(total))
+
+    _, parts = jax.lax.scan(block, None, blocks)
+    out, sums = (named(tiles.join(x, q.shape[1]), ATTENTION) for x in parts)
+    return _ungrouped(out).astype(v.dtype), (q, k, v, numbers, out, sums)
+
+
+def _backward(causal: bool, residuals: Any, slope: Array) -> tuple[Array, Array, Array, None]:
+    """The weights are made again from the sums that are kept. `out` is float32: rounded, it blurs sharp weights' dq."""
+    q, k, v, numbers, out, sums = residuals
+    tiles, blocks, keys = _cut(causal, q, k, v, numbers)
+    slope = _grouped(slope, k.shape[2])
+    inner = (slope.astype(jnp.float32) * out).sum(axis=-1, keepdims=True)
+    of_out = [tiles.cut(x, tiles.queries) for x in (slope, inner, sums)]
+
+    def block(of_keys: tuple[Array, Array], x: tuple[_Block, list[Array]]) -> tuple[tuple[Array, Array], Array]:
+        own, (slope, inner, sums) = x
+
+        def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            dq, dk, dv = state
+            at = own.place + j
+            seen = keys.tile(at)
+            weights = jnp.exp(_scores(causal, own, seen, j) - sums)
+            of_weights = _sum("bkgth,bksh->bkgts", slope, seen.values)
+            of_scores = (weights * (of_weights - inner) * q.shape[3] ** -0.5).astype(k.dtype)
+            dq += _sum("bkgts,bksh->bkgth", of_scores, seen.keys)
+            dk = dk.at[at].add(_sum("bkgts,bkgth->bksh", of_scores, own.queries))
+            dv = dv.at[at].add(_sum("bkgts,bkgth->bksh", weights.astype(v.dtype), slope))
+            return dq, dk, dv
+
+        zero = jnp.zeros(own.queries.shape, jnp.float32)
+        dq, *of_keys = jax.lax.fori_loop(own.first, own.end, step, (zero, *of_keys))
+        return tuple(of_keys), dq.astype(q.dtype)
+
+    zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
+    of_keys, dq = jax.lax.scan(block, zeros, (blocks, of_out))
+    dk, dv = (tiles.join(x, k.shape[1]).astype(k.dtype).swapaxes(1, 2) for x in of_keys)
+    return _ungrouped(tiles.join(dq, q.shape[1])), dk, dv, None
+
+
+tiled_attention.defvjp(_forward, _backward)
+
+
+def _scores(causal: bool, own: _Block, seen: _Keys, j: Array) -> Array:
+    """Float32 scores [B / chunks, K, G, tile of queries, tile j of keys], `NEVER` where a query may not look."""
+    scores = _sum("bkgth,bksh->bkgts", own.queries, seen.keys) * own.queries.shape[-1] ** -0.5
+    if causal:
+        queries, keys = (i * size + jnp.arange(size) for i, size in zip((own.own, j), scores.shape[-2:]))
+        scores = jnp.where(keys <= queries[:, None], scores, NEVER)
+    if own.numbers is not None:
+        scores = jnp.where((own.numbers == seen.numbers.mT)[:, None, None], scores, NEVER)
+    return scores
+
+
+def _sum(letters: str, *factors: Array) -> Array:
+    return jnp.einsum(letters, *factors, preferred_element_type=jnp.float32)
+
+
+def _grouped(x: Array, groups: int) -> Array:
+    """[B, T, N, H] -> [B, K, N / K, T, H]"""
+    return jnp.moveaxis(x.reshape(*x.shape[:2], groups, -1, x.shape[3]), 1, 3)
+
+
+def _ungrouped(x: Array) -> Array:
+    rows, groups, heads, tokens, width = x.shape
+    return jnp.moveaxis(x, 3, 1).reshape(rows, tokens, groups * heads, width)
