@@ -7,14 +7,14 @@ it nor find a key that nobody declared. A config file begins with `default()` or
 import dataclasses
 import math
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from llava_jax import config_file, known_names, limits, typed
+from llava_jax import config_file, limits, typed
 from llava_jax.errors import MissingFile, UsageError
 from llava_jax.files import want_disk
 
@@ -357,37 +357,3 @@ def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Confi
         probe[branch][name] = 1e9 if branch == "train" else "another/directory"
         if _plain((probe.rates, probe.init)) == before:
             raise UsageError(f"no row of rates or init reads {key}={vars(vars(config)[branch])[name]!r}")
-
-
-class Command(NamedTuple):
-    config: str
-    workdir: str
-    overrides: dict[str, str]
-
-
-def command(argv: Sequence[str], program: str, description: str = "") -> Command:
-    """Reads `--config FILE --workdir DIR --config.train.lr=1e-4` (or `--config.train.lr 1e-4`) in any order.
-
-    Raises:
-      ValueError: an argument that is none of these, or one of the first two is missing. SystemExit: after `--help`.
-    """
-    usage = f"usage: {program} --config FILE --workdir DIR [--config.BRANCH.KEY=VALUE ...]"
-    told, words = dict[str, str](), iter(argv)
-    for word in words:
-        option, equals, text = word.partition("=")
-        if word in ("-h", "--help"):
-            print(f"{description}\n{usage}")
-            raise SystemExit(0)
-        if option not in ("--config", "--workdir") and not option.startswith("--config."):
-            meant = known_names.hint(option, "--config.")
-            raise UsageError(f"unknown argument {word!r}{meant}; {usage}")
-        if option in told:
-            raise UsageError(f"{option} is given twice: say it once; {usage}")
-        told[option] = text if equals else next(words, "")
-        if not told[option] and not equals:
-            raise UsageError(f"{option} wants a value; {usage}")
-    for option in ("--config", "--workdir"):
-        if not told.get(option):
-            raise UsageError(f"{option} is missing; {usage}")
-    overrides = {key.removeprefix("--config."): text for key, text in told.items() if key.startswith("--config.")}
-    return Command(told["--config"], told["--workdir"], overrides)

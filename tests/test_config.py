@@ -165,52 +165,6 @@ def test_a_description_survives_json_and_a_difference_reads(write):
     assert typed.difference(old, new) == ["train.new: (no such key) -> 1", "train.seed: 42 -> 1"]
 
 
-def test_a_command_line_is_read_in_any_order():
-    argv = ["--config.mesh.fsdp", "-1", "--workdir", "w", "--config.log.wandb=", "--config=c.py"]
-    assert configs.command(argv, "program", "what it does") == ("c.py", "w", {"mesh.fsdp": "-1", "log.wandb": ""})
-
-
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (["--config", "c"], "--workdir is missing"),
-        (["--workdir", "w"], "--config is missing"),
-        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'; here that is --config.train.lr"),
-        (["--config", "c", "--workdir", "w", "word"], "unknown argument 'word'"),
-        (["--config", "c", "--workdir", "w", "--config.train.lr"], "--config.train.lr wants a value"),
-    ],
-)
-def test_a_wrong_command_line_is_refused_with_the_usage(argv, message):
-    with pytest.raises(ValueError, match=message + "; usage: program --config FILE"):
-        configs.command(argv, "program", "what it does")
-
-
-def test_help_is_printed_and_leaves(capsys):
-    with pytest.raises(SystemExit) as left:
-        configs.command(["--help"], "program", "what it does")
-    assert left.value.code == 0 and "what it does\nusage: program" in capsys.readouterr().out
-
-
-def test_validation_and_adapters_are_set_by_flags(write):
-    flags = {"data.validation.0.path": "v.json", "data.validation.0.images": "pics", "data.sources.2.path": "c.json"}
-    data = configs.load(write(), flags | {"train.eval_every": "50"}).data
-    assert data.validation == (configs.Source("v.json", "pics"),)
-    assert [source.path for source in data.sources] == ["a.json", "b.json", "c.json"]
-    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task_lora.py"
-    flags = {"lora.rank": "16", "lora.alpha": "32", "data.hold_out": "0.02", "train.eval_every": "9"}
-    config = configs.load(task, flags)
-    assert config.lora == (("llm/.*", configs.Lora(16, 32.0)), (".*", None)) and config.data.hold_out == 0.02
-    with pytest.raises(ValueError, match="unknown key 'lora.rnak': want one of lora.rank, lora.alpha"):
-        configs.load(task, {"lora.rnak": "16"})
-
-
-def test_a_step_of_any_size_suits_an_order_by_length_and_only_a_mean_of_groups_wants_a_multiple(write):
-    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task.py"
-    assert configs.load(task, {"data.batch_samples": "20"}).data.order == "modality_length"
-    with pytest.raises(ValueError, match="train.group_samples=16 does not divide data.batch_samples=20"):
-        configs.load(task, {"data.batch_samples": "20", "train.loss": "group_mean"})
-
-
 FAULTY = [
     ("def get_config(:\n    pass\n", "line 1: SyntaxError: "),
     ("x = 1\n\0\n", "null bytes"),
@@ -253,16 +207,29 @@ def test_an_interrupt_of_a_config_file_goes_through(write):
         configs.load(write("raise KeyboardInterrupt\n"))
 
 
-def test_an_option_or_an_override_that_is_given_twice_is_refused():
-    start = ["--config", "c", "--workdir", "w"]
-    for again in (["--workdir=x"], ["--config", "d"], ["--config.train.lr=1", "--config.train.lr=2"]):
-        with pytest.raises(UsageError, match=f"{again[0].split('=')[0]} is given twice: say it once"):
-            configs.command([*start, *again], "program")
-
-
 @pytest.mark.parametrize("text", ["1" + "0" * 400, "-1" + "0" * 400, "1e999"])
 def test_a_number_that_no_float_holds_is_refused(write, text):
     with pytest.raises(UsageError, match="train.lr="):
         configs.load(write(), {"train.lr": text})
     with pytest.raises(UsageError, match="train.lr=|line 8: OverflowError"):
         configs.load(write(TEXT.replace("lr=1e-3", f"lr={text}")))
+
+
+def test_validation_and_adapters_are_set_by_flags(write):
+    flags = {"data.validation.0.path": "v.json", "data.validation.0.images": "pics", "data.sources.2.path": "c.json"}
+    data = configs.load(write(), flags | {"train.eval_every": "50"}).data
+    assert data.validation == (configs.Source("v.json", "pics"),)
+    assert [source.path for source in data.sources] == ["a.json", "b.json", "c.json"]
+    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task_lora.py"
+    flags = {"lora.rank": "16", "lora.alpha": "32", "data.hold_out": "0.02", "train.eval_every": "9"}
+    config = configs.load(task, flags)
+    assert config.lora == (("llm/.*", configs.Lora(16, 32.0)), (".*", None)) and config.data.hold_out == 0.02
+    with pytest.raises(ValueError, match="unknown key 'lora.rnak': want one of lora.rank, lora.alpha"):
+        configs.load(task, {"lora.rnak": "16"})
+
+
+def test_a_step_of_any_size_suits_an_order_by_length_and_only_a_mean_of_groups_wants_a_multiple(write):
+    task = Path(__file__).parent.parent / "configs" / "llava15_7b_task.py"
+    assert configs.load(task, {"data.batch_samples": "20"}).data.order == "modality_length"
+    with pytest.raises(ValueError, match="train.group_samples=16 does not divide data.batch_samples=20"):
+        configs.load(task, {"data.batch_samples": "20", "train.loss": "group_mean"})

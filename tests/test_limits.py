@@ -6,10 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from llava_jax import batch, known_names, limits, typed
+from llava_jax import batch, config_args, known_names, limits, typed
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
-from llava_jax.models import presets
+from llava_jax.models import layers, presets
 from llava_jax.train import program
 
 FILE = """
@@ -147,7 +147,7 @@ def test_rows_longer_than_the_model_can_tell_apart_are_refused_its_rope_counted(
     for kind in ("linear", "dynamic"):
         scaled = dataclasses.replace(tiny.llm, rope_scaling=presets.RopeScaling(kind, 1.5))
         program.check(config, dataclasses.replace(tiny, llm=scaled))
-        assert scaled.positions == 1536
+        assert layers.max_positions(scaled) == 1536
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, row_tokens=4))
     with pytest.raises(UsageError, match="row_tokens=4: an image takes 4 positions and its text some more; want more"):
         program.check(short, tiny)
@@ -203,7 +203,7 @@ def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file,
     flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt)\.", meant) else meant
     for word in (f"--{name}=1", f"--{name.replace('_', '-')}=1"):
         with pytest.raises(UsageError, match=rf"unknown argument '{word}'; here that is {flag}"):
-            configs.command(["--config", "c", "--workdir", "w", word], "train")
+            config_args.command(["--config", "c", "--workdir", "w", word], "train")
 
 
 def test_a_key_in_the_wrong_branch_leads_to_its_own():

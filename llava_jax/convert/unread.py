@@ -7,7 +7,7 @@ from typing import Any
 
 from llava_jax.errors import UnusableCheckpoint
 
-# Key of the original code's config.json -> the values with which it is LLaVA-1.0 or 1.5 on a LLaMA; what others mean.
+# Key of the original code's config.json -> its values in LLaVA-1.0 and 1.5 on a LLaMA, and what any other means.
 _ORIGINAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "model_type": ((None, "llava", "llava_llama", "llama"), "the decoder is no LLaMA"),
     "image_aspect_ratio": ((None, "square", "pad"), "an image is cut into several tiles"),
@@ -25,13 +25,12 @@ def refuse_quantised(content: Mapping[str, Any], where: str) -> None:
       where: the directory.
     """
     parts = (content, content.get("text_config"), content.get("vision_config"))
-    methods = [part.get("quantization_config") for part in parts if isinstance(part, Mapping)]
-    quantised = [method for method in methods if method]
-    if quantised:
-        raise UnusableCheckpoint(
-            f"{where} holds {_method(quantised[0])} weights: import the float model it was made of, or dequantise "
-            "and save it with transformers first"
-        )
+    for said in (part.get("quantization_config") for part in parts if isinstance(part, Mapping)):
+        if said:
+            raise UnusableCheckpoint(
+                f"{where} holds {_method(said)} weights: import the float model it was made of, or dequantise and save "
+                "it with transformers first"
+            )
 
 
 def _method(said: Any) -> str:

@@ -24,6 +24,7 @@ from llava_jax.generate import engine, placement, stream
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.models import lora, presets
+from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
@@ -183,11 +184,11 @@ class Assistant:
     def _room(self, conversation: Conversation) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
         prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
-        return max(1, min(NEW_TOKENS, engine.max_positions(self.model.config.llm) - prompt))
+        return max(1, min(NEW_TOKENS, max_positions(self.model.config.llm) - prompt))
 
     def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
         example = encode(conversation, self.format, reply=True, open_images=False)
-        limit = engine.max_positions(self.model.config.llm)
+        limit = max_positions(self.model.config.llm)
         try:
             return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
         except ValueError as error:
@@ -262,7 +263,7 @@ def _mesh(model: Llava, tree: Any, slots: int) -> Mesh | None:
     """The mesh for parameters (arrays or shapes) that lie on none yet."""
     llm = model.config.llm
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    row = placement.row_bytes(llm, model.dtype, engine.max_positions(llm))
+    row = placement.row_bytes(llm, model.dtype, max_positions(llm))
     devices = placement.choose_devices(weights)
     return placement.choose_mesh(weights, row, slots, devices, placement.memory_bytes(devices[0]))
 

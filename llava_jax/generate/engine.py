@@ -20,7 +20,6 @@ from llava_jax.generate import placement
 from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, stack
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.llava import Llava
-from llava_jax.models.presets import LlamaConfig
 from llava_jax.sharding import answering, constrain
 
 NOTHING = -1  # in an output row: no id was made here
@@ -136,11 +135,6 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
         cache_tokens=bucket(total, max_positions),
         images=2 ** (images - 1).bit_length() if images else 0,
     )
-
-
-def max_positions(config: LlamaConfig) -> int:
-    """Positions that prompt and answer may fill together: those of training, times the factor of a stretched rope."""
-    return config.positions
 
 
 def bucket(tokens: int, largest: int) -> int:

@@ -104,6 +104,11 @@ def rotary(positions: Int[Array, "B T"], config: LlamaConfig) -> tuple[Float[Arr
     return jnp.cos(angles), jnp.sin(angles)
 
 
+def max_positions(config: LlamaConfig) -> int:
+    """Positions that a decoder can tell apart: those of its training, times the factor of a stretched rope."""
+    return int(config.max_positions * (config.rope_scaling.factor if config.rope_scaling else 1))
+
+
 def rotate(
     x: Float[Array, "B T N H"], cos: Float[Array, "B T H2"], sin: Float[Array, "B T H2"]
 ) -> Float[Array, "B T N H"]:

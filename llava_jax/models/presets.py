@@ -214,16 +214,6 @@ class LlamaConfig(Sizes):
         _check(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads={self.kv_heads}")
         _check(self.head_width % 2 == 0, "head_width", self.head_width, "an even number (rotary halves)")
 
-    @property
-    def rows(self) -> int:
-        """Rows of the vocabulary, added ones included."""
-        return self.vocab + self.added_tokens
-
-    @property
-    def positions(self) -> int:
-        """Positions that it can tell apart: those of its training, times the factor of a stretched rope."""
-        return int(self.max_positions * (self.rope_scaling.factor if self.rope_scaling else 1))
-
 
 # A connector -> the kind of its resampler; those that are not here have none.
 RESAMPLERS = {"qformer": QFormerConfig, "perceiver": PerceiverConfig, "flamingo_xattn": PerceiverConfig}

@@ -22,6 +22,7 @@ from llava_jax.batch import Batch
 from llava_jax.distributed import Rows
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
+from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.train import optimizer as optimizers
@@ -55,7 +56,8 @@ class Program:
         Raises:
           ValueError: it holds an id that the vocabulary has no row for.
         """
-        limits.check_ids(local, self.model.config.llm.rows)
+        llm = self.model.config.llm
+        limits.check_ids(local, llm.vocab + llm.added_tokens)
         return Batch(**{name: self._placed(name, x) for name, x in local._asdict().items()})
 
     def _placed(self, name: str, local: Any) -> jax.Array:
@@ -180,7 +182,8 @@ def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mes
 def check(config: configs.Config, model_config: LlavaConfig) -> None:
     """Raises ValueError where the model cannot read the rows of the config; takes no time."""
     data = config.data
-    limits.check_rows(data.row_tokens, model_config.image_features, model_config.llm.positions, data.lengths)
+    positions = max_positions(model_config.llm)
+    limits.check_rows(data.row_tokens, model_config.image_features, positions, data.lengths)
 
 
 def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Batch:

@@ -208,7 +208,7 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
     place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
-    rows = model_config.llm.rows
+    rows = model_config.llm.vocab + model_config.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
