@@ -33,8 +33,8 @@ BOUNDS = {
     "data.rows_per_group": Bound(1, 2**16),
     "data.images_per_group": Bound(1, 4096),
     "data.skip_budget": Bound(0, 1),
-    "data.hold_out": Bound(0, 0.9),
     "data.threads": Bound(1, 1024),
+    "data.hold_out": Bound(0, 0.9),
     "source.weight": Bound(0, 1000),  # that many times the source in one epoch
     "train.lr": Bound(0, 10),
     "train.projector_lr": Bound(0, 10),

@@ -146,9 +146,12 @@ def open_tables(
 
     Raises:
       DataError: a file is no parquet or Arrow file, or has neither conversations nor messages; names it.
+      UsageError: an Arrow file lies in a bucket.
     """
     digest, groups = hashlib.sha256(), list[_Group]()
     for path in paths:
+        if path.suffix == ".arrow":
+            files.want_disk(path, "data source", "Arrow files are mapped into memory")
         try:
             summary, schema, opened = (_open_arrow if path.suffix == ".arrow" else _open_parquet)(path)
         except Unreachable:
@@ -178,7 +181,6 @@ def _open_parquet(path: epath.Path) -> tuple[bytes, pa.Schema, list[_Group]]:
 
 def _open_arrow(path: epath.Path) -> tuple[bytes, pa.Schema, list[_Group]]:
     """The batches of a file, which stay on the disk until they are used."""
-    files.want_disk(path, "data source", "Arrow files are mapped into memory")
     mapped = pa.memory_map(os.fspath(path))
     try:
         table = pa.ipc.open_stream(mapped).read_all()

@@ -4,7 +4,7 @@
     llava-pretrain   chat.json (CC3M, 595K) or blip_laion_cc_sbu_558k.json, with their pictures
     llava-instruct   any of LLaVA-Instruct-150K's files, with COCO's pictures of 2014 or 2017
     coco             captions_SPLIT.json and the split's pictures: image and caption pairs
-    cc-sbu-align     filter_cap.json and image/ID.jpg: MiniGPT-4's second stage
+    cc-sbu-align     filter_cap.json and image/ID.jpg (or .png ...): MiniGPT-4's second stage
 
 `image` in what is written is relative to the folder that is printed with it.
 """
@@ -19,6 +19,7 @@ from etils import epath
 from llava_jax import files
 from llava_jax.data import scienceqa
 from llava_jax.data.files import field, read_json
+from llava_jax.data.shards import PICTURES
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
 
@@ -171,11 +172,14 @@ def _cc_sbu_align(root: epath.Path, options: Options) -> Made:
         raise DataError(f"{root} lacks filter_cap.json: MiniGPT-4's dataset/README_2_STAGE.md says where it is, and "
                         "`python -m llava_jax.datagen curate` makes one of your own pictures")  # fmt: skip
     rng, records = np.random.default_rng(options.seed), []
+    names = {picture.name for picture in files.listed(root / "image")}
     for number, row in enumerate(field(read_json(path), "annotations", list, str(path))):
         where = f"{path}: annotations[{number}]"
         identity, caption = str(field(row, "image_id", (str, int), where)), field(row, "caption", str, where)
-        records.append(_pair(identity, f"{identity}.jpg", caption, ALIGNMENT[int(rng.integers(len(ALIGNMENT)))]))
-    _want(root / "image", records, "image/ of the same archive")
+        spellings = [f"{identity}.{kind}" for kind in PICTURES]
+        name = next((name for name in spellings if name in names), spellings[0])
+        records.append(_pair(identity, name, caption, ALIGNMENT[int(rng.integers(len(ALIGNMENT)))]))
+    _want(root / "image", records, f"image/ of the same archive, with ID.{', .'.join(PICTURES)}")
     return Made(records, root / "image", "cc_sbu_align")
 
 

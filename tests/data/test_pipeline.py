@@ -7,6 +7,8 @@ import re
 import numpy as np
 import pytest
 
+from llava_jax import distributed
+from llava_jax.data import check
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.distributed import Rows
 from llava_jax.errors import DataError
@@ -232,3 +234,63 @@ def test_a_mean_of_groups_means_is_in_the_weights_whoever_loads_the_rows(make, b
         assert sum((part[step][1] for part in parts), ()) == ids
         assert len({len(group) for group in np.split(batch.weights > 0, 2)}) == 1
         np.testing.assert_allclose(joined / joined.sum(), shares(batch.weights, 4), rtol=1e-6)
+
+
+def test_what_is_cut_off_is_told_once_with_its_record_and_at_the_end_for_all_processes(make, build, caplog):
+    rows = [record.raw for record in make(12)]
+    rows[7]["mood"] = rows[9]["mood"] = "glad"
+    settings = {"order": "sequential", "row_tokens": 80, "one_pass": True}
+    whole = build(make(rows), **settings | {"row_tokens": 160})
+    kept = sum(int((batch.weights > 0).sum()) for batch, _ in build(make(rows), **settings))
+    caplog.clear()
+    total = sum(int((batch.weights > 0).sum()) for batch, _ in whole)
+    assert whole.tally.lines() == ["keys of records that were not read: mood"] and len(caplog.records) == 1
+    caplog.clear()
+    parts = [build(make(rows), part=part(number, 2), **settings) for number in range(2)]
+    for feed in parts:
+        list(feed)
+    told = [record.message for record in caplog.records if "cuts record" in record.message]
+    assert len(told) == 2 and all("Raise data.row_tokens" in line for line in told)
+    assert sum(feed.lost_targets for feed in parts) == total - kept > 0
+    samples = sum(int(feed.tally.targets[:, 2].sum()) for feed in parts)
+    one = build(make(rows), **settings)
+    list(one)
+    (line, keys) = one.tally.lines()
+    share = f"{total - kept:,} of {total:,} supervised tokens ({(total - kept) / total:.1%})"
+    assert line.startswith(f"{share} were cut off in {samples:,} samples: rows hold 80 tokens. Raise data.row_tokens")
+    assert keys == "keys of records that were not read: mood"
+
+
+def test_processes_that_hold_the_same_rows_count_them_once(make, build, monkeypatch):
+    """Where the tensor axis spans processes, several load one part."""
+    settings = {"order": "sequential", "row_tokens": 80, "one_pass": True}
+    feeds = [build(make(12), part=part(number, 2), **settings) for number in (0, 1, 1)]
+    for feed in feeds:
+        list(feed)
+    said = []
+    monkeypatch.setattr(distributed, "exchange", lambda name, value: said.append(json.loads(json.dumps(value))) or said)
+    lines = [feed.tally.lines() for feed in feeds][-1]
+    whole = build(make(12), **settings)
+    list(whole)
+    said.clear()
+    assert lines == whole.tally.lines() != []
+
+
+def test_the_weight_of_a_record_is_that_of_its_tokens(make, build):
+    rows = [record.raw | {"weight": 0.5 * (1 + i)} for i, record in enumerate(make(4))]
+    batch, _ = take(build(make(rows), order="sequential"), 1)[0]
+    for i, row in enumerate(batch.weights):
+        assert set(row.tolist()) == {0.0, 0.5 * (1 + i)}
+
+
+def test_a_fault_of_a_library_gets_through_with_the_record_s_name(make, build, monkeypatch):
+    """Not as a bad record: nobody knows what it spoils."""
+
+    def broken(*_):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(check, "encode", broken)
+    for threads in (0, 2):
+        with pytest.raises(RuntimeError, match="a bug") as error:
+            take(build(make(4), order="sequential", threads=threads), 1)
+        assert any(re.fullmatch(r"while reading .*a\.json\[\d\]", note) for note in error.value.__notes__)

@@ -120,8 +120,10 @@ def test_random_captions_repeat_with_their_seed(tmp_path):
     ("llava-pretrain", {"chat.json": [pair("1", "1.jpg")]}, 65, "1.jpg does not exist: want images.zip"),
     ("llava-pretrain", {"chat.json": '[{"id": "1"'}, 65, "no valid JSON"),
     ("llava-instruct", {"detail_23k.json": [pair("1", "1.jpg")]}, 65, "COCO_train2014_1.jpg"),
-    ("coco", {"captions_train2017.json": {"images": []}}, 65, "annotations='nothing': want list"),
+    ("coco", {"captions_train2017.json": {"images": []}}, 65, "annotations is missing: want list"),
     ("coco", {}, 65, "lacks captions_train2017.json"),
+    ("cc-sbu-align", {"filter_cap.json": {"annotations": [{"image_id": 7, "caption": "A."}]}}, 65,
+     "image/7.jpg does not exist: want image/ of the same archive, with ID.jpg, .jpeg, .png, .webp"),
 ])  # fmt: skip
 def test_what_is_missing_or_damaged_is_named(tmp_path, capsys, name, files, code, said):
     (tmp_path / "raw").mkdir()
@@ -163,14 +165,24 @@ def test_minigpt4s_second_stage_is_asked_for_in_its_four_ways(tmp_path):
     assert asked == {f"<image>\n{question}" for question in ALIGNMENT} and len(asked) == 4
 
 
+def test_minigpt4s_pictures_may_have_any_ending(tmp_path):
+    rows = [{"image_id": i, "caption": "A red square."} for i in range(3)]
+    put(tmp_path / "raw" / "filter_cap.json", {"annotations": rows})
+    for name in ("0.png", "1.webp", "2.jpg", "2.png"):
+        put(tmp_path / "raw" / "image" / name)
+    assert prepare("cc-sbu-align", tmp_path / "raw", tmp_path / "out") == 0
+    records = json.loads((tmp_path / "out" / "cc_sbu_align.json").read_text())
+    assert [record["image"] for record in records] == ["0.png", "1.webp", "2.jpg"]
+
+
 @pytest.mark.parametrize(
     ("name", "file", "content", "message"),
     [
-        ("cc-sbu-align", "filter_cap.json", [{"image_id": "1", "caption": "A."}], "annotations="),
+        ("cc-sbu-align", "filter_cap.json", [{"image_id": "1", "caption": "A."}], "want an object with annotations"),
         ("cc-sbu-align", "filter_cap.json", {"annotations": [{"image_id": "1", "caption": None}]}, "caption='None'"),
-        ("coco", "captions_train2017.json", {"annotations": [], "images": [{"id": 1}]}, "images[0]: file_name="),
-        ("coco", "captions_train2017.json", {"annotations": [{"image_id": 1}]}, "images='nothing'"),
-        ("coco", "captions_train2017.json", {"annotations": [{"id": 1}], "images": []}, "annotations[0]: image_id="),
+        ("coco", "captions_train2017.json", {"annotations": [], "images": [{"id": 1}]}, "images[0]: file_name is"),
+        ("coco", "captions_train2017.json", {"annotations": [{"image_id": 1}]}, "images is missing"),
+        ("coco", "captions_train2017.json", {"annotations": [{"id": 1}], "images": []}, "annotations[0]: image_id is"),
     ],
 )
 def test_a_raw_file_of_another_shape_is_refused_by_row_and_field(tmp_path, capsys, name, file, content, message):

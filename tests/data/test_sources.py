@@ -8,8 +8,8 @@ import pytest
 from llava_jax import files
 from llava_jax.data import index
 from llava_jax.data.index import sizes, token_lengths, word_lengths
-from llava_jax.data.sources import open_source
-from llava_jax.errors import DataError
+from llava_jax.data.sources import hold_out, open_source
+from llava_jax.errors import DataError, UsageError
 from llava_jax.prompt.encode import encode
 
 
@@ -120,3 +120,34 @@ def test_sizes_are_those_of_what_encode_makes(make, v1):
     examples = [encode(source[i].conversation, v1, source.images) for i in range(5)]
     wanted = [[len(example.tokens), len(example.images)] for example in examples]
     assert sizes(source, v1).tolist() == [*wanted, [0, 0]] and {images for _, images in wanted} == {0, 1}
+
+
+def test_records_held_out_are_the_same_whenever_they_are_asked_for_and_the_rest_is_trained_on(make, v1, tmp_path):
+    source = make(50)
+    kept, apart = hold_out(source, 0.1, seed=7)
+    assert (len(kept), len(apart)) == (45, 5)
+    ids = [[record.id for record in part] for part in (kept, apart)]
+    assert sorted(sum(ids, [])) == sorted(record.id for record in source) and ids[1] != [f"r{i}" for i in range(5)]
+    again = hold_out(make(50, "other.json"), 0.1, seed=7)
+    assert [part.fingerprint for part in again] == [kept.fingerprint, apart.fingerprint]
+    assert len({source.fingerprint, kept.fingerprint, apart.fingerprint, hold_out(source, 0.1, 8)[1].fingerprint}) == 4
+    assert kept[3] == source[int(kept.chosen[3])] == kept.text(3) and kept.written(3) == source.written(kept[3].index)
+    assert token_lengths(kept, v1).tolist() == token_lengths(source, v1)[kept.chosen].tolist()
+    for share in (0.001, 0.999):
+        with pytest.raises(UsageError, match=f"data.hold_out={share} of the 50 records of 'a.json' holds"):
+            hold_out(source, share, 7)
+
+
+def test_a_part_knows_which_of_its_records_are_unreadable(tmp_path):
+    lines = ["{}" if i % 3 else "{" for i in range(30)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    for part in hold_out(open_source(tmp_path / "a.jsonl"), 0.4, 1):
+        assert part.unreadable == [i for i, record in enumerate(part) if record.fault] != []
+
+
+def test_a_record_is_written_again_as_it_was_written(tmp_path):
+    text = '[\n {"id": 1, "x": "\\u00e9 é",\r\n  "y": 1.50},\n {"id":2}\n]'
+    (tmp_path / "a.json").write_text(text, newline="")
+    assert [open_source(tmp_path / "a.json").written(i) for i in range(2)] == [
+        '{"id": 1, "x": "\\u00e9 é",   "y": 1.50}', '{"id":2}',
+    ]  # fmt: skip

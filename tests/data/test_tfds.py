@@ -6,6 +6,7 @@ import sys
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
 
 from llava_jax import files
 from llava_jax.data.builders.llava_instruct import write
@@ -13,6 +14,8 @@ from llava_jax.data.index import sizes
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
+from llava_jax.prompt.conversation import Turn
+from llava_jax.prompt.encode import encode
 from tests.data.conftest import findings
 
 
@@ -33,6 +36,49 @@ def test_a_list_of_images_stays_in_place(make, tmp_path):
     turns = [{"from": "human", "value": "<image>?"}, {"from": "gpt", "value": "A."}]
     source = make([{"id": "one", "image": ["1.png"], "conversations": turns}])
     assert open_source(write(source, tmp_path / "out"))[0].conversation.images_in_place
+
+
+def test_what_a_record_says_beside_its_turns_is_written_too(make, v1, folder, tmp_path, caplog):
+    parts = [{"type": "image"}, {"type": "text", "text": "Same?"}, {"type": "image"}]
+    answers = [{"role": "assistant", "content": "No.", "loss": False}, {"role": "assistant", "content": "Yes."}]
+    messages = [{"role": "user", "content": parts}, answers[0], {"role": "user", "content": "Sure?"}, answers[1]]
+    rows = [
+        {"id": "a", "messages": messages, "images": ["0.png", "1.png"], "system": "Be brief.", "weight": 0.5,
+         "mood": 1},
+        {"id": "b", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
+    ]
+    source = make(rows)
+    again = open_source(write(source, tmp_path / "out"))
+    assert "unknown_key: 'mood' is not read; 1 record(s) have it" in caplog.text
+    for one, two in zip(source, again, strict=True):
+        a, b = encode(one.conversation, v1, folder), encode(two.conversation, v1)
+        assert a.tokens.tolist() == b.tokens.tolist() and a.learned.tolist() == b.learned.tolist()
+        assert (a.weight, a.id) == (b.weight, b.id) and all(map(np.array_equal, a.images, b.images))
+
+
+def test_a_data_set_of_an_older_release_is_read(tmp_path, v1):
+    """It has neither `loss` nor `weight`."""
+    text = tfds.features.Text()
+    features = {"id": text, "conversations": tfds.features.Sequence({"from": text, "value": text})}
+
+    class Older(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+        def _split_generators(self, manager):
+            return {"train": iter([(0, {"id": "x", "conversations": [{"from": "human", "value": "Hi"},
+                                                                     {"from": "gpt", "value": "Ho"}]})])}  # fmt: skip
+
+        def _generate_examples(self):
+            raise NotImplementedError
+
+    builder = Older(data_dir=tmp_path / "out", file_format=tfds.core.FileFormat.ARRAY_RECORD)
+    builder.download_and_prepare(download_dir=tmp_path / "downloads")
+    (record,) = open_source(builder.data_dir)
+    assert record.conversation.turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
+    assert record.conversation.weight == 1
 
 
 def test_batches_of_a_tfds_directory_equal_those_of_the_json(make, v1, tmp_path):
