@@ -6,10 +6,14 @@ from llava_jax.prompt.templates import Frame, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
 IMAGE = "<image>"
+_IS_IMAGE = "part['type'] in ('image', 'image_url')"
 
 
 def render(template: Template, tokenizer: Tokenizer) -> str | None:
     """`chat_template.jinja`, or None for a template or a tokenizer with which such a text cannot give the same ids.
+
+    The single picture of a conversation stands at the front of its turn, several stand where they are among the parts
+    of a message, each on a line of its own: as a record with `image`, and one with typed parts, are read.
 
     <s> is in the text, because servers tokenise without adding it; `processor(text=...)` wants
     `add_special_tokens=False`.
@@ -23,6 +27,8 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         after_bos = _gap(tokenizer, tokenizer.piece(tokenizer.bos_id), "A")
     if not plain or template.image_frame != ("", "") or after_image is None or after_bos is None:
         return None
+    after_turn = _after(template.user)
+    gap = "" if after_turn.startswith(tuple(filter(None, tokenizer.ids))) else after_image
     lines = [
         "{%- if messages and messages[0]['role'] == 'system' -%}",
         "  {%- set first = messages[0]['content'] -%}",
@@ -32,6 +38,11 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         f"  {{%- set system = {_quoted(template.system)} -%}}",
         "  {%- set turns = messages -%}",
         "{%- endif -%}",
+        "{%- set seen = namespace(images=0) -%}",
+        "{%- for turn in turns if turn['content'] is not string -%}",
+        f"  {{%- for part in turn['content'] if {_IS_IMAGE} -%}}{{%- set seen.images = seen.images + 1 -%}}",
+        "  {%- endfor -%}",
+        "{%- endfor -%}",
         *([_say(f"bos_token + {_quoted(after_bos)}")] if tokenizer.adds_bos else []),
         "{%- if system -%}",
         "  " + _say(f"{_quoted(template.system_frame[0])} + system + {_quoted(template.system_frame[1])}"),
@@ -39,13 +50,16 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- for turn in turns -%}",
         "  {%- if turn['role'] == 'user' -%}",
         "    " + _say(_quoted(_before(template.user))),
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
-        "      {%- for part in turn['content'] if part['type'] in ('image', 'image_url') -%}",
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
+        "    {%- elif seen.images < 2 -%}",
+        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
         "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
         "      {%- endfor -%}",
         "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- else -%}",
+        *_in_place(after_image, gap),
         "    {%- endif -%}",
-        "    " + _say(_quoted(_after(template.user))),
+        "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
         "    " + _say(_quoted(_before(template.assistant))),
         "    {%- generation -%}",
@@ -63,6 +77,27 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- endif -%}",
     ]
     return "\n".join(lines)
+
+
+def _in_place(after_image: str, gap: str) -> list[str]:
+    """The parts of one message in their order, a picture on a line of its own.
+
+    Args:
+      after_image: see `_gap`; gap: the same for what follows the message.
+    """
+    return [
+        "      {%- set last = namespace(text='') -%}",
+        "      {%- for part in turn['content'] -%}",
+        f"        {{%- set piece = {_quoted(IMAGE)} if {_IS_IMAGE} else part['text'] -%}}",
+        "        {%- if piece -%}",
+        f"          {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(after_image)) + "{%- endif -%}",
+        f"          {{%- if last.text and {_quoted(IMAGE)} in (last.text, piece) and not last.text.endswith('\\n')"
+        " and not piece.startswith('\\n') -%}" + _say(_quoted("\n")) + "{%- endif -%}",
+        "          {{- piece -}}{%- set last.text = piece -%}",
+        "        {%- endif -%}",
+        "      {%- endfor -%}",
+        f"      {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(gap)) + "{%- endif -%}",
+    ]
 
 
 def _gap(tokenizer: Tokenizer, special: str, text: str) -> str | None:

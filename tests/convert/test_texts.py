@@ -7,6 +7,7 @@ import pytest
 
 from llava_jax.checkpoint import card
 from llava_jax.convert import chat_template, processor, readme, tokenizer_files
+from llava_jax.data import records
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.presets import get
 from llava_jax.prompt import encode, templates, tokenizer
@@ -138,3 +139,39 @@ def test_a_directory_with_tokenizer_json_alone_is_exported_with_the_same_ids(tmp
     left = tokenizer_files.without_image_token(found.tokenizer)
     kept = json.loads(tokenizer_files.files(left, None)["tokenizer.json"])["added_tokens"]
     assert [token["content"] for token in kept] == ["<unk>", "<s>", "</s>"]
+
+
+def part(value):
+    return {"type": "image", "image": value[1:]} if value.startswith("@") else {"type": "text", "text": value}
+
+
+SEVERAL = [
+    [["@a.png", "@b.png", "Which is redder?"]],
+    [["First ", "@a.png", " then ", "@b.png"]],
+    [["@a.png", "One.\n", "@b.png", "\nTwo.", "", "@c.png"]],
+    [["Left:\n", "@a.png", "@b.png"], "Red.", ["And ", "@c.png", "?"]],
+    [["@a.png"], "Red.", ["@b.png", "Now?"]],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RENDERED)
+@pytest.mark.parametrize("legacy", [True, False])
+def test_several_pictures_stand_in_the_chat_template_where_a_record_of_the_same_parts_has_them(name, legacy):
+    jinja2 = pytest.importorskip("jinja2")
+    found = words(legacy)
+    source = chat_template.render(templates.get(name), found.tokenizer)
+    rendered = jinja2.Environment().from_string(
+        source.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
+    )
+    form = encode.Format(templates.get(name), found.tokenizer, 28, 1, "pad")
+    for talk in SEVERAL:
+        roles = ("user", "assistant") * len(talk)
+        said = [
+            {"role": role, "content": text if isinstance(text, str) else [part(one) for one in text]}
+            for role, text in zip(roles, talk)
+        ]
+        conversation = records.Record("it", 0, None, {"messages": said}).conversation
+        wanted, _ = encode.with_labels(encode.encode(conversation, form, reply=True, open_images=False))
+        out = rendered.render(messages=said, bos_token="<s>", add_generation_prompt=True)
+        ids = fast(found).encode(out, add_special_tokens=False).ids
+        assert [-200 if number == 960 else number for number in ids] == wanted.tolist(), talk
