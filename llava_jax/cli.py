@@ -7,9 +7,9 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
-from llava_jax import errors
+from llava_jax import errors, known_names
 from llava_jax.errors import UsageError
 from llava_jax.files import is_bucket
 
@@ -57,10 +57,12 @@ class Parser(argparse.ArgumentParser):
 
     def _nearest(self, word: str) -> str:
         known = {name.lstrip("-"): name for action in self._actions for name in action.option_strings}
-        near = difflib.get_close_matches(word.lstrip("-"), known, n=1) if word.startswith("-") else []
         if RENAMED.get(word) in known.values():
             return f"; did you mean {RENAMED[word]}?"
-        return f"; did you mean {known[near[0]]}?" if near else ""
+        plain = word.lstrip("-").replace("_", "-")
+        meant = known_names.hint(word, "--config.") if plain not in known else ""
+        near = difflib.get_close_matches(plain, known, n=1) if word.startswith("-") and not meant else []
+        return f"; did you mean {known[near[0]]}?" if near else meant
 
 
 def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
@@ -83,6 +85,40 @@ def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
             raise UsageError(f"{option} wants a value")
         found[key] = text
     return rest, found
+
+
+class Command(NamedTuple):
+    """A config file, the directory of a run, and `overrides`."""
+
+    config: str
+    workdir: str
+    overrides: dict[str, str]
+
+
+def command(argv: Sequence[str], program: str, description: str = "") -> Command:
+    """Reads `--config FILE --workdir DIR` and `overrides` in any order.
+
+    Raises:
+      UsageError: an argument is none of these or is given twice, or one of the first two is missing. SystemExit: after
+        `--help`.
+    """
+    usage = f"usage: {program} --config FILE --workdir DIR [--config.BRANCH.KEY=VALUE ...]"
+    if any(word in ("-h", "--help") for word in argv):
+        print(f"{description}\n{usage}")
+        raise SystemExit(0)
+    rest, changed = overrides(argv)
+    found, words = dict[str, str](), iter(rest)
+    for word in words:
+        option, equals, text = word.partition("=")
+        if option not in ("--config", "--workdir"):
+            raise UsageError(f"unknown argument {word!r}{known_names.hint(option, '--config.')}; {usage}")
+        if option in found:
+            raise UsageError(f"{option} is given more than once; {usage}")
+        found[option] = text if equals else next(words, "")
+    for option in ("--config", "--workdir"):
+        if not found.get(option):
+            raise UsageError(f"{option} is missing; {usage}")
+    return Command(found["--config"], found["--workdir"], changed)
 
 
 def on_disk(text: str) -> Path:

@@ -38,6 +38,8 @@ def parser():
     ("make --max 1", "unrecognized arguments: --max; did you mean --max-usd?"),
     ("make --max-tokens 1", "did you mean --max-tokens-spent?"),
     ("make a b", "unrecognized arguments: b (see tool make --help)"),
+    ("make --max_usd 1", "did you mean --max-usd?"),
+    ("make --learning_rate 1", "unrecognized arguments: --learning_rate; here that is --config.train.lr (see"),
     ("make --max-usd x", "invalid float value: 'x' (see tool make --help)"),
     ("other", "argument VERB: invalid choice: 'other'"),
     ("", "the following arguments are required: VERB"),
@@ -89,3 +91,36 @@ def test_the_settings_of_a_config_are_taken_out_of_a_command():
     for words, message in ((["--config.a"], "wants a value"), (["--config.a=1", "--config.a=2"], "more than once")):
         with pytest.raises(UsageError, match=f"--config.a .*{message}"):
             cli.overrides(words)
+
+
+def test_a_command_line_is_read_in_any_order():
+    argv = ["--config.mesh.fsdp", "-1", "--workdir", "w", "--config.log.wandb=", "--config=c.py"]
+    assert cli.command(argv, "program", "what it does") == ("c.py", "w", {"mesh.fsdp": "-1", "log.wandb": ""})
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--config", "c"], "--workdir is missing"),
+        (["--workdir", "w"], "--config is missing"),
+        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'; here that is --config.train.lr"),
+        (["--config", "c", "--workdir", "w", "word"], "unknown argument 'word'"),
+        (["--config", "c", "--workdir"], "--workdir is missing"),
+    ],
+)
+def test_a_wrong_command_line_is_refused_with_the_usage(argv, message):
+    with pytest.raises(ValueError, match=message + "; usage: program --config FILE"):
+        cli.command(argv, "program", "what it does")
+
+
+def test_help_is_printed_and_leaves(capsys):
+    with pytest.raises(SystemExit) as left:
+        cli.command(["--help"], "program", "what it does")
+    assert left.value.code == 0 and "what it does\nusage: program" in capsys.readouterr().out
+
+
+def test_an_option_or_an_override_that_is_given_twice_is_refused():
+    start = ["--config", "c", "--workdir", "w"]
+    for again in (["--workdir=x"], ["--config", "d"], ["--config.train.lr=1", "--config.train.lr=2"]):
+        with pytest.raises(UsageError, match=f"{again[0].split('=')[0]} is given more than once"):
+            cli.command([*start, *again], "program")

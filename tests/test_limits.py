@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from llava_jax import batch, config_args, known_names, limits, typed
+from llava_jax import batch, cli, known_names, limits, typed
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
 from llava_jax.models import layers, presets
@@ -40,6 +40,7 @@ data.order random
 data.sources.0.weight -1 1e12 nan inf 0
 data.sources.-1.weight 1
 data.sources.².weight 1
+data.sources.3.weight 1
 train.lr -1 nan inf 1e30 fast none
 train.projector_lr -1 nan 1e30
 train.steps 0 -1 1.5 1e20 99999999999999999999
@@ -203,7 +204,7 @@ def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file,
     flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt)\.", meant) else meant
     for word in (f"--{name}=1", f"--{name.replace('_', '-')}=1"):
         with pytest.raises(UsageError, match=rf"unknown argument '{word}'; here that is {flag}"):
-            config_args.command(["--config", "c", "--workdir", "w", word], "train")
+            cli.command(["--config", "c", "--workdir", "w", word], "train")
 
 
 def test_a_key_in_the_wrong_branch_leads_to_its_own():

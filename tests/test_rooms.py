@@ -13,19 +13,18 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
-    "__init__.py": (), "errors": (), "files": (), "streams": (), "cli": (), "lifecycle": (), "distributed": (),
-    "batch": (), "limits": ("batch",), "known_names": (), "typed": ("known_names",), "config_file": (),
-    "config": ("config_file", "typed", "limits"), "config_args": ("known_names",), "params": (),
-    "sharding": ("params",), "chips": (), "openai_client": (),
+    "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
+    "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",), "typed": ("known_names",), "config_file": (),
+    "config": ("config_file", "typed", "limits"), "params": (), "sharding": ("params",), "chips": (),
+    "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch", "limits"),
-    # validate --config: what that run would check
-    "data/__main__.py": ("prompt", "batch", "limits", "config", "config_args", "train/trainer"),
+    "data/__main__.py": ("prompt", "batch", "limits", "config", "train/trainer"),  # validate --config
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "typed", "limits", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
-    "train/__main__.py": ("config", "config_args"),
+    "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
@@ -40,7 +39,7 @@ ROOMS = {
     "convert": ("params", "models", "checkpoint", "prompt"),
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
-    "plan/__main__.py": ("config", "config_args", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),
@@ -67,7 +66,7 @@ GUESTS = {
     "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
-NO_JAX = ("batch", "limits", "known_names", "typed", "config_file", "config_args", "config", "chips", "prompt", "data",
+NO_JAX = ("batch", "limits", "known_names", "typed", "config_file", "config", "chips", "prompt", "data",
           "openai_client", "convert/files")  # fmt: skip
 PALLAS = "models/flash"
 # Where a path may be one of pathlib, which turns gs://BUCKET/x into the local path gs:/BUCKET/x, and why.

@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, config_args, errors, files, limits
+from llava_jax import cli, errors, files, limits
 from llava_jax import config as configs
 from llava_jax.data import index, prepare, report
 from llava_jax.data.check import Checks, rules
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    words, overrides = config_args.overrides(arguments)
+    words, overrides = cli.overrides(arguments)
     options = _parser().parse_args(words)
     logging.basicConfig(format="%(message)s")
     logging.getLogger("llava_jax").setLevel(logging.INFO)

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llava_jax import chips, cli, config_args, files
+from llava_jax import chips, cli, files
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
 
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    words, overrides = config_args.overrides(argv)
+    words, overrides = cli.overrides(argv)
     options = _parser().parse_args(words)
     if options.topologies:
         print("\n".join(_topologies()))

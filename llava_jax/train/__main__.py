@@ -22,9 +22,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str], sigterm: Sigterm) -> int:
-    from llava_jax import config, config_args  # what follows takes seconds to import
+    from llava_jax import config  # what follows takes seconds to import
 
-    command = config_args.command(argv, "python -m llava_jax.train", __doc__ or "")
+    command = cli.command(argv, "python -m llava_jax.train", __doc__ or "")
     settings = config.load(command.config, command.overrides)
     from llava_jax.train import trainer
 
