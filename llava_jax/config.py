@@ -5,7 +5,7 @@ it nor find a key that nobody declared. A config file begins with `default()` or
 """
 
 import dataclasses
-import sys
+import math
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,19 +14,11 @@ from typing import Any, Literal, NamedTuple
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from llava_jax import typed
+from llava_jax import config_file, known_names, limits, typed
 from llava_jax.errors import MissingFile, UsageError
 from llava_jax.files import want_disk
 
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
-
-
-def _in_range(branch: Any, name: str, **bounds: tuple[int, int | float | None]) -> None:
-    for key, (low, high) in bounds.items():
-        value = vars(branch)[key]
-        if value is not None and not low <= value <= (sys.float_info.max if high is None else high):
-            wish = f"a finite number, at least {low}" if high is None else f"{low} to {high}"
-            raise UsageError(f"{name}.{key}={value}: want {wish}")
 
 
 @dataclass(frozen=True)
@@ -73,16 +65,17 @@ class Data:
     threads: int = 8
 
     def __post_init__(self) -> None:
-        _in_range(self, "data", batch_samples=(1, None), row_tokens=(1, None), images_per_group=(1, None))
-        _in_range(self, "data", rows_per_group=(1, None), skip_budget=(0, 1), threads=(1, None), hold_out=(0, 0.9))
+        limits.check_all("data", vars(self))
         self._check_layout()
         if not self.sources:
             raise UsageError("data.sources is empty: want at least one Source(path, images)")
         for name in ("sources", "validation"):
             for i, source in enumerate(vars(self)[name]):
-                _in_range(source, f"data.{name}.{i}", weight=(0, None))
+                limits.check_all("source", vars(source), f"data.{name}.{i}")
                 if not source.path:
                     raise UsageError(f"data.{name}.{i}.path is empty: want a file or directory of records")
+        if not any(source.weight for source in self.sources):
+            raise UsageError("data.sources: every weight is 0, so no record would be read: want one above 0")
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
             raise UsageError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
 
@@ -138,20 +131,16 @@ class Train:
     def __post_init__(self) -> None:
         if (self.steps is None) == (self.epochs is None):
             raise UsageError(f"train.steps={self.steps}, train.epochs={self.epochs}: want exactly one of the two")
-        _in_range(self, "train", lr=(0, None), projector_lr=(0, None), steps=(1, None), epochs=(0, None))
-        _in_range(self, "train", warmup_ratio=(0, 1), b1=(0, 1), b2=(0, 1), eps=(0, None), weight_decay=(0, None))
-        _in_range(self, "train", first_lr=(0, self.lr), last_lr=(0, self.lr))
+        limits.check_all("train", vars(self))
+        for name in ("first_lr", "last_lr"):
+            if vars(self)[name] > self.lr:
+                raise UsageError(f"train.{name}={vars(self)[name]}: want 0 to train.lr={self.lr}")
         if self.first_lr and not self.warmup_ratio or self.last_lr and self.schedule == "constant":
             raise UsageError(
                 f"train.first_lr={self.first_lr}, train.last_lr={self.last_lr}: the first is of a warm-up "
                 f"(warmup_ratio={self.warmup_ratio}), the last of a cosine (schedule={self.schedule}); leave out what "
                 "is not used"
             )
-        _in_range(self, "train", group_samples=(1, None), accumulate=(1, None), max_nonfinite=(1, None))
-        _in_range(self, "train", eval_every=(0, None), sample_every=(0, None), clip_norm=(0, None), seed=(0, None))
-        _in_range(self, "train", watchdog_secs=(1, None))
-        if not 0 <= self.lora_dropout < 1:
-            raise UsageError(f"train.lora_dropout={self.lora_dropout}: want 0 <= lora_dropout < 1")
 
 
 @dataclass(frozen=True)
@@ -162,7 +151,7 @@ class Lora:
     alpha: float
 
     def __post_init__(self) -> None:
-        _in_range(self, "lora", rank=(1, None), alpha=(0, None))
+        limits.check_all("lora", vars(self))
 
 
 @dataclass(frozen=True)
@@ -187,7 +176,7 @@ class Checkpoint:
     keep: int = 2
 
     def __post_init__(self) -> None:
-        _in_range(self, "checkpoint", every=(1, None), keep=(1, None))
+        limits.check_all("checkpoint", vars(self))
 
 
 @dataclass(frozen=True)
@@ -197,7 +186,7 @@ class Log:
     wandb: str = ""  # project name; "": off
 
     def __post_init__(self) -> None:
-        _in_range(self, "log", every=(1, None))
+        limits.check_all("log", vars(self))
 
 
 @dataclass(frozen=True)
@@ -218,7 +207,7 @@ class Config:
     log: Log = Log()
 
     def __post_init__(self) -> None:
-        _in_range(self, "config", profile=(0, None))
+        limits.check("profile", self.profile)
         if self.data.hold_out and not self.train.eval_every:
             raise UsageError(f"data.hold_out={self.data.hold_out}: nothing evaluates these records; set "
                              "train.eval_every to a number of steps")  # fmt: skip
@@ -232,7 +221,11 @@ class Config:
             divisors["group_samples"] = self.train.group_samples
         for key, size in divisors.items():
             if self.data.batch_samples % size:
-                raise UsageError(f"train.{key}={size} does not divide data.batch_samples={self.data.batch_samples}")
+                samples = self.data.batch_samples
+                raise UsageError(
+                    f"train.{key}={size} does not divide data.batch_samples={samples}: want data.batch_samples to be a "
+                    f"multiple of {size}, or train.{key} to divide {samples}, as {math.gcd(size, samples)} does"
+                )
 
     def _check_packed(self) -> None:
         if self.train.loss != "token_mean":
@@ -268,7 +261,13 @@ def default() -> ConfigDict:
 
 def start_from(file: str, sibling: str) -> ConfigDict:
     """The config of another file of the same directory, to change: `start_from(__file__, "tiny_pretrain.py")`."""
-    return _run(Path(file).parent / sibling)
+    path = Path(file).parent / sibling
+    try:
+        return _run(path)
+    except MissingFile:
+        raise
+    except UsageError as error:
+        raise UsageError(f"config {path}: {error}") from error
 
 
 def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
@@ -297,11 +296,7 @@ def _run(path: Path) -> ConfigDict:
     if not path.is_file():
         hint = typed.near(path.name, [file.name for file in path.parent.glob("*.py")])
         raise MissingFile(f"config {path}: no such file{hint}; want a Python file with get_config()")
-    names: dict[str, Any] = {"__name__": path.stem, "__file__": str(path)}
-    exec(compile(path.read_text(encoding="utf-8"), path, "exec"), names)
-    if "get_config" not in names:
-        raise UsageError("it has no function get_config()")
-    config = names["get_config"]()
+    config = config_file.run(path)
     if not isinstance(config, ConfigDict):
         raise UsageError(f"get_config() returns {type(config).__name__}: want the ConfigDict that default() made")
     return config
@@ -329,7 +324,7 @@ def _hint(branch: str, name: str, key: str) -> Any:
     if branch in TABLES:
         raise UsageError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
     known = [*TOP, *(f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls))]
-    raise UsageError(f"unknown key {key!r}{typed.near(key, known)}")
+    raise UsageError(f"unknown key {key!r}{typed.near_key(key, known)}")
 
 
 def _adapters(config: ConfigDict, name: str, text: str) -> tuple[tuple[str, Lora | None], ...]:
@@ -384,7 +379,10 @@ def command(argv: Sequence[str], program: str, description: str = "") -> Command
             print(f"{description}\n{usage}")
             raise SystemExit(0)
         if option not in ("--config", "--workdir") and not option.startswith("--config."):
-            raise UsageError(f"unknown argument {word!r}; {usage}")
+            meant = known_names.hint(option, "--config.")
+            raise UsageError(f"unknown argument {word!r}{meant}; {usage}")
+        if option in told:
+            raise UsageError(f"{option} is given twice: say it once; {usage}")
         told[option] = text if equals else next(words, "")
         if not told[option] and not equals:
             raise UsageError(f"{option} wants a value; {usage}")

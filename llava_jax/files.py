@@ -155,11 +155,7 @@ def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
       FileNotFoundError: there is none; names it. Unreachable, UsageError: as `retried`.
     """
     name = os.fspath(path)
-    if is_bucket(name):
-        return retried(lambda: _object_range(name, start, size), name)
-    with open(name, "rb") as file:
-        file.seek(start)
-        return file.read(-1 if size is None else size)
+    return retried(lambda: (_object_range if is_bucket(name) else _file_range)(name, start, size), name)
 
 
 def make_directory(path: epath.PathLike) -> None:
@@ -311,6 +307,12 @@ def _line(error: BaseException) -> str:
     """An error's message as one line, without the specification and the answer's body that TensorStore appends."""
     words = _APPENDED.sub("", str(error))
     return f"{type(error).__name__}: {' '.join(words.split())[:300]}"
+
+
+def _file_range(name: str, start: int, size: int | None) -> bytes:
+    with open(name, "rb") as file:
+        file.seek(start)
+        return file.read(-1 if size is None else size)
 
 
 def _object_range(name: str, start: int, size: int | None) -> bytes:

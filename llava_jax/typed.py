@@ -2,11 +2,13 @@
 
 import dataclasses
 import difflib
+import sys
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
+from llava_jax import known_names
 from llava_jax.errors import UsageError
 
 
@@ -17,7 +19,7 @@ def build(cls: Any, tree: Any, prefix: str) -> Any:
     hints = typing.get_type_hints(cls)
     for key in tree:
         if key not in hints:
-            raise UsageError(f"unknown key {prefix + key!r}{near(prefix + key, [prefix + name for name in hints])}")
+            raise UsageError(f"unknown key {prefix + key!r}{near_key(prefix + key, [prefix + name for name in hints])}")
     return cls(**{key: _typed(value, hints[key], prefix + key) for key, value in tree.items()})
 
 
@@ -36,7 +38,7 @@ def _typed(value: Any, hint: Any, key: str) -> Any:
         wanted = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(wanted) == len(value):
             return tuple(_typed(v, h, f"{key}.{i}") for i, (v, h) in enumerate(zip(value, wanted)))
-    elif hint is float and type(value) is int:
+    elif hint is float and type(value) is int and abs(value) < sys.float_info.max:
         return float(value)
     elif type(value) is hint:
         return value
@@ -59,8 +61,15 @@ def _describe_type(hint: Any) -> str:
 
 
 def near(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """"; did you mean 'nearest'?", or "" where none of `known` is near."""
+    found = difflib.get_close_matches(word, known, n=1)
+    return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def near_key(key: str, known: Sequence[str]) -> str:
+    """A remedy for an unknown key: the one with the same last part, what others call so, or the nearest."""
+    same = [name for name in known if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return near(same[0], same) if same else known_names.hint(key) or near(key, known)
 
 
 def parse(text: str, hint: Any, key: str) -> Any:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from llava_jax import config as configs
-from llava_jax import typed
+from llava_jax import errors, typed
+from llava_jax.errors import UsageError
 
 TEXT = '''
 from llava_jax.config import Source, default
@@ -83,7 +84,7 @@ def test_no_base_is_random(write):
         ("lora.rank", "8", "lora.rank=8: the config has no adapters; begin with configs/llava15_7b_task_lora.py"),
         ("train.lr", "fast", "train.lr='fast': want float"),
         ("train.lr", "none", "train.lr='none': want float"),
-        ("train.lr", "nan", "train.lr=nan: want a finite number, at least 0"),
+        ("train.lr", "nan", "train.lr=nan: want 0 to 10"),
         ("train.seed", "1.5", "train.seed='1.5': want int"),
         ("train.steps", "3", "train.steps=3, train.epochs=1.0: want exactly one"),
         ("train.last_lr", "1", "train.last_lr=1.0: want 0 to "),
@@ -92,7 +93,7 @@ def test_no_base_is_random(write):
         ("log.tensorboard", "maybe", "log.tensorboard='maybe': want bool"),
         ("data.skip_budget", "2", "data.skip_budget=2.0: want 0 to 1"),
         ("mesh.data", "-1", "mesh=.*: want sizes of at least 1, or -1 for at most one"),
-        ("checkpoint.every", "0", "checkpoint.every=0: want a finite number, at least 1"),
+        ("checkpoint.every", "0", "checkpoint.every=0: want 1 to 2,147,483,647"),
     ],
 )
 def test_a_wrong_override_is_refused_by_file_and_key(write, key, text, message):
@@ -174,7 +175,7 @@ def test_a_command_line_is_read_in_any_order():
     [
         (["--config", "c"], "--workdir is missing"),
         (["--workdir", "w"], "--config is missing"),
-        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'"),
+        (["--config", "c", "--workdir", "w", "--lr=1"], "unknown argument '--lr=1'; here that is --config.train.lr"),
         (["--config", "c", "--workdir", "w", "word"], "unknown argument 'word'"),
         (["--config", "c", "--workdir", "w", "--config.train.lr"], "--config.train.lr wants a value"),
     ],
@@ -208,3 +209,60 @@ def test_a_step_of_any_size_suits_an_order_by_length_and_only_a_mean_of_groups_w
     assert configs.load(task, {"data.batch_samples": "20"}).data.order == "modality_length"
     with pytest.raises(ValueError, match="train.group_samples=16 does not divide data.batch_samples=20"):
         configs.load(task, {"data.batch_samples": "20", "train.loss": "group_mean"})
+
+
+FAULTY = [
+    ("def get_config(:\n    pass\n", "line 1: SyntaxError: "),
+    ("x = 1\n\0\n", "null bytes"),
+    ("import nowhere_at_all\n", "line 1: ModuleNotFoundError: No module named 'nowhere_at_all'"),
+    ("from llava_jax.config import Sorce\n", "line 1: ImportError: cannot import name 'Sorce'"),
+    ("def get_config():\n    return {}['x']\n", "line 2: KeyError: 'x'"),
+    ("def get_config():\n\n    raise RuntimeError('two\\nlines')\n", "line 3: RuntimeError: two lines"),
+    ("class Odd(Exception):\n    pass\n\ndef get_config():\n    raise Odd('it is')\n", "line 5: Odd: it is"),
+    ("import sys\n\nsys.exit(3)\n", "line 3: SystemExit: 3"),
+    ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError: division by zero"),
+    ("def get_config(x):\n    pass\n", "TypeError: get_config() missing 1 required positional argument: 'x'"),
+    ("assert False, 'never'\n", "line 1: AssertionError: never"),
+    ("def get_config():\n    return get_config()\n", "line 2: RecursionError: maximum recursion depth exceeded"),
+    ("from llava_jax.config import default\nc = default()\nc.trian.lr = 1\n", "line 3: AttributeError: "),
+    ("from llava_jax.config import Lora\nLora(rank=0, alpha=1.0)\n", "line 2: lora.rank=0: want 1 to 65,536"),
+    ("from llava_jax.config import start_from\nstart_from(__file__, 'two.py')\n", "line 2: config "),
+    ("x = '\udce9'\n", "UnicodeDecodeError"),
+    ("get_config = 1\n", "TypeError: 'int' object is not callable"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text, message", FAULTY)
+def test_a_file_that_fails_is_one_line_with_file_and_line(tmp_path, text, message):
+    (tmp_path / "one.py").write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UsageError) as error:
+        configs.load(tmp_path / "one.py")
+    assert str(error.value).startswith(f"config {tmp_path}/one.py: ") and message in str(error.value)
+    assert "\n" not in str(error.value) and errors.exit_code(error.value) == 64
+
+
+def test_a_file_that_fails_names_the_file_that_it_starts_from(tmp_path):
+    (tmp_path / "one.py").write_text("from llava_jax.config import start_from\n\nstart_from(__file__, 'two.py')\n")
+    (tmp_path / "two.py").write_text("def get_config():\n    return x\n")
+    with pytest.raises(UsageError, match=r"one.py: line 3: config \S+two.py: line 2: NameError: name 'x' is not"):
+        configs.load(tmp_path / "one.py")
+
+
+def test_an_interrupt_of_a_config_file_goes_through(write):
+    with pytest.raises(KeyboardInterrupt):
+        configs.load(write("raise KeyboardInterrupt\n"))
+
+
+def test_an_option_or_an_override_that_is_given_twice_is_refused():
+    start = ["--config", "c", "--workdir", "w"]
+    for again in (["--workdir=x"], ["--config", "d"], ["--config.train.lr=1", "--config.train.lr=2"]):
+        with pytest.raises(UsageError, match=f"{again[0].split('=')[0]} is given twice: say it once"):
+            configs.command([*start, *again], "program")
+
+
+@pytest.mark.parametrize("text", ["1" + "0" * 400, "-1" + "0" * 400, "1e999"])
+def test_a_number_that_no_float_holds_is_refused(write, text):
+    with pytest.raises(UsageError, match="train.lr="):
+        configs.load(write(), {"train.lr": text})
+    with pytest.raises(UsageError, match="train.lr=|line 8: OverflowError"):
+        configs.load(write(TEXT.replace("lr=1e-3", f"lr={text}")))

@@ -14,14 +14,15 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A room or one of its files -> the rooms it may import; the longest match decides.
 ROOMS = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "cli": (), "lifecycle": (), "distributed": (),
-    "batch": (), "typed": (), "config": ("typed",), "params": (), "sharding": ("params",), "chips": (),
+    "batch": (), "limits": ("batch",), "known_names": (), "typed": ("known_names",), "config_file": (),
+    "config": ("config_file", "typed", "limits", "known_names"), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
-    "data": ("prompt", "batch"),
-    "data/__main__.py": ("prompt", "batch", "config", "train/trainer"),  # validate --config: what that run would check
+    "data": ("prompt", "batch", "limits"),
+    "data/__main__.py": ("prompt", "batch", "limits", "config", "train/trainer"),  # validate --config
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
-    "train": ("chips", "config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint"),
+    "train": ("chips", "config", "typed", "limits", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
     "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
@@ -65,7 +66,8 @@ GUESTS = {
     "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
-NO_JAX = ("batch", "typed", "config", "chips", "prompt", "data", "openai_client", "convert/files")
+NO_JAX = ("batch", "limits", "known_names", "typed", "config_file", "config", "chips", "prompt", "data",
+          "openai_client", "convert/files")  # fmt: skip
 PALLAS = "models/flash"
 # Where a path may be one of pathlib, which turns gs://BUCKET/x into the local path gs:/BUCKET/x, and why.
 DISK = {

@@ -101,7 +101,7 @@ def _renew(
 ) -> None:
     while not over.wait(renew_secs):
         try:
-            found = _read(path, renew_secs)
+            found = _read(path)
             # A lock that somebody deleted by hand is written anew.
             if found is not None and not _is_mine(found, mine):
                 lost(f"{path.parent}: {_who(found)} has taken over this directory, as this run's lock was not renewed "
@@ -120,13 +120,13 @@ def _refusal(path: epath.Path, holding: str) -> UsageError:
     )
 
 
-def _read(path: epath.Path, secs: float | None = None) -> dict[str, Any] | None:
+def _read(path: epath.Path) -> dict[str, Any] | None:
     """The lock, None where there is none; one that cannot be understood is {}: nobody renews it."""
     try:
-        content = json.loads(files.retried(lambda: files.read(path), path, secs))
+        content = json.loads(files.read(path))
     except FileNotFoundError:
         return None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 

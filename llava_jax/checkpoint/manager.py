@@ -115,7 +115,7 @@ def save(checkpoints: Checkpoints, saved: Saved) -> None:
 
 def _delete_old(step: epath.Path) -> None:
     """Deletes what was set aside under the name of a step that is now saved."""
-    if distributed.index() == 0:
+    if distributed.index() == 0 and not store.is_finished(step):
         files.delete(step)
 
 

@@ -8,6 +8,7 @@ import contextlib
 import json
 import math
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -74,10 +75,12 @@ class LeafWriter:
         spec = {"driver": "zarr", "kvstore": kvstore(self._partial / ".".join(keys)), "metadata": metadata}
         spec["store_data_equal_to_fill_value"] = True  # else zeros make no file, and look like a lost one
         store = files.retried(lambda: tensorstore.open(spec, create=True, open=True).result(), self._path)
-        for rows in _rows(array.shape, chunk):
-            files.retried(lambda rows=rows: store[rows].write(array[rows]).result(), self._path)
-            lifecycle.beat()
-        self._checksums[name] = [*sums.of_part(array, [0] * array.ndim, array.shape), array.dtype.name]
+        with ThreadPoolExecutor(1) as pool:
+            found = pool.submit(sums.of_part, array, [0] * array.ndim, array.shape)
+            for rows in _rows(array.shape, chunk):
+                files.retried(lambda rows=rows: store[rows].write(array[rows]).result(), self._path)
+                lifecycle.beat()
+        self._checksums[name] = [*found.result(), array.dtype.name]
         self._metadata[str(tuple(keys))] = {
             "key_metadata": [{"key": key, "key_type": 2} for key in keys],  # 2: a dictionary's key
             "value_metadata": {"value_type": "np.ndarray", "skip_deserialize": False, "write_shape": list(array.shape)},

@@ -9,7 +9,7 @@ import tempfile
 import numpy as np
 from etils import epath
 
-from llava_jax import cli, errors, files
+from llava_jax import cli, errors, files, limits
 from llava_jax import config as configs
 from llava_jax.data import index, prepare, report
 from llava_jax.data.check import Checks, rules
@@ -89,11 +89,19 @@ def _add_validate(sub: argparse.ArgumentParser) -> None:
 
 def _format(options: argparse.Namespace, image_features: int) -> Format | None:
     template = templates.get(options.template)
+    if "row_tokens" in options:
+        limits.check("data.row_tokens", options.row_tokens, "--row-tokens")
+        limits.check_rows(options.row_tokens, options.image_features, None, shown="--row-tokens")
     if not options.tokenizer:
         return None
     legacy = None if options.legacy is None else options.legacy == "true"
     loaded = tokenizer.load(options.tokenizer, legacy=legacy)
-    ending.check(template, loaded, options.tokenizer)
+    try:
+        ending.check(template, loaded, options.tokenizer)
+    except UsageError as error:
+        if options.run is not _show:  # it shows what such letters would be, and decides nothing
+            raise
+        print(f"data: training would refuse this: {error}", file=sys.stderr)
     return Format(template, loaded, 1, image_features, "pad", options.image_start_end)
 
 

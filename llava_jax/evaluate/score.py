@@ -1,7 +1,8 @@
 """Answers in, numbers out: no model, no accelerator, and nothing that is counted as wrong without being named.
 
 Two policies meet here. Faults of files (a truncated line, an id twice, a question without an answer, a picture that
-was missing) stop the scoring, each named by its id, until they are mended or allowed; allowed, they count as wrong.
+was missing) stop the scoring, each named by its id, until they are mended or allowed; allowed, they count as wrong, or
+as what the benchmark's rule makes of them.
 Failings of the model (an empty answer, a letter that is no choice, a text without an answer) are what a benchmark
 measures: its official rule counts them, and each is listed.
 """

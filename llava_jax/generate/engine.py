@@ -140,8 +140,7 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
 
 def max_positions(config: LlamaConfig) -> int:
     """Positions that prompt and answer may fill together: those of training, times the factor of a stretched rope."""
-    factor = config.rope_scaling.factor if config.rope_scaling else 1
-    return int(config.max_positions * factor)
+    return config.positions
 
 
 def bucket(tokens: int, largest: int) -> int:

@@ -1,11 +1,11 @@
 """What the released models are: sizes as frozen dataclasses, and the presets by name with their sources."""
 
 import difflib
-from dataclasses import MISSING, asdict, dataclass, fields, replace
-from types import GenericAlias
-from typing import Any, get_args
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from llava_jax.errors import UsageError
+from llava_jax.models.json_config import branch, build
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -214,6 +214,16 @@ class LlamaConfig(Sizes):
         _check(self.heads % self.kv_heads == 0, "heads", self.heads, f"a multiple of kv_heads={self.kv_heads}")
         _check(self.head_width % 2 == 0, "head_width", self.head_width, "an even number (rotary halves)")
 
+    @property
+    def rows(self) -> int:
+        """Rows of the vocabulary, added ones included."""
+        return self.vocab + self.added_tokens
+
+    @property
+    def positions(self) -> int:
+        """Positions that it can tell apart: those of its training, times the factor of a stretched rope."""
+        return int(self.max_positions * (self.rope_scaling.factor if self.rope_scaling else 1))
+
 
 # A connector -> the kind of its resampler; those that are not here have none.
 RESAMPLERS = {"qformer": QFormerConfig, "perceiver": PerceiverConfig, "flamingo_xattn": PerceiverConfig}
@@ -349,51 +359,18 @@ def config_from_json(data: dict[str, Any]) -> LlavaConfig:
       UsageError: a missing or an unknown key, or a value that no such model can have.
     """
     data = dict(data)
-    vision = _branch(data.pop("vision", None), "model.vision")
-    llm = _branch(data.pop("llm", None), "model.llm")
+    vision = branch(data.pop("vision", None), "model.vision")
+    llm = branch(data.pop("llm", None), "model.llm")
     for name in ("mean", "std"):
         if isinstance(vision.get(name), list):
             vision[name] = tuple(vision[name])
     if llm.get("rope_scaling") is not None:
-        llm["rope_scaling"] = _build(RopeScaling, llm["rope_scaling"], "model.llm.rope_scaling")
+        llm["rope_scaling"] = build(RopeScaling, llm["rope_scaling"], "model.llm.rope_scaling")
     kind = vision.pop("kind", "clip")
     _check(isinstance(kind, str) and kind in _TOWERS, "vision.kind", kind, f"one of {', '.join(_TOWERS)}")
-    parts = {"vision": _build(_TOWERS[kind], vision, "model.vision"), "llm": _build(LlamaConfig, llm, "model.llm")}
+    parts = {"vision": build(_TOWERS[kind], vision, "model.vision"), "llm": build(LlamaConfig, llm, "model.llm")}
     kinds = {"resampler": RESAMPLERS.get(str(data.get("projector"))), "cross": CrossConfig}
     for name, part in kinds.items():
         if part is not None and data.get(name) is not None:
-            parts[name] = _build(part, data[name], f"model.{name}")
-    return _build(LlavaConfig, data | parts, "model")
-
-
-def _branch(values: Any, where: str) -> dict[str, Any]:
-    _check(isinstance(values, dict), where, values, "an object with its sizes")
-    return dict(values)
-
-
-def _build(kind: type, values: Any, where: str) -> Any:
-    values = _branch(values, where)
-    known = [field.name for field in fields(kind)]
-    needed = {field.name for field in fields(kind) if field.default is MISSING}
-    wrong = sorted((set(values) - set(known)) | (needed - set(values)))
-    if wrong:
-        raise UsageError(f"{where} in model.json: keys {wrong} are missing or unknown; there are {known}")
-    typed = {field.name: _typed(f"{where}.{field.name}", values[field.name], field.type)
-             for field in fields(kind) if field.name in values}  # fmt: skip
-    return kind(**typed)
-
-
-def _typed(name: str, value: Any, kind: Any) -> Any:
-    """A value out of JSON, where it is of a field's type."""
-    if kind is float and type(value) is int:
-        return float(value)
-    kinds = get_args(kind)
-    if isinstance(value, tuple) and isinstance(kind, GenericAlias):
-        _check(len(value) == len(kinds), name, value, f"{len(kinds)} numbers")
-        return tuple(_typed(name, one, part) for one, part in zip(value, kinds))
-    fits = any(type(value) is one or (one not in _SCALARS and isinstance(value, one)) for one in kinds or (kind,))
-    _check(fits and value == value, name, value, f"a value of type {kind.__name__ if kind in _SCALARS else kind}")
-    return value
-
-
-_SCALARS = (int, float, bool, str)
+            parts[name] = build(part, data[name], f"model.{name}")
+    return build(LlavaConfig, data | parts, "model")

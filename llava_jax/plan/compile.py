@@ -135,16 +135,9 @@ def build(config: configs.Config, place: Place) -> Program:
     """The program that `train` would run there, checked.
 
     Raises:
-      ValueError: what the program itself refuses; a row shorter than an image; or rows that the hosts cannot share
-        evenly.
+      ValueError: what the program itself refuses, or rows that the hosts cannot share evenly.
     """
     model = model_of(config)
-    features = model.image_features
-    if config.data.row_tokens <= features:
-        raise UsageError(
-            f"data.row_tokens={config.data.row_tokens}: an image takes {features} positions and its text some more; "
-            f"want more than {features}"
-        )
     program = programs.build(config, model, config.train.steps or STEPS, place.mesh)
     rows = program.batch.tokens.shape[0]
     if rows % place.hosts:

@@ -88,9 +88,10 @@ def _refuse_lost_adapters(directory: str, found: Mapping[str, Any], sources: Map
 
 
 def _refuse_other_scales(program: Program, directory: str, names: Sequence[str]) -> None:
-    for name in (name for name in names if name.endswith("/" + lora.SCALE)):
+    scales = [name for name in names if name.endswith("/" + lora.SCALE)]
+    for name, leaves in (store.holding(directory, scales) if scales else {}).items():
         rank, alpha = program.adapters[str(lora.kernel_of(name))]
-        held = store.read_leaf(directory, None, name)
+        held = leaves.read(name)
         if not np.array_equal(held, np.full_like(held, alpha / rank)):
             shown = ", ".join(f"{scale:g}" for scale in np.unique(held))
             raise UsageError(

@@ -16,7 +16,7 @@ import optax
 from jax.sharding import Mesh
 
 from llava_jax import batch as batches
-from llava_jax import chips, distributed, params, sharding
+from llava_jax import chips, distributed, limits, params, sharding
 from llava_jax import config as configs
 from llava_jax.batch import Batch
 from llava_jax.distributed import Rows
@@ -50,7 +50,12 @@ class Program:
     evaluate: Callable[..., Any]  # (state.params, frozen, batch) -> (sum of losses, supervised tokens)
 
     def put(self, local: Batch) -> Batch:
-        """This process's rows of a batch, on the devices of the mesh."""
+        """This process's rows of a batch, on the devices of the mesh.
+
+        Raises:
+          ValueError: it holds an id that the vocabulary has no row for.
+        """
+        limits.check_ids(local, self.model.config.llm.rows)
         return Batch(**{name: self._placed(name, x) for name, x in local._asdict().items()})
 
     def _placed(self, name: str, local: Any) -> jax.Array:
@@ -71,6 +76,7 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
       ValueError: a name that `rates` does not cover, an idle row, no trainable name, a tuple of rates that does
         not fit its stack, or a batch that the mesh or the micro-batches do not divide.
     """
+    check(config, model_config)
     mesh = sharding.make_mesh(asdict(config.mesh)) if mesh is None else mesh
     dtype = jnp.dtype(config.model.dtype)
     model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout)
@@ -171,6 +177,12 @@ def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mes
     return State(jax.ShapeDtypeStruct((), jnp.int32, sharding=whole), trainable, moments)
 
 
+def check(config: configs.Config, model_config: LlavaConfig) -> None:
+    """Raises ValueError where the model cannot read the rows of the config; takes no time."""
+    data = config.data
+    limits.check_rows(data.row_tokens, model_config.image_features, model_config.llm.positions, data.lengths)
+
+
 def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Batch:
     data = config.data
     rows = rows_of(data, mesh)
@@ -184,15 +196,9 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
         parts = sharding.shards(mesh, "tokens")
         if length % parts:
             raise UsageError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
-    if data.layout == "packed" and data.row_tokens <= model_config.image_features:
-        raise UsageError(
-            f"data.row_tokens={data.row_tokens}: an image takes {model_config.image_features} positions and its text "
-            f"some more; want more than {model_config.image_features}"
-        )
-    fields = batches.spec(
-        rows=rows, row_tokens=data.row_tokens, groups=rows // data.rows_per_group,
-        images_per_group=data.images_per_group, image_size=model_config.vision.image_size,
-    )  # fmt: skip
+    groups, side = rows // data.rows_per_group, model_config.vision.image_size
+    limits.check_step(rows, data.row_tokens, groups * data.images_per_group, side)
+    fields = batches.spec(rows, data.row_tokens, groups, data.images_per_group, side)
     return Batch(**{
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_field_sharding(mesh, name, x.shape))
         for name, x in fields._asdict().items()

@@ -97,6 +97,7 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
         logging.getLogger("llava_jax").setLevel(logging.INFO)
     _keep_compilations()
     model_config = _model_config(config.model)
+    programs.check(config, model_config)  # before rows are planned, which an absurd length makes endless
     format = _format(config, model_config)
     sources, held_out = _sources(config)
     _check_shared(workdir)
@@ -207,7 +208,7 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
     place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
-    rows = model_config.llm.vocab + model_config.llm.added_tokens
+    rows = model_config.llm.rows
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)

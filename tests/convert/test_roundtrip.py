@@ -244,7 +244,7 @@ def test_frozen_leaves_are_exported_from_the_base_in_its_own_dtype(tmp_path, hal
     np.testing.assert_array_equal(out["multi_modal_projector.linear_1.weight"], moved["projector/0/kernel"].T)
     assert out["multi_modal_projector.linear_1.weight"].dtype == np.float32
     lines = list(reports.inspect(tmp_path / "run"))
-    assert any(line.startswith("base ../base step 0 sha256:") for line in lines)
+    assert any(line.startswith("base ../base step 0 sums:") for line in lines)
 
 
 def test_merge_writes_a_checkpoint_that_needs_no_base(tmp_path, half):
@@ -254,7 +254,7 @@ def test_merge_writes_a_checkpoint_that_needs_no_base(tmp_path, half):
     shutil.rmtree(tmp_path / "base")
     assert same(loaded(tmp_path / "whole"), whole)
     assert card.read_card(tmp_path / "whole").base == () and store.steps(tmp_path / "whole") == [20]
-    with pytest.raises(UnusableCheckpoint, match="is not there; put it back"):
+    with pytest.raises(UnusableCheckpoint, match="is not there .*Put it back"):
         exporting.export("hf", tmp_path / "run", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
 

@@ -1,6 +1,5 @@
 """Tar shards of pictures and captions: pairs, cleaning, and what is damaged."""
 
-import functools
 import io
 import json
 import tarfile
@@ -159,7 +158,7 @@ def test_a_bucket_that_does_not_answer_ends_the_run_and_costs_no_record(bucket, 
         pass
 
     monkeypatch.setattr(gcsfs.retry, "asyncio", types.SimpleNamespace(sleep=at_once))
-    monkeypatch.setattr(files, "retried", functools.partial(files.retried, secs=0.0))
+    monkeypatch.setattr(files, "RETRY_SECS", 0.0)
     for path in shards.iterdir():
         files.write_whole(f"{bucket}/{path.name}", path.read_bytes())
     source = open_source(bucket)

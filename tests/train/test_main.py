@@ -183,7 +183,7 @@ def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run
 @pytest.mark.parametrize(
     "changes, code, words",
     [
-        ({"train.learning_rate": 1}, 64, "did you mean"),
+        ({"train.learning_rate": 1}, 64, "here that is train.lr"),
         ({"model.preset": "tinyy"}, 64, "did you mean 'tiny'"),
         ({"prompt.template": "v7"}, 64, "v7"),
         ({"data.sources.0.path": "nowhere.json"}, 65, "nowhere.json"),
