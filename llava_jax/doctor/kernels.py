@@ -26,8 +26,9 @@ def check(found: Machine) -> Iterator[Line]:
                 break
             rows += attention_check.measure(case, attention_check.serving(found.platform, case))
             done += 1
+    words = f"{done} of {len(CASES)} cases"
     for backend in dict.fromkeys(row.backend for row in rows):
-        yield _line(f"attention: {backend}", [row for row in rows if row.backend == backend], f"{done} of {len(CASES)} cases")
+        yield _line(f"attention: {backend}", [row for row in rows if row.backend == backend], words)
     if others and found.accelerated:
         yield _line("attention: other devices", _elsewhere(found, others, CASES[0]), f"{len(others)} devices, 1 case")
 
@@ -45,7 +46,7 @@ def _line(name: str, rows: list[Row], words: str) -> Line:
     worst = max(rows, key=lambda row: row.figure / row.limit if row.figure == row.figure else float("inf"))
     good = worst.figure <= worst.limit
     detail = "\n".join(f"{row.backend} {row.what}: {row.figure:.4g} of {row.limit:g}" for row in rows)
-    figure = f"{words}, worst {worst.figure:.3g} of {worst.limit:g}"
+    figure, expectation = f"{words}, error {worst.figure:.3g} of {worst.limit:g}", "rounding alone, backward too"
     if good:
-        return Line(name, OK, figure, "at most the limit, forward and backward", detail=detail)
-    return Line(name, FAIL, f"{figure} ({worst.what})", "at most the limit, forward and backward", REMEDY, detail=detail)
+        return Line(name, OK, figure, expectation, detail=detail)
+    return Line(name, FAIL, f"{figure} ({worst.what})", expectation, REMEDY, detail=detail)
