@@ -168,6 +168,20 @@ def test_validation_and_samples_come_every_n_steps(run, tmp_path, capsys):
     assert [row["id"] for row in samples] == ["r0", "r1", "r2", "r3"] and {row["step"] for row in samples} == {12}
 
 
+def test_records_that_are_held_out_are_evaluated_and_not_trained_on(run, tmp_path, capsys):
+    """Beside the validation set of the config; at the end the run says what it cut off."""
+    text = run.read_text()
+    run.write_text(text[: text.index("validation=")] + text[text.index("batch_samples=") :])
+    changes = {"data.hold_out": 0.2, "train.eval_every": 12, "data.row_tokens": 90}
+    assert train(run, tmp_path / "out", **changes) == 0
+    said = capsys.readouterr()
+    assert "8 records, 12 steps of 4 samples" in said.out and "step 12: validation loss" in said.out
+    assert [row["step"] for row in metrics.read(tmp_path / "out", metrics.VALIDATION)] == [12]
+    assert said.out.count("supervised tokens (") == 1 and "were cut off in" in said.out
+    assert train(run, tmp_path / "other", **{"train.eval_every": 12}) == 64
+    assert "wants records, by --config.data.hold_out=0.02 or --config.data.valid" in capsys.readouterr().err
+
+
 def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run, tmp_path, capsys):
     with store.LeafWriter(tmp_path / "half" / "0" / "params") as writer:
         writer.write("projector/0/kernel", np.zeros((32, 40), np.float32))
