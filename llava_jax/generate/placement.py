@@ -102,7 +102,7 @@ def put(read: Read, struct: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Arra
     layer = abstract(read.name, struct.shape[1:], struct.dtype, mesh)
 
     def take(number: int, index: tuple[slice, ...]) -> np.ndarray:
-        return read.take((slice(number, number + 1), *index))[0].astype(struct.dtype)
+        return np.asarray(read.take((slice(number, number + 1), *index))[0], struct.dtype)
 
     return tuple(_put(functools.partial(take, number), layer) for number in range(struct.shape[0]))
 

@@ -148,7 +148,7 @@ def test_stage_2_begins_with_stage_1s_projector_and_moves_the_decoder(finished, 
     text = config.read_text().replace('(".*", None))', '("llm/.*", config.train.get_ref("lr")), (".*", None))')
     second = config.parent / "stage2.py"
     second.write_text(text)
-    changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 1.0, "checkpoint.every": 1}
+    changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 0.5, "checkpoint.every": 1}
     assert train(second, tmp_path / "out", **changes) == 0
     after, before = (store.load_params(folder) for folder in (tmp_path / "out", stage_1))
     first = store.load_params(tmp_path / "out", step=1)  # the first update is at rate 0
