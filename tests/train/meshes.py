@@ -50,6 +50,7 @@ def batch() -> Batch:
     fields = inputs(MODEL, rows=ROWS, tokens=TOKENS)
     half = TOKENS // 2
     fields["tokens"] %= 60
+    fields["targets"] %= 60
     fields["segments"][:, half:] = 2
     fields["positions"] %= half
     fields["weights"][:, half - 3 : half - 1] = 1
