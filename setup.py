@@ -30,6 +30,7 @@ setup(
         "ml_dtypes>=0.6.0",
         "transformers>=5.23.0",
         "sentencepiece>=0.2.3",
+        "tokenizers>=0.23.3",  # transformers brings it too
         "safetensors>=0.8.0",
         "pillow>=13.0.0",
         "grain>=0.2.18",

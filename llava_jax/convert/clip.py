@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.convert import unread
 from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, PATCH, SAME, Row
 from llava_jax.errors import UnusableCheckpoint
@@ -26,6 +27,7 @@ _DEFAULTS = {
     "num_attention_heads": 12, "num_channels": 3, "image_size": 224, "patch_size": 32, "hidden_act": "quick_gelu",
     "layer_norm_eps": 1e-5,
 }  # fmt: skip
+KINDS = ("clip_vision_model", "clip")  # model_type of a tower, and of a whole CLIP
 # What every tower's config has, CLIP's and BLIP-2's.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
@@ -75,7 +77,7 @@ def read_config(content: Mapping[str, Any], where: str, select_layer: int, selec
         found = old if isinstance(inner, Mapping) else inner
         raise UnusableCheckpoint(f"{where}: vision_config is {str(found)[:60]!r}; wanted an object of a tower's sizes")
     kind = inner.get("model_type", "clip_vision_model")
-    if kind not in ("clip_vision_model", "clip"):
+    if kind not in KINDS:
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted clip_vision_model")
     if "vision_config" in content and content.get("model_type") == "clip":
         # Old CLIP configs keep the sizes in vision_config_dict too, which wins. Source: transformers CLIPConfig.
@@ -120,6 +122,7 @@ def open_directory(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles, 
       UnusableCheckpoint: no CLIP tower is in it.
     """
     content = read_json(directory / "config.json")
+    unread.refuse_quantised(content, str(directory))
     tensors = open_tensors(directory)
     # transformers 5.6 and later write a lone vision model without "vision_model.".
     found = [prefix for prefix in ("vision_model.", "") if prefix + "embeddings.class_embedding" in tensors.specs]

@@ -15,7 +15,7 @@ from etils import epath
 from llava_jax import files, params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert import clip, llama, llava, minigpt4, processor, table
+from llava_jax.convert import clip, llama, llava, minigpt4, processor, table, unread
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
 from llava_jax.errors import UnusableCheckpoint, UsageError
@@ -68,25 +68,35 @@ def import_checkpoint(
     """
     directory = epath.Path(source)
     content = read_json(directory / "config.json")
-    tensors = open_tensors(directory)
+    try:
+        config, parts, layout = _read(directory, content, vision)
+        tensors = [str(part.tensors.path) for part in parts]
+        origin = {"imported_from": str(directory), "layout": layout, "tensors": tensors}
+        prompt = _prompt(directory, content, options)
+        _write(destination, config, parts, {}, prompt, directory, origin)
+    except UnusableCheckpoint as error:  # what it calls itself says most to who asks for help
+        raise type(error)(f"{error} ({unread.identity(content)})") from None
+
+
+def _read(
+    directory: epath.Path, content: Mapping[str, Any], vision: epath.PathLike | None
+) -> tuple[LlavaConfig, list[Part], str]:
+    """(the model, its parts, the name of their layout) of a directory whose config.json is `content`."""
     where = str(directory / "config.json")
+    unread.refuse_quantised(content, str(directory))
+    if llava.is_original(content):
+        config, parts = _original(directory, content, vision)
+        return config, parts, llava.ORIGINAL.name
+    _refuse_vision(vision, directory)
     if minigpt4.is_hub(content):
-        _refuse_vision(vision, directory)
+        tensors = open_tensors(directory)
         config = minigpt4.read_hub(content, where, tensors, (content.get(OURS) or {}).get("ln_vision_eps"))
-        config, layout = _with_image_numbers(config, directory), minigpt4.HUB_TYPE
-        parts = [minigpt4.hub_part(config, tensors)]
-    elif llava.is_original(content):
-        config, parts = _original(directory, content, tensors, vision)
-        layout = llava.ORIGINAL.name
-    else:
-        _refuse_vision(vision, directory)
-        found = llava.find_layout(tensors)
-        config, layout = llava.read_hub_config(content, where, found, tensors), found.name
-        config = _with_image_numbers(config, directory)
-        parts = [Part(("",), tensors, llava.rows(found, config.projector))]
-    origin = {"imported_from": str(directory), "layout": layout, "tensors": [str(part.tensors.path) for part in parts]}
-    prompt = _prompt(directory, content, options)
-    _write(destination, config, parts, {}, prompt, directory, origin)
+        return _with_image_numbers(config, directory), [minigpt4.hub_part(config, tensors)], minigpt4.HUB_TYPE
+    llava.check_hub(content, where)
+    tensors = open_tensors(directory)
+    layout = llava.find_layout(tensors)
+    config = _with_image_numbers(llava.read_hub_config(content, where, layout, tensors), directory)
+    return config, [Part(("",), tensors, llava.rows(layout, config.projector))], layout.name
 
 
 def _refuse_vision(vision: epath.PathLike | None, directory: epath.Path) -> None:
@@ -206,10 +216,12 @@ def _projector_parts(tensors: TensorFiles) -> tuple[str | None, list[Part]]:
 
 
 def _original(
-    directory: epath.Path, content: Mapping[str, Any], tensors: TensorFiles, vision: epath.PathLike | None
+    directory: epath.Path, content: Mapping[str, Any], vision: epath.PathLike | None
 ) -> tuple[LlavaConfig, list[Part]]:
     """The model in the original code's files, whose tower may lie among them or elsewhere."""
     layout, where = llava.ORIGINAL, str(directory / "config.json")
+    llava.check_original(content, where)
+    tensors = open_tensors(directory)
     in_file = layout.vision + "embeddings.class_embedding" in tensors.specs
     if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER

@@ -5,6 +5,7 @@ from typing import Any
 
 from etils import epath
 
+from llava_jax.convert import unread
 from llava_jax.convert.files import TensorFiles, check_numbers, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Row
 from llava_jax.errors import UnusableCheckpoint
@@ -17,7 +18,8 @@ _DEFAULTS = {
     "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
     "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": None, "rope_scaling": None,
     "rope_parameters": None, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
-    "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2,
+    "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None, "use_sliding_window": True,
+    "layer_types": None,
 }  # fmt: skip
 # What the models room has no other form of.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
@@ -53,6 +55,12 @@ def read_config(content: Mapping[str, Any], where: str) -> LlamaConfig:
             raise UnusableCheckpoint(f"{where}: {key} is {values[key]!r}; wanted {wanted!r}, LLaMA as released")
     optional = [key for key in ("num_key_value_heads", "head_dim") if values[key]]
     check_numbers(values, (*_SIZES, *optional), "rms_norm_eps", where)
+    window, layers = values["sliding_window"] if values["use_sliding_window"] else None, values["layer_types"]
+    if window is not None or layers not in (None, ["full_attention"] * values["num_hidden_layers"]):
+        raise UnusableCheckpoint(
+            f"{where}: sliding_window is {window!r}, layer_types {str(layers)[:60]}; wanted neither: all layers of a "
+            "LLaMA see the whole text"
+        )
     heads = values["num_attention_heads"]
     theta, scaling = _read_rope(values, where)
     return LlamaConfig(
@@ -122,6 +130,7 @@ def with_head(content: Mapping[str, Any], tied: bool, tensors: TensorFiles, head
 def open_directory(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:
     """(config.json, tensors) of a LLaMA or Vicuna directory. Raises UnusableCheckpoint on another family."""
     content = read_json(directory / "config.json")
+    unread.refuse_quantised(content, str(directory))
     if content.get("model_type") != "llama":
         raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted 'llama'")
     return content, open_tensors(directory)

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.convert import clip, llama
+from llava_jax.convert import clip, llama, unread
 from llava_jax.convert.files import TensorFiles
 from llava_jax.convert.table import LINEAR, SAME, Row
 from llava_jax.errors import UnusableCheckpoint, UsageError
@@ -101,13 +101,48 @@ def is_original(content: Mapping[str, Any]) -> bool:
     return "text_config" not in content and any(key.startswith("mm_") for key in content)
 
 
+def check_hub(content: Mapping[str, Any], where: str) -> None:
+    """Refuses the config.json of another model, or of a LLaVA of other parts, by what it calls them.
+
+    Raises:
+      UnusableCheckpoint: one of the three model types is another one.
+    """
+    kind = content.get("model_type", "llava")
+    if kind == "llama":
+        raise UnusableCheckpoint(
+            f"{where}: model_type is 'llama', a language model alone; wanted 'llava'. `convert assemble DST --vision "
+            "CLIP_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
+        )
+    if kind != "llava":
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted 'llava', 'blip-2' or the original code's")
+    for name, kinds in (("text", ("llama",)), ("vision", clip.KINDS)):
+        part = content.get(f"{name}_config")
+        if not isinstance(part, Mapping):
+            raise UnusableCheckpoint(f"{where}: {name}_config is missing; wanted transformers' config of that part")
+        if part.get("model_type", kinds[0]) not in kinds:
+            raise UnusableCheckpoint(f"{where}: {name} model_type is {part['model_type']!r}; wanted {kinds[0]!r}")
+
+
+def check_original(content: Mapping[str, Any], where: str) -> None:
+    """Refuses the original code's config.json where it is of another model than LLaVA-1.0 or 1.5 on a LLaMA.
+
+    Raises:
+      UnusableCheckpoint: names the key.
+    """
+    classes = content.get("architectures") or [ORIGINAL_CLASS]
+    if classes != [ORIGINAL_CLASS]:
+        raise UnusableCheckpoint(f"{where}: architectures {classes}; wanted {ORIGINAL_CLASS}")
+    unread.refuse_original(content, where)
+
+
 def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tensors: TensorFiles) -> LlavaConfig:
     """The model of a Hugging Face config.json.
 
     Raises:
       UnusableCheckpoint: something in it that this model cannot be.
     """
-    wanted = {"model_type": "llava", "projector_hidden_act": "gelu", "multimodal_projector_bias": True}
+    check_hub(content, where)
+    wanted = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     for key, value in wanted.items():
         if content.get(key, value) != value:
             raise UnusableCheckpoint(f"{where}: {key} is {content[key]!r}; wanted {value!r}")
@@ -118,17 +153,11 @@ def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tens
             f"{where}: vision_feature_select_strategy {strategy!r}, vision_feature_layer {layer!r}; "
             "wanted default or full, and one number"
         )
-    parts = {key: content.get(key) for key in ("text_config", "vision_config")}
-    for key, part in parts.items():
-        if not isinstance(part, dict):
-            raise UnusableCheckpoint(f"{where}: {key} is missing; wanted transformers' config of that part")
-    kind = parts["text_config"].get("model_type", "llama")
-    if kind != "llama":
-        raise UnusableCheckpoint(f"{where}: text model_type is {kind!r}; wanted 'llama'")
-    tied = content.get("tie_word_embeddings") or parts["text_config"].get("tie_word_embeddings")
-    text = llama.with_head(parts["text_config"], bool(tied), tensors, layout.head)
+    text = content["text_config"]
+    tied = content.get("tie_word_embeddings") or text.get("tie_word_embeddings")
+    text = llama.with_head(text, bool(tied), tensors, layout.head)
     return LlavaConfig(
-        vision=clip.read_config(parts["vision_config"], f"{where}: vision_config", layer, features[strategy]),
+        vision=clip.read_config(content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
         projector="mlp2x_gelu",
         llm=llama.read_config(text, f"{where}: text_config"),
         image_newline=False,
@@ -147,11 +176,7 @@ def read_original_config(
     Raises:
       UnusableCheckpoint: something in it that this model cannot be.
     """
-    classes = content.get("architectures", [ORIGINAL_CLASS])
-    if classes != [ORIGINAL_CLASS]:
-        raise UnusableCheckpoint(f"{where}: architectures {classes}; wanted {ORIGINAL_CLASS}")
-    if content.get("mm_patch_merge_type", "flat") != "flat" or content.get("image_aspect_ratio") == "anyres":
-        raise UnusableCheckpoint(f"{where}: a LLaVA-1.6 (several tiles an image); wanted LLaVA-1.0 or 1.5")
+    check_original(content, where)
     if content.get("mm_projector_type", projector) != projector:
         said = content["mm_projector_type"]
         raise UnusableCheckpoint(f"{where}: mm_projector_type {said!r}, but the tensors are {projector!r}")

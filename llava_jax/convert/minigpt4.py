@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
-from llava_jax.convert import eva, llama, qformer
+from llava_jax.convert import eva, llama, qformer, unread
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import LINEAR, SAME, Part, Row
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
@@ -257,6 +257,7 @@ def _want(path: epath.Path, what: str) -> None:
 
 def _open_hub(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:
     content = read_json(directory / "config.json")
+    unread.refuse_quantised(content, str(directory))
     if not is_hub(content):
         raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted {HUB_TYPE!r}")
     return content, open_tensors(directory)

@@ -28,6 +28,8 @@ WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")  # of the original code
 NEVER_RUN = "vision/tail/"  # peft's list of suffixes wraps these blocks too, and nothing ever moves there
 
+_VOCABULARY = ("llm/embed/table", "llm/head/kernel")
+
 # What an adapter's config may say, the default first: another value makes another function of the same tensors.
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "use_qalora": (False,),
@@ -162,8 +164,24 @@ def _find(
     faults += _incomplete(found, tensors) or ([] if any(tensor.part for tensor in found) else ["no lora_A in it"])
     if faults:
         more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
-        raise UnusableCheckpoint(f"{tensors.path} does not fit its {CONFIG} and --base: {'; '.join(faults[:4])}{more}")
+        raise UnusableCheckpoint(
+            f"{tensors.path} does not fit its {CONFIG} and --base: {'; '.join(faults[:4])}{more}"
+            + _other_vocabulary(found, tensors, config)
+        )
     return found
+
+
+def _other_vocabulary(found: Iterable[Tensor], tensors: TensorFiles, config: Mapping[str, Any]) -> str:
+    """The remedy for an adapter that keeps the vocabulary's rows of a model with more or fewer of them."""
+    for name, _, part, entry, _ in found:
+        (rows, *width), wanted = tensors.specs[name].shape, entry.their_shape
+        if not part and entry.ours in _VOCABULARY and rows != wanted[0] and tuple(width) == wanted[1:]:
+            model = config.get("base_model_name_or_path") or "THAT_MODEL"
+            return (
+                f". It was trained on a model with {rows} rows of vocabulary, --base has {wanted[0]}; `export --format "
+                f"hf` adds rows for <image> and <pad>. `convert import {model} DST`, and say --base DST"
+            )
+    return ""
 
 
 def _incomplete(found: Iterable[Tensor], tensors: TensorFiles) -> list[str]:

@@ -1,7 +1,10 @@
 """README.md of what `export` writes: what it is, how to load it, how to write a prompt for it."""
 
+import json
+
 from llava_jax.checkpoint.card import PromptCard
 from llava_jax.models.presets import EvaConfig, LlavaConfig
+from llava_jax.prompt import templates
 
 _HUB = """# {name}
 
@@ -14,7 +17,8 @@ processor = AutoProcessor.from_pretrained("{name}")
 ```
 
 Images: {images}. Use the PIL image processor (`backend="pil"`) for the very pixels of training.
-
+{pictures}
+{ending}
 {prompt}
 """
 
@@ -29,12 +33,27 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")
 ```
 
 Images: {images}.
-
+{pictures}
+{ending}
 Prompts: `Blip2Processor` puts the image before `<s>`, where this model has never seen it. Write the ids yourself as
 `{template}` has them: `<s>`, the text before the image, {queries} times `<image>`, the text after it, each text made
 into tokens apart. The norm after the tower has an eps of 1e-6 in transformers; it was trained with 1e-5.
 """
 
+# Source: transformers 5.24 image_transforms (transparency on white) and image_utils.load_image (EXIF); Pillow 13.0.0.
+_PICTURES = """
+In training transparency was dropped, so the colours under it showed, and pictures were not turned by their EXIF mark.
+transformers puts transparent pictures on white, and its `load_image` turns them: give the processor
+`PIL.Image.open(file).convert("RGB")` for what the model was trained on.
+"""
+_PASSES = """
+Training resized rows before columns, as Pillow up to 12 does; from 13 on it begins with the columns of many upright
+pictures, which changes some pixels by a few levels: `pip install "pillow<13"` for the very pixels.
+"""
+_TEXTS = """
+Answers end with {texts}, which is no token: say `model.generate(..., tokenizer=processor.tokenizer)`, which stops there
+(`stop_strings` in generation_config.json).
+"""
 _CHAT = """Prompts: the chat template writes what the model was trained on (`{template}`), `<s>` included:
 
 ```python
@@ -85,14 +104,17 @@ def hub(config: LlavaConfig, prompt: PromptCard, name: str, chat: bool) -> str:
     reason = "with marks around images" if prompt.image_start_end else "has parts that"
     text = _CHAT if chat else _NO_CHAT
     words = text.format(template=prompt.template, reason=reason)
-    return _HUB.format(name=name, model=_model(config), images=_IMAGES[prompt.image_mode], prompt=words)
+    return _HUB.format(
+        name=name, model=_model(config), images=_IMAGES[prompt.image_mode], prompt=words,
+        pictures=_pictures(prompt.image_mode), ending=_ending(prompt.template),
+    )  # fmt: skip
 
 
 def blip2(config: LlavaConfig, prompt: PromptCard, name: str) -> str:
     """README.md of a BLIP-2 directory."""
     return _BLIP2.format(
         name=name, model=_model(config), images=_IMAGES[prompt.image_mode], queries=config.image_features,
-        template=prompt.template,
+        template=prompt.template, pictures=_pictures(prompt.image_mode), ending=_ending(prompt.template),
     )  # fmt: skip
 
 
@@ -119,6 +141,17 @@ def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:
     rest = _WITH_PROJECTOR if projector else _TEXT.format(rank=rank)
     shown, place = (f"`{base}`", f'"{base}"') if base else ("the model that it was trained on", '"..."')
     return _ADAPTER.format(name=name, base=shown, place=place, rest=rest)
+
+
+def _pictures(mode: str) -> str:
+    return _PICTURES + ("" if mode == "pad" else _PASSES)  # a square has no more rows than columns
+
+
+def _ending(template: str) -> str:
+    """What to do where an answer ends with a text."""
+    stops, marks = templates.get(template).stops, templates.get(template).marks
+    texts = " or ".join(json.dumps(stop) for stop in stops if stop not in marks)
+    return _TEXTS.format(texts=texts) if texts else ""
 
 
 def _model(config: LlavaConfig) -> str:

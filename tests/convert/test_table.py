@@ -187,7 +187,7 @@ def test_config_files_of_the_released_models_are_the_presets():
     assert llava.read_original_config(original, "config.json", tower, "mlp2x_gelu") == wanted
     for change, message in [
         ({"architectures": ["LlavaMptForCausalLM"]}, "wanted LlavaLlamaForCausalLM"),
-        ({"image_aspect_ratio": "anyres"}, "a LLaVA-1.6"),
+        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': an image is cut into several tiles"),
         ({"mm_projector_type": "linear"}, "but the tensors are 'mlp2x_gelu'"),
     ]:
         with pytest.raises(UnusableCheckpoint, match=message):
@@ -196,7 +196,7 @@ def test_config_files_of_the_released_models_are_the_presets():
         ({"model_type": "llava_next"}, "model_type is 'llava_next'; wanted 'llava'"),
         ({"vision_feature_layer": [-2, -5]}, "one number"),
         ({"text_config": text | {"model_type": "qwen2"}}, "text model_type is 'qwen2'"),
-        ({"vision_config": vision | {"model_type": "siglip_vision_model"}}, "wanted clip_vision_model"),
+        ({"vision_config": vision | {"model_type": "siglip_vision_model"}}, "vision model_type is 'siglip"),
         ({"vision_config": None}, "vision_config is missing"),
     ]:
         with pytest.raises(UnusableCheckpoint, match=message):
