@@ -172,7 +172,7 @@ def test_records_that_are_held_out_are_evaluated_and_not_trained_on(run, tmp_pat
     """Beside the validation set of the config; at the end the run says what it cut off."""
     text = run.read_text()
     run.write_text(text[: text.index("validation=")] + text[text.index("batch_samples=") :])
-    changes = {"data.hold_out": 0.2, "train.eval_every": 12, "data.row_tokens": 90}
+    changes = {"data.hold_out": 0.2, "train.eval_every": 12, "data.row_tokens": 70}
     assert train(run, tmp_path / "out", **changes) == 0
     said = capsys.readouterr()
     assert "8 records, 12 steps of 4 samples" in said.out and "step 12: validation loss" in said.out
