@@ -137,7 +137,7 @@ def cuts(name: str, size: int) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def answering(mesh: Mesh | None) -> Iterator[None]:
+def answering(mesh: Mesh | AbstractMesh | None) -> Iterator[None]:
     """Inside it a model that answers is traced for this mesh (`ANSWERING`); None: for a device without a mesh."""
     if mesh is None:
         yield

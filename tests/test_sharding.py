@@ -84,6 +84,15 @@ def test_attention_cuts_heads_where_everything_else_cuts_tokens():
     assert sharding.cuts("heads", 8) == ()
 
 
+def test_a_model_that_answers_cuts_no_rows_where_its_weights_are_cut():
+    with sharding.answering(MESH):
+        assert sharding.cuts("batch", 8) == ("data",)
+    with jax.sharding.use_abstract_mesh(MESH):
+        assert sharding.cuts("batch", 8) == ("data", "fsdp")
+    with sharding.answering(None):
+        assert jax.sharding.get_abstract_mesh().empty
+
+
 def test_slices_multiply_the_copies_of_the_model():
     sizes = {"data": 1, "fsdp": -1, "tensor": 2, "context": 1, "slices": 2}
     assert sharding.fill(sizes, 16) == (2, 4, 2, 1)

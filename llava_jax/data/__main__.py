@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs_help = {
         "show": (_show, "print each record's tokens, with what is learned marked"),
-        "validate": (_validate, "list every bad record; exit 65 if there is one"),
+        "validate": (_validate, "list every bad record; exit 65 if there is one, or more than a config's skip_budget"),
         "index": (_index, "measure the records' lengths and print their histogram"),
         "prepare": (_prepare, "published raw files into LLaVA JSON, or any records into a TFDS data set"),
     }

@@ -1,6 +1,6 @@
-"""A record as it was written, one table of what its keys mean, and the one way from it to a `Conversation`.
+"""A record as it was written, and the one way from it to a `Conversation`.
 
-A key is read, harmless, refused with a remedy, or unknown: nothing that a record says is dropped in silence.
+Nothing that a record says is dropped in silence: `keys` says of each key whether it is read, harmless or refused.
 """
 
 import base64
@@ -14,49 +14,12 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
+from llava_jax.data.keys import HARMLESS, PART_KEYS, READ, RECORD_KEYS, TURN_KEYS
 from llava_jax.data.problems import Finding, Problem, brief
 from llava_jax.errors import DataError
 from llava_jax.prompt.conversation import ROLES, Conversation, Turn
 from llava_jax.prompt.encode import IMAGE_MARKER
 
-READ, HARMLESS = "read", "harmless"
-
-
-def _each(names: str, use: str) -> dict[str, str]:
-    return dict.fromkeys(names.split(), use)
-
-
-_PICTURE_KEY = "a picture under this key is not read: rename it to `image`, or to `images` for a list"
-_VIDEO = "video is not read: write its frames as pictures under `images`, or drop the record"
-_AUDIO = "audio is not read: write what is said into the text, or drop the record"
-_TOOLS = "calls of tools are not trained on: drop them, or write them into the turns' text"
-_PREFERENCE = "preferences are not trained on: write the wanted answer as the last turn"
-_TURN_PICTURE = "name the pictures in the record's `images`, in the order of their <image>"
-
-# What each key is for: READ, HARMLESS (nothing of it is trained on), or the remedy that its refusal names. An empty
-# value (null, "", []) counts as no key, as tables write one for every record that lacks it.
-RECORD_KEYS = {
-    **_each("id image images conversations messages system system_prompt weight", READ),
-    **_each("model source data_source dataset dataset_name url license width height category meta metadata split type "
-            "task question_id idx index image_id prompt_id lang language topic domain", HARMLESS),
-    **_each("image_path image_paths image_file image_files image_url image_urls img imgs picture pictures photo photos "
-            "frames", _PICTURE_KEY),
-    **_each("video videos video_path video_url video_id", _VIDEO),
-    **_each("audio audios audio_path audio_url speech", _AUDIO),
-    **_each("tools functions function_call tool_calls", _TOOLS),
-    **_each("chosen rejected chosen_response rejected_response rejected_messages", _PREFERENCE),
-}  # fmt: skip
-TURN_KEYS = {
-    **_each("from value role content loss train weight", READ),
-    **_each("id name index timestamp turn_id markdown text", HARMLESS),
-    **_each("image images", _TURN_PICTURE),
-    **_each("video videos", _VIDEO),
-    **_each("audio audios", _AUDIO),
-    **_each("tools functions function_call tool_calls tool_call_id", _TOOLS),
-    **_each("reasoning_content thinking", "it is not part of any template: write it into the answer, or drop it"),
-    **_each("train_detail training_detail loss_scale", "a turn is learned whole or not at all: `loss` true or false"),
-}
-PART_KEYS = {**_each("type text image image_url path url index", READ), **_each("detail", HARMLESS)}
 _PARTS = ("text", "image", "image_url")
 _MARKS = ("loss", "train", "weight")  # of a turn: ms-swift's, axolotl's, OpenAI's
 _NOTHING = (None, "", [], {}, "[]")
@@ -92,12 +55,16 @@ class Record:
 
     @property
     def conversation(self) -> Conversation:
-        """The record's turns and images.
+        """The record's turns and images. Raises as `conversation_in`."""
+        return self.conversation_in(None)
+
+    def conversation_in(self, root: epath.Path | None) -> Conversation:
+        """The record's turns and images, whose paths are relative to the image folder where they lie in it.
 
         Raises:
           DataError: the record has another shape, or a fault; names it.
         """
-        parsed = parse(self)
+        parsed = parse(self, root)
         if isinstance(parsed, Problem):
             raise DataError(str(found(self, parsed)))
         return parsed.conversation

@@ -120,7 +120,7 @@ def _coordinates(found: Machine) -> tuple[str, str, str]:
     """(figure, expectation, fault) of chips that have coordinates."""
     slices = dict[int, list[tuple[int, ...]]]()
     for device in found.devices:
-        slices.setdefault(device.slice_index, []).append((*_coords(device), device.core_on_chip))
+        slices.setdefault(found.slice_of(device), []).append((*_coords(device), device.core_on_chip))
     for number, coords in slices.items():
         sizes = [len(set(values)) for values in zip(*coords)]
         if len(set(coords)) != np.prod(sizes):

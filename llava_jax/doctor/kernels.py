@@ -11,7 +11,6 @@ from llava_jax.models import attention_check
 from llava_jax.models.attention_check import CASES, Case, Row
 
 ACCELERATOR_SECS, CPU_SECS = 75.0, 8.0  # no case begins after them: each compiles for seconds
-LIMIT = "at most the limit, forward and backward"
 REMEDY = ("do not train here: this version of XLA or of a kernel computes something else on this chip; please send us "
           "the file of --json")  # fmt: skip
 
@@ -27,9 +26,9 @@ def check(found: Machine) -> Iterator[Line]:
                 break
             rows += attention_check.measure(case, attention_check.serving(found.platform, case))
             done += 1
+    words = f"{done} of {len(CASES)} cases"
     for backend in dict.fromkeys(row.backend for row in rows):
-        mine = [row for row in rows if row.backend == backend]
-        yield _line(f"attention: {backend}", mine, f"{done} of {len(CASES)} cases")
+        yield _line(f"attention: {backend}", [row for row in rows if row.backend == backend], words)
     if others and found.accelerated:
         yield _line("attention: other devices", _elsewhere(found, others, CASES[0]), f"{len(others)} devices, 1 case")
 
@@ -47,7 +46,7 @@ def _line(name: str, rows: list[Row], words: str) -> Line:
     worst = max(rows, key=lambda row: row.figure / row.limit if row.figure == row.figure else float("inf"))
     good = worst.figure <= worst.limit
     detail = "\n".join(f"{row.backend} {row.what}: {row.figure:.4g} of {row.limit:g}" for row in rows)
-    figure = f"{words}, worst {worst.figure:.3g} of {worst.limit:g}"
+    figure, expectation = f"{words}, error {worst.figure:.3g} of {worst.limit:g}", "rounding alone, backward too"
     if good:
-        return Line(name, OK, figure, LIMIT, detail=detail)
-    return Line(name, FAIL, f"{figure} ({worst.what})", LIMIT, REMEDY, detail=detail)
+        return Line(name, OK, figure, expectation, detail=detail)
+    return Line(name, FAIL, f"{figure} ({worst.what})", expectation, REMEDY, detail=detail)

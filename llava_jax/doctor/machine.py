@@ -46,6 +46,10 @@ class Machine:
         """Whether speeds are worth a comparison: the devices of a CPU are threads of one."""
         return self.platform != "cpu"
 
+    def slice_of(self, device: jax.Device) -> int:
+        """The number of a TPU's slice. (Devices of a single one need not say.)"""
+        return device.slice_index if self.sizes.slices > 1 else 0
+
 
 def look(sizes: configs.Mesh, workdir: epath.PathLike, local: Path) -> Machine:
     """The machine, as all processes see it.

@@ -29,19 +29,19 @@ class Line:
     figure: str
     expectation: str = ""
     remedy: str = ""
-    value: float | None = None
+    value: float | int | None = None
     detail: str = ""
     broken: bool = False
 
 
 def against(
-    check: str, value: float, figure: str, least: float | None, expectation: str, remedy: str, verdict: str = WARN
-) -> Line:
-    """The line of a number: ok from `least` on (None: there is no expectation), else `verdict`."""
+    check: str, value: float | int, figure: str, least: float | int | None, expectation: str, remedy: str
+) -> Line:  # fmt: skip
+    """The line of a number: ok from `least` on (None: there is no expectation), else a warning."""
     if least is None:
         return Line(check, OK, figure, value=value)
     good = value >= least
-    return Line(check, OK if good else verdict, figure, expectation, "" if good else remedy, value)
+    return Line(check, OK if good else WARN, figure, expectation, "" if good else remedy, value)
 
 
 def skipped(check: str, reason: str) -> Line:

@@ -138,7 +138,7 @@ def _link(found: Machine, axis: str) -> tuple[float | None, str]:
     index = sharding.AXES.index(axis)
     group = np.moveaxis(found.mesh.devices, index, -1).reshape(-1, found.mesh.shape[axis])[0]
     tpu = found.platform == "tpu"
-    places = {device.slice_index if tpu else found.hosts[device.process_index] for device in group}
+    places = {found.slice_of(device) if tpu else found.hosts[device.process_index] for device in group}
     if len(places) > 1:
         return found.chip.dcn_bytes_per_sec, f"the network's {found.chip.dcn_bytes_per_sec / 1e9:.3g}"
     links = 2 * len(found.chip.shapes[-1].split("x")) if tpu else 1

@@ -7,6 +7,7 @@ state that is read is the same and losses agree.
 import contextlib
 import dataclasses
 import io
+import math
 import os
 import signal
 import subprocess
@@ -230,7 +231,7 @@ def _from_begin(player: Player, *ends: int) -> list[Course]:
 
 def _elsewhere(found: Machine, workdir: epath.Path, preempted: Course, undisturbed: Course) -> Line:
     """The preempted run on another mesh."""
-    sizes = other_mesh(found)
+    sizes = other_mesh(found.sizes, found.mesh.shape)
     if sizes is None:
         return report.skipped(ELSEWHERE, "one device has one mesh")
     player = _player(trials.open_trial(sizes, len(found.devices), found.platform, found.local))
@@ -248,10 +249,10 @@ def _elsewhere(found: Machine, workdir: epath.Path, preempted: Course, undisturb
     return Line(ELSEWHERE, OK, words, expectation)
 
 
-def other_mesh(found: Machine) -> configs.Mesh | None:
-    """Sizes that divide the same devices in another way; None where there is no other."""
-    shape, slices = found.mesh.shape, found.sizes.slices
-    each = len(found.devices) // slices
+def other_mesh(given: configs.Mesh, shape: Mapping[str, int]) -> configs.Mesh | None:
+    """Sizes that divide the devices of a mesh of this shape in another way; None where there is no other."""
+    slices = given.slices
+    each = math.prod(shape.values()) // slices
     halves = {"fsdp": each // 2, "tensor": 2} if each % 2 == 0 else {"fsdp": each}
     for sizes in ({"fsdp": each}, halves, {"fsdp": 1, "data": each}):
         other = configs.Mesh(**sizes, slices=slices)

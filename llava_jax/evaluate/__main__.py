@@ -105,7 +105,8 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     _benchmark_options(verb)
     verb.add_argument("--checkpoint", metavar="DIR", help="what `train` or `convert` wrote; or --base-url")
     verb.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
-    verb.add_argument("--slots", type=int, default=16, help="questions answered at once; no answer depends on it")
+    verb.add_argument("--slots", type=int, default=16, help="questions answered at once by all devices together; no "
+                      "answer depends on it")
     verb.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
     verb.add_argument("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     _endpoint_options(verb)
@@ -120,7 +121,8 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--repeats", type=int, default=1, help="answers to each question; `score` gives mean and sd")
     verb.add_argument("--two-pass", action="store_true", help="reasons first, then the answer (ScienceQA's LEPA)")
     verb.add_argument("--system", help="replaces the template's system text")
-    verb.add_argument("--host", type=int, default=0, metavar="I", help="answer share I of --hosts, from 0")
+    verb.add_argument("--host", type=int, default=0, metavar="I", help="answer share I of --hosts, from 0; the "
+                      "processes of one job (LLAVA_JAX_MULTIHOST=1) share the questions without, and write one file")
     verb.add_argument("--hosts", type=int, default=1, metavar="N")
     verb.add_argument("--allow-faults", action="store_true", help="go on without the pictures that are missing")
 

@@ -240,17 +240,13 @@ def _data_url(image: str | bytes, folder: epath.Path) -> str:
 
 
 def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
-    """What an earlier start has answered, which is all that the file holds then; rows of a fault are asked again.
+    """What an earlier start has answered; rows of a fault are asked again.
 
     Raises:
       DataError: the file holds answers of another run, or is broken.
     """
-    done = _resumed(place, run_id) if files.exists(place) else {}
-    answers.write(place, done.values())
-    return done
-
-
-def _resumed(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
+    if not files.exists(place):
+        return {}
     found = answers.read([place])
     broken = [fault for fault in found.faults if fault.kind != "truncated_line"]
     if broken:

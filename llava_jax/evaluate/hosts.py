@@ -36,7 +36,7 @@ def run_all(
         return _together(run, questions, speak)
     index, count = distributed.index(), distributed.count()
     shards = [answer.shard(out, number, count) for number in range(count)]
-    answer.resume(shards[index], run_id)
+    answers.write(shards[index], answer.resume(shards[index], run_id).values())
     _check_shared(out, shards)
     mine = run(speak, index, count)
     distributed.exchange("answered", True)

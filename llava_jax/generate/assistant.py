@@ -60,9 +60,9 @@ class Assistant:
 
         Assistant(model, params, format, slots=8).replies(conversations, max_new_tokens=32)
 
-    mesh: of the devices that answer; None takes all devices of this process, in the way of `placement.choose_mesh`
-      (and stays None where there is one). `params` lie on it afterwards. A mesh may span processes: all of them then
-      make the same calls and get the same replies.
+    mesh: of the devices that answer; None takes all devices of this process, or of its whole job where those cannot
+      hold the model, in the way of `placement.copies` (and stays None where there is one). `params` lie on it
+      afterwards. Where it spans processes, all of them make the same calls and get the same replies.
     """
 
     model: Llava
@@ -96,8 +96,7 @@ class Assistant:
           dtype: of weights and matrix products; None is float32 on a CPU, bfloat16 elsewhere.
           step: None is the latest.
           template: to be asked in the words of another one; None is the checkpoint's own.
-          mesh: of the devices that answer; None as for the class, but a model that the devices of this process cannot
-            hold takes those of all processes.
+          mesh: as for the class.
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its card.

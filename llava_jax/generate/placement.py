@@ -29,37 +29,41 @@ def choose_devices(weight_bytes: int) -> list[Any]:
 
 
 def choose_mesh(weight_bytes: int, row_bytes: int, slots: int, devices: Sequence[Any], limit: float) -> Mesh | None:
-    """The mesh that answers `slots` prompts at once on these devices.
+    """The mesh of `copies` on these devices, whose parts divide heads and mlp width; None for a single device.
 
-    As many copies of the model as divide both the slots and the devices, and as fit: weights and the longest caches
-    take `FULL` of the memory. Each copy has its own rows. The devices of one copy divide its heads and mlp width.
+    Raises: as `copies`, whose arguments it has.
+    """
+    number = copies(weight_bytes, row_bytes, slots, len(devices), limit)
+    return None if len(devices) == 1 else sharding.mesh_of_copies(number, devices)
 
-        16 slots, 8 devices, small model              -> 8 copies of 2 rows
-        16 slots, 8 devices of 15.75 GiB, LLaVA 13B   -> 1 copy in 8 parts
-        1 slot, 8 devices                             -> 1 copy in 8 parts
+
+def copies(weight_bytes: int, row_bytes: int, slots: int, devices: int, limit: float) -> int:
+    """How many copies of a model answer `slots` prompts at once; each has its own rows, on its part of the devices.
+
+    As many as divide both the slots and the devices, and as fit: weights and the longest caches take `FULL` of the
+    memory.
+
+        16 slots, 8 devices, small model              -> 8, each with 2 rows
+        16 slots, 8 devices of 15.75 GiB, LLaVA 13B   -> 1, cut over all devices
+        1 slot, 8 devices                             -> 1, cut over all devices
 
     Args:
       weight_bytes: of one copy.
       row_bytes: of the cache of a row that fills the model's positions.
       limit: bytes of memory of one device.
 
-    Returns: None for a single device, which needs no mesh.
-
     Raises:
       UsageError: the weights alone exceed the memory of all devices together.
     """
-    count, memory = len(devices), len(devices) * limit
+    memory = devices * limit
     if weight_bytes > memory:
         raise UsageError(
-            f"the model's weights take {weight_bytes / 2**30:.1f} GiB, and {count} device(s) have "
+            f"the model's weights take {weight_bytes / 2**30:.1f} GiB, and {devices} device(s) have "
             f"{memory / 2**30:.1f} GiB together: use more devices, or --dtype bfloat16"
         )
-    if count == 1:
-        return None
-    most = math.gcd(slots, count)
-    copies = [n for n in range(most, 0, -1)
-              if most % n == 0 and n * weight_bytes + slots * row_bytes <= FULL * memory]  # fmt: skip
-    return sharding.mesh_of_copies(copies[0] if copies else 1, devices)
+    most = math.gcd(slots, devices)
+    return next((n for n in range(most, 1, -1)
+                 if most % n == 0 and n * weight_bytes + slots * row_bytes <= FULL * memory), 1)  # fmt: skip
 
 
 def memory_bytes(device: Any) -> float:
@@ -98,7 +102,7 @@ def put(read: Read, struct: jax.ShapeDtypeStruct, mesh: Mesh | None) -> jax.Arra
     layer = abstract(read.name, struct.shape[1:], struct.dtype, mesh)
 
     def take(number: int, index: tuple[slice, ...]) -> np.ndarray:
-        return read.take((slice(number, number + 1), *index))[0].astype(struct.dtype)
+        return np.asarray(read.take((slice(number, number + 1), *index))[0], struct.dtype)
 
     return tuple(_put(functools.partial(take, number), layer) for number in range(struct.shape[0]))
 

@@ -23,7 +23,7 @@ def _offloaded(*names: str) -> Any:
 
 
 # Bytes a token and layer that stay on the device between the passes, in units of the width D (bf16, D = 2 bytes * D):
-# full 1, save_qkv 4, save_dots about 11, offload_inputs 0, offload_qkv 1.
+# full 1, save_qkv 4, save_dots about 12, offload_inputs 0, offload_qkv 1.
 POLICIES: dict[str, Any] = {
     "full": _kept.nothing_saveable,
     "save_qkv": _kept.save_only_these_names(QKV),

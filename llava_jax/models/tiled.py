@@ -95,13 +95,14 @@ def _cut(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) ->
     rows, tokens = q.shape[:2]
     longest = min(LONGEST_TILE, max(SHORTEST_TILE, tokens // 8)) if causal else 2 * LONGEST_TILE
     count = -(-tokens // longest)
-    tiles = _Tiles(rows if causal and numbers is not None else 1, count, count if causal else 1)
+    skips = causal and numbers is not None and count > 1
+    tiles = _Tiles(rows if skips else 1, count, count if causal else 1)
     of_queries, of_keys = (None, None) if numbers is None else (
         tiles.cut(x[..., None], n) for x, n in zip(numbers, (tiles.queries, tiles.keys)))  # fmt: skip
     keys = _Keys(*(tiles.cut(x.swapaxes(1, 2), tiles.keys) for x in (k, v)), of_keys)
     chunk, place = (x.reshape(-1) for x in jnp.indices((tiles.chunks, tiles.queries)))
     first, end = jnp.zeros_like(place), place + 1 if causal else jnp.full_like(place, tiles.keys)
-    if causal and numbers is not None:
+    if skips:
         first = share(*(x.reshape(tiles.chunks, count, -1) for x in (of_queries, of_keys))).argmax(axis=2).reshape(-1)
     queries = tiles.cut(_grouped(q, k.shape[2]), tiles.queries)
     return tiles, _Block(chunk * tiles.keys, place, first, end, queries, of_queries), keys

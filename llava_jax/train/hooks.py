@@ -50,7 +50,7 @@ def _questions(source: Source, format: Format) -> list[Conversation]:
     questions: list[Conversation] = []
     for index in range(len(source)):
         try:
-            conversation = source[index].conversation
+            conversation = source[index].conversation_in(source.images)
             question = dataclasses.replace(conversation, turns=conversation.turns[:1])
             encode(question, format, source.images, reply=True)
             questions.append(question)

@@ -46,7 +46,7 @@ def before(config: configs.Config, rates: np.ndarray, samples: int, step_samples
 
 def _fitting(config: configs.Config, samples: int, parts: int) -> str:
     """Options with which so many samples make a run."""
-    batch, epochs = fitting(samples, math.lcm(parts, config.train.accumulate))
+    batch, epochs = fitting(samples, parts * config.train.accumulate)
     settings = {"data.layout": "padded", "data.rows_per_chip": 0, "data.rows_per_group": 1}
     settings = settings if config.data.layout == "packed" else {}
     settings["data.batch_samples"] = batch

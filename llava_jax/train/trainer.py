@@ -199,8 +199,10 @@ def _model_config(model: configs.Model) -> LlavaConfig:
 
 
 def format_of(config: configs.Config) -> Format:
-    """How a run of this config encodes its records, for who does not train."""
-    return _format(config, _model_config(config.model))
+    """How a run of this config encodes its records, for who does not train. Raises what `train` would before that."""
+    model_config = _model_config(config.model)
+    programs.check(config, model_config)
+    return _format(config, model_config)
 
 
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:

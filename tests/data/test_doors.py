@@ -90,6 +90,132 @@ def test_validate_lists_what_cannot_be_read(tmp_path, capsys, name, content, sai
     assert all(text in out for text in said), out
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A config with its base, ten records and their pictures."""
+    from tests.train import tiny  # here only: it brings jax
+
+    return tiny.write_run(tmp_path_factory.mktemp("run"))
+
+
+def test_validate_knows_what_a_config_says(run, tmp_path, capsys):
+    """Its sources, format, limits and budget; what it refuses is what `train` refuses."""
+    records = json.loads((run.parent / "records.json").read_text())
+    records[1]["image"] = ["1.jpg", "2.jpg"]
+    records[1]["conversations"][0]["value"] = "<image><image>?"
+    records[2]["conversations"][0]["value"] += " and" * 200
+    (tmp_path / "mine.json").write_text(json.dumps(records))
+    assert main(["validate", "--config", str(run)]) == 0
+    assert "2 sources: 10 records, 0 bad, in" in capsys.readouterr().out
+    mine = ["--config", str(run), "--config.data.sources.0.path", str(tmp_path / "mine.json")]
+    assert main(["validate", *mine]) == 65
+    out = capsys.readouterr().out
+    assert "id='r1' too_many_images: 2 images for images_per_group=1: set data.images_per_group=2" in out
+    assert "id='r2' no_learned_tokens: " in out and "tokens for a row of 96" in out
+    assert "mine.json: 10 records, 2 bad" in out and "records.json: 10 records, 0 bad (of validation" in out
+    wider = ["--config.data.images_per_group=2", "--config.data.row_tokens=250"]
+    assert main(["validate", *mine, *wider]) == 65  # 200 words are more
+    assert main(["validate", *mine, *wider, "--config.data.skip_budget=0.1"]) == 0
+    assert "10 records, 1 bad (skip_budget=0.1 allows 1)" in capsys.readouterr().out.splitlines()[-1]
+    images = f"--config.data.sources.0.images={run.parent / 'images'}"
+    assert main(["validate", str(tmp_path / "mine.json"), *mine, images, "--json"]) == 65
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["bad"] == 2
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--config.data.row_tokns=3"], "unknown key 'data.row_tokns'"),
+        (["--config.data.row_tokens=100000"], "data.row_tokens=100000: the model has"),
+        (["--row-tokens", "3"], "--row-tokens: the config says it"),
+        (["--out", "x.json"], "--out x.json is of one file: name it as RECORDS beside --config"),
+    ],
+)
+def test_validate_refuses_what_a_config_cannot_say(run, capsys, words, said):
+    assert main(["validate", "--config", str(run), *words]) == 64
+    assert said in capsys.readouterr().err
+
+
+def test_validate_writes_what_is_fit_as_it_was_written_and_train_takes_it(run, tmp_path, capsys):
+    rows = ['{"id": "a", "x":1.50, "conversations": [{"from":"human","value":"\\u00e9"},{"from":"gpt","value":"Ho"}]}',
+            '{"id": "b", "video": "clip.mp4", "conversations": []}', '{"id": ',
+            '{"id": "c", "image": "0.jpg", "conversations": [{"from":"human","value":"<image>"},'
+            '{"from":"gpt","value":"Ho"}]}']  # fmt: skip
+    (tmp_path / "a.jsonl").write_text("\n".join(rows))
+    for name in ("good.json", "good.jsonl"):
+        command = ["validate", str(tmp_path / "a.jsonl"), "--images", str(run.parent / "images"), "--out"]
+        assert main([*command, str(tmp_path / name)]) == 65
+        out = capsys.readouterr().out
+        assert f"wrote 2 records to {tmp_path / name}" in out and "1 unread_key" in out and "1 unknown_key" in out
+        assert "'x' is not read; 1 record(s) have it" in out
+        assert main([*command, str(tmp_path / name)]) == 64
+        assert "exists already" in capsys.readouterr().err
+        assert main(["validate", str(tmp_path / name), "--images", str(run.parent / "images"), "--open-images"]) == 0
+    assert (tmp_path / "good.json").read_text() == f"[\n{rows[0]},\n{rows[3]}\n]\n"
+    assert (tmp_path / "good.jsonl").read_text() == f"{rows[0]}\n{rows[3]}\n"
+    (tmp_path / "none.jsonl").write_text(rows[1])
+    assert main(["validate", str(tmp_path / "none.jsonl"), "--out", str(tmp_path / "no.json")]) == 65
+    assert "no.json is not written: no record is fit" in capsys.readouterr().out and not (tmp_path / "no.json").exists()
+
+
+def talks(*rows):
+    return json.dumps([{"id": str(i), **row} for i, row in enumerate(rows)])
+
+
+ASKED = [{"from": "human", "value": "What colour is the square?"}, {"from": "gpt", "value": "red"}]
+MESSAGES = [{"role": "user", "content": "<image>What colour is the square?"}, {"role": "assistant", "content": "red"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "code", "said"),
+    [
+        ({"images": ["0.png"], "conversations": ASKED}, 65, "1 image(s) under 'images' and no <image>"),
+        ({"images": [], "conversations": ASKED}, 0, "0 bad"),
+        ({"video": "clip.mp4", "conversations": ASKED}, 65, "unread_key: video='clip.mp4': video is not read"),
+        ({"images": ["0.png"], "messages": MESSAGES}, 0, "0 bad"),
+        ({"system_prompt": "Answer in one word.", "conversations": ASKED}, 0, "0 bad"),
+        ({"tools": "[]", "conversations": ASKED}, 0, "0 bad"),
+        ({"tools": '[{"name": "f"}]', "conversations": ASKED}, 65, "unread_key: tools="),
+    ],
+)
+def test_keys_of_others_are_read_or_refused_by_name(tmp_path, folder, capsys, row, code, said):
+    (tmp_path / "a.json").write_text(talks(row))
+    assert main(["validate", str(tmp_path / "a.json"), "--images", str(folder)]) == code
+    assert said in capsys.readouterr().out
+
+
+def test_a_system_text_is_shown_wherever_it_is_written(tmp_path, tokenizer, capsys):
+    first = [{"from": "system", "value": "Answer in one word."}, *ASKED]
+    asked = {"conversations": ASKED}
+    beside = [{name: first[0]["value"], **asked} for name in ("system", "system_prompt")]
+    (tmp_path / "a.json").write_text(talks({"conversations": first}, *beside, asked))
+    assert main(["show", str(tmp_path / "a.json"), "--tokenizer", tokenizer, "--legacy", "true", "--json"]) == 0
+    ids = [json.loads(line)["input_ids"] for line in capsys.readouterr().out.splitlines()]
+    assert ids[0] == ids[1] == ids[2] != ids[3]
+
+
+def test_an_answer_that_is_marked_so_is_not_learned(tmp_path, tokenizer, capsys):
+    wrong = [ASKED[0], {"from": "gpt", "value": "blue", "loss": False}]
+    right = [{"from": "human", "value": "Look again."}, {"from": "gpt", "value": "red", "loss": True}]
+    (tmp_path / "a.json").write_text(talks({"conversations": [*wrong, *right]}))
+    assert main(["show", str(tmp_path / "a.json"), "--tokenizer", tokenizer, "--legacy", "true"]) == 0
+    out = capsys.readouterr().out
+    inside = out.replace(" ", "").partition("⟦")[2].partition("⟧")[0]
+    assert out.count("⟦") == 1 and inside == "▁red</s>" and "blue" in out.replace(" ", "")
+
+
+def test_absolute_paths_are_taken_inside_the_image_folder_and_refused_outside(tmp_path, folder, capsys):
+    shown = [{"from": "human", "value": "<image>"}, ASKED[1]]
+    (tmp_path / "a.json").write_text(talks({"image": str(folder / "0.png"), "conversations": shown}))
+    for images in (folder, "/", folder.parent):
+        assert main(["validate", str(tmp_path / "a.json"), "--images", str(images), "--open-images"]) == 0
+    for images in ([], ["--images", str(tmp_path)]):
+        assert main(["validate", str(tmp_path / "a.json"), *images]) == 65
+        out = capsys.readouterr().out
+        assert "unsafe_path" in out and "write paths relative to it (--images" in out
+        assert "or name a folder above them" in out
+
+
 def test_index_prints_lengths_and_keeps_them(make, tmp_path, tokenizer, capsys):
     make(9)
     path, cache = str(tmp_path / "a.json"), tmp_path / "cache"
@@ -107,6 +233,10 @@ def test_index_prints_lengths_and_keeps_them(make, tmp_path, tokenizer, capsys):
         ([], "required: VERB"),
         (["show", "RECORDS"], "required: --tokenizer"),
         (["validate", "nope.json"], "'nope.json' does not exist"),
+        (["validate"], "validate wants RECORDS, or --config FILE"),
+        (["validate", "RECORDS", "--config.data.row_tokens=3"], "--config.data.row_tokens changes a config: name it"),
+        (["validate", "RECORDS", "--config", "nope.py"], "config nope.py: no such file"),
+        (["validate", "RECORDS", "--out", "good.txt"], "--out good.txt: want a name that ends in .json"),
         (["validate", "RECORDS", "--template", "v9"], "template 'v9' is unknown"),
         (["validate", "RECORDS", "--images", "nowhere"], "image folder 'nowhere'"),
         (["index", "RECORDS", "--tokenizer", "nope.model", "--legacy", "true"], "nope.model"),

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from etils import epath
 
+from llava_jax.data.keys import HARMLESS, READ, RECORD_KEYS, TURN_KEYS
 from llava_jax.data.problems import Problem
-from llava_jax.data.records import HARMLESS, READ, RECORD_KEYS, TURN_KEYS, Record, parse
+from llava_jax.data.records import Record, parse
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError
 from llava_jax.prompt.conversation import Conversation, Turn

@@ -44,7 +44,7 @@ def test_what_a_record_says_beside_its_turns_is_written_too(make, v1, folder, tm
     messages = [{"role": "user", "content": parts}, answers[0], {"role": "user", "content": "Sure?"}, answers[1]]
     rows = [
         {"id": "a", "messages": messages, "images": ["0.png", "1.png"], "system": "Be brief.", "weight": 0.5,
-         "mood": 1},
+         "mood": 1},  # fmt: skip
         {"id": "b", "conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Ho"}]},
     ]
     source = make(rows)
@@ -77,8 +77,8 @@ def test_a_data_set_of_an_older_release_is_read(tmp_path, v1):
     builder = Older(data_dir=tmp_path / "out", file_format=tfds.core.FileFormat.ARRAY_RECORD)
     builder.download_and_prepare(download_dir=tmp_path / "downloads")
     (record,) = open_source(builder.data_dir)
-    assert record.conversation.turns == (Turn("user", "Hi"), Turn("assistant", "Ho"))
-    assert record.conversation.weight == 1
+    talk = record.conversation
+    assert talk.turns == (Turn("user", "Hi"), Turn("assistant", "Ho")) and talk.weight == 1
 
 
 def test_batches_of_a_tfds_directory_equal_those_of_the_json(make, v1, tmp_path):

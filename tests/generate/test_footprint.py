@@ -14,9 +14,10 @@ import pytest
 from llava_jax import chips, sharding
 from llava_jax import config as configs
 from llava_jax.generate import placement
-from llava_jax.generate.engine import Engine, Shape, max_positions
+from llava_jax.generate.engine import Engine, Shape
 from llava_jax.generate.footprint import footprint, weights
 from llava_jax.models import presets
+from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.plan.compile import find_place
 from tests.generate import tiny

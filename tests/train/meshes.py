@@ -49,7 +49,8 @@ def batch() -> Batch:
     """Two samples in each row; learned are the ends of both, more in the first rows than in the last."""
     fields = inputs(MODEL, rows=ROWS, tokens=TOKENS)
     half = TOKENS // 2
-    fields["tokens"][:, half:] %= 60
+    fields["tokens"] %= 60
+    fields["targets"] %= 60
     fields["segments"][:, half:] = 2
     fields["positions"] %= half
     fields["weights"][:, half - 3 : half - 1] = 1

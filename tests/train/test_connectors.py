@@ -36,7 +36,7 @@ def run(program, model, steps=3):
 
 
 def test_the_optimizer_of_minigpt4_13b_holds_moments_of_3_9_million_parameters():
-    program = build(STAGE_1, presets.get("minigpt4_13b"), weight_decay=0.05)
+    program = build(STAGE_1, presets.get("minigpt4_13b"), row_tokens=64, weight_decay=0.05)
     assert params.count(program.state.params) == 3_937_280
     moments = [leaf for leaf in jax.tree.leaves(program.state.opt_state) if leaf.ndim]
     assert sum(leaf.size for leaf in moments) == 2 * 3_937_280

@@ -77,8 +77,8 @@ def test_sigterm_to_one_of_two_saves_the_same_step_on_both_and_the_same_command_
     forks, config, compiled, tmp_path
 ):
     words = ("--config.train.steps=40", "--config.checkpoint.every=100", "--config.train.eval_every=0")
-    finish(forks.job(2, 1, config, tmp_path / "whole", *SETTINGS, *words, **compiled))
-    both = forks.job(2, 1, config, tmp_path / "out", *SETTINGS, *words, **compiled)
+    finish(forks.job(2, 1, config, tmp_path / "whole", *words, **compiled))
+    both = forks.job(2, 1, config, tmp_path / "out", *words, **compiled)
     while len(metrics.read(tmp_path / "out")) < 5:
         assert both[0].poll() is None, both[0].wait()
         time.sleep(0.01)
@@ -86,7 +86,7 @@ def test_sigterm_to_one_of_two_saves_the_same_step_on_both_and_the_same_command_
     one, two = finish(both, 75)
     assert "preempted and saved" in one.out and "SIGTERM: stops after this step and saves" in two.err
     assert store.latest_step(tmp_path / "out") == len(metrics.read(tmp_path / "out")) < 40
-    finish(forks.job(2, 1, config, tmp_path / "out", *SETTINGS, *words, **compiled))
+    finish(forks.job(2, 1, config, tmp_path / "out", *words, **compiled))
     losses = [[row["loss"] for row in metrics.read(tmp_path / name)] for name in ("out", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 40
 

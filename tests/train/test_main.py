@@ -148,7 +148,7 @@ def test_stage_2_begins_with_stage_1s_projector_and_moves_the_decoder(finished, 
     text = config.read_text().replace('(".*", None))', '("llm/.*", config.train.get_ref("lr")), (".*", None))')
     second = config.parent / "stage2.py"
     second.write_text(text)
-    changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 1.0, "checkpoint.every": 1}
+    changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 0.5, "checkpoint.every": 1}
     assert train(second, tmp_path / "out", **changes) == 0
     after, before = (store.load_params(folder) for folder in (tmp_path / "out", stage_1))
     first = store.load_params(tmp_path / "out", step=1)  # the first update is at rate 0
@@ -166,6 +166,20 @@ def test_validation_and_samples_come_every_n_steps(run, tmp_path, capsys):
     assert [row["step"] for row in found] == [6, 12] and found[0]["loss"] > 0
     samples = metrics.read(tmp_path / "out", metrics.SAMPLES)
     assert [row["id"] for row in samples] == ["r0", "r1", "r2", "r3"] and {row["step"] for row in samples} == {12}
+
+
+def test_records_that_are_held_out_are_evaluated_and_not_trained_on(run, tmp_path, capsys):
+    """Beside the validation set of the config; at the end the run says what it cut off."""
+    text = run.read_text()
+    run.write_text(text[: text.index("validation=")] + text[text.index("batch_samples=") :])
+    changes = {"data.hold_out": 0.2, "train.eval_every": 12, "data.row_tokens": 70}
+    assert train(run, tmp_path / "out", **changes) == 0
+    said = capsys.readouterr()
+    assert "8 records, 12 steps of 4 samples" in said.out and "step 12: validation loss" in said.out
+    assert [row["step"] for row in metrics.read(tmp_path / "out", metrics.VALIDATION)] == [12]
+    assert said.out.count("supervised tokens (") == 1 and "were cut off in" in said.out
+    assert train(run, tmp_path / "other", **{"train.eval_every": 12}) == 64
+    assert "wants records, by --config.data.hold_out=0.02 or --config.data.valid" in capsys.readouterr().err
 
 
 def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run, tmp_path, capsys):

@@ -8,6 +8,7 @@ import pytest
 
 from llava_jax import chips
 from llava_jax.batch import Batch
+from llava_jax.distributed import Rows
 from llava_jax.models.flops import step_flops
 from llava_jax.train import measure
 from llava_jax.train.measure import Since, Surprise
@@ -36,8 +37,8 @@ def test_a_batch_is_counted_by_what_is_learned_from_it():
     assert measure.count(packed_batch(), 2)[3:] == (3, round(11 / 16, 4), 0.75)  # of four pictures 4 is in the third
 
 
-def test_other_processes_are_taken_to_hold_as_much():
-    one, four = measure.count(packed_batch(), 2), measure.count(packed_batch(), 2, processes=4)
+def test_other_rows_of_the_step_are_taken_to_hold_as_much():
+    one, four = measure.count(packed_batch(), 2), measure.count(packed_batch(), 2, Rows((0, 1), (0, 3), 8))
     assert four[:4] == tuple(4 * n for n in one[:4]) and four[4:] == one[4:]
 
 

@@ -22,9 +22,9 @@ STAGE_1 = (("projector/.*", 1e-2), (".*", None))
 STAGE_2 = (("vision/.*", None), (".*", 1e-2))
 
 
-def build(rates=STAGE_1, model=tiny.MODEL, rows=4, dtype="float32", **train):
+def build(rates=STAGE_1, model=tiny.MODEL, rows=4, dtype="float32", row_tokens=24, **train):
     config = configs.Config(
-        data=configs.Data(sources=(configs.Source("unused"),), batch_samples=rows, row_tokens=24),
+        data=configs.Data(sources=(configs.Source("unused"),), batch_samples=rows, row_tokens=row_tokens),
         train=configs.Train(**{"lr": 1e-2, "steps": 10, "warmup_ratio": 0.0} | train), rates=rates,
         init=((".*", "random"),), model=configs.Model(dtype=dtype, remat="none"),
     )  # fmt: skip
