@@ -97,7 +97,6 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
         logging.getLogger("llava_jax").setLevel(logging.INFO)
     _keep_compilations()
     model_config = _model_config(config.model)
-    programs.check(config, model_config)  # before rows are planned, which an absurd length makes endless
     format = _format(config, model_config)
     sources, held_out = _sources(config)
     _check_shared(workdir)
@@ -200,12 +199,11 @@ def _model_config(model: configs.Model) -> LlavaConfig:
 
 def format_of(config: configs.Config) -> Format:
     """How a run of this config encodes its records, for who does not train. Raises what `train` would before that."""
-    model_config = _model_config(config.model)
-    programs.check(config, model_config)
-    return _format(config, model_config)
+    return _format(config, _model_config(config.model))
 
 
 def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
+    programs.check(config, model_config)  # before rows are planned, which an absurd length makes endless
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
     place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER

@@ -238,13 +238,17 @@ def test_index_prints_lengths_and_keeps_them(make, tmp_path, tokenizer, capsys):
         (["validate", "RECORDS", "--config", "nope.py"], "config nope.py: no such file"),
         (["validate", "RECORDS", "--out", "good.txt"], "--out good.txt: want a name that ends in .json"),
         (["validate", "RECORDS", "--template", "v9"], "template 'v9' is unknown"),
+        (["validate", "RECORDS", "--row-tokens", "1000000000"], "--row-tokens=1000000000: want 1 to 1,048,576"),
+        (["index", "RECORDS", "--row-tokens", "300"], "--row-tokens=300: an image takes 576 positions"),
+        (["validate", "RECORDS", "--tokenizer", "MODEL", "--legacy", "true", "--template", "mpt"], "'mpt' is written"),
         (["validate", "RECORDS", "--images", "nowhere"], "image folder 'nowhere'"),
         (["index", "RECORDS", "--tokenizer", "nope.model", "--legacy", "true"], "nope.model"),
     ],
 )
-def test_a_usage_error_is_one_line_and_64(make, tmp_path, capsys, arguments, said):
+def test_a_usage_error_is_one_line_and_64(make, tokenizer, tmp_path, capsys, arguments, said):
     make(1)
-    arguments = [str(tmp_path / "a.json") if word == "RECORDS" else word for word in arguments]
+    places = {"RECORDS": str(tmp_path / "a.json"), "MODEL": tokenizer}
+    arguments = [places.get(word, word) for word in arguments]
     try:
         code = main(arguments)
     except SystemExit as exit:
