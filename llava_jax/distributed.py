@@ -27,6 +27,7 @@ _SIGNALS, _POINTS, _LEFT = "llava_jax/signals", "llava_jax/points", "llava_jax/l
 _END, _STOP = "end", "stop"
 
 _rounds: dict[str, Iterator[int]] = defaultdict(itertools.count)
+_awaited: list[int] = []
 
 
 def index() -> int:
@@ -65,7 +66,17 @@ def exchange(name: str, value: Any) -> list[Any]:
     place = f"llava_jax/exchange/{name}/{next(_rounds[name])}"
     client = internal.global_state.client
     client.key_value_set(f"{place}/{index()}", json.dumps(value))
-    return [json.loads(client.blocking_key_value_get(f"{place}/{i}", _WAIT_MS)) for i in range(count())]
+    values = list[Any]()
+    for number in range(count()):
+        _awaited[:] = [number]
+        values.append(json.loads(client.blocking_key_value_get(f"{place}/{number}", _WAIT_MS)))
+    _awaited.clear()
+    return values
+
+
+def awaited() -> int | None:
+    """The process that `exchange` waits for here, for another thread that asks; None: this process waits for none."""
+    return next(iter(_awaited), None)
 
 
 def answers(name: str) -> dict[int, Any]:

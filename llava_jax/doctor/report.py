@@ -63,13 +63,19 @@ def merged(processes: Sequence[Sequence[Line]]) -> list[Line]:
 def _merged(lines: Sequence[tuple[int, Line]], processes: int) -> Line:
     worst = max((line.verdict for _, line in lines), key=VERDICTS.index)
     shown = [(i, line) for i, line in lines if line.verdict == worst]
-    number, line = min(shown, key=lambda pair: (pair[1].value is None, pair[1].value or 0.0, pair[0]))
+    number, line = min(shown, key=_rank)
     if len({line.figure for _, line in shown}) == 1 and len(shown) == processes:
         return line
     if line.value is not None and len(shown) == processes:
         return dataclasses.replace(line, figure=f"{line.figure} (process {number}, the lowest of {processes})")
     others = f", {len(shown) - 1} more" if len(shown) > 1 else ""
     return dataclasses.replace(line, figure=f"process {number} of {processes}{others}: {line.figure}")
+
+
+def _rank(shown: tuple[int, Line]) -> tuple[bool, bool, float | int, int]:
+    """What broke off a check comes before those who waited for it, then the lowest value, then the first process."""
+    number, line = shown
+    return not line.broken, line.value is None, line.value or 0, number
 
 
 def table(lines: Sequence[Line]) -> str:

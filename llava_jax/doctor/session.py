@@ -65,9 +65,9 @@ CHECKS = (
 
 def examine(
     sizes: configs.Mesh, workdir: epath.PathLike | None, json_path: epath.PathLike | None,
-    checks: Sequence[Check] = CHECKS,
+    checks: Sequence[Check] | None = None,
 ) -> int:  # fmt: skip
-    """Runs the checks; the exit code, which is the same on all processes: 0, or 1 where one fails.
+    """Runs the checks (None: all of them); the exit code, which is the same on all processes: 0, or 1 where one fails.
 
     Raises:
       UsageError: the mesh does not fit the devices, several processes have no workdir, or json_path is no place for a
@@ -86,7 +86,7 @@ def examine(
         trial.write_files(found.local)
         record.begin(found)
         stack.callback(_delete, found.folder)
-        for check in checks:
+        for check in CHECKS if checks is None else checks:
             watch.expect(check.name, min(check.limit_secs, record.left_secs()), check.together)
             record.add(check.name, _lines(check, found, record))
         watch.expect("end", LATE_SECS)
@@ -258,8 +258,12 @@ class Watch:
         elif distributed.index():
             message = f"process 0 does not end the check of {name} after {secs:.0f} s"
         else:
-            absent = [number for number in range(distributed.count()) if number not in answers]
-            message = f"process {', '.join(map(str, absent))} did not come to the end of the check of {name}"
+            silent = [number for number in range(distributed.count()) if number not in answers]
+            broken = [number for number, lines in answers.items() if any(line.broken for line in lines)]
+            awaited = distributed.awaited()
+            blamed = broken or ([awaited] if awaited in silent else silent)
+            verb = "breaks off" if broken else "does not answer in"
+            message = f"process {', '.join(map(str, blamed))} {verb} the check of {name}"
             self._record.take(name, [answers.get(i, [_unfinished(name, secs)]) for i in range(distributed.count())])
             self._record.conclude()
         distributed.leave(1, message)
