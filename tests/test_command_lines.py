@@ -93,7 +93,7 @@ LINES = {
     "plan --config.train.lr=1 --config.train.lr=2": "--config.train.lr is given more than once",
     "plan --config c.py --topology v5e:9x9": "v5e comes as",
     "data": "the following arguments are required: VERB",
-    "data validate": "the following arguments are required: RECORDS",
+    "data validate": "validate wants RECORDS, or --config FILE",
     "data validate r.jsonl --image i": "did you mean --images?",
     "data show r.jsonl": "the following arguments are required: --tokenizer",
     "demo --family blip": "--family: invalid choice: 'blip'",

@@ -30,14 +30,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
     after_turn = _after(template.user)
     gap = "" if after_turn.startswith(tuple(filter(None, tokenizer.ids))) else after_image
     lines = [
-        "{%- if messages and messages[0]['role'] == 'system' -%}",
-        "  {%- set first = messages[0]['content'] -%}",
-        "  {%- set system = first if first is string else first[0]['text'] -%}",
-        "  {%- set turns = messages[1:] -%}",
-        "{%- else -%}",
-        f"  {{%- set system = {_quoted(template.system)} -%}}",
-        "  {%- set turns = messages -%}",
-        "{%- endif -%}",
+        *_turns(template),
         "{%- set seen = namespace(images=0) -%}",
         "{%- for turn in turns if turn['content'] is not string -%}",
         f"  {{%- for part in turn['content'] if {_IS_IMAGE} -%}}{{%- set seen.images = seen.images + 1 -%}}",
@@ -77,6 +70,20 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- endif -%}",
     ]
     return "\n".join(lines)
+
+
+def _turns(template: Template) -> list[str]:
+    """Sets `system` and `turns`: the first message may be the system's."""
+    return [
+        "{%- if messages and messages[0]['role'] == 'system' -%}",
+        "  {%- set first = messages[0]['content'] -%}",
+        "  {%- set system = first if first is string else first[0]['text'] -%}",
+        "  {%- set turns = messages[1:] -%}",
+        "{%- else -%}",
+        f"  {{%- set system = {_quoted(template.system)} -%}}",
+        "  {%- set turns = messages -%}",
+        "{%- endif -%}",
+    ]
 
 
 def _in_place(after_image: str, gap: str) -> list[str]:
