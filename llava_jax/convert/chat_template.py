@@ -54,13 +54,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "    {%- endif -%}",
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
-        "    " + _say(_quoted(_before(template.assistant))),
-        "    {%- generation -%}",
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
-        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
-        "    {%- endif -%}",
-        "    " + _say(_quoted(_after(template.assistant))),
-        "    {%- endgeneration -%}",
+        *_answer(template),
         "  {%- endif -%}",
         "{%- endfor -%}",
         "{%- if add_generation_prompt -%}",
@@ -70,6 +64,19 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- endif -%}",
     ]
     return "\n".join(lines)
+
+
+def _answer(template: Template) -> list[str]:
+    """An answer, marked as what is generated."""
+    return [
+        "    " + _say(_quoted(_before(template.assistant))),
+        "    {%- generation -%}",
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- endif -%}",
+        "    " + _say(_quoted(_after(template.assistant))),
+        "    {%- endgeneration -%}",
+    ]
 
 
 def _turns(template: Template) -> list[str]:
