@@ -50,15 +50,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- for turn in turns -%}",
         "  {%- if turn['role'] == 'user' -%}",
         "    " + _say(_quoted(_before(template.user))),
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
-        "    {%- elif seen.images < 2 -%}",
-        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
-        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
-        "      {%- endfor -%}",
-        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
-        "    {%- else -%}",
-        *_in_place(after_image, gap),
-        "    {%- endif -%}",
+        *_question(after_image, gap),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
         "    " + _say(_quoted(_before(template.assistant))),
@@ -77,6 +69,21 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- endif -%}",
     ]
     return "\n".join(lines)
+
+
+def _question(after_image: str, gap: str) -> list[str]:
+    """The user's message, a text or parts."""
+    return [
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
+        "    {%- elif seen.images < 2 -%}",
+        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
+        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
+        "      {%- endfor -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- else -%}",
+        *_in_place(after_image, gap),
+        "    {%- endif -%}",
+    ]
 
 
 def _in_place(after_image: str, gap: str) -> list[str]:
