@@ -43,15 +43,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- for turn in turns -%}",
         "  {%- if turn['role'] == 'user' -%}",
         "    " + _say(_quoted(_before(template.user))),
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
-        "    {%- elif seen.images < 2 -%}",
-        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
-        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
-        "      {%- endfor -%}",
-        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
-        "    {%- else -%}",
-        *_in_place(after_image, gap),
-        "    {%- endif -%}",
+        *_question(after_image, gap),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
         *_answer(template),
@@ -66,6 +58,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
     return "\n".join(lines)
 
 
+<<<<<<< HEAD
 def _answer(template: Template) -> list[str]:
     """An answer, marked as what is generated."""
     return [
@@ -90,6 +83,20 @@ def _turns(template: Template) -> list[str]:
         f"  {{%- set system = {_quoted(template.system)} -%}}",
         "  {%- set turns = messages -%}",
         "{%- endif -%}",
+=======
+def _question(after_image: str, gap: str) -> list[str]:
+    """The user's message, a text or parts."""
+    return [
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
+        "    {%- elif seen.images < 2 -%}",
+        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
+        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
+        "      {%- endfor -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- else -%}",
+        *_in_place(after_image, gap),
+        "    {%- endif -%}",
+>>>>>>> tokens
     ]
 
 
