@@ -30,7 +30,14 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
     after_turn = _after(template.user)
     gap = "" if after_turn.startswith(tuple(filter(None, tokenizer.ids))) else after_image
     lines = [
-        *_turns(template),
+        "{%- if messages and messages[0]['role'] == 'system' -%}",
+        "  {%- set first = messages[0]['content'] -%}",
+        "  {%- set system = first if first is string else first[0]['text'] -%}",
+        "  {%- set turns = messages[1:] -%}",
+        "{%- else -%}",
+        f"  {{%- set system = {_quoted(template.system)} -%}}",
+        "  {%- set turns = messages -%}",
+        "{%- endif -%}",
         "{%- set seen = namespace(images=0) -%}",
         "{%- for turn in turns if turn['content'] is not string -%}",
         f"  {{%- for part in turn['content'] if {_IS_IMAGE} -%}}{{%- set seen.images = seen.images + 1 -%}}",
@@ -46,7 +53,13 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         *_question(after_image, gap),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
-        *_answer(template),
+        "    " + _say(_quoted(_before(template.assistant))),
+        "    {%- generation -%}",
+        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
+        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+        "    {%- endif -%}",
+        "    " + _say(_quoted(_after(template.assistant))),
+        "    {%- endgeneration -%}",
         "  {%- endif -%}",
         "{%- endfor -%}",
         "{%- if add_generation_prompt -%}",
@@ -58,32 +71,6 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
     return "\n".join(lines)
 
 
-<<<<<<< HEAD
-def _answer(template: Template) -> list[str]:
-    """An answer, marked as what is generated."""
-    return [
-        "    " + _say(_quoted(_before(template.assistant))),
-        "    {%- generation -%}",
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
-        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
-        "    {%- endif -%}",
-        "    " + _say(_quoted(_after(template.assistant))),
-        "    {%- endgeneration -%}",
-    ]
-
-
-def _turns(template: Template) -> list[str]:
-    """Sets `system` and `turns`: the first message may be the system's."""
-    return [
-        "{%- if messages and messages[0]['role'] == 'system' -%}",
-        "  {%- set first = messages[0]['content'] -%}",
-        "  {%- set system = first if first is string else first[0]['text'] -%}",
-        "  {%- set turns = messages[1:] -%}",
-        "{%- else -%}",
-        f"  {{%- set system = {_quoted(template.system)} -%}}",
-        "  {%- set turns = messages -%}",
-        "{%- endif -%}",
-=======
 def _question(after_image: str, gap: str) -> list[str]:
     """The user's message, a text or parts."""
     return [
@@ -96,7 +83,6 @@ def _question(after_image: str, gap: str) -> list[str]:
         "    {%- else -%}",
         *_in_place(after_image, gap),
         "    {%- endif -%}",
->>>>>>> tokens
     ]
 
 
