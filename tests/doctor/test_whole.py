@@ -17,7 +17,8 @@ TRAINED = ("training: killed", "training: preempted", "training: another mesh")
 
 def doctor(tmp_path, devices, *words):
     """{check: line} of one process, which must end with 0."""
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "llava_jax.doctor", "--json", str(tmp_path / "doctor.json"), *words]
     done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
                           timeout=400)  # fmt: skip
