@@ -172,6 +172,19 @@ def test_an_id_that_the_vocabulary_has_no_row_for_is_refused_by_its_place(field,
         limits.check_ids(batch.Batch(**fields), 960)
 
 
+def test_a_batch_of_another_tokenizers_ids_is_refused_before_it_is_on_a_device():
+    config = configs.Config(
+        data=configs.Data(sources=(configs.Source("a"),), batch_samples=16, row_tokens=32),
+        train=configs.Train(lr=1e-3, steps=1), rates=(("projector/.*", 1e-3), (".*", None)), init=(),
+    )  # fmt: skip
+    built = program.build(config, presets.get("tiny"), 1)
+    fields = {name: np.zeros(one.shape, one.dtype) for name, one in batch.spec(16, 32, 16, 1, 28)._asdict().items()}
+    assert built.put(batch.Batch(**fields)).tokens.shape == (16, 32)
+    fields["targets"][2, 5] = 960
+    with pytest.raises(UsageError, match=r"batch targets\[2, 5\] is the id 960"):
+        built.put(batch.Batch(**fields))
+
+
 KEYS = [f"{name}.{field.name}" for name, branch in configs.BRANCHES.items() for field in dataclasses.fields(branch)]
 
 
