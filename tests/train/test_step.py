@@ -204,7 +204,7 @@ def test_a_table_or_batch_that_does_not_fit_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         if "accumulate" in change:  # the config itself refuses this; the mesh's share is the program's to check
             config = configs.Config(
-                data=configs.Data(sources=(configs.Source("unused"),), batch_samples=8, row_tokens=24),
+                data=configs.Data(sources=(configs.Source("unused"),), batch_samples=8, row_tokens=640),
                 train=configs.Train(lr=1.0, steps=1, accumulate=4), rates=STAGE_1, init=((".*", "random"),),
             )  # fmt: skip
             data = dataclasses.replace(config.data, batch_samples=6)
