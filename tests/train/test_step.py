@@ -184,7 +184,7 @@ def test_a_rate_beyond_float32_never_makes_weights_infinite():
 
 def test_a_7b_program_is_built_without_an_array():
     model = presets.get("llava15_7b")
-    program = build(STAGE_2, model, rows=8, dtype="bfloat16")
+    program = build(STAGE_2, model, rows=8, dtype="bfloat16", row_tokens=640)
     assert params.count(program.state.params) == params.count(program.state.opt_state[0].mu) == 6_759_395_328
     assert program.batch.pixels.shape == (8, 1, 336, 336, 3)
     assert not [leaf for leaf in jax.tree.leaves(program.state) if not isinstance(leaf, jax.ShapeDtypeStruct)]
@@ -204,7 +204,7 @@ def test_a_table_or_batch_that_does_not_fit_is_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         if "accumulate" in change:  # the config itself refuses this; the mesh's share is the program's to check
             config = configs.Config(
-                data=configs.Data(sources=(configs.Source("unused"),), batch_samples=8, row_tokens=640),
+                data=configs.Data(sources=(configs.Source("unused"),), batch_samples=8, row_tokens=24),
                 train=configs.Train(lr=1.0, steps=1, accumulate=4), rates=STAGE_1, init=((".*", "random"),),
             )  # fmt: skip
             data = dataclasses.replace(config.data, batch_samples=6)
