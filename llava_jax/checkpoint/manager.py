@@ -133,11 +133,6 @@ def close(checkpoints: Checkpoints) -> None:
     checkpoints.manager.close()
 
 
-def seal(checkpoints: Checkpoints) -> None:
-    """Waits. (Every step has its checksums from its save on.)"""
-    wait(checkpoints)
-
-
 def restore(checkpoints: Checkpoints, trainable: Mapping[str, Any], state: Any) -> Saved | None:
     """The newest step that is whole on all processes, on the devices; None if there is none and never was.
 

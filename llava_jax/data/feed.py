@@ -149,6 +149,10 @@ class Feed(abc.ABC):
         """The records that this process has skipped, in the order of meeting; a record counts once."""
         return tuple(self._bad.values())
 
+    def bad_records(self) -> int:
+        """How many records all processes have skipped so far."""
+        return len(self._bad_everywhere.values())
+
     def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
         """(this process's rows of the global batch, their record ids) from the state's step on.
 

@@ -12,15 +12,18 @@ from llava_jax import distributed, params
 from llava_jax.data.feed import Feed
 from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
+from llava_jax.errors import Unreachable
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.images import open_image
 from llava_jax.train import loop, metrics
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
 
 SAMPLES = 4  # conversations that `train.sample_every` answers
 SAMPLE_TOKENS = 64
+LOOKED_AT = 40  # records among which they are
 
 
 def validation(run: Run, held_out: Feed) -> Hook:
@@ -30,7 +33,7 @@ def validation(run: Run, held_out: Feed) -> Hook:
 
 def samples(run: Run, format: Format, source: Source) -> Hook:
     """Answers to the first question of a source's first records, into samples.jsonl."""
-    call = functools.partial(_answer, run, format, source, _questions(source, format))
+    call = functools.partial(_answer, run, format, _questions(source, format))
     return Hook(run.config.train.sample_every, call, metrics.SAMPLES)
 
 
@@ -39,36 +42,40 @@ def _validate(run: Run, held_out: Feed, step: int, state: State, stop: Stop) -> 
     loss = loop.validate(run.program, state.params, run.frozen, held_out, stop)
     if run.writer is None or loss is None:
         return
-    bad = len(held_out.bad)
+    bad = held_out.bad_records()
     metrics.write(run.writer, metrics.VALIDATION, {"step": step, "loss": loss, "bad": bad})
     skipped = f" (without {bad} bad records)" if bad else ""
     print(f"step {step}: validation loss {loss:.4f}{skipped}", flush=True)
 
 
 def _questions(source: Source, format: Format) -> list[Conversation]:
-    """The first turn of the first records that can be asked; every process finds the same."""
-    questions: list[Conversation] = []
-    for index in range(len(source)):
+    """The first turn of the first records that every process can ask, with their pictures opened."""
+    questions = dict[int, Conversation]()
+    for index in range(min(LOOKED_AT, len(source))):
         try:
             conversation = source[index].conversation_in(source.images)
-            question = dataclasses.replace(conversation, turns=conversation.turns[:1])
-            encode(question, format, source.images, reply=True)
-            questions.append(question)
+            pictures = tuple(open_image(image, source.images) for image in conversation.images)
+            question = dataclasses.replace(conversation, turns=conversation.turns[:1], images=pictures)
+            encode(question, format, reply=True)
+            questions[index] = question
+        except Unreachable:
+            raise
         except (ValueError, OSError) as error:
             if distributed.index() == 0:
                 print(f"train.sample_every leaves out {source.path}[{index}]: {error}", file=sys.stderr, flush=True)
         if len(questions) == SAMPLES:
             break
-    return questions
+    common = set(questions).intersection(*distributed.exchange("questions", list(questions)))
+    return [question for index, question in questions.items() if index in common]
 
 
 def _answer(
-    run: Run, format: Format, source: Source, questions: Sequence[Conversation], step: int, state: State, stop: Stop
+    run: Run, format: Format, questions: Sequence[Conversation], step: int, state: State, stop: Stop
 ) -> None:
     """All processes compute the answers; process 0 writes them."""
     parameters = params.merge(state.params, run.frozen)
     assistant = Assistant(run.program.model, parameters, format, SAMPLES, run.program.mesh)
-    replies = assistant.replies(questions, SAMPLE_TOKENS, image_root=source.images)
+    replies = assistant.replies(questions, SAMPLE_TOKENS)
     if run.writer is None:
         return
     for conversation, reply in zip(questions, replies):

@@ -154,9 +154,13 @@ def _missed(run: Run, step: int, last: int) -> list[Hook]:
     A run that is finished calls each hook once, so that it can be evaluated by the command that trained it.
     """
     due = [hook for hook in run.hooks if step and (step == last or step % hook.every == 0)]
-    workdir = run.checkpoints.directory
-    mine = [hook.log for hook in due if not any(row["step"] == step for row in metrics.read(workdir, hook.log))]
-    logs = distributed.exchange("missed hooks", mine)[0]  # process 0 writes the logs
+
+    def is_missing(log: str) -> bool:
+        return not any(row["step"] == step for row in metrics.read(run.checkpoints.directory, log))
+
+    # Process 0 writes the logs.
+    mine = [hook.log for hook in due if is_missing(hook.log)] if distributed.index() == 0 else []
+    logs = distributed.exchange("missed hooks", mine)[0]
     return [hook for hook in due if hook.log in logs]
 
 

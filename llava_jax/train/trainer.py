@@ -25,7 +25,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import lock, manager
+from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -81,7 +81,7 @@ def _end_together(
     if code is None and not distributed.is_ending():
         code, place = errors.CRASHED, workdir / f"error-{distributed.index()}.txt"
         text = "".join(traceback.format_exception(kind, error, trace))
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError, *files.client_errors()):  # the disk may be what is wrong
             place.write_text(text)
             message = f"error: {type(error).__name__}, a fault of the program or a library; traceback: {place}"
         if distributed.count() > 1:
@@ -112,24 +112,29 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     parts = sharding.shards(program.mesh, "batch")
     loop.warn(warnings, learning.before(config, rates, pipeline.samples, pipeline.step_samples, parts))
     settings.check(workdir, config)
+    _check_model(workdir, program, format)
     checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
     state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
     writer = _writer(workdir, config, int(state.step))
     run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
     sigterm.react(functools.partial(_stop, run.stop))
-    try:
-        code, state = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
+    with contextlib.ExitStack() as opened:
+        opened.push(functools.partial(_close, run))
+        code, _ = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
         sigterm.react(None)  # what is left takes seconds, and ends with 0
-        if code == errors.DONE:
-            manager.seal(checkpoints)
-    finally:
-        if writer is not None:
-            metrics.close(writer)
-        manager.close(checkpoints)
     if code == errors.DONE:
         loop.warn([], [*warnings, *pipeline.tally.lines()])
         _conclude(program, workdir)
     return code
+
+
+def _close(run: Run, kind: Any, error: BaseException | None, trace: Any) -> bool:
+    """Waits for the last save. Of several processes one that fails waits for nobody: they may be waiting for it."""
+    if error is None or distributed.count() == 1:
+        if run.writer is not None:
+            metrics.close(run.writer)
+        manager.close(run.checkpoints)
+    return False
 
 
 def _stop(stop: Stop) -> None:
@@ -275,6 +280,26 @@ def _counted(tree: Mapping[str, Any]) -> str:
     return f"{params.count(tree):,} ({parts})" if parts else "0"
 
 
+def _check_model(workdir: epath.Path, program: Program, format: Format) -> None:
+    """Refuses to resume with another model or tokenizer: `model.base` may have moved, but it must be what it was."""
+    fault = _model_fault(workdir, program, format) if distributed.index() == 0 else ""
+    if fault := distributed.exchange("model", fault)[0]:
+        raise UsageError(fault)
+
+
+def _model_fault(workdir: epath.Path, program: Program, format: Format) -> str:
+    if not store.numbered(workdir):
+        return ""
+    before = params.flatten(presets.config_to_json(presets.config_from_json(dict(cards.read_card(workdir).model))))
+    changed = typed.difference(before, params.flatten(presets.config_to_json(program.model.config)))
+    if cards.read_tokenizer_files(workdir) != dict(format.tokenizer.files()):
+        changed.append(f"the files of {workdir / cards.TOKENIZER}")
+    return "" if not changed else (
+        f"--workdir {workdir} holds a run of another model ({'; '.join(changed)}): model.base, model.preset and "
+        "prompt.tokenizer may lie elsewhere than before, but must be what they were"
+    )
+
+
 def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:
     rest = {"step": program.state.step, "opt_state": program.state.opt_state}
     saved = manager.restore(checkpoints, program.state.params, rest)
@@ -321,5 +346,3 @@ def _conclude(program: Program, workdir: epath.Path) -> None:
         print(f"done after {program.steps} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
               f"benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
               f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip
-
-

@@ -21,7 +21,7 @@ PLACES = {
     "step": ("loop._report = failing(RuntimeError('a chip is lost'))", 1, "RuntimeError"),
     "hook": ("loop.validate = failing(OSError('odd'))", 1, "OSError"),
     "save": ("manager.save = failing(errors.SaveFailed('the disk is full'))", 66, "the disk is full"),
-    "end": ("manager.seal = failing(errors.SaveFailed('the last save'))", 66, "the last save"),
+    "end": ("manager.close = failing(errors.SaveFailed('the last save'))", 66, "the last save"),
 }
 FAILING = """
 from llava_jax import errors

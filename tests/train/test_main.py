@@ -1,5 +1,6 @@
 """The door, in this process: what it leaves on disk, how it goes on, and how it refuses."""
 
+import dataclasses
 import json
 import shutil
 
@@ -105,6 +106,23 @@ def test_changed_settings_are_refused_with_the_difference_and_harmless_ones_are_
     error = capsys.readouterr().err
     assert "train.lr: 0.01 -> 0.5" in error and "data.batch_samples: 4 -> 8" in error
     assert train(config, workdir, **{"log.every": 1, "checkpoint.keep": 5, "data.threads": 1}) == 0
+
+
+def test_a_base_that_is_another_model_is_refused_and_one_that_lies_elsewhere_is_not(copied, tmp_path, capsys):
+    """`model.base` may change on resume, as a base may move; another tokenizer would teach other ids in silence."""
+    config, workdir = copied
+    other, moved = (shutil.copytree(config.parent / "base", tmp_path / name) for name in ("other", "moved"))
+    card = cards.read_card(other)
+    model = {**card.model, "llm": {**card.model["llm"], "rope_theta": 5e5}}
+    cards.write_card(other, dataclasses.replace(card, model=model), cards.read_tokenizer_files(other))
+    assert train(config, workdir, **{"model.base": other}) == 64
+    assert "llm/rope_theta: 10000.0 -> 500000.0" in capsys.readouterr().err
+    files = cards.read_tokenizer_files(moved)
+    assert train(config, workdir, **{"model.base": moved}) == 0
+    files["tokenizer_config.json"] = files["tokenizer_config.json"].replace(b"true", b"false", 1)
+    cards.write_card(moved, cards.read_card(moved), files)
+    assert train(config, workdir, **{"model.base": moved}) == 64
+    assert "tokenizer" in capsys.readouterr().err
 
 
 def test_other_data_is_refused(copied, tmp_path, capsys):
