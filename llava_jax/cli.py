@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import io
+import logging
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -119,6 +120,17 @@ def command(argv: Sequence[str], program: str, description: str = "") -> Command
         if not found.get(option):
             raise UsageError(f"{option} is missing; {usage}")
     return Command(found["--config"], found["--workdir"], changed)
+
+
+def show_progress() -> None:
+    """Prints what the packages say while they work, a plain line each; what other libraries log stays theirs."""
+    logger = logging.getLogger("llava_jax")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
 
 
 def on_disk(text: str) -> Path:

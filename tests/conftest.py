@@ -1,6 +1,7 @@
 """Fixtures that several rooms' tests use."""
 
 import itertools
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -64,3 +65,11 @@ def rows_first(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 _numbers = itertools.count()
+
+
+@pytest.fixture(autouse=True)
+def progress_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command run by a test sets for its lines of progress ends with the test."""
+    logger = logging.getLogger("llava_jax")
+    for name, value in {"handlers": [], "propagate": True, "level": logging.NOTSET}.items():
+        monkeypatch.setattr(logger, name, value)

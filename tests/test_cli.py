@@ -2,7 +2,9 @@
 
 import argparse
 import io
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -124,3 +126,10 @@ def test_an_option_or_an_override_that_is_given_twice_is_refused():
     for again in (["--workdir=x"], ["--config", "d"], ["--config.train.lr=1", "--config.train.lr=2"]):
         with pytest.raises(UsageError, match=f"{again[0].split('=')[0]} is given more than once"):
             cli.command([*start, *again], "program")
+
+
+def test_lines_of_progress_are_plain_and_come_once_whatever_else_has_set_up_logging():
+    code = ("import logging\nfrom llava_jax import cli\nlogging.warning('another library')\ncli.show_progress()\n"
+            "cli.show_progress()\nlogging.getLogger('llava_jax.data').info('counts 3 of 9')")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.stderr.splitlines() == ["WARNING:root:another library", "counts 3 of 9"]

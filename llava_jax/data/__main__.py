@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import logging
 import sys
 import tempfile
 
@@ -32,8 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     words, overrides = cli.overrides(arguments)
     options = _parser().parse_args(words)
-    logging.basicConfig(format="%(message)s")
-    logging.getLogger("llava_jax").setLevel(logging.INFO)
+    cli.show_progress()
     if overrides and not vars(options).get("config"):
         raise UsageError(f"--config.{next(iter(overrides))} changes a config: name it, with `validate --config FILE`")
     options.overrides = overrides

@@ -25,6 +25,7 @@ def _run(argv: Sequence[str], sigterm: Sigterm) -> int:
     from llava_jax import config  # what follows takes seconds to import
 
     command = cli.command(argv, "python -m llava_jax.train", __doc__ or "")
+    cli.show_progress()  # of what takes minutes: measuring records, planning rows
     settings = config.load(command.config, command.overrides)
     from llava_jax.train import trainer
 

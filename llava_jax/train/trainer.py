@@ -92,9 +92,8 @@ def _end_together(
 
 
 def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
-    if distributed.index() == 0:  # lines of progress of what takes minutes: measuring records, planning rows
-        logging.basicConfig(format="%(message)s")
-        logging.getLogger("llava_jax").setLevel(logging.INFO)
+    if distributed.index():  # process 0 speaks for all
+        logging.getLogger("llava_jax").setLevel(logging.WARNING)
     _keep_compilations()
     model_config = _model_config(config.model)
     format = _format(config, model_config)
