@@ -11,14 +11,14 @@ import tokenizers
 
 from llava_jax.errors import Foreign, UsageError
 from llava_jax.prompt import words
-from llava_jax.prompt.words import Range, Stated, Token, Word
+from llava_jax.prompt.words import HasWords, Range, Stated, Token, Word
 
 # Stand for special words among letters that look like special words; Unicode keeps them for such uses for ever.
 _STAND_INS = tuple(map(chr, range(0xFDD0, 0xFDF0)))
 
 
 @dataclass(frozen=True, eq=False)
-class HubTokenizer:
+class HubTokenizer(HasWords):
     """Any tokenizer of a tokenizer.json; fields and methods as in `LlamaTokenizer`.
 
     content: tokenizer.json, with all words in it. bos_id: None where no word begins a text.
@@ -37,16 +37,6 @@ class HubTokenizer:
     def size(self) -> int:
         """Number of ids, added words included."""
         return max(_backend(self.content).get_vocab(with_added_tokens=True).values()) + 1
-
-    @functools.cached_property
-    def specials(self) -> dict[str, int]:
-        """Text -> id of the special words."""
-        return {word.text: word.id for word in self.words if word.special}
-
-    @functools.cached_property
-    def ids(self) -> dict[str, int]:
-        """Text -> id of all words."""
-        return {word.text: word.id for word in self.words}
 
     def encode(self, text: str, bos: bool) -> list[int]:
         """Ids of `text`, special words in it recognised; bos: bos_id, if there is one, comes first."""

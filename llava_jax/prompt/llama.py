@@ -11,7 +11,7 @@ import sentencepiece
 
 from llava_jax.errors import UsageError
 from llava_jax.prompt import words
-from llava_jax.prompt.words import Range, Stated, Token, Word
+from llava_jax.prompt.words import HasWords, Range, Stated, Token, Word
 
 _SPACE = "▁"
 # Appended to a serialized model, protobuf merges it in: normalizer_spec { add_dummy_prefix: false }.
@@ -21,7 +21,7 @@ _PROBE = "a  ﬁÅ① "  # a model that rewrites its input, or adds spaces to it
 
 
 @dataclass(frozen=True, eq=False)
-class LlamaTokenizer:
+class LlamaTokenizer(HasWords):
     """SentencePiece as LLaMA uses it.
 
         legacy=True    <s> ▁Hi </s> ▁US ER     every stretch between added words starts with a "▁"
@@ -46,16 +46,6 @@ class LlamaTokenizer:
     def size(self) -> int:
         """Number of ids, added words included."""
         return max(self.processor.get_piece_size(), self.words[-1].id + 1)
-
-    @functools.cached_property
-    def specials(self) -> dict[str, int]:
-        """Text -> id of the special words."""
-        return {word.text: word.id for word in self.words if word.special}
-
-    @functools.cached_property
-    def ids(self) -> dict[str, int]:
-        """Text -> id of all words."""
-        return {word.text: word.id for word in self.words}
 
     def encode(self, text: str, bos: bool) -> list[int]:
         """Ids of `text`, special words in it recognised; bos: bos_id comes first."""

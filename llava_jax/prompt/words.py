@@ -3,6 +3,7 @@
 Special or not, a word is one token wherever it counts. Files of transformers 4 and 5 are read, old and new layouts.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -47,6 +48,22 @@ class Word(NamedTuple):
     def flags(self) -> dict[str, Any]:
         """The word as files of transformers hold it, without its id."""
         return {"content": self.text, **{name: self._asdict()[name] for name in _FLAGS}}
+
+
+class HasWords:
+    """What tokenizers of all kinds say of their words, which are ordered by rising id."""
+
+    words: tuple[Word, ...]
+
+    @functools.cached_property
+    def specials(self) -> dict[str, int]:
+        """Text -> id of the special words."""
+        return {word.text: word.id for word in self.words if word.special}
+
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Text -> id of all words."""
+        return {word.text: word.id for word in self.words}
 
 
 class Finder(NamedTuple):
