@@ -1,6 +1,6 @@
 """The contract between the host that lays tokens and pictures out and the device that trains on them.
 
-`Example` is one conversation in tokens; `Batch` is one global step. Every other room agrees on these two and on
+`Example` is one conversation in tokens; `Batch` is one global step. Every other package agrees on these two and on
 nothing else: the host decides where each image feature goes, the device only gathers.
 """
 

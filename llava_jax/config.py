@@ -1,6 +1,6 @@
 """One experiment's settings: a Python file's `get_config()` and command-line overrides become frozen dataclasses.
 
-ml_collections ends here: a room receives its own branch (`config.train`, `config.data`, ...) and can neither change
+ml_collections ends here: a package receives its own branch (`config.train`, `config.data`, ...) and can neither change
 it nor find a key that nobody declared. A config file begins with `default()` or with `start_from` another file.
 """
 
@@ -323,7 +323,7 @@ def _hint(branch: str, name: str, key: str) -> Any:
         return typing.get_type_hints(BRANCHES[branch])[name]
     if branch in TABLES:
         raise UsageError(f"{key}: a table is set in the file; override the scalars it is made of, such as train.lr")
-    known = [*TOP, *(f"{room}.{f.name}" for room, cls in BRANCHES.items() for f in dataclasses.fields(cls))]
+    known = [*TOP, *(f"{branch}.{f.name}" for branch, cls in BRANCHES.items() for f in dataclasses.fields(cls))]
     raise UsageError(f"unknown key {key!r}{typed.near_key(key, known)}")
 
 

@@ -1,4 +1,4 @@
-"""The chat door: one answer or a talk, streamed, with its history; one clear line for what is wrong."""
+"""The chat command: one answer or a talk, streamed, with its history; one clear line for what is wrong."""
 
 import http.server
 import io

@@ -1,6 +1,6 @@
-"""The house plan as a test: which room may import which, which third party lives where, and how large files grow.
+"""The architecture as a test: which package imports which, which hosts which library, and how large files grow.
 
-A change to ROOMS, GUESTS or NO_JAX is a change of the plan: made on purpose, with its reason in the commit.
+A change to ROOMS, GUESTS or NO_JAX is a change of the architecture: made on purpose, with its reason in the commit.
 """
 
 import ast
@@ -11,7 +11,7 @@ HOUSE = Path(__file__).parent.parent
 FILES = {p.relative_to(HOUSE / "llava_jax").as_posix(): p for p in sorted((HOUSE / "llava_jax").rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
-# A room or one of its files -> the rooms it may import; the longest match decides.
+# A package or one of its files -> the packages it may import; the longest match decides.
 ROOMS = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
     "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",), "typed": ("known_names",), "config_file": (),
@@ -45,10 +45,10 @@ ROOMS = {
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # rooms that all others may import
-COMMANDS = ("cli",)  # what files that are commands may import beside their room's own list
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # modules that all others may import
+COMMANDS = ("cli",)  # what files that are commands may import beside their package's own list
 
-# A third party -> the rooms or files that may import it.
+# A third-party library -> the packages or files that may import it.
 EVERYWHERE = ("",)
 GUESTS = {
     # ml_dtypes is bfloat16 for numpy: files of weights are read and written where jax may not be.
@@ -107,7 +107,7 @@ def test_a_room_imports_only_the_rooms_below_it():
     wrong = []
     for name in FILES:
         room = max((room for room in ROOMS if _within(name, room)), key=len, default=None)
-        assert room is not None, f"llava_jax/{name} belongs to no room of the plan"
+        assert room is not None, f"llava_jax/{name} belongs to no package of the architecture"
         for module in (m for m in _imports(name) if m.startswith("llava_jax.")):
             target = module.removeprefix("llava_jax.").replace(".", "/")
             own = name.removesuffix(".py").split("/")[0]
@@ -125,7 +125,7 @@ def test_a_third_party_is_imported_only_by_its_host():
             if guest in sys.stdlib_module_names or guest == "llava_jax":
                 continue
             if not any(_within(name, host) for host in GUESTS.get(guest, ())):
-                wrong.append(f"llava_jax/{name} imports {guest}, which lives in {GUESTS.get(guest, 'no room')}")
+                wrong.append(f"llava_jax/{name} imports {guest}, which lives in {GUESTS.get(guest, 'no package')}")
     assert not wrong, "\n".join(wrong)
 
 

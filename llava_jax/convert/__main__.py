@@ -1,4 +1,4 @@
-"""The door `python -m llava_jax.convert`: weights of others in, weights for others out.
+"""The command `python -m llava_jax.convert`: weights of others in, weights for others out.
 
 import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code, or a BLIP-2
 import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code

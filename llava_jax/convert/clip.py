@@ -69,7 +69,7 @@ def read_config(content: Mapping[str, Any], where: str, select_layer: int, selec
       where: the file, for messages.
 
     Raises:
-      UnusableCheckpoint: not a CLIP tower as the models room has it.
+      UnusableCheckpoint: not a CLIP tower as `models` has it.
     """
     inner = content.get("vision_config", content)
     old = content.get("vision_config_dict") or {}

@@ -76,7 +76,7 @@ def read_hub_config(content: Mapping[str, Any], where: str, select_feature: str)
     """A tower's config from transformers' `vision_config`.
 
     Raises:
-      UnusableCheckpoint: not a tower as the models room has it.
+      UnusableCheckpoint: not a tower as `models` has it.
     """
     values = {**_DEFAULTS, **content}
     for key, wanted in _FIXED.items():
@@ -114,7 +114,7 @@ def read_lavis_config(tensors: TensorFiles, select_feature: str) -> tuple[EvaCon
     The tower as EVA released it, without prefix, has one block more than runs; a LAVIS model's own has not.
 
     Raises:
-      UnusableCheckpoint: no EVA ViT is in it, or not one as the models room has it.
+      UnusableCheckpoint: no EVA ViT is in it, or not one as `models` has it.
     """
     specs = tensors.specs
     prefix = LAVIS_PREFIX if LAVIS_PREFIX + LAVIS.cls in specs else ""

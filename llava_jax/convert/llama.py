@@ -21,7 +21,7 @@ _DEFAULTS = {
     "model_type": "llama", "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None, "use_sliding_window": True,
     "layer_types": None,
 }  # fmt: skip
-# What the models room has no other form of.
+# What `models` has no other form of.
 _FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 _SIZES = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -47,7 +47,7 @@ def read_config(content: Mapping[str, Any], where: str) -> LlamaConfig:
     """A decoder's config from config.json (transformers 4 or 5) or LLaVA's `text_config`.
 
     Raises:
-      UnusableCheckpoint: not a LLaMA as the models room has it.
+      UnusableCheckpoint: not a LLaMA as `models` has it.
     """
     values = {**_DEFAULTS, **content}
     for key, wanted in _FIXED.items():

@@ -69,7 +69,7 @@ def read_hub_config(content: Mapping[str, Any], where: str, queries: Any) -> QFo
     """A Q-Former's config from transformers' `qformer_config`, and `num_query_tokens` beside it.
 
     Raises:
-      UnusableCheckpoint: not a Q-Former as the models room has it.
+      UnusableCheckpoint: not a Q-Former as `models` has it.
     """
     values = {**_DEFAULTS, **content}
     for key, wanted in _FIXED.items():

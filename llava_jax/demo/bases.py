@@ -57,7 +57,7 @@ LOG_EVERY = 50
 
 
 class Failed(Exception):
-    """A door ended with an exit code other than 0; `args[0]` is the code."""
+    """A command ended with an exit code other than 0; `args[0]` is the code."""
 
 
 class Plan(NamedTuple):
@@ -108,7 +108,7 @@ def train_tower(name: str, vision: TowerConfig, tokenizer: Tokenizer, plan: Plan
 def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int | None, sizes: Sizes) -> None:
     """Makes `directory`/blip2 of a tower and `directory`/llama: all blocks but the last, and a Q-Former for it.
 
-    Training is the house's own, from a checkpoint to a checkpoint.
+    Training is `llava_jax.train`'s, from a checkpoint to a checkpoint.
     """
     first = params.flatten(jax.device_get(init_params(BLIP2, jax.random.key(seed))))
     kept = {**eva, "blocks": jax.tree.map(lambda leaf: leaf[: BLIP2.vision.layers], eva["blocks"])}

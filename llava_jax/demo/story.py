@@ -1,4 +1,4 @@
-"""The paper's story, run through the house's own doors: what each stage gives, and what is lost by doing less."""
+"""The paper's story, run through the commands themselves: what each stage gives, and what doing less loses."""
 
 import contextlib
 import io

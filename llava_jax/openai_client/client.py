@@ -1,4 +1,4 @@
-"""`Client`: many questions at once, each retried, its answer paid for once, and all within a budget."""
+"""`Client`: many questions at once, each retried, its answer kept, and all within a budget."""
 
 import hashlib
 import json

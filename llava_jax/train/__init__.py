@@ -1,1 +1,1 @@
-"""Training: an abstract program, the loop that runs it, and the door `python -m llava_jax.train`."""
+"""Training: an abstract program, the loop that runs it, the trainer, and the command `python -m llava_jax.train`."""

@@ -1,4 +1,4 @@
-"""The door: each verb, one clear line and an exit code for what is wrong, and nothing half-written left."""
+"""The command: each verb, one clear line and an exit code for what is wrong, and nothing half-written left."""
 
 import subprocess
 import sys

@@ -61,6 +61,6 @@ def command(*arguments: Any) -> list[str]:
 
 
 def start(*arguments: Any) -> subprocess.Popen:
-    """The door in a process of its own."""
+    """The command in a process of its own."""
     return subprocess.Popen(command(*arguments), cwd=HOUSE, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip

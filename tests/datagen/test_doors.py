@@ -1,4 +1,4 @@
-"""The door whole: three kinds for twenty pictures, accepted by `data validate`, learned from, and no kill loses any."""
+"""The command whole: three kinds for twenty pictures, accepted by `data validate`, trained on, and no kill loses any."""
 
 import json
 import random
@@ -150,7 +150,7 @@ def test_the_key_is_in_no_file(world, tmp_path, monkeypatch, capsys):
 
 
 def kills(world, tmp_path, count, seed):
-    """Kills the door `count` times at random moments, then lets it finish; (server's bodies, report, records)."""
+    """Kills the command `count` times at random moments, then lets it finish; (server's bodies, report, records)."""
     rng = random.Random(seed)
     arguments = ["conversation", "--records", world / "records.json", "--out", tmp_path, "--model", "m",
                  "--concurrency", 4]  # fmt: skip

@@ -1,4 +1,4 @@
-"""The demo from its door to its numbers."""
+"""The demo from its command to its numbers."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""From answer files to an ensemble, a score and a report, through the doors."""
+"""From answer files to an ensemble, a score and a report, through the commands."""
 
 import csv
 import json

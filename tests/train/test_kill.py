@@ -1,4 +1,4 @@
-"""The door in processes of its own: killed and preempted at random moments, it repeats every loss bit for bit."""
+"""The command in processes of its own: killed and preempted at random moments, it repeats every loss bit for bit."""
 
 import json
 import random

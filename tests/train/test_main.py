@@ -1,4 +1,4 @@
-"""The door, in this process: what it leaves on disk, how it goes on, and how it refuses."""
+"""The command, in this process: what it leaves on disk, how it goes on, and how it refuses."""
 
 import dataclasses
 import json

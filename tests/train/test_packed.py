@@ -1,4 +1,4 @@
-"""Packed rows train as padded ones do: the same loss, the same gradients, through the same door."""
+"""Packed rows train as padded ones do: the same loss, the same gradients, through the same command."""
 
 import shutil
 

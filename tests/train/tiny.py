@@ -80,7 +80,7 @@ def batch(rows: int = 4, tokens: int = 24, seed: int = 1) -> dict[str, np.ndarra
 
 
 def start(config: Path, workdir: Path, *arguments: str, **environment: str) -> subprocess.Popen:
-    """The door in a process of its own."""
+    """The command in a process of its own."""
     command = [sys.executable, "-m", "llava_jax.train", "--config", str(config), "--workdir", str(workdir), *arguments]
     return subprocess.Popen(
         command, cwd=HOUSE, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, text=True,
