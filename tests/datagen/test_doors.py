@@ -1,4 +1,4 @@
-"""The command whole: three kinds for twenty pictures, accepted by `data validate`, trained on, and no kill loses any."""
+"""The command as a whole: three kinds for twenty pictures, accepted by `data validate`, trained on; no kill loses any."""
 
 import json
 import random
