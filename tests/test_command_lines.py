@@ -15,7 +15,7 @@ import pytest
 from llava_jax import cli
 from llava_jax.evaluate import __main__ as evaluate
 
-HOUSE = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[1]
 SERVER = "--base-url http://127.0.0.1:9/v1 --model m"
 CUSTOM = "--benchmark custom --data bench"
 JUDGE = f"evaluate judge {CUSTOM} --answers a.jsonl --rules r.json --out o"
@@ -147,7 +147,7 @@ def test_a_usage_error_is_quick_for_it_imports_nothing_heavy(line, tmp_path):
     """0.2 s of one quiet core, where `python -c pass` takes 0.03 s; the limit is for machines that are busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run([sys.executable, "-c", SCRIPT, *shlex.split(line)], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(HOUSE)})  # fmt: skip
+                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.stdout == "64 []\n", done.stdout + done.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
@@ -175,7 +175,7 @@ FENCES = re.compile(r"```(?:sh|bash|console)?\n(.*?)```", re.DOTALL)
 
 def documented():
     """(command, words) of every line of README.md and launch/README.md that starts one of COMMANDS."""
-    for path in (HOUSE / "README.md", HOUSE / "launch" / "README.md"):
+    for path in (ROOT / "README.md", ROOT / "launch" / "README.md"):
         for block in FENCES.findall(path.read_text(encoding="utf-8")):
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)

@@ -16,8 +16,8 @@ from llava_jax.models.llava import abstract_params
 from llava_jax.prompt import templates
 from llava_jax.train import optimizer, program
 
-HOUSE = Path(__file__).parent.parent
-FILES = sorted((HOUSE / "configs").glob("*.py"))
+ROOT = Path(__file__).parent.parent
+FILES = sorted((ROOT / "configs").glob("*.py"))
 NAMES = [path.stem for path in FILES]
 
 # The published size of the data, the steps of the whole run and its warm-up, the samples of a step.
@@ -41,7 +41,7 @@ MINIGPT4_RATES = {
 
 
 def load(name):
-    return configs.load(HOUSE / "configs" / f"{name}.py")
+    return configs.load(ROOT / "configs" / f"{name}.py")
 
 
 def shapes(config):
@@ -74,7 +74,7 @@ def test_the_template_exists_and_the_row_holds_the_picture(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_docstring_gives_the_command_the_source_and_the_result(name):
-    text = ast.get_docstring(ast.parse((HOUSE / "configs" / f"{name}.py").read_text(encoding="utf-8")))
+    text = ast.get_docstring(ast.parse((ROOT / "configs" / f"{name}.py").read_text(encoding="utf-8")))
     for part in (f"--config configs/{name}.py", "Numbers:", "Expected:"):
         assert part in text, f"configs/{name}.py says nothing of {part!r}"
 
@@ -97,7 +97,7 @@ def test_minigpt4s_rates_are_those_of_its_own_schedule(name):
 def test_minigpt4s_mixture_is_115_to_14_with_the_weight_that_its_config_tells():
     laion, cc_sbu = 1_000, 630  # what was still there to download
     weight = {"data.sources.0.weight": str(115 / 14 * cc_sbu / laion)}
-    config = configs.load(HOUSE / "configs" / "minigpt4_13b_stage1.py", weight)
+    config = configs.load(ROOT / "configs" / "minigpt4_13b_stage1.py", weight)
     picked = picks((laion, cc_sbu), [source.weight for source in config.data.sources], seed=0, epoch=0)
     shown = int((picked < laion).sum())
     assert shown / (len(picked) - shown) == pytest.approx(115 / 14, rel=1e-3)
@@ -158,14 +158,14 @@ def test_a_stage_2_starts_where_its_stage_1_wrote():
         stage_1 = "_".join(name.split("_")[:2]) + "_pretrain" + "_packed" * (name in packed)
         two, one = load(name), load(stage_1)
         assert two.model == dataclasses.replace(one.model, start=f"runs/{stage_1}")
-        assert f"--workdir runs/{stage_1}" in (HOUSE / "configs" / f"{stage_1}.py").read_text(encoding="utf-8")
+        assert f"--workdir runs/{stage_1}" in (ROOT / "configs" / f"{stage_1}.py").read_text(encoding="utf-8")
 
 
 def test_every_key_is_read_by_some_room():
     """A key that no code outside config.py reads would be accepted and do nothing."""
     by_tables = {("train", "lr"), ("train", "projector_lr"), ("model", "base"), ("model", "start")}
     read = set(by_tables)
-    for path in (HOUSE / "llava_jax").rglob("*.py"):
+    for path in (ROOT / "llava_jax").rglob("*.py"):
         tree = ast.parse(path.read_text(encoding="utf-8")) if path.name != "config.py" else ast.Module([], [])
         for node in ast.walk(tree):
             if isinstance(node, ast.Attribute):

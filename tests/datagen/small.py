@@ -11,7 +11,7 @@ import numpy as np
 
 from llava_jax.demo import world
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 def write_world(folder: Path, pictures: int = 20) -> Path:
@@ -62,5 +62,5 @@ def command(*arguments: Any) -> list[str]:
 
 def start(*arguments: Any) -> subprocess.Popen:
     """The command in a process of its own."""
-    return subprocess.Popen(command(*arguments), cwd=HOUSE, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
+    return subprocess.Popen(command(*arguments), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip

@@ -185,7 +185,7 @@ def test_only_what_a_person_accepted_or_edited_is_exported(filtered, images, tmp
 def test_what_is_curated_goes_into_minigpt4s_second_stage_as_its_config_names_it(filtered, images, tmp_path,
                                                                                  monkeypatch, capsys):  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    config = configs.load(small.HOUSE / "configs" / "minigpt4_13b_stage2.py")
+    config = configs.load(small.ROOT / "configs" / "minigpt4_13b_stage2.py")
     (records,) = config.data.sources
     out = Path("data/cc_sbu_align")
     shutil.copytree(filtered[0], out)

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 
 from llava_jax.checkpoint import store
-from llava_jax.demo import __main__ as door
+from llava_jax.demo import __main__ as command
 from llava_jax.demo import story, world
 
 
 def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
     (tmp_path / "old").touch()
-    assert door.main(["--workdir", str(tmp_path)]) == 64
+    assert command.main(["--workdir", str(tmp_path)]) == 64
     assert "is not empty" in capsys.readouterr().err
 
 
@@ -24,7 +24,7 @@ def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
     (["--family", "blip"], "choose from"),
 ])  # fmt: skip
 def test_what_is_typed_wrong_is_refused_before_anything_is_made(capsys, words, message):
-    assert door.main(words) == 64
+    assert command.main(words) == 64
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not Path("never").exists()
 
@@ -38,7 +38,7 @@ def test_only_progress_of_a_training_reaches_the_terminal(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_the_demo_learns_to_see(tmp_path):
-    assert door.main(["--workdir", str(tmp_path)]) == 0
+    assert command.main(["--workdir", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "demo.json").read_text())
     assert numbers["stage2"] >= 0.80
     assert numbers["stage2"] >= numbers["blind"] + 0.35
@@ -53,7 +53,7 @@ def test_the_demo_learns_to_see(tmp_path):
 
 @pytest.mark.slow
 def test_minigpt4_learns_to_see_by_its_linear_layer_alone(tmp_path):
-    assert door.main(["--family", "minigpt4", "--workdir", str(tmp_path)]) == 0
+    assert command.main(["--family", "minigpt4", "--workdir", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "demo.json").read_text())
     assert numbers["stage2"] >= numbers["blind"] + 0.35
     assert numbers["stage2"] > numbers["stage1"] > numbers["blind"]

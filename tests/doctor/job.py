@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 
 
 class Ended(NamedTuple):
@@ -31,7 +31,7 @@ def run(folder: Path, processes: Sequence[dict[str, Any]], devices: int = 1, sec
     job = {"devices": devices, "folder": str(folder), "processes": list(processes)}
     command = [sys.executable, "-m", "tests.doctor.job", json.dumps(job)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, cwd=HOUSE, capture_output=True, text=True, timeout=secs)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=secs)
     assert done.returncode == 0, done.stderr[-3000:]
     codes = json.loads(done.stdout.splitlines()[-1])
     return [Ended(code, (folder / f"{number}.out").read_text()) for number, code in enumerate(codes)]

@@ -6,7 +6,7 @@ import pytest
 
 from llava_jax.convert import __main__ as convert
 from llava_jax.demo import bases, records, story, world
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import ablate
 from llava_jax.evaluate.score import Result, Value
 
@@ -60,7 +60,7 @@ def test_the_grids_are_the_papers():
 def test_a_grid_without_its_data_is_refused(tmp_path, capsys, words, said):
     names = ("workdir", "base", "stage1", "stage2", "pretrain", "images")
     given = [word for name in names for word in (f"--{name}", "x")]
-    assert door.main(["ablate", *words, *given]) == 64
+    assert command.main(["ablate", *words, *given]) == 64
     assert said in capsys.readouterr().err
 
 
@@ -113,7 +113,7 @@ def test_the_grid_of_scienceqa_runs_on_the_demo_world(drawn, tmp_path, capsys):
     folder, exam = drawn
     words = [str(word) for word in ("ablate", "scienceqa", *common(folder, tmp_path), "--last-layer",
              folder / "base_last_layer", "--scienceqa", science(folder, exam))]  # fmt: skip
-    assert door.main(words) == 0
+    assert command.main(words) == 0
     said = capsys.readouterr().out
     assert "leaves out small: it wants --small" in said
     lines = (tmp_path / "ablation.md").read_text().splitlines()
@@ -123,7 +123,7 @@ def test_the_grid_of_scienceqa_runs_on_the_demo_world(drawn, tmp_path, capsys):
     assert asked["best"].endswith(asked["answer_first"].split(" BECAUSE:")[0])
     assert asked["answer_first"].startswith("The answer is")
     (tmp_path / "best" / "scores.json").unlink()  # answers and trainings stay: only the number is made anew
-    assert door.main(words) == 0
+    assert command.main(words) == 0
     assert (tmp_path / "ablation.md").read_text().splitlines() == lines
 
 
@@ -140,7 +140,7 @@ def test_the_grid_of_mixtures_runs_on_the_demo_world(drawn, tmp_path):
     typed = {name: write_json(tmp_path / f"{name}.json", whole[i::3]) for i, name in enumerate(ablate.TYPES)}
     words = ["ablate", "mixes", *common(folder, tmp_path / "grid"), "--benchmark", "custom", "--data", data,
              *(word for name, path in typed.items() for word in (f"--{name}", path))]  # fmt: skip
-    assert door.main([str(word) for word in words]) == 0
+    assert command.main([str(word) for word in words]) == 0
     lines = (tmp_path / "grid" / "ablation.md").read_text().splitlines()
     assert [line.split("|")[1].strip() for line in lines[2:]] == [row.title for row in ablate.GRIDS["mixes"]]
     assert not (tmp_path / "grid" / "none" / "stage2").exists()

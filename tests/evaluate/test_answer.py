@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import answer, answers, questions
 from llava_jax.evaluate.benchmarks.all import get
 from llava_jax.generate.assistant import Assistant
@@ -19,7 +19,7 @@ from llava_jax.prompt.encode import encode, marked
 from tests.fake_openai import FakeOpenAI, always, first
 from tests.generate import tiny
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 ASKED = 5
 NEW = 8
 SLOTS = 2  # one size everywhere, so that each shape is compiled once
@@ -45,7 +45,7 @@ def checkpoint(tmp_path_factory):
 
 
 def run(*words):
-    return door.main([str(word) for word in words])
+    return command.main([str(word) for word in words])
 
 
 def ask(data, checkpoint, out, *words):
@@ -95,7 +95,7 @@ def pair(*words):
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
                 "LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}  # fmt: skip
-    both = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, words)], text=True, cwd=HOUSE,
+    both = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, words)], text=True, cwd=ROOT,
                              env=os.environ | settings | {"JAX_PROCESS_ID": str(number)},
                              stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(2)]  # fmt: skip
     outs = [one.communicate(timeout=900)[0] for one in both]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.errors import DataError
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import answers, judge, questions
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
@@ -108,7 +108,7 @@ def test_a_hand_made_review_file_scores_what_was_worked_out(bench):
 
 
 def run(*words):
-    return door.main([str(word) for word in words])
+    return command.main([str(word) for word in words])
 
 
 def judge_words(bench, server, *words):

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from llava_jax.errors import DataError
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import answers, questions
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
@@ -154,7 +154,7 @@ def test_shards_of_different_runs_do_not_mix(tmp_path):
 
 
 def run(*words):
-    return door.main([str(word) for word in words])
+    return command.main([str(word) for word in words])
 
 
 def test_the_door_scores_and_keeps_the_numbers(tmp_path, capsys):

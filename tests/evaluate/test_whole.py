@@ -6,13 +6,13 @@ import pytest
 
 from llava_jax.convert import __main__ as convert
 from llava_jax.demo import bases, records
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 
 SIZES = records.Sizes(train=2, heldout=20, unseen=12, heldout_per_kind=4, unseen_per_kind=1)
 
 
 def run(*words):
-    return door.main([str(word) for word in words])
+    return command.main([str(word) for word in words])
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from tests.generate import meshes
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 # (data, fsdp, tensor, context): spread, sharded, and as training has its parameters.
 SOME = [(8, 1, 1, 1), (4, 1, 2, 1), (2, 1, 4, 1), (1, 4, 2, 1)]
 OTHERS = [(1, 1, 8, 1), (1, 8, 1, 1), (2, 2, 1, 2), (1, 1, 2, 4)]
@@ -32,7 +32,7 @@ def one(tmp_path_factory):
 def run(one, sizes):
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
     words = [",".join(map(str, each)) for each in sizes]
-    done = subprocess.run([sys.executable, "-m", "tests.generate.meshes", str(one), *words], cwd=HOUSE, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.generate.meshes", str(one), *words], cwd=ROOT, text=True,
                           env=os.environ | flags, capture_output=True, timeout=1500)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     assert len(done.stdout.splitlines()) == len(sizes)

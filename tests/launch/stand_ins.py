@@ -5,8 +5,8 @@ import shutil
 import subprocess
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent.parent
-LAUNCH = HOUSE / "launch"
+ROOT = Path(__file__).parent.parent.parent
+LAUNCH = ROOT / "launch"
 SCRIPTS = sorted(LAUNCH.glob("*.sh"))
 FINAL = [64, 65, 66, 70]  # exit codes that the same command would end with again
 SLICE = ("--name", "llava", "--zone", "us-west4-a", "--type", "v5litepod-16")

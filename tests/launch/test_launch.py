@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.launch.stand_ins import FINAL, HOUSE, LAUNCH, SCRIPTS, TRAINING, Workplace, program
+from tests.launch.stand_ins import FINAL, LAUNCH, ROOT, SCRIPTS, TRAINING, Workplace, program
 
 # All scripts
 
@@ -185,12 +185,12 @@ def test_the_jobset_asks_for_a_whole_slice_and_trains_on_all_its_hosts():
     assert {"name": "LLAVA_JAX_MULTIHOST", "value": "1"} in container["env"]
     assert "command" not in container  # the image's own entry point trains
     config, workdir = (word.split("=", 1)[1] for word in container["args"])
-    assert (HOUSE / config).is_file() and workdir.startswith("gs://")
+    assert (ROOT / config).is_file() and workdir.startswith("gs://")
     assert container["securityContext"]["runAsNonRoot"]
 
 
 def test_the_exit_codes_are_those_of_train():
-    told = (HOUSE / "README.md").read_text().split("Exit codes:")[1].split("\n\n")[0]
+    told = (ROOT / "README.md").read_text().split("Exit codes:")[1].split("\n\n")[0]
     meanings = {int(code): meaning for code, meaning in re.findall(r"(\d+) ([a-z][^,.]*)", told)}
     assert [code for code in meanings if code not in (0, 1, 42, 69, 75)] == FINAL
     assert "run again" in meanings[75] and "does not answer" in meanings[69]
@@ -204,8 +204,8 @@ def test_the_image_trains_as_a_user_of_its_own_and_its_build_sees_only_what_it_c
     copied = {name for w in words if w[0] == "COPY" for name in w[2:-1]}
     ignored = (LAUNCH / "Dockerfile.dockerignore").read_text().splitlines()
     assert {line[1:] for line in ignored if line.startswith("!")} == copied and "*" in ignored
-    assert all((HOUSE / name).exists() for name in copied)
-    assert all(f'"{extra}": [' in (HOUSE / "setup.py").read_text() for extra in ("tpu", "cuda"))
+    assert all((ROOT / name).exists() for name in copied)
+    assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in ("tpu", "cuda"))
 
 
 def _recipes() -> list[str]:
@@ -221,7 +221,7 @@ def test_a_recipe_of_the_page_is_what_its_script_takes(recipe, tmp_path):
     script = next(word for word in words if word.startswith("launch/"))
     place = words.index(script) + 1 + (script == "launch/tpu_vm.sh")
     command = [*words[words.index(script) : place], "--dry-run", *words[place:]]
-    shown = subprocess.run(command, cwd=HOUSE, capture_output=True, text=True, env={**os.environ, "TMPDIR": "/tmp"})
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "TMPDIR": "/tmp"})
     assert shown.returncode == 0, shown.stderr
 
 

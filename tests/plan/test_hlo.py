@@ -17,7 +17,7 @@ from llava_jax.models.attention import attention
 from llava_jax.plan import hlo
 from llava_jax.plan.compile import find_place
 
-HOUSE = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[2]
 X, W = jax.ShapeDtypeStruct((128, 256), jnp.float32), jax.ShapeDtypeStruct((5, 256, 256), jnp.float32)
 PRODUCT = 2 * 128 * 256 * 256
 
@@ -196,7 +196,7 @@ json.dump([cost.flops, [(one.kind, one.bytes) for one in cost.transfers.values()
 
 def test_a_sum_in_a_loop_on_eight_cpu_devices():
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", EIGHT], cwd=HOUSE, env=os.environ | flags, text=True,
+    done = subprocess.run([sys.executable, "-c", EIGHT], cwd=ROOT, env=os.environ | flags, text=True,
                           capture_output=True, timeout=120)  # fmt: skip
     assert done.returncode == 0, done.stderr
     flops, moved = json.loads(done.stdout)

@@ -73,7 +73,7 @@ class Parent:
         environment = os.environ | {"JAX_PLATFORMS": "cpu"}
         environment.pop("XLA_FLAGS", None)
         self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", "-m", "tests.train.forks"], cwd=tiny.HOUSE, env=environment, text=True,
+            [sys.executable, "-W", "ignore", "-m", "tests.train.forks"], cwd=tiny.ROOT, env=environment, text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
 

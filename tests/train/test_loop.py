@@ -191,5 +191,5 @@ def test_a_run_that_is_stopped_calls_what_was_due_when_it_starts_again(program, 
 def test_a_run_that_hangs_ends_with_its_stacks():
     code = ("import time\nfrom llava_jax import distributed, lifecycle\n"
             "with lifecycle.WATCHDOG.watching(0.5, distributed.leave): time.sleep(30)")
-    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.HOUSE, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 42 and "nothing has happened for 0 s" in done.stderr and "<string>" in done.stderr

@@ -266,10 +266,10 @@ def test_a_lora_table_over_a_kernel_that_can_have_none_is_refused(base):
 
 
 def test_every_field_of_the_published_recipe_is_there():
-    config = configs.load(tiny.HOUSE / "configs" / "llava15_7b_lora.py")
+    config = configs.load(tiny.ROOT / "configs" / "llava15_7b_lora.py")
     table = params.lookup(lora.targets(params.flatten(abstract_params(presets.get("llava15_7b")))), config.lora, "lora")
     assert {name for name, row in table.items() if row} == set(DECODER)
     assert {row for row in table.values() if row} == {configs.Lora(128, 256.0)}
     assert (config.train.lr, config.train.projector_lr, config.train.lora_dropout) == (2e-4, 2e-5, 0.05)
-    other = configs.load(tiny.HOUSE / "configs" / "llava15_7b_finetune.py")
+    other = configs.load(tiny.ROOT / "configs" / "llava15_7b_finetune.py")
     assert dataclasses.replace(config.train, lr=2e-5, projector_lr=2e-5, lora_dropout=0.0) == other.train

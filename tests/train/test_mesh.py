@@ -16,7 +16,7 @@ SOME = [(1, 8, 1, 1), (2, 2, 2, 1), (1, 2, 1, 4)]
 def run(command, meshes, compiled):
     words = [",".join(map(str, sizes)) for sizes in meshes]
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-m", "tests.train.meshes", command, *words], cwd=tiny.HOUSE, text=True,
+    done = subprocess.run([sys.executable, "-m", "tests.train.meshes", command, *words], cwd=tiny.ROOT, text=True,
                           env=os.environ | flags | compiled, capture_output=True, timeout=1500)  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr[-3000:]
     return done.stdout

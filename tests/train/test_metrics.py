@@ -165,6 +165,6 @@ def test_logs_import_neither_torch_nor_tensorflow(tmp_path):
         "print(sorted({'torch', 'tensorflow', 'tensorboardX'} & set(sys.modules)))"
     )
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.HOUSE, env=environment, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], cwd=tiny.ROOT, env=environment, capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
     assert len(list(Path(tmp_path / "tensorboard").iterdir())) == 1

@@ -17,8 +17,8 @@ from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.prompt import tokenizer
 from tests.golden.make_models import inputs
 
-HOUSE = Path(__file__).parent.parent.parent
-TOKENIZER = HOUSE / "tests" / "golden" / "tiny_llama.model"
+ROOT = Path(__file__).parent.parent.parent
+TOKENIZER = ROOT / "tests" / "golden" / "tiny_llama.model"
 
 MODEL = LlavaConfig(
     VisionConfig(image_size=14, patch_size=7, width=16, mlp_width=24, layers=2, heads=2), "mlp2x_gelu",
@@ -83,6 +83,6 @@ def start(config: Path, workdir: Path, *arguments: str, **environment: str) -> s
     """The command in a process of its own."""
     command = [sys.executable, "-m", "llava_jax.train", "--config", str(config), "--workdir", str(workdir), *arguments]
     return subprocess.Popen(
-        command, cwd=HOUSE, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, text=True,
+        command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip

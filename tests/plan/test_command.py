@@ -13,8 +13,8 @@ from llava_jax.plan import search
 from llava_jax.plan.__main__ import main
 from llava_jax.plan.compile import find_place
 
-HOUSE = Path(__file__).parents[2]
-TINY = ["--config", str(HOUSE / "configs" / "tiny_pretrain.py"), "--config.model.preset=tiny", "--topology", "v5e:2x2"]
+ROOT = Path(__file__).parents[2]
+TINY = ["--config", str(ROOT / "configs" / "tiny_pretrain.py"), "--config.model.preset=tiny", "--topology", "v5e:2x2"]
 SETTINGS = dict(zip(("--config", "--config.model.preset", "--topology"), (TINY[0:2], TINY[2:3], TINY[3:5])))
 PACKED = [f"--config.{setting}" for setting in (
     "data.layout=packed", "data.order=shuffle", "train.loss=token_mean", "data.rows_per_chip=2",
@@ -151,7 +151,7 @@ def test_what_cannot_be_planned_is_refused_before_anything_is_compiled(words, sa
 
 def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llava_jax.plan.compile.compile_step", None)
-    text = (HOUSE / "configs" / "tiny_pretrain.py").read_text()
+    text = (ROOT / "configs" / "tiny_pretrain.py").read_text()
     text = text.replace("return config", 'config.compiler_options = (("xla_tpu_fast", True),)\n    return config')
     (tmp_path / "fast.py").write_text(text)
     assert main(tiny(["--config", str(tmp_path / "fast.py")])) == 64

@@ -12,7 +12,7 @@ from tests.convert import tiny
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory):
-    return tiny.write_hub(tmp_path_factory.mktemp("door") / "in", tiny.hub_tensors())
+    return tiny.write_hub(tmp_path_factory.mktemp("command") / "in", tiny.hub_tensors())
 
 
 def run(capsys, *arguments):

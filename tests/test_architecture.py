@@ -1,18 +1,18 @@
 """The architecture as a test: which package imports which, which hosts which library, and how large files grow.
 
-A change to ROOMS, GUESTS or NO_JAX is a change of the architecture: made on purpose, with its reason in the commit.
+A change to PACKAGES, DEPENDENCIES or NO_JAX is a change of the architecture: made on purpose, its reason in the commit.
 """
 
 import ast
 import sys
 from pathlib import Path
 
-HOUSE = Path(__file__).parent.parent
-FILES = {p.relative_to(HOUSE / "llava_jax").as_posix(): p for p in sorted((HOUSE / "llava_jax").rglob("*.py"))}
+ROOT = Path(__file__).parent.parent
+FILES = {p.relative_to(ROOT / "llava_jax").as_posix(): p for p in sorted((ROOT / "llava_jax").rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FILES.items()}
 
 # A package or one of its files -> the packages it may import; the longest match decides.
-ROOMS = {
+PACKAGES = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
     "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",), "typed": ("known_names",), "config_file": (),
     "config": ("config_file", "typed", "limits"), "params": (), "sharding": ("params",), "chips": (),
@@ -50,7 +50,7 @@ COMMANDS = ("cli",)  # what files that are commands may import beside their pack
 
 # A third-party library -> the packages or files that may import it.
 EVERYWHERE = ("",)
-GUESTS = {
+DEPENDENCIES = {
     # ml_dtypes is bfloat16 for numpy: files of weights are read and written where jax may not be.
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
@@ -103,37 +103,38 @@ def _nodes(kind: type) -> list[tuple[str, ast.AST]]:
     return [(name, node) for name, tree in TREES.items() for node in ast.walk(tree) if isinstance(node, kind)]
 
 
-def test_a_room_imports_only_the_rooms_below_it():
+def test_a_package_imports_only_those_below_it():
     wrong = []
     for name in FILES:
-        room = max((room for room in ROOMS if _within(name, room)), key=len, default=None)
-        assert room is not None, f"llava_jax/{name} belongs to no package of the architecture"
+        package = max((package for package in PACKAGES if _within(name, package)), key=len, default=None)
+        assert package is not None, f"llava_jax/{name} belongs to no package of the architecture"
         for module in (m for m in _imports(name) if m.startswith("llava_jax.")):
             target = module.removeprefix("llava_jax.").replace(".", "/")
             own = name.removesuffix(".py").split("/")[0]
             commands = COMMANDS if name.endswith("__main__.py") or name == "chat.py" else ()
-            if not any(_within(target, place) for place in (*ROOMS[room], *EVERYBODY, *commands, own)):
-                wrong.append(f"llava_jax/{name} imports {module}; {room} may import {ROOMS[room]}")
+            if not any(_within(target, place) for place in (*PACKAGES[package], *EVERYBODY, *commands, own)):
+                wrong.append(f"llava_jax/{name} imports {module}; {package} may import {PACKAGES[package]}")
     assert not wrong, "\n".join(wrong)
 
 
-def test_a_third_party_is_imported_only_by_its_host():
+def test_a_dependency_is_imported_only_where_it_may_be():
     wrong = []
     for name in FILES:
         for module in _imports(name):
-            guest = module.split(".")[0]
-            if guest in sys.stdlib_module_names or guest == "llava_jax":
+            dependency = module.split(".")[0]
+            if dependency in sys.stdlib_module_names or dependency == "llava_jax":
                 continue
-            if not any(_within(name, host) for host in GUESTS.get(guest, ())):
-                wrong.append(f"llava_jax/{name} imports {guest}, which lives in {GUESTS.get(guest, 'no package')}")
+            if not any(_within(name, host) for host in DEPENDENCIES.get(dependency, ())):
+                allowed = DEPENDENCIES.get(dependency, "no package")
+                wrong.append(f"llava_jax/{name} imports {dependency}; {allowed} may import it")
     assert not wrong, "\n".join(wrong)
 
 
-def test_residents_keep_to_their_rooms():
+def test_jax_and_kernels_keep_to_their_packages():
     wrong = []
     for name in FILES:
         for module in _imports(name):
-            if module.split(".")[0] in ("jax", "jaxtyping") and any(_within(name, room) for room in NO_JAX):
+            if module.split(".")[0] in ("jax", "jaxtyping") and any(_within(name, package) for package in NO_JAX):
                 wrong.append(f"llava_jax/{name} imports {module}: it runs before arrays")
             if "pallas" in module and not _within(name, PALLAS):
                 wrong.append(f"llava_jax/{name} imports {module}: kernels live in {PALLAS}")
@@ -153,9 +154,9 @@ def test_a_path_that_may_be_in_a_bucket_is_none_of_pathlibs():
 
 
 def test_files_and_functions_stay_small():
-    python = [path for folder in ("llava_jax", "tests", "configs") for path in (HOUSE / folder).rglob("*.py")]
+    python = [path for folder in ("llava_jax", "tests", "configs") for path in (ROOT / folder).rglob("*.py")]
     limits = [(path, 80 if path.parent.name == "configs" else 400) for path in python]
-    long = [f"{path.relative_to(HOUSE)} has over {limit} lines" for path, limit in limits
+    long = [f"{path.relative_to(ROOT)} has over {limit} lines" for path, limit in limits
             if len(path.read_text(encoding="utf-8").splitlines()) > limit]  # fmt: skip
     long += [f"llava_jax/{name}: {node.name} has over 50 lines" for name, node in _nodes(ast.FunctionDef)
              if node.end_lineno - node.lineno >= 50 + len((ast.get_docstring(node) or "").splitlines())]  # fmt: skip

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from llava_jax.evaluate import __main__ as door
+from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import answers, report
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
@@ -17,7 +17,7 @@ from tests.fake_openai import FakeOpenAI
 
 
 def run(*words):
-    return door.main([str(word) for word in words])
+    return command.main([str(word) for word in words])
 
 
 @pytest.fixture

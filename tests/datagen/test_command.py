@@ -1,4 +1,4 @@
-"""The command as a whole: three kinds for twenty pictures, accepted by `data validate`, trained on; no kill loses any."""
+"""The whole command: three kinds for twenty pictures, accepted by `data validate`, trained on; no kill loses any."""
 
 import json
 import random
@@ -200,7 +200,7 @@ def test_stage_2_trains_on_what_was_made(world, made, tmp_path):
         "data.sources.0.images": world / "images", "prompt.image_mode": "square",
     }  # fmt: skip
     overrides = [f"--config.{key}={value}" for key, value in changes.items()]
-    config = small.HOUSE / "configs" / "tiny_finetune.py"
+    config = small.ROOT / "configs" / "tiny_finetune.py"
     assert train(["--config", str(config), "--workdir", str(tmp_path / "run"), *overrides]) == 0
     losses = [row["loss"] for row in metrics.read(tmp_path / "run")]
     assert len(losses) == 3 and all(0 < loss < 10 for loss in losses)
