@@ -52,6 +52,22 @@ class Writer:
     wandb: Any  # a wandb run, or None
 
 
+def check(log: config.Log) -> None:
+    """Refuses what `open_writer` could not open, before any work is done.
+
+    Raises:
+      UsageError: `log.wandb` names a project and wandb is not installed.
+    """
+    if log.wandb:
+        try:
+            import wandb  # noqa: F401
+        except ImportError:
+            raise UsageError(
+                f"log.wandb={log.wandb!r} wants the package wandb, which is missing: `pip install wandb`, "
+                'or log.wandb=""'
+            ) from None
+
+
 def open_writer(workdir: epath.PathLike, log: config.Log, step: int, settings: Mapping[str, Any]) -> Writer:
     """Logs that go on after `step` updates: rows beyond it, which a kill left and a resume repeats, are dropped.
 
@@ -59,9 +75,6 @@ def open_writer(workdir: epath.PathLike, log: config.Log, step: int, settings: M
 
     Args:
       settings: the run's config, for Weights & Biases.
-
-    Raises:
-      ValueError: `log.wandb` names a project and wandb is not installed.
     """
     workdir = epath.Path(workdir)
     logs = {name: _go_on(workdir / name, step) for name in (STEPS, VALIDATION, SAMPLES)}
@@ -136,12 +149,8 @@ def _parsed(content: bytes) -> tuple[list[tuple[dict[str, Any], bytes]], str]:
 
 
 def _open_wandb(project: str, workdir: epath.Path, settings: Mapping[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError:
-        raise UsageError(
-            f'log.wandb={project!r} wants the package wandb, which is missing: `pip install wandb`, or log.wandb=""'
-        ) from None
+    import wandb
+
     run = _wandb_id(workdir / WANDB)
     return wandb.init(project=project, name=workdir.name, config=dict(settings), id=run, resume="allow")
 

@@ -94,6 +94,8 @@ def _end_together(
 def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
     if distributed.index():  # process 0 speaks for all
         logging.getLogger("llava_jax").setLevel(logging.WARNING)
+    else:
+        metrics.check(config.log)  # here alone, as it alone logs
     _keep_compilations()
     model_config = _model_config(config.model)
     format = _format(config, model_config)

@@ -14,6 +14,7 @@ import pytest
 
 from llava_jax import config as configs
 from llava_jax import files
+from llava_jax.errors import UsageError
 from llava_jax.train import metrics
 from tests import buckets
 from tests.train import tiny
@@ -151,11 +152,11 @@ def test_a_damaged_id_of_wandb_begins_a_new_run_and_says_so(tmp_path, monkeypatc
     assert len(wandb.runs) == 1 and "wandb_id is damaged" in capsys.readouterr().err
 
 
-def test_wandb_that_is_not_installed_is_asked_for_by_name(tmp_path):
+def test_wandb_that_is_not_installed_is_asked_for_by_name():
     if importlib.util.find_spec("wandb"):
         pytest.skip("wandb is installed here")
-    with pytest.raises(ValueError, match="pip install wandb"):
-        metrics.open_writer(tmp_path, configs.Log(tensorboard=False, wandb="llava"), 0, {})
+    with pytest.raises(UsageError, match="pip install wandb"):
+        metrics.check(configs.Log(tensorboard=False, wandb="llava"))
 
 
 def test_logs_import_neither_torch_nor_tensorflow(tmp_path):
