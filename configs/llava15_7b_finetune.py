@@ -44,7 +44,8 @@ def get_config() -> ConfigDict:
     # A 7B step is 80 GB on disk (float32 weights and two moments); a preempted run saves by itself.
     config.checkpoint.update(every=1000, keep=1)
     config.rates = (
-        ("vision/.*", None),
+        ("vision/tail/.*", None),  # never runs
+        ("vision/.*", config.train.get_ref("vision_lr")),
         ("projector/.*", config.train.get_ref("projector_lr")),
         ("llm/.*", config.train.get_ref("lr")),
     )

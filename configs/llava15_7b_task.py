@@ -41,7 +41,8 @@ def get_config() -> ConfigDict:
         loss="token_mean",
     )
     config.rates = (
-        ("vision/.*", None),
+        ("vision/tail/.*", None),  # never runs
+        ("vision/.*", config.train.get_ref("vision_lr")),
         ("projector/.*", config.train.get_ref("projector_lr")),
         ("llm/.*", config.train.get_ref("lr")),
     )

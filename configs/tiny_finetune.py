@@ -19,7 +19,8 @@ def get_config() -> ConfigDict:
     config.data.update(order="modality_length", row_tokens=256)
     config.train.update(lr=1e-3, group_samples=4)
     config.rates = (
-        ("vision/.*", None),
+        ("vision/tail/.*", None),  # never runs
+        ("vision/.*", config.train.get_ref("vision_lr")),
         ("projector/.*", config.train.get_ref("projector_lr")),
         ("llm/.*", config.train.get_ref("lr")),
     )

@@ -103,6 +103,7 @@ class Data:
 class Train:
     lr: float
     projector_lr: float | None = None  # None: lr
+    vision_lr: float | None = None  # of the tower, where it is trained too; None: it is frozen
     steps: int | None = None  # exactly one of steps and epochs
     epochs: float | None = None
     seed: int = 42
@@ -254,6 +255,7 @@ def default() -> ConfigDict:
         config[name] = {f.name: f.default for f in dataclasses.fields(branch) if f.default is not dataclasses.MISSING}
     config.train.lr = config_dict.placeholder(float)
     config.train.projector_lr = config.train.get_oneway_ref("lr")
+    config.train.vision_lr = config_dict.placeholder(float)
     tables = {f.name: () if f.default is dataclasses.MISSING else f.default for f in dataclasses.fields(Config)}
     config.update({name: value for name, value in tables.items() if name not in BRANCHES})
     return config
@@ -349,6 +351,7 @@ def _plain(value: Any) -> Any:
 def _refuse_idle_scalars(path: Path, overrides: Mapping[str, str], config: Config) -> None:
     """A scalar that only tables can read must change a table when it changes: else it was set in vain."""
     in_use = {"train.projector_lr": config.train.projector_lr != config.train.lr, "train.lr": True,
+              "train.vision_lr": config.train.vision_lr is not None,
               "model.base": config.model.base != "", "model.start": config.model.start != ""}  # fmt: skip
     for key in (key for key, used in in_use.items() if used):
         branch, name = key.split(".")

@@ -7,6 +7,7 @@ KNOWN_NAMES = {
     "learning_rate": "train.lr",
     "lr": "train.lr",
     "mm_projector_lr": "train.projector_lr",
+    "mm_vision_tower_lr": "train.vision_lr",
     "num_train_epochs": "train.epochs",
     "num_epochs": "train.epochs",
     "max_steps": "train.steps",

@@ -38,6 +38,7 @@ BOUNDS = {
     "source.weight": Bound(0, 1000),  # that many times the source in one epoch
     "train.lr": Bound(0, 10),
     "train.projector_lr": Bound(0, 10),
+    "train.vision_lr": Bound(0, 10),
     "train.first_lr": Bound(0, 10),
     "train.last_lr": Bound(0, 10),
     "train.steps": Bound(1, _MANY),

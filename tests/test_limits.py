@@ -9,7 +9,7 @@ import pytest
 from llava_jax import batch, cli, known_names, limits, typed
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
-from llava_jax.models import layers, presets
+from llava_jax.models import presets
 from llava_jax.train import program
 
 FILE = """
@@ -148,7 +148,7 @@ def test_rows_longer_than_the_model_can_tell_apart_are_refused_its_rope_counted(
     for kind in ("linear", "dynamic"):
         scaled = dataclasses.replace(tiny.llm, rope_scaling=presets.RopeScaling(kind, 1.5))
         program.check(config, dataclasses.replace(tiny, llm=scaled))
-        assert layers.max_positions(scaled) == 1536
+        assert scaled.usable_positions == 1536
     short = dataclasses.replace(config, data=dataclasses.replace(config.data, row_tokens=4))
     with pytest.raises(UsageError, match="row_tokens=4: an image takes 4 positions and its text some more; want more"):
         program.check(short, tiny)

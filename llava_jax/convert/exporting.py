@@ -18,8 +18,6 @@ from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.convert import (
     chat_template,
-    clip,
-    eva,
     llava,
     minigpt4,
     peft,
@@ -28,13 +26,14 @@ from llava_jax.convert import (
     table,
     tokenizer_files,
     torch_zip,
+    views,
 )  # fmt: skip
 from llava_jax.convert.files import Spec, write_json, write_shards
 from llava_jax.convert.importing import OURS, SIDE_TOWER
 from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
 from llava_jax.errors import UsageError
-from llava_jax.models import lora
-from llava_jax.models.presets import EvaConfig, LlavaConfig
+from llava_jax.models import eva, lora, registry
+from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import ending, templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
@@ -139,7 +138,7 @@ def _generation(source: Source, pad_id: int) -> dict[str, Any]:
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     config, prompt = source.config, source.card.prompt
     words, rows, image_id, pad_id, ends = _vocabulary(source)
-    dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config.projector), "")
+    dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config), "")
     content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
     write_json(partial / "config.json", content | {OURS: _kept(prompt)})
     write_json(partial / "generation_config.json", _generation(source, pad_id))
@@ -212,7 +211,7 @@ def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> Non
         raise UsageError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
     words = tokenizer_files.without_image_token(source.words)
     rows = tokenizer_files.kept_rows(source.words, config.llm.vocab + config.llm.added_tokens)
-    table_rows = llava.rows(llava.ORIGINAL, config.projector)
+    table_rows = llava.rows(llava.ORIGINAL, config)
     tower = _hub_tower(config)
     if tower is None:
         dtype = _write_tensors(source, partial, rows, table_rows, "llm/", "projector/")
@@ -254,11 +253,11 @@ def _write_tensors(source: Source, partial: epath.Path, vocab: int, rows: Sequen
     """Writes the shards of the leaves that begin with one of `leaves`; returns the dtype of most of the bytes."""
     specs = _exported_specs(source, vocab)
     specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
-    found = table.entries(specs, rows, clip.first_layers(source.config.vision), "conversion")
+    found = table.entries(specs, rows, llava.first_layers(source.config), "conversion")
     theirs = {name: Spec(e.their_shape, specs[e.ours].dtype) for e in found for name in e.theirs}
     tensors = _tensors(source, found, specs)
-    if isinstance(source.config.vision, EvaConfig):
-        theirs, tensors = eva.joined_specs(theirs), eva.joined(tensors)
+    if registry.tower_of(source.config.vision) is eva.PART:
+        theirs, tensors = views.joined_specs(theirs), views.joined(tensors)
     write_shards(partial, theirs, tensors)
     sizes: dict[str, int] = {}
     for spec in specs.values():
@@ -315,18 +314,19 @@ def fit_axis(parts: Sequence[np.ndarray], axis: int, size: int) -> np.ndarray:
 
 
 def _write_side_tower(source: Source, directory: epath.Path) -> None:
-    """A tower of unknown name as a CLIP directory of its own, which the original code loads by its path."""
+    """A tower of unknown name as a directory of its own, which the original code loads by its path."""
     files.make_directory(directory)
-    _write_tensors(source, directory, source.config.llm.vocab, clip.rows("vision_model."), "vision/")
-    content = {"architectures": ["CLIPVisionModel"], **clip.config_json(source.config.vision)}
+    tower = registry.tower_of(source.config.vision)
+    _write_tensors(source, directory, source.config.llm.vocab, tower.rows("vision_model."), "vision/")
+    content = {"architectures": [tower.hub_class], **tower.config_json(source.config.vision)}
     write_json(directory / "config.json", content)
     write_json(directory / "preprocessor_config.json", processor.preprocessor_json(source.config.vision, "square"))
 
 
 def _hub_tower(config: LlavaConfig) -> str | None:
     """The name under which the original code fetches a tower of these sizes, or None."""
-    for name, tower in clip.HUB_TOWERS.items():
-        chosen = {"select_layer": config.vision.select_layer, "select_feature": config.vision.select_feature}
+    chosen = {"select_layer": config.vision.select_layer, "select_feature": config.vision.select_feature}
+    for name, tower in registry.tower_of(config.vision).hub.items():
         if dataclasses.replace(tower, **chosen) == config.vision:
             return name
     return None

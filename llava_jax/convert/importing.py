@@ -15,23 +15,16 @@ from etils import epath
 from llava_jax import files, params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert import clip, llama, llava, minigpt4, processor, table, unread
+from llava_jax.convert import llava, minigpt4, processor, table, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
 from llava_jax.errors import UnusableCheckpoint, UsageError
-from llava_jax.models import lora
+from llava_jax.models import eva, lora, registry
+from llava_jax.models.flamingo import CrossConfig
 from llava_jax.models.llava import abstract_params, init_params
-from llava_jax.models.presets import (
-    RESAMPLERS,
-    CrossConfig,
-    EvaConfig,
-    LlamaConfig,
-    LlavaConfig,
-    QFormerConfig,
-    TowerConfig,
-    config_to_json,
-)
-from llava_jax.models.projectors import Projector, input_width
+from llava_jax.models.parts import Decoder, DecoderConfig, Tower, TowerConfig
+from llava_jax.models.presets import LlavaConfig, config_to_json
+from llava_jax.models.qformer import QFormerConfig
 from llava_jax.prompt import ending, templates, tokenizer
 
 SIDE_TOWER = "vision_tower"  # where `export --format llava` puts a tower that no hub name stands for
@@ -72,7 +65,7 @@ def import_checkpoint(
         config, parts, layout = _read(directory, content, vision)
         tensors = [str(part.tensors.path) for part in parts]
         origin = {"imported_from": str(directory), "layout": layout, "tensors": tensors}
-        prompt = _prompt(directory, content, options)
+        prompt = _prompt(directory, content, options, registry.decoder_of(config.llm))
         _write(destination, config, parts, {}, prompt, directory, origin)
     except UnusableCheckpoint as error:  # what it calls itself says most to who asks for help
         raise type(error)(f"{error} ({unread.identity(content)})") from None
@@ -91,12 +84,12 @@ def _read(
     if minigpt4.is_hub(content):
         tensors = open_tensors(directory)
         config = minigpt4.read_hub(content, where, tensors, (content.get(OURS) or {}).get("ln_vision_eps"))
-        return _with_image_numbers(config, directory), [minigpt4.hub_part(config, tensors)], minigpt4.HUB_TYPE
-    llava.check_hub(content, where)
+        return _seen(config, directory), [minigpt4.hub_part(config, tensors)], minigpt4.HUB_TYPE
+    tower, _ = llava.hub_parts(content, where)
     tensors = open_tensors(directory)
-    layout = llava.find_layout(tensors)
-    config = _with_image_numbers(llava.read_hub_config(content, where, layout, tensors), directory)
-    return config, [Part(("",), tensors, llava.rows(layout, config.projector))], layout.name
+    layout = llava.find_layout(tensors, tower)
+    config = _seen(llava.read_hub_config(content, where, layout, tensors), directory)
+    return config, [Part(("",), tensors, llava.rows(layout, config))], layout.name
 
 
 def _refuse_vision(vision: epath.PathLike | None, directory: epath.Path) -> None:
@@ -116,20 +109,20 @@ def assemble(
     connector: epath.PathLike | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Makes a fresh checkpoint of a tower, a LLaMA directory and a connector: a LLaVA or a MiniGPT-4.
+    """Makes a fresh checkpoint of a tower, a language model's directory and a connector: a LLaVA or a MiniGPT-4.
 
     Args:
-      vision: a CLIP directory, `eva_vit_g.pth`, or a BLIP-2 directory.
+      vision: a directory of a CLIP or a SigLIP, `eva_vit_g.pth`, or a BLIP-2 directory.
       projector: a file with `mm_projector` tensors (`mm_projector.bin`, or safetensors), or a checkpoint of MiniGPT-4's
         (`llama_proj`); None draws a new one.
-      projector_type: the connector; None is that of `projector` or `connector`, else mlp2x_gelu on a CLIP,
-        concat4_linear on an EVA. Its linear layers start like torch's nn.Linear; all that is drawn comes from `seed`,
+      projector_type: the connector; None is that of `projector` or `connector`, else concat4_linear on an EVA,
+        mlp2x_gelu on all others. Its linear layers start like torch's nn.Linear; all that is drawn comes from `seed`,
         in float32.
-      select_layer: of a CLIP; None is -2.
-      options: where nothing is said, template v1 and images padded; of a MiniGPT-4 its chat's template, squashed, and
-        the words of a LLaMA cut as by the transformers that it was trained with.
+      select_layer: of a CLIP or a SigLIP; None is -2.
+      options: where nothing is said, the decoder's template and images padded; of a MiniGPT-4 its chat's template,
+        squashed, and the words of a LLaMA cut as by the transformers that it was trained with.
       connector: the Q-Former with the norm before it: `blip2_pretrained_*.pth`, or a BLIP-2 directory.
-      image_size: pixels a side, to which an EVA's positions are interpolated; None is the tower's own. MiniGPT-v2's
+      image_size: pixels a side, to which the tower's positions are interpolated; None is the tower's own. MiniGPT-v2's
         file does not say it.
 
     Raises:
@@ -153,27 +146,25 @@ def assemble(
             raise UsageError(f"--connector {connector}: a Q-Former, which the connector {kind!r} has not")
         parts.append(pretrained.part)
     tower, part = _tower(vision, kind, select_layer, image_size)
-    decoder, llm_tensors = llama.open_directory(llm_directory)
+    decoder, content, llm_tensors = _open_decoder(llm_directory)
     head = "lm_head.weight"
-    decoder = llama.with_head(decoder, bool(decoder.get("tie_word_embeddings")), llm_tensors, head)
-    parts += [part, Part(("llm/",), llm_tensors, llama.rows("model.", head))]
+    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), llm_tensors, head)
+    parts += [part, Part(("llm/",), llm_tensors, decoder.rows("model.", head))]
     config = _assembled(
-        tower, kind, llama.read_config(decoder, str(llm_directory / "config.json")),
+        tower, kind, decoder.read_config(content, str(llm_directory / "config.json")),
         None if pretrained is None else pretrained.config,
     )  # fmt: skip
-    if not is_eva:
-        config = _with_image_numbers(config, epath.Path(vision))
     fresh = _fresh(config, parts, seed) | _scales(added, config)
     origin = {"vision": str(vision), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
     origin |= {} if connector is None else {"connector": str(connector)}
-    prompt = _assembled_prompt(options, kind, is_eva, bool(added), llm_directory)
+    prompt = _assembled_prompt(options, kind, is_eva, bool(added), llm_directory, decoder.template)
     _write(destination, config, parts, fresh, prompt, llm_directory, origin, added)
 
 
 def _assembled_prompt(
-    options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: epath.Path
+    options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: epath.Path, template: str
 ) -> cards.PromptCard:
-    template, mode, legacy = "v1", "pad", options.legacy
+    mode, legacy = "pad", options.legacy
     if is_eva:
         template = minigpt4.V2_TEMPLATE if adapted else minigpt4.TEMPLATES.get(kind, template)
         mode, legacy = "squash", minigpt4.legacy(llm) if legacy is None else legacy
@@ -188,21 +179,57 @@ def _tower(
         if select_layer is not None:
             raise UsageError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
         return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
-    if image_size is not None:
-        raise UsageError(f"--image-size {image_size}: {vision} is a CLIP, whose positions are not interpolated")
-    content, tensors, prefix = clip.open_directory(directory)
-    layer = -2 if select_layer is None else select_layer
-    config = clip.read_config(content, str(directory / "config.json"), layer, "patch")
-    return config, Part(("vision/",), tensors, clip.rows(prefix))
+    part, content, tensors, prefix = _open_tower(directory)
+    layer, feature = -2 if select_layer is None else select_layer, "patch"
+    config = part.read_config(content, str(directory / "config.json"), layer, feature)
+    config, rows = _with_image_numbers(config, directory), part.rows(prefix)
+    if image_size is not None and image_size != config.image_size:
+        config = dataclasses.replace(config, image_size=image_size)
+        (name,) = [theirs for ours, (theirs, _) in rows if ours == "vision/pos"]
+        tensors = views.resized(tensors, name, round(config.patches**0.5), part.class_token)
+    return config, Part(("vision/",), tensors, rows)
 
 
-def _assembled(tower: TowerConfig, kind: str, llm: LlamaConfig, qformer: QFormerConfig | None) -> LlavaConfig:
+def _open_tower(directory: epath.Path) -> tuple[Tower, dict[str, Any], TensorFiles, str]:
+    """(kind, config.json, tensors, beginning of their names) of a directory with a tower, alone or beside its text's.
+
+    Raises:
+      UnusableCheckpoint: no tower that is known here is in it.
+    """
+    content = read_json(directory / "config.json")
+    unread.refuse_quantised(content, str(directory))
+    known = {name: part for part in registry.towers().values() for name in part.model_types}
+    kind = content.get("model_type", next(iter(known)))
+    if kind not in known:
+        wanted = ", ".join(map(repr, known))
+        raise UnusableCheckpoint(f"{directory}: model_type is {kind!r}; wanted a vision tower, one of {wanted}")
+    tensors, part = open_tensors(directory), known[kind]
+    # transformers 5.6 and later write a lone vision model without "vision_model.".
+    found = [prefix for prefix in ("vision_model.", "") if prefix + part.mark in tensors.specs]
+    if not found:
+        shown = ", ".join(list(tensors.specs)[:3])
+        raise UnusableCheckpoint(f"{directory}: no vision tower of {part.label} here; its tensors are such as {shown}")
+    return part, content, tensors, found[0]
+
+
+def _open_decoder(directory: epath.Path) -> tuple[Decoder, dict[str, Any], TensorFiles]:
+    """(kind, config.json, tensors) of a language model's directory. Raises UnusableCheckpoint on an unknown family."""
+    content, known = read_json(directory / "config.json"), registry.decoders()
+    unread.refuse_quantised(content, str(directory))
+    if content.get("model_type") not in known:
+        wanted = ", ".join(map(repr, known))
+        raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted one of {wanted}")
+    return known[content["model_type"]], content, open_tensors(directory)
+
+
+def _assembled(tower: TowerConfig, kind: str, llm: DecoderConfig, qformer: QFormerConfig | None) -> LlavaConfig:
     """The config of parts; what no file says has the sizes of the published connectors."""
-    resampler = qformer or (RESAMPLERS[kind]() if kind in RESAMPLERS else None)
-    normed = isinstance(tower, EvaConfig) or kind == "qformer"
+    connector = registry.connector(kind)
+    resampler = qformer or (connector.resampler() if connector.resampler else None)
+    normed = registry.tower_of(tower) is eva.PART or kind == "qformer"
     return LlavaConfig(
         vision=tower, projector=kind, llm=llm, ln_vision_eps=minigpt4.LN_EPS if normed else None, resampler=resampler,
-        cross=CrossConfig(media_width=tower.width) if kind == "flamingo_xattn" else None,
+        cross=CrossConfig(media_width=tower.width) if connector.gated else None,
     )  # fmt: skip
 
 
@@ -220,29 +247,30 @@ def _original(
 ) -> tuple[LlavaConfig, list[Part]]:
     """The model in the original code's files, whose tower may lie among them or elsewhere."""
     layout, where = llava.ORIGINAL, str(directory / "config.json")
-    llava.check_original(content, where)
+    llava.original_decoder(content, where)
     tensors = open_tensors(directory)
-    in_file = layout.vision + "embeddings.class_embedding" in tensors.specs
+    hub = {name: (part, sizes) for part in registry.towers().values() for name, sizes in part.hub.items()}
     if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
-    if vision is None and not (in_file and name in clip.HUB_TOWERS):
+    known = name in hub and layout.vision + hub[name][0].mark in tensors.specs
+    if vision is None and not known:
         raise UsageError(
-            f"{directory}: its vision tower {name!r} is not in it; download that CLIP model and give it as --vision"
+            f"{directory}: its vision tower {name!r} is not in it; download that model and give it as --vision"
         )
-    kind = llava.projector_kind(list(tensors.specs), layout.projector)
-    content = llama.with_head(content, bool(content.get("tie_word_embeddings")), tensors, layout.head)
+    kind = llava.projector_kind(list(tensors.specs), layout.projector, content)
+    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), tensors, layout.head)
     if vision is None:
-        tower = clip.config_json(clip.HUB_TOWERS[name])
-        config = llava.read_original_config(content, where, tower, kind)
-        return config, [Part(("",), tensors, llava.rows(layout, kind))]
-    tower, clip_tensors, prefix = clip.open_directory(epath.Path(vision))
-    config = llava.read_original_config(content, where, tower, kind)
-    config = _with_image_numbers(config, epath.Path(vision))
-    if in_file:  # a tower that was trained on; the original code's own is preferred to the one it came from
-        return config, [Part(("",), tensors, llava.rows(layout, kind))]
-    rest = Part(("llm/", "projector/"), tensors, llava.rows(layout, kind))
-    return config, [Part(("vision/",), clip_tensors, clip.rows(prefix)), rest]
+        part, sizes = hub[name]
+        config = llava.read_original_config(content, where, part, part.config_json(sizes), kind)
+        return config, [Part(("",), tensors, llava.rows(layout, config))]
+    part, sizes, tower_tensors, prefix = _open_tower(epath.Path(vision))
+    config = llava.read_original_config(content, where, part, sizes, kind)
+    config = _seen(config, epath.Path(vision))
+    if layout.vision + part.mark in tensors.specs:  # a tower that was trained on; the original code prefers it too
+        return config, [Part(("",), tensors, llava.rows(layout, config))]
+    rest = Part(("llm/", "projector/"), tensors, llava.rows(layout, config))
+    return config, [Part(("vision/",), tower_tensors, part.rows(prefix)), rest]
 
 
 def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
@@ -252,7 +280,7 @@ def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
     if not mark:
         raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's or llama_proj's")
     layout = llava.ORIGINAL._replace(projector=prefix + mark)
-    return llava.projector_kind(list(tensors.specs), layout.projector), layout
+    return llava.projector_kind(list(tensors.specs), layout.projector, {}), layout
 
 
 def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:
@@ -260,8 +288,9 @@ def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, n
     read = tuple(start for part in parts for start in part.leaves)
     fresh = {}
     if "projector/" not in read:
-        module = Projector(config.projector, config.llm.width)
-        variables = module.init(jax.random.key(seed), jnp.zeros((1, input_width(config))))
+        connector = registry.connector(config.projector)
+        module = connector.module(config.projector, config.llm.width)
+        variables = module.init(jax.random.key(seed), jnp.zeros(_connected(config)))
         leaves = params.flatten(variables["params"]) if "params" in variables else {}
         fresh = {f"projector/{name}": leaf for name, leaf in leaves.items()}
     others = [start for start in ("resampler/", "ln_vision/") if start not in read] + ["llm/cross/"]
@@ -276,6 +305,15 @@ def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, n
     return {name: np.asarray(leaf) for name, leaf in fresh.items()}
 
 
+def _connected(config: LlavaConfig) -> tuple[int, int, int]:
+    """[1, P, C] of one image's features where the connector's own layers begin."""
+    if config.resampler is None:
+        return 1, config.vision.features, config.vision.width
+    module = registry.connector(config.projector).resampler_module(config.resampler)
+    features = jnp.zeros((1, config.vision.features, config.vision.width))
+    return jax.eval_shape(lambda x: module.init_with_output(jax.random.key(0), x)[0], features).shape
+
+
 def _scales(added: Mapping[str, tuple[int, int]], config: LlavaConfig) -> dict[str, np.ndarray]:
     """The constant of each adapter, which files leave to their readers."""
     return {
@@ -284,17 +322,24 @@ def _scales(added: Mapping[str, tuple[int, int]], config: LlavaConfig) -> dict[s
     }
 
 
-def _with_image_numbers(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
+def _with_image_numbers(config: TowerConfig, directory: epath.Path) -> TowerConfig:
     settings = processor.read_settings(directory)
-    if settings.side not in (None, config.vision.image_size):
+    if settings.side not in (None, config.image_size):
         raise UnusableCheckpoint(
             f"{directory}: its image processor makes {settings.side} pixels a side, its tower takes "
-            f"{config.vision.image_size}; one of the two files is of another model"
+            f"{config.image_size}; one of the two files is of another model"
         )
-    return dataclasses.replace(config, vision=dataclasses.replace(config.vision, mean=settings.mean, std=settings.std))
+    return dataclasses.replace(config, **settings.numbers)
 
 
-def _prompt(directory: epath.Path, content: Mapping[str, Any], options: PromptOptions) -> cards.PromptCard:
+def _seen(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
+    """The model with the image numbers of a directory's processor."""
+    return dataclasses.replace(config, vision=_with_image_numbers(config.vision, directory))
+
+
+def _prompt(
+    directory: epath.Path, content: Mapping[str, Any], options: PromptOptions, decoder: Decoder
+) -> cards.PromptCard:
     """Options first, then what an export of ours kept, then what the format itself says."""
     kept = content.get(OURS) or {}
     if minigpt4.is_hub(content):
@@ -307,7 +352,8 @@ def _prompt(directory: epath.Path, content: Mapping[str, Any], options: PromptOp
     if mode is None:
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
-    return cards.PromptCard(options.template or kept.get("template", "v1"), options.legacy, mode, marks)
+    template = options.template or kept.get("template", decoder.template)
+    return cards.PromptCard(template, options.legacy, mode, marks)
 
 
 def _write(
@@ -333,8 +379,8 @@ def _write(
     for part in parts:
         open_ = {name: leaf for name, leaf in leaves.items() if name not in fresh and name not in dtypes}
         mine = {name: leaf for name, leaf in open_.items() if name.startswith(part.leaves)}
-        found = table.entries(mine, part.rows, clip.first_layers(config.vision), "conversion")
-        dtypes |= table.check(found, part.tensors, (*llava.IGNORED, *part.ignored))
+        found = table.entries(mine, part.rows, llava.first_layers(config), "conversion")
+        dtypes |= table.check(found, part.tensors, (*llava.ignored(config), *part.ignored))
         sources += [(entry, part.tensors) for entry in found]
     dtypes |= {name: leaf.dtype for name, leaf in fresh.items()}
     store.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))

@@ -4,14 +4,13 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.convert import clip, llama, unread
+from llava_jax.convert import unread
 from llava_jax.convert.files import TensorFiles
-from llava_jax.convert.table import LINEAR, SAME, Row
 from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.models import mlp, registry
+from llava_jax.models.names import SAME, Row, linear
+from llava_jax.models.parts import Decoder, Tower
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.models.projectors import depth
-
-ORIGINAL_CLASS = "LlavaLlamaForCausalLM"
 
 
 class Layout(NamedTuple):
@@ -44,27 +43,42 @@ ORIGINAL = Layout(
     "original", "model.vision_tower.vision_tower.vision_model.", "model.", "lm_head.weight", "model.mm_projector.",
     "model.image_newline",
 )  # fmt: skip
-IGNORED = (*clip.IGNORED, *llama.IGNORED)
 
 
-def find_layout(tensors: TensorFiles) -> Layout:
+def find_layout(tensors: TensorFiles, tower: Tower) -> Layout:
     """Which of the Hugging Face layouts the tensors are in, told from two of their names.
 
     Raises:
       UnusableCheckpoint: none of them.
     """
     for layout in (HUB, LEG5, NEW4, NEW5):
-        marks = (layout.text + "embed_tokens.weight", layout.vision + "embeddings.class_embedding")
+        marks = (layout.text + "embed_tokens.weight", layout.vision + tower.mark)
         if all(mark in tensors.specs for mark in marks):
             return layout
     shown = ", ".join(list(tensors.specs)[:3])
-    raise UnusableCheckpoint(f"{tensors.path}: no LLaVA with a CLIP tower; its tensors are such as {shown}")
+    raise UnusableCheckpoint(f"{tensors.path}: no LLaVA with {tower.label} tower; its tensors are such as {shown}")
 
 
-def rows(layout: Layout, projector: str) -> list[Row]:
+def rows(layout: Layout, config: LlavaConfig) -> list[Row]:
     """The whole model's table in one layout."""
-    table = clip.rows(layout.vision) + llama.rows(layout.text, layout.head) + projector_rows(layout, projector)
+    return [*parts_rows(layout, config), *projector_rows(layout, config.projector)]
+
+
+def parts_rows(layout: Layout, config: LlavaConfig) -> list[Row]:
+    """The table of all but the projector."""
+    tower, decoder = registry.tower_of(config.vision), registry.decoder_of(config.llm)
+    table = [*tower.rows(layout.vision), *decoder.rows(layout.text, layout.head)]
     return [*table, ("image_newline", (layout.newline, SAME))]
+
+
+def first_layers(config: LlavaConfig) -> dict[str, int]:
+    """Where the stacks of a model begin in their numbering."""
+    return registry.tower_of(config.vision).first_layers(config.vision)
+
+
+def ignored(config: LlavaConfig) -> tuple[str, ...]:
+    """Patterns over names in files of these parts that are nothing of the model."""
+    return registry.tower_of(config.vision).ignored + registry.decoder_of(config.llm).ignored
 
 
 def projector_rows(layout: Layout, projector: str) -> list[Row]:
@@ -74,19 +88,19 @@ def projector_rows(layout: Layout, projector: str) -> list[Row]:
       ValueError: the layout has no such projector.
     """
     if layout.projector.endswith("mm_projector."):
-        # One layer is a bare Linear there, several are a Sequential.
-        number = "" if depth(projector) == 1 else r"\1."
-        names = [(r"projector/(\d+)", layout.projector + number)]
-    elif projector == "mlp2x_gelu":
-        names = [(f"projector/{2 * i}", f"{layout.projector}linear_{i + 1}.") for i in range(2)]
-    else:
+        return registry.connector(projector).rows(projector, layout.projector)
+    if projector != "mlp2x_gelu":
         raise UsageError(f"the Hugging Face format has no projector {projector!r}, only mlp2x_gelu; use --format llava")
-    kinds = (("kernel", "weight", LINEAR), ("bias", "bias", SAME))
-    return [(f"{ours}/{k}", (theirs + w, axes)) for ours, theirs in names for k, w, axes in kinds]
+    return [row for i in range(2) for row in linear(f"projector/{2 * i}", f"{layout.projector}linear_{i + 1}")]
 
 
-def projector_kind(names: Sequence[str], prefix: str) -> str:
-    """The projector that tensors `prefix` + "weight" (linear) or "0.weight", "2.weight" ... (mlp) belong to."""
+def projector_kind(names: Sequence[str], prefix: str, content: Mapping[str, Any]) -> str:
+    """The projector that tensors `prefix` + "weight" (linear) or "0.weight", "2.weight" ... (mlp) belong to; one that
+    config.json names and that is no mere layers is taken by its word."""
+    said = content.get("mm_projector_type")
+    if isinstance(said, str) and not re.fullmatch(mlp.PLAIN.name, said):
+        registry.connector(said)
+        return said
     if prefix + "weight" in names:
         return "linear"
     layers = [name for name in names if re.fullmatch(re.escape(prefix) + r"\d+\.weight", name)]
@@ -101,38 +115,54 @@ def is_original(content: Mapping[str, Any]) -> bool:
     return "text_config" not in content and any(key.startswith("mm_") for key in content)
 
 
-def check_hub(content: Mapping[str, Any], where: str) -> None:
-    """Refuses the config.json of another model, or of a LLaVA of other parts, by what it calls them.
+def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
+    """The parts of a Hugging Face LLaVA, by what its config.json calls them.
 
     Raises:
-      UnusableCheckpoint: one of the three model types is another one.
+      UnusableCheckpoint: it is another model, or of parts that are not here.
     """
     kind = content.get("model_type", "llava")
-    if kind == "llama":
+    towers, decoders = registry.towers().values(), registry.decoders()
+    if kind in decoders:
         raise UnusableCheckpoint(
-            f"{where}: model_type is 'llama', a language model alone; wanted 'llava'. `convert assemble DST --vision "
-            "CLIP_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
+            f"{where}: model_type is {kind!r}, a language model alone; wanted 'llava'. `convert assemble DST --vision "
+            "TOWER_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
         )
     if kind != "llava":
         raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted 'llava', 'blip-2' or the original code's")
-    for name, kinds in (("text", ("llama",)), ("vision", clip.KINDS)):
+    known = {
+        "text": {name: part for name, part in decoders.items()},
+        "vision": {name: part for part in towers for name in part.model_types},
+    }
+    found = []
+    for name, kinds in known.items():
         part = content.get(f"{name}_config")
         if not isinstance(part, Mapping):
             raise UnusableCheckpoint(f"{where}: {name}_config is missing; wanted transformers' config of that part")
-        if part.get("model_type", kinds[0]) not in kinds:
-            raise UnusableCheckpoint(f"{where}: {name} model_type is {part['model_type']!r}; wanted {kinds[0]!r}")
+        said = part.get("model_type", next(iter(kinds)))
+        if said not in kinds:
+            raise UnusableCheckpoint(f"{where}: {name} model_type is {said!r}; wanted one of {', '.join(kinds)}")
+        found.append(kinds[said])
+    return found[1], found[0]
 
 
-def check_original(content: Mapping[str, Any], where: str) -> None:
-    """Refuses the original code's config.json where it is of another model than LLaVA-1.0 or 1.5 on a LLaMA.
+def original_decoder(content: Mapping[str, Any], where: str) -> Decoder:
+    """The decoder of the original code's config.json, refused where it is of another model than LLaVA-1.0 or 1.5.
 
     Raises:
       UnusableCheckpoint: names the key.
     """
-    classes = content.get("architectures") or [ORIGINAL_CLASS]
-    if classes != [ORIGINAL_CLASS]:
-        raise UnusableCheckpoint(f"{where}: architectures {classes}; wanted {ORIGINAL_CLASS}")
     unread.refuse_original(content, where)
+    classes = {part.original[0]: part for part in registry.decoders().values()}
+    said = content.get("architectures") or [next(iter(classes))]
+    if len(said) != 1 or said[0] not in classes:
+        raise UnusableCheckpoint(f"{where}: architectures {said}; wanted one of {', '.join(classes)}")
+    part = classes[said[0]]
+    kind = content.get("model_type")
+    if kind not in (None, "llava", part.kind, f"llava_{part.kind}", part.original[1]):
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r} of a {classes[said[0]].original[0]}; wanted "
+                                 f"{part.original[1]!r}")  # fmt: skip
+    return part
 
 
 def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tensors: TensorFiles) -> LlavaConfig:
@@ -141,50 +171,53 @@ def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tens
     Raises:
       UnusableCheckpoint: something in it that this model cannot be.
     """
-    check_hub(content, where)
+    tower, decoder = hub_parts(content, where)
     wanted = {"projector_hidden_act": "gelu", "multimodal_projector_bias": True}
     for key, value in wanted.items():
         if content.get(key, value) != value:
             raise UnusableCheckpoint(f"{where}: {key} is {content[key]!r}; wanted {value!r}")
-    features = {"default": "patch", "full": "cls_patch"}
+    features = {"default": "patch", "full": "cls_patch"} if tower.class_token else {"full": "patch"}
     strategy, layer = content.get("vision_feature_select_strategy", "default"), content.get("vision_feature_layer", -2)
     if strategy not in features or not isinstance(layer, int):
         raise UnusableCheckpoint(
             f"{where}: vision_feature_select_strategy {strategy!r}, vision_feature_layer {layer!r}; "
-            "wanted default or full, and one number"
+            f"wanted {' or '.join(features)}, and one number"
         )
     text = content["text_config"]
     tied = content.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    text = llama.with_head(text, bool(tied), tensors, layout.head)
+    text = with_head(text, bool(tied), tensors, layout.head)
     return LlavaConfig(
-        vision=clip.read_config(content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
+        vision=tower.read_config(content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
         projector="mlp2x_gelu",
-        llm=llama.read_config(text, f"{where}: text_config"),
+        llm=decoder.read_config(text, f"{where}: text_config"),
         image_newline=False,
     )
 
 
+def with_head(content: Mapping[str, Any], tied: bool, tensors: TensorFiles, head: str) -> dict[str, Any]:
+    """The config with embeddings tied only where the output matrix is not stored, since what is stored counts."""
+    return {**content, "tie_word_embeddings": bool(tied) and head not in tensors.specs}
+
+
 def read_original_config(
-    content: Mapping[str, Any], where: str, tower: Mapping[str, Any], projector: str
+    content: Mapping[str, Any], where: str, tower: Tower, sizes: Mapping[str, Any], projector: str
 ) -> LlavaConfig:
     """The model of the original code's config.json, which does not hold the tower's sizes.
 
     Args:
-      tower: config.json of the CLIP tower.
+      sizes: config.json of the tower.
       projector: told by the tensors; `mm_projector_type` is left out in old files.
 
     Raises:
       UnusableCheckpoint: something in it that this model cannot be.
     """
-    check_original(content, where)
+    decoder = original_decoder(content, where)
     if content.get("mm_projector_type", projector) != projector:
         said = content["mm_projector_type"]
         raise UnusableCheckpoint(f"{where}: mm_projector_type {said!r}, but the tensors are {projector!r}")
-    vision = clip.read_config(
-        tower, f"{where}: its tower", content.get("mm_vision_select_layer", -2),
-        content.get("mm_vision_select_feature", "patch"),
-    )  # fmt: skip
-    return LlavaConfig(vision=vision, projector=projector, llm=llama.read_config(content, where), image_newline=False)
+    feature = content.get("mm_vision_select_feature", "patch") if tower.class_token else "patch"  # it reads all anyway
+    vision = tower.read_config(sizes, f"{where}: its tower", content.get("mm_vision_select_layer", -2), feature)
+    return LlavaConfig(vision=vision, projector=projector, llm=decoder.read_config(content, where), image_newline=False)
 
 
 def hub_config_json(
@@ -196,9 +229,8 @@ def hub_config_json(
       vocab: rows of the vocabulary as exported.
       ends: ids of bos and eos.
     """
-    text = llama.config_json(config.llm, vocab, dtype)
-    text |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "pad_token_id": pad_id}
-    text |= {"bos_token_id": ends[0], "eos_token_id": ends[1]}
+    tower = registry.tower_of(config.vision)
+    whole = config.vision.select_feature == "cls_patch" or not tower.class_token
     return {
         "architectures": ["LlavaForConditionalGeneration"],
         "model_type": "llava",
@@ -209,12 +241,19 @@ def hub_config_json(
         "projector_hidden_act": "gelu",
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision.select_layer,
-        "vision_feature_select_strategy": "default" if config.vision.select_feature == "patch" else "full",
+        "vision_feature_select_strategy": "full" if whole else "default",
         "tie_word_embeddings": config.llm.tie_embeddings,
         "torch_dtype": dtype,
-        "text_config": text,
-        "vision_config": clip.config_json(config.vision),
+        "text_config": text_config(config, vocab, dtype, pad_id, ends),
+        "vision_config": tower.config_json(config.vision),
     }
+
+
+def text_config(config: LlavaConfig, vocab: int, dtype: str, pad_id: int, ends: Sequence[int | None]) -> dict[str, Any]:
+    """The `text_config` of a Hugging Face model; arguments as of `hub_config_json`."""
+    part = registry.decoder_of(config.llm)
+    ids = {"pad_token_id": pad_id, "bos_token_id": ends[0], "eos_token_id": ends[1]}
+    return part.config_json(config.llm, vocab, dtype) | {"architectures": [part.hub_class]} | ids
 
 
 def original_config_json(config: LlavaConfig, vocab: int, dtype: str, tower: str, in_file: bool, prompt: Any) -> dict:
@@ -225,10 +264,11 @@ def original_config_json(config: LlavaConfig, vocab: int, dtype: str, tower: str
       in_file: the tower's weights lie among the tensors; the original code reads them only when told so.
       prompt: the checkpoint's `PromptCard`.
     """
+    decoder = registry.decoder_of(config.llm)
     return {
-        "architectures": [ORIGINAL_CLASS],
-        "model_type": "llava",  # transformers knows no "llava_llama"; the original code takes both
-        **llama.config_json(config.llm, vocab, dtype),
+        **decoder.config_json(config.llm, vocab, dtype),
+        "architectures": [decoder.original[0]],
+        "model_type": decoder.original[1],
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,

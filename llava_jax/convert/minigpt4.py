@@ -11,11 +11,15 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
-from llava_jax.convert import eva, llama, qformer, unread
+from llava_jax.convert import llava, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
-from llava_jax.convert.table import LINEAR, SAME, Part, Row
+from llava_jax.convert.table import Part
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
-from llava_jax.models.presets import EvaConfig, LlavaConfig, QFormerConfig
+from llava_jax.models import eva, qformer, registry
+from llava_jax.models.eva import EvaConfig
+from llava_jax.models.names import LINEAR, Row, linear
+from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.qformer import QFormerConfig
 
 HUB_CLASS, HUB_TYPE = "Blip2ForConditionalGeneration", "blip-2"
 LN_EPS = 1e-5  # of the norm after the tower: torch's default, which LAVIS leaves; Hugging Face has the tower's
@@ -40,8 +44,8 @@ class Connector(NamedTuple):
 
 def is_kin(config: LlavaConfig) -> bool:
     """Whether a model has what no LLaVA has: another tower, or a connector that makes fewer features."""
-    other = config.resampler is not None or config.projector == "concat4_linear"
-    return other or config.ln_vision_eps is not None or isinstance(config.vision, EvaConfig)
+    fewer = config.resampler is not None or config.projector == "concat4_linear"
+    return fewer or config.ln_vision_eps is not None or registry.tower_of(config.vision) is eva.PART
 
 
 def is_hub(content: Mapping[str, Any]) -> bool:
@@ -70,23 +74,26 @@ def read_hub(content: Mapping[str, Any], where: str, tensors: TensorFiles, ln_ep
       UnusableCheckpoint: something in it that this model cannot be.
     """
     text = _section(content, "text_config", where)
-    if text.get("model_type") != "llama":
+    decoders = registry.decoders()
+    if text.get("model_type") not in decoders:
         raise UnusableCheckpoint(
-            f"{where}: text model_type is {text.get('model_type')!r}; wanted 'llama'. Tower and Q-Former can still be "
-            "had of it: `assemble --vision DIR --connector DIR --llm LLAMA_DIR`"
+            f"{where}: text model_type is {text.get('model_type')!r}; wanted one of {', '.join(decoders)}. Tower and "
+            "Q-Former can still be had of it: `assemble --vision DIR --connector DIR --llm LLAMA_DIR`"
         )
     tied = content.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    vision = eva.read_hub_config(_section(content, "vision_config", where), f"{where}: vision_config", "cls_patch")
+    sizes = _section(content, "vision_config", where)
+    vision = eva.read_config(sizes, f"{where}: vision_config", -1, "cls_patch")
+    text = llava.with_head(text, bool(tied), tensors, _HEAD)
     return LlavaConfig(
         vision=vision, projector="qformer",
-        llm=llama.read_config(llama.with_head(text, bool(tied), tensors, _HEAD), f"{where}: text_config"),
+        llm=decoders[text["model_type"]].read_config(text, f"{where}: text_config"),
         ln_vision_eps=vision.eps if ln_eps is None else ln_eps, resampler=_hub_qformer(content, where),
     )  # fmt: skip
 
 
 def hub_part(config: LlavaConfig, tensors: TensorFiles) -> Part:
     """All leaves of a model out of a Hugging Face directory."""
-    return Part(("",), eva.with_split_biases(tensors), hub_rows(config))
+    return Part(("",), views.with_split_biases(tensors), hub_rows(config))
 
 
 def hub_rows(config: LlavaConfig) -> list[Row]:
@@ -96,7 +103,7 @@ def hub_rows(config: LlavaConfig) -> list[Row]:
         *eva.rows(eva.HUB, eva.HUB_PREFIX),
         *qformer.rows(qformer.HUB, config.resampler.cross_every),
         *projection_rows("language_projection."),
-        *llama.rows(_TEXT, _HEAD),
+        *registry.decoder_of(config.llm).rows(_TEXT, _HEAD),
     ]
 
 
@@ -109,7 +116,7 @@ def lavis_rows(config: LlavaConfig) -> list[Row]:
 
 def projection_rows(prefix: str) -> list[Row]:
     """The table of the linear layer."""
-    return [("projector/0/kernel", (prefix + "weight", LINEAR)), ("projector/0/bias", (prefix + "bias", SAME))]
+    return linear("projector/0", prefix[:-1])
 
 
 def adapter_rows(default: str = ".default") -> list[Row]:
@@ -132,17 +139,17 @@ def tower(path: epath.Path, select_feature: str, image_size: int | None) -> tupl
     """
     if files.is_file(path):
         tensors = open_tensors(path)
-        config, prefix, ignored = eva.read_lavis_config(tensors, select_feature)
+        config, prefix, ignored = eva.read_lavis_config(views.shapes(tensors), str(tensors.path), select_feature)
         names, ignored = eva.LAVIS, (*ignored, *qformer.LAVIS_IGNORED, _CONNECTOR_FILE, _LLM_FILE)
     else:
         content, tensors = _open_hub(path)
         where = str(path / "config.json")
-        config = eva.read_hub_config(_section(content, "vision_config", where), where, select_feature)
-        names, prefix, tensors = eva.HUB, eva.HUB_PREFIX, eva.with_split_biases(tensors)
+        config = eva.read_config(_section(content, "vision_config", where), where, -1, select_feature)
+        names, prefix, tensors = eva.HUB, eva.HUB_PREFIX, views.with_split_biases(tensors)
         ignored = (r"(?!vision_model\.).*", r"vision_model\.post_layernorm\..*")
     if image_size is not None and image_size != config.image_size:
         config = EvaConfig(**vars(config) | {"image_size": image_size})
-        tensors = eva.resized(tensors, prefix + names.pos, image_size // config.patch_size)
+        tensors = views.resized(tensors, prefix + names.pos, image_size // config.patch_size, True)
     return config, Part(("vision/",), tensors, eva.rows(names, prefix), ignored)
 
 
@@ -156,7 +163,7 @@ def connector(path: epath.Path) -> Connector:
     _want(path, "blip2_pretrained_*.pth or a BLIP-2 directory")
     if files.is_file(path):
         tensors = open_tensors(path)
-        config = qformer.read_lavis_config(tensors)
+        config = qformer.read_lavis_config(views.shapes(tensors), str(tensors.path))
         ignored = (*qformer.LAVIS_IGNORED, _TOWER_FILE, _LLM_FILE)
         return Connector(config, Part(leaves, tensors, qformer.rows(qformer.LAVIS, config.cross_every), ignored))
     content, tensors = _open_hub(path)
@@ -218,9 +225,6 @@ def hub_config_json(
             f"the Hugging Face format has no model with the connector {config.projector!r} on this tower; only EVA "
             "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu"
         )
-    text = llama.config_json(config.llm, vocab, dtype)
-    text |= {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "pad_token_id": pad_id}
-    text |= {"bos_token_id": ends[0], "eos_token_id": ends[1]}
     return {
         "architectures": [HUB_CLASS],
         "model_type": HUB_TYPE,
@@ -232,8 +236,8 @@ def hub_config_json(
         "initializer_range": 0.02,
         "tie_word_embeddings": config.llm.tie_embeddings,
         "torch_dtype": dtype,
-        "text_config": text,
-        "vision_config": eva.hub_config_json(config.vision),
+        "text_config": llava.text_config(config, vocab, dtype, pad_id, ends),
+        "vision_config": eva.config_json(config.vision),
         "qformer_config": qformer.hub_config_json(config.resampler, config.vision.width),
     }
 

@@ -14,12 +14,13 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
-from llava_jax.convert import clip, llava, readme, table
+from llava_jax.convert import llava, readme, table
 from llava_jax.convert.files import Spec, write_json, write_safetensors
 from llava_jax.convert.source import Source, adapted
-from llava_jax.convert.table import LINEAR, Entry
+from llava_jax.convert.table import Entry
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
+from llava_jax.models.names import LINEAR
 
 CONFIG = "adapter_config.json"
 PROMPT = "llava_jax.json"  # in an adapter's directory: what peft has no place for
@@ -124,8 +125,8 @@ def _kernels(source: Source) -> list[str]:
 
 def _entries(source: Source, names: Sequence[str]) -> list[Entry]:
     leaves = {name: source.specs[name] for name in names}
-    rows = llava.rows(llava.NEW4, source.config.projector) if names else []
-    return table.entries(leaves, rows, clip.first_layers(source.config.vision), "conversion")
+    rows = llava.rows(llava.NEW4, source.config) if names else []
+    return table.entries(leaves, rows, llava.first_layers(source.config), "conversion")
 
 
 def _modules(source: Source, kernels: Sequence[str]) -> list[Module]:

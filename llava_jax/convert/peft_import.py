@@ -14,19 +14,20 @@ from etils import epath
 from llava_jax import files
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert import clip, llama, llava, table
+from llava_jax.convert import llava, table
 from llava_jax.convert.files import TensorFiles, open_files, read_json
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.convert.peft import CONFIG, PREFIX, PROMPT
 from llava_jax.convert.source import Source, adapted, open_source
-from llava_jax.convert.table import LINEAR, Entry
+from llava_jax.convert.table import Entry
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
+from llava_jax.models.names import LINEAR
+from llava_jax.models.vit import NEVER_RUN
 from llava_jax.prompt import ending, templates
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")  # of the original code
-NEVER_RUN = "vision/tail/"  # peft's list of suffixes wraps these blocks too, and nothing ever moves there
 
 _VOCABULARY = ("llm/embed/table", "llm/head/kernel")
 
@@ -129,14 +130,13 @@ def _known(source: Source) -> dict[str, tuple[Entry, tuple[int, ...]]]:
     leaves = {name: spec for name, spec in source.specs.items() if not name.endswith("/added")}
     found: dict[str, tuple[Entry, tuple[int, ...]]] = {}
     for layout in (llava.NEW4, llava.NEW5, llava.HUB, llava.LEG5, llava.ORIGINAL):
-        rows = [*clip.rows(layout.vision), *llama.rows(layout.text, layout.head)]
-        rows.append(("image_newline", (layout.newline, table.SAME)))
+        rows = llava.parts_rows(layout, source.config)
         mine = leaves
         if layout is llava.ORIGINAL or source.config.projector == "mlp2x_gelu":
             rows += llava.projector_rows(layout, source.config.projector)
         else:
             mine = {name: leaf for name, leaf in leaves.items() if not name.startswith("projector/")}
-        for entry in table.entries(mine, rows, clip.first_layers(source.config.vision), "conversion"):
+        for entry in table.entries(mine, rows, llava.first_layers(source.config), "conversion"):
             found |= {name: (entry, (i,) if entry.stacked else ()) for i, name in enumerate(entry.theirs)}
     return found
 

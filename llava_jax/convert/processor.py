@@ -8,16 +8,23 @@ from etils import epath
 from llava_jax import files
 from llava_jax.convert.files import read_json
 from llava_jax.errors import UnusableCheckpoint
-from llava_jax.models.presets import CLIP_MEAN, CLIP_STD, TowerConfig, VisionConfig
+from llava_jax.models import registry
+from llava_jax.models.parts import TowerConfig
+
+_BICUBIC = 3
+RESAMPLE = {2: "bilinear", _BICUBIC: "bicubic"}  # PIL's numbers
 
 
 class ImageSettings(NamedTuple):
-    """What an image processor does; mode and side (pixels) None: the directory has none, or does not say."""
+    """What an image processor does; mode and side (pixels) None: the directory has none, or does not say.
+
+    Attributes:
+      numbers: `mean`, `std` and `resample` of a TowerConfig, as far as it says them.
+    """
 
     mode: str | None
     side: int | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    numbers: dict[str, Any]
 
 
 def read_settings(directory: epath.PathLike) -> ImageSettings:
@@ -32,21 +39,27 @@ def read_settings(directory: epath.PathLike) -> ImageSettings:
     if content is None:  # transformers takes the nested one where both are there
         content = read_json(alone) if files.is_file(alone) else None
     if content is None:
-        return ImageSettings(None, None, CLIP_MEAN, CLIP_STD)
-    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3}
+        return ImageSettings(None, None, {})
+    fixed = {"do_resize": True, "do_rescale": True, "do_normalize": True}
     for key, value in fixed.items():
         if content.get(key, value) != value:
             raise UnusableCheckpoint(f"{directory}: its image processor has {key} {content[key]!r}; wanted {value!r}")
-    mean, std = content.get("image_mean") or CLIP_MEAN, content.get("image_std") or CLIP_STD
-    return ImageSettings(_mode(content, str(directory)), _side(content), tuple(mean), tuple(std))
+    resample = content.get("resample", _BICUBIC)
+    if resample not in RESAMPLE:
+        raise UnusableCheckpoint(f"{directory}: its image processor has resample {resample!r}; wanted 2 or 3")
+    numbers = {"resample": RESAMPLE[resample]}
+    for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
+        if content.get(theirs):
+            numbers[ours] = tuple(content[theirs])
+    return ImageSettings(_mode(content, str(directory)), _side(content), numbers)
 
 
 def _mode(content: Mapping[str, Any], where: str) -> str:
     # CLIPImageProcessor knows no do_pad and passes over the key.
     if str(content.get("image_processor_type", "")).startswith("Llava") and content.get("do_pad"):
         return "pad"
-    # BlipImageProcessor knows no crop, and its files seldom speak of one.
-    if content.get("do_center_crop", not str(content.get("image_processor_type", "")).startswith("Blip")):
+    # Neither BlipImageProcessor nor SigLIP's knows a crop, and their files seldom speak of one.
+    if content.get("do_center_crop", not str(content.get("image_processor_type", "")).startswith(("Blip", "Siglip"))):
         return "square"
     size = content.get("size")
     if isinstance(size, Mapping) and size.get("height", 0) == size.get("width", 1):
@@ -60,42 +73,42 @@ def _side(content: Mapping[str, Any]) -> int | None:
     return next(iter(size.values())) if isinstance(size, Mapping) else size
 
 
-def preprocessor_json(config: VisionConfig, mode: str) -> dict[str, Any]:
+def preprocessor_json(config: TowerConfig, mode: str) -> dict[str, Any]:
     """preprocessor_config.json that makes the very pixels of `prompt.images.to_pixels(..., mode)`.
 
     transformers' LlavaImageProcessor with `do_pad` pads as the original code does; the hub's LLaVA-1.5 crops.
     """
-    side = config.image_size
-    squash = mode == "squash"
+    side, squash = config.image_size, mode == "squash"
+    own = registry.tower_of(config).processor
+    crops = "CLIPImageProcessor"  # SigLIP's own and BLIP's only squash
+    kind = {"pad": "LlavaImageProcessor", "square": crops}.get(mode, own)
     content = {
-        "image_processor_type": "LlavaImageProcessor" if mode == "pad" else "CLIPImageProcessor",
+        "image_processor_type": kind,
         "processor_class": "LlavaProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
+        **_sizes_json(config),
         "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
-        "resample": 3,
         "do_center_crop": not squash,
         "crop_size": {"height": side, "width": side},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": list(config.mean),
-        "image_std": list(config.std),
     }
     return content | ({"do_pad": True} if mode == "pad" else {})
 
 
 def blip_json(config: TowerConfig) -> dict[str, Any]:
     """preprocessor_config.json of BLIP-2, which makes the pixels of `prompt.images.to_pixels(..., "squash")`."""
-    side = config.image_size
     return {
         "image_processor_type": "BlipImageProcessor",
         "processor_class": "Blip2Processor",
+        **_sizes_json(config),
+        "size": {"height": config.image_size, "width": config.image_size},
+        "do_center_crop": False,
+    }
+
+
+def _sizes_json(config: TowerConfig) -> dict[str, Any]:
+    return {
         "do_convert_rgb": True,
         "do_resize": True,
-        "size": {"height": side, "width": side},
-        "resample": 3,
-        "do_center_crop": False,
+        "resample": next(number for number, name in RESAMPLE.items() if name == config.resample),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
@@ -104,13 +117,15 @@ def blip_json(config: TowerConfig) -> dict[str, Any]:
     }
 
 
-def processor_json(config: VisionConfig) -> dict[str, Any]:
+def processor_json(config: TowerConfig) -> dict[str, Any]:
     """processor_config.json: how many image tokens the processor writes for one image."""
+    tower = registry.tower_of(config)
+    whole = config.select_feature == "cls_patch" or not tower.class_token
     return {
         "processor_class": "LlavaProcessor",
         "image_token": "<image>",
         "patch_size": config.patch_size,
-        "vision_feature_select_strategy": "default" if config.select_feature == "patch" else "full",
+        "vision_feature_select_strategy": "full" if whole else "default",
         # The class token is counted and, for "default", taken off again.
-        "num_additional_image_tokens": 1,
+        "num_additional_image_tokens": int(tower.class_token),
     }

@@ -3,7 +3,8 @@
 import json
 
 from llava_jax.checkpoint.card import PromptCard
-from llava_jax.models.presets import EvaConfig, LlavaConfig
+from llava_jax.models import registry
+from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates
 
 _HUB = """# {name}
@@ -156,8 +157,8 @@ def _ending(template: str) -> str:
 
 def _model(config: LlavaConfig) -> str:
     vision, llm = config.vision, config.llm
-    tower = "an EVA" if isinstance(vision, EvaConfig) else "a CLIP"
+    tower, decoder = registry.tower_of(vision), registry.decoder_of(llm)
     return (
-        f"{tower} tower of {vision.layers} blocks at {vision.image_size} pixels, projector {config.projector}, "
-        f"a LLaMA of {llm.layers} blocks, width {llm.width}"
+        f"{tower.label} tower of {vision.layers} blocks at {vision.image_size} pixels, projector {config.projector}, "
+        f"{decoder.label} of {llm.layers} blocks, width {llm.width}"
     )

@@ -1,7 +1,6 @@
 """One table of names, read both ways: which of their tensors make each of our leaves, and with which axes.
 
-A row is (pattern over our names, their name, order of axes). Their name may hold `{layer}`: our leaf then stacks
-theirs over the layers, or with `{layer*2}` over every second one. Import checks that every tensor of theirs is used
+Rows are those of `models.names`, which the parts of a model hold. Import checks that every tensor of theirs is used
 exactly once and has the shape and dtype that the model asks for; export walks the same entries backwards.
 """
 
@@ -18,39 +17,11 @@ from llava_jax import params
 from llava_jax.checkpoint.store import LeafWriter
 from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.errors import UnusableCheckpoint
+from llava_jax.models.names import Axes, Row
 
 FLOATS = ("float32", "float16", "bfloat16")
 
 
-class Axes(NamedTuple):
-    """How their axes become ours: `ours = theirs.transpose(order)`; empty is the same order.
-
-    Attributes:
-      ones: axes of size 1 that theirs begin with and ours have not.
-    """
-
-    order: tuple[int, ...] = ()
-    ones: int = 0
-
-    def ours(self, array: np.ndarray) -> np.ndarray:
-        array = array.reshape(array.shape[self.ones :])
-        return array.transpose(self.order) if self.order else array
-
-    def theirs(self, array: np.ndarray) -> np.ndarray:
-        array = array.transpose(np.argsort(self.order)) if self.order else array
-        return array.reshape(*[1] * self.ones, *array.shape) if self.ones else array
-
-    def their_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
-        kept = [shape[i] for i in np.argsort(self.order)] if self.order else shape
-        return (*[1] * self.ones, *kept)
-
-
-SAME = Axes()
-ROW, CELL = Axes(ones=1), Axes(ones=2)  # theirs [1, ...] and [1, 1, ...]
-LINEAR = Axes((1, 0))  # torch keeps [out, in], we [in, out]
-PATCH = Axes((2, 3, 1, 0))  # torch keeps [out, in, row, column], we [row, column, in, out]
-
-Row = tuple[str, tuple[str, Axes]]
 _LAYER = re.compile(r"\{layer(?:\*(\d+))?\}")
 
 

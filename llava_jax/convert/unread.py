@@ -7,9 +7,8 @@ from typing import Any
 
 from llava_jax.errors import UnusableCheckpoint
 
-# Key of the original code's config.json -> its values in LLaVA-1.0 and 1.5 on a LLaMA, and what any other means.
+# Key of the original code's config.json -> its values in LLaVA-1.0 and 1.5, and what any other means.
 _ORIGINAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "model_type": ((None, "llava", "llava_llama", "llama"), "the decoder is no LLaMA"),
     "image_aspect_ratio": ((None, "square", "pad"), "an image is cut into several tiles"),
     "mm_patch_merge_type": ((None, "flat"), "an image is cut into several tiles"),
     "s2": ((None, False), "an image is seen at several scales"),
@@ -43,7 +42,7 @@ def _method(said: Any) -> str:
 
 
 def refuse_original(content: Mapping[str, Any], where: str) -> None:
-    """Raises UnusableCheckpoint where the original code's config.json is not of a LLaVA-1.0 or 1.5 on a LLaMA."""
+    """Raises UnusableCheckpoint where the original code's config.json is not of a LLaVA-1.0 or 1.5."""
     for key, (allowed, meaning) in _ORIGINAL.items():
         if content.get(key) not in allowed:
             wanted = " or ".join(repr(value) for value in allowed if value is not None) or "none"

@@ -25,16 +25,15 @@ from jaxtyping import Array, Float
 from llava_jax import config, params
 from llava_jax.batch import Batch
 from llava_jax.checkpoint import store
-from llava_jax.convert import clip as clip_files
-from llava_jax.convert import eva as eva_files
-from llava_jax.convert import files, importing, minigpt4, processor, table
-from llava_jax.convert import llama as llama_files
-from llava_jax.convert import qformer as qformer_files
+from llava_jax.convert import files, importing, minigpt4, processor, table, views
 from llava_jax.data.packing import padded
 from llava_jax.demo import clip, records, words
 from llava_jax.demo.records import Sizes
+from llava_jax.models import clip as clip_part
+from llava_jax.models import eva, llama, qformer, vit
 from llava_jax.models.llama import Llama
 from llava_jax.models.llava import init_params
+from llava_jax.models.names import Row
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, QFormerConfig, TowerConfig
 from llava_jax.prompt import tokenizer as tokenizers
 from llava_jax.prompt.tokenizer import Tokenizer
@@ -206,18 +205,18 @@ def _write_tokenizer(directory: Path, seed: int) -> Tokenizer:
 def _write_llama(directory: Path, tree: Mapping[str, Any], tokenizer: Tokenizer) -> None:
     names = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id}
     head = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", **names}
-    files.write_json(directory / "config.json", {**head, **llama_files.config_json(LLM, LLM.vocab, "float16")})
-    rows = llama_files.rows("model.", "lm_head.weight")
+    files.write_json(directory / "config.json", {**head, **llama.config_json(LLM, LLM.vocab, "float16")})
+    rows = llama.rows("model.", "lm_head.weight")
     _write_weights(directory, params.flatten({"llm": tree}), rows, {})
 
 
 def _write_clip(directory: Path, tree: Mapping[str, Any]) -> None:
     vision = dataclasses.replace(clip.VISION, select_layer=-1, select_feature="patch")
-    config_json = {"architectures": ["CLIPVisionModel"], **clip_files.config_json(vision), "torch_dtype": "float16"}
+    config_json = {"architectures": ["CLIPVisionModel"], **clip_part.config_json(vision), "torch_dtype": "float16"}
     files.write_json(directory / "config.json", config_json)
     files.write_json(directory / "preprocessor_config.json", processor.preprocessor_json(vision, "square"))
     leaves = params.flatten({"vision": tree})
-    _write_weights(directory, leaves, clip_files.rows("vision_model."), clip_files.first_layers(vision))
+    _write_weights(directory, leaves, clip_part.rows("vision_model."), vit.first_layers(vision))
 
 
 def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
@@ -225,8 +224,8 @@ def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
     assert isinstance(BLIP2.resampler, QFormerConfig)
     config_json = {
         "architectures": [minigpt4.HUB_CLASS], "model_type": minigpt4.HUB_TYPE, "torch_dtype": "float16",
-        "num_query_tokens": BLIP2.resampler.queries, "vision_config": eva_files.hub_config_json(BLIP2.vision),
-        "qformer_config": qformer_files.hub_config_json(BLIP2.resampler, BLIP2.vision.width),
+        "num_query_tokens": BLIP2.resampler.queries, "vision_config": eva.config_json(BLIP2.vision),
+        "qformer_config": qformer.hub_config_json(BLIP2.resampler, BLIP2.vision.width),
     }  # fmt: skip
     files.write_json(directory / "config.json", config_json)
     files.write_json(directory / "preprocessor_config.json", processor.blip_json(BLIP2.vision))
@@ -234,11 +233,11 @@ def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
 
 
 def _write_weights(
-    directory: Path, leaves: Mapping[str, np.ndarray], rows: list[table.Row], first_layers: Mapping[str, int]
+    directory: Path, leaves: Mapping[str, np.ndarray], rows: list[Row], first_layers: Mapping[str, int]
 ) -> None:
     """model.safetensors in float16, by the same table that reads it back."""
     leaves = {name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}
     found = table.entries(leaves, rows, first_layers, "conversion")
     specs = {name: files.Spec(entry.their_shape, np.dtype(np.float16)) for entry in found for name in entry.theirs}
     tensors = (pair for entry in found for pair in table.their_tensors(entry, leaves[entry.ours]))
-    files.write_safetensors(directory / "model.safetensors", eva_files.joined_specs(specs), eva_files.joined(tensors))
+    files.write_safetensors(directory / "model.safetensors", views.joined_specs(specs), views.joined(tensors))

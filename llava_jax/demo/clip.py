@@ -6,6 +6,7 @@ section 2.3.
 
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,11 +14,10 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from llava_jax.demo import world
 from llava_jax.demo.world import Scene
-from llava_jax.models.eva import EvaTower
+from llava_jax.models import registry
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.llama import Llama
 from llava_jax.models.presets import EvaConfig, LlamaConfig, TowerConfig, VisionConfig
-from llava_jax.models.vit import Tower, VisionTower
 from llava_jax.prompt.images import open_image, to_pixels
 from llava_jax.prompt.tokenizer import Tokenizer
 
@@ -87,8 +87,8 @@ def init(key: Array, vision: TowerConfig) -> dict[str, Any]:
     }
 
 
-def _tower(vision: TowerConfig) -> Tower:
-    return EvaTower(vision) if isinstance(vision, EvaConfig) else VisionTower(vision)
+def _tower(vision: TowerConfig) -> nn.Module:
+    return registry.tower_of(vision).module(vision)
 
 
 def loss(params: Any, pairs: Pairs, vision: TowerConfig) -> tuple[Float[Array, ""], Float[Array, ""]]:

@@ -24,14 +24,13 @@ from llava_jax.generate import engine, placement, stream
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.models import lora, presets
-from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
+from llava_jax.models.vit import NEVER_RUN
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-NEVER_RUN = "vision/tail/"  # leaves that only a round trip needs
 NEW_TOKENS = 512  # of an answer at most, where nobody says
 STREAM_STEPS = 4  # ids between two pieces of a streamed answer
 
@@ -110,7 +109,7 @@ class Assistant:
         ending.check(chosen, words, str(directory), card.prompt.image_start_end)
         format = Format(
             chosen, words, config.vision.image_size, config.image_features,
-            card.prompt.image_mode, card.prompt.image_start_end,
+            card.prompt.image_mode, card.prompt.image_start_end, config.vision.mean, config.vision.resample,
         )  # fmt: skip
         places = store.places(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in places.items() if not name.startswith(NEVER_RUN)}
@@ -183,11 +182,11 @@ class Assistant:
     def _room(self, conversation: Conversation) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
         prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
-        return max(1, min(NEW_TOKENS, max_positions(self.model.config.llm) - prompt))
+        return max(1, min(NEW_TOKENS, self.model.config.llm.usable_positions - prompt))
 
     def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
         example = encode(conversation, self.format, reply=True, open_images=False)
-        limit = max_positions(self.model.config.llm)
+        limit = self.model.config.llm.usable_positions
         try:
             return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
         except ValueError as error:
@@ -262,7 +261,7 @@ def _mesh(model: Llava, tree: Any, slots: int) -> Mesh | None:
     """The mesh for parameters (arrays or shapes) that lie on none yet."""
     llm = model.config.llm
     weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    row = placement.row_bytes(llm, model.dtype, max_positions(llm))
+    row = placement.row_bytes(llm, model.dtype, llm.usable_positions)
     devices = placement.choose_devices(weights)
     return placement.choose_mesh(weights, row, slots, devices, placement.memory_bytes(devices[0]))
 

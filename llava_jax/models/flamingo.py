@@ -3,6 +3,7 @@
 Source: Alayrac et al. 2022, section 2; open_flamingo/src/helpers.py@655f693.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -10,10 +11,47 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llava_jax.models import mlp
 from llava_jax.models.attention import attention, attention_by_number
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.layers import Dense, LayerNorm, stacked, through
-from llava_jax.models.presets import CrossConfig, PerceiverConfig
+from llava_jax.models.parts import Connector, Sizes, check
+
+
+@dataclass(frozen=True)
+class PerceiverConfig(Sizes):
+    """Flamingo's resampler: latents that read the image's features and themselves; as wide as the tower.
+
+    Source: open_flamingo/src/helpers.py@655f693.
+    """
+
+    latents: int = 64
+    layers: int = 6
+    heads: int = 8
+    head_width: int = 64
+    mlp_ratio: int = 4
+    eps: float = 1e-5
+
+    @property
+    def outputs(self) -> int:
+        """Features that it makes of one image."""
+        return self.latents
+
+
+@dataclass(frozen=True)
+class CrossConfig(Sizes):
+    """Flamingo's gated cross-attention: a block before every `every`-th decoder layer, counted from 1.
+
+    media_width: of the features that it looks at: the tower's.
+    Source: open_flamingo/src/{helpers,flamingo_lm}.py@655f693; its released models have every 1, 2 and 4.
+    """
+
+    media_width: int
+    every: int = 4
+    heads: int = 8
+    head_width: int = 64
+    mlp_ratio: int = 4
+    eps: float = 1e-5
 
 
 class PerceiverBlock(nn.Module):
@@ -145,3 +183,22 @@ class GatedBlock(nn.Module):
     def _heads(self, name: str, x: Float[Array, "B T In"]) -> Float[Array, "B T N H"]:
         x = self._dense(name, self.config.heads * self.config.head_width)(x)
         return x.reshape(*x.shape[:2], self.config.heads, self.config.head_width)
+
+
+def _check_gated(config: Any) -> None:
+    check(config.cross is not None, "cross", config.cross, 'one for "flamingo_xattn"')
+    check(config.cross.media_width == config.vision.width, "cross.media_width", config.cross.media_width,
+          f"the tower's width={config.vision.width}")  # fmt: skip
+    check(1 <= config.cross.every <= config.llm.layers, "cross.every", config.cross.every,
+          f"between 1 and the decoder's layers={config.llm.layers}")  # fmt: skip
+    check(not config.image_newline, "image_newline", config.image_newline, "False: no token stands for features")
+
+
+PERCEIVER = Connector(
+    name="perceiver", shown="perceiver", module=mlp.Projector, layers=mlp.layers, rows=mlp.rows,
+    features=lambda config: config.resampler.outputs, resampler=PerceiverConfig, resampler_module=Perceiver,
+)  # fmt: skip
+FLAMINGO = Connector(  # 1 position: that of the image's mark, an ordinary token
+    name="flamingo_xattn", shown="flamingo_xattn", module=mlp.Projector, layers=lambda projector: 0, rows=mlp.rows,
+    features=lambda config: 1, resampler=PerceiverConfig, resampler_module=Perceiver, check=_check_gated, gated=True,
+)  # fmt: skip

@@ -1,5 +1,6 @@
 """The pieces that every network here is made of: Dense, norms, rotary positions, and stacks of equal blocks."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llava_jax.models.presets import LlamaConfig
+from llava_jax.models.parts import DecoderConfig, RopeScaling
 from llava_jax.sharding import constrain
 
 Params = Mapping[str, Any]  # nested: a dict, or Flax's frozen one inside a module
@@ -83,7 +84,9 @@ class LayerNorm(nn.Module):
         return (wide * scale + bias).astype(self.dtype)
 
 
-def rotary(positions: Int[Array, "B T"], config: LlamaConfig) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
+def rotary(
+    positions: Int[Array, "B T"], config: DecoderConfig
+) -> tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]:
     """Cosine and sine of every position's rotation, float32, for each of the H/2 pairs.
 
     "dynamic" scaling grows with the row's own last position, so a row's result never depends on its neighbours
@@ -101,12 +104,17 @@ def rotary(positions: Int[Array, "B T"], config: LlamaConfig) -> tuple[Float[Arr
         growth = scaling.factor * length / config.max_positions - (scaling.factor - 1)
         theta = (theta * growth ** (config.head_width / (config.head_width - 2)))[:, None, None]
     angles = place[..., None] / theta**half
+    if scaling is not None and scaling.kind == "llama3":
+        angles = place[..., None] * _slowed(1 / theta**half, scaling)
     return jnp.cos(angles), jnp.sin(angles)
 
 
-def max_positions(config: LlamaConfig) -> int:
-    """Positions that a decoder can tell apart: those of its training, times the factor of a stretched rope."""
-    return int(config.max_positions * (config.rope_scaling.factor if config.rope_scaling else 1))
+def _slowed(frequencies: Float[Array, "H2"], scaling: RopeScaling) -> Float[Array, "H2"]:
+    """LLaMA 3.1's: slow rotations are divided by `factor`, fast ones stay, those between are a mixture of both."""
+    turns = scaling.original_positions * frequencies / (2 * math.pi)  # within the positions of the first training
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequencies * (kept + (1 - kept) / scaling.factor)
 
 
 def rotate(
@@ -137,11 +145,12 @@ def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *exampl
 
 def through(
     parent: nn.Module, block: nn.Module, stack: Params, layers: int, x: Float[Array, "Img P C"], *others: Any,
-    every: bool = False,
+    every: bool = False, wrap: Callable[..., Any] = lambda body: body,
 ) -> list[Float[Array, "Img P C"]]:  # fmt: skip
     """`x` through the blocks of a stack, one after another: [x, after the first, ...], or (not `every`) the last only.
 
-    others: what each block is called with besides. Each layer has its own key where `parent` has a "dropout" rng.
+    others: what each block is called with besides. wrap: of the scanned body (`models.remat`). Each layer has its own
+      key where `parent` has a "dropout" rng.
     """
     keys = jax.random.split(parent.make_rng("dropout"), layers) if parent.has_rng("dropout") else None
 
@@ -151,7 +160,7 @@ def through(
         y = constrain(y, "images")
         return y, y if every else None
 
-    last, states = jax.lax.scan(body, x, (stack, keys))
+    last, states = jax.lax.scan(wrap(body), x, (stack, keys))
     return [x, *states] if every else [last]
 
 

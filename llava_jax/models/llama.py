@@ -1,227 +1,178 @@
-"""The LLaMA decoder: one scan over the stacked blocks in training, unrolled in prefill and decoding."""
+"""LLaMA 1, 2, 3, 3.1 and 3.2, and how transformers keeps a decoder of its form: tensors' names and config.json."""
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
-import flax.linen as nn
-import jax
-import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from llava_jax.errors import UnusableCheckpoint
+from llava_jax.models.decoder import LanguageModel
+from llava_jax.models.names import LINEAR, SAME, Row
+from llava_jax.models.parts import Content, Decoder, DecoderConfig, RopeScaling, check_fixed, check_numbers
 
-from llava_jax.models.attention import attention
-from llava_jax.models.cache import LayerCache, from_prefill, write
-from llava_jax.models.flamingo import GatedBlock, Media
-from llava_jax.models.layers import Dense, Params, RMSNorm, rotary, rotate, stacked, take_layer
-from llava_jax.models.presets import CrossConfig, LlamaConfig
-from llava_jax.models.remat import INPUT, QKV, named, remat
-from llava_jax.sharding import constrain, constrain_parameters
+# Defaults of transformers' LlamaConfig, which config.json may leave out. Source: transformers 4.57.6 and 5.23.0.
+DEFAULTS = {
+    "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": None, "head_dim": None, "hidden_act": "silu",
+    "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": None, "rope_scaling": None,
+    "rope_parameters": None, "tie_word_embeddings": False, "attention_bias": False, "mlp_bias": False,
+    "sliding_window": None, "use_sliding_window": True, "layer_types": None,
+}  # fmt: skip
+# What `models` has no other form of.
+_FIXED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "max_position_embeddings",
+)  # fmt: skip
+_ROPE = {  # RopeScaling's fields of "llama3" -> their names
+    "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
+    "original_positions": "original_max_position_embeddings",
+}  # fmt: skip
 
-Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
+
+@dataclass(frozen=True)
+class LlamaConfig(DecoderConfig):
+    """A LLaMA decoder."""
 
 
-class LlamaBlock(nn.Module):
-    """RMSNorm, grouped-query attention with rotary positions, RMSNorm, gated SiLU mlp."""
+class Llama(LanguageModel):
+    """Embeddings in, normed hidden states out."""
 
     config: LlamaConfig
-    dtype: Any = jnp.float32
-    lora_dropout: float = 0.0
-
-    @nn.compact
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        rotation: Rotation,
-        segments: Int[Array, "B T"] | None = None,
-        slots: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """Returns the block's output and the keys and values: the new ones, or the whole cache if one was given.
-
-        slots: where in `cache` each token is written; it sees this slot and those before.
-        """
-        config = self.config
-        y = RMSNorm(config.eps, self.dtype, name="ln1")(x)
-        q = self._heads("q", config.heads, y)
-        k = self._heads("k", config.kv_heads, y)
-        v = self._heads("v", config.kv_heads, y)
-        q, k, v = (named(y, QKV) for y in (rotate(q, *rotation), rotate(k, *rotation), v))
-        if cache is None:
-            kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
-        else:
-            kept = write(cache, k, v, slots)
-            y = attention(q, kept.k, kept.v, last_key=slots)
-        x = x + self._dense("o", config.width)(y.reshape(*x.shape[:2], -1))
-        y = RMSNorm(config.eps, self.dtype, name="ln2")(x)
-        y = nn.silu(self._dense("gate", config.mlp_width)(y)) * self._dense("up", config.mlp_width)(y)
-        return x + self._dense("down", config.width)(y), kept
-
-    def _dense(self, name: str, features: int) -> Dense:
-        return Dense(features, dtype=self.dtype, dropout=self.lora_dropout, name=name)
-
-    def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        y = self._dense(name, heads * self.config.head_width)(y)
-        return y.reshape(*y.shape[:2], heads, self.config.head_width)
 
 
-class Llama(nn.Module):
-    """Embeddings in, normed hidden states out; `head` turns those into float32 logits where they are wanted.
+def rows(prefix: str, head: str) -> list[Row]:
+    """The table of a decoder whose tensors begin with `prefix` (`model.`) and whose output matrix is `head`."""
+    layer = prefix + "layers.{layer}."
+    return [
+        ("llm/embed/table", (prefix + "embed_tokens.weight", SAME)),
+        ("llm/blocks/ln1/scale", (layer + "input_layernorm.weight", SAME)),
+        ("llm/blocks/ln2/scale", (layer + "post_attention_layernorm.weight", SAME)),
+        ("llm/blocks/([qkvo])/kernel", (layer + r"self_attn.\1_proj.weight", LINEAR)),
+        ("llm/blocks/(gate|up|down)/kernel", (layer + r"mlp.\1_proj.weight", LINEAR)),
+        ("llm/norm/scale", (prefix + "norm.weight", SAME)),
+        ("llm/head/kernel", (head, LINEAR)),
+    ]
 
-    cross: of gated blocks between the layers, which look at images of `media_rows` features each (`models.flamingo`).
+
+def read_config(content: Content, where: str) -> LlamaConfig:
+    """A decoder's config from config.json (transformers 4 or 5) or LLaVA's `text_config`.
+
+    Raises:
+      UnusableCheckpoint: not a LLaMA as `models` has it.
     """
+    values = {**DEFAULTS, **content}
+    check_fixed(values, _FIXED, where, "LLaMA")
+    sizes = read_sizes(values, where)
+    refuse_window(values, where, "LLaMA")
+    return LlamaConfig(**sizes)
 
-    config: LlamaConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-    lora_dropout: float = 0.0
-    cross: CrossConfig | None = None
-    media_rows: int = 0
 
-    def setup(self) -> None:
-        config = self.config
-        normal = nn.initializers.normal(0.02)
-        self.embeddings = self.param("embed", self._init_rows, normal, (0, config.width))
-        self.block = LlamaBlock(config, self.dtype, self.lora_dropout, parent=None)
-        example = jnp.zeros((1, 1, config.width), self.dtype)
-        place = jnp.zeros((1, 1), jnp.int32)
-        self.blocks = stacked(self, "blocks", self.block, config.layers, example, rotary(place, config))
-        if self.cross is not None:
-            self.gated = GatedBlock(self.cross, self.media_rows, self.dtype, self.lora_dropout, parent=None)
-            look = Media(jnp.zeros((1, self.media_rows, self.cross.media_width), self.dtype), place)
-            self.gated_blocks = stacked(self, "cross", self.gated, config.layers // self.cross.every, example, look)
-        self.norm = RMSNorm(config.eps, self.dtype)
-        if not config.tie_embeddings:
-            self.output = self.param("head", self._init_rows, normal, (1, config.width))
+def refuse_window(values: Content, where: str, name: str) -> None:
+    """Raises UnusableCheckpoint where some layer does not see the whole text."""
+    window, layers = values["sliding_window"] if values["use_sliding_window"] else None, values["layer_types"]
+    if window is not None or layers not in (None, ["full_attention"] * values["num_hidden_layers"]):
+        raise UnusableCheckpoint(
+            f"{where}: sliding_window is {window!r}, layer_types {str(layers)[:60]}; wanted neither: all layers of a "
+            f"{name} see the whole text"
+        )
 
-    def _init_rows(self, key: Array, init: Any, layout: tuple[int, int]) -> dict[str, Array]:
-        """Vocabulary rows [V, D] (axis 0: the embedding) or columns [D, V] (axis 1: the head), added ones apart."""
-        axis, width = layout
-        first, second = jax.random.split(key)
-        names = ("table", "added") if axis == 0 else ("kernel", "added")
-        sizes = (self.config.vocab, self.config.added_tokens)
-        shapes = [(size, width) if axis == 0 else (width, size) for size in sizes]
-        return {
-            name: init(k, shape) for name, k, shape, size in zip(names, (first, second), shapes, sizes) if size
-        }
 
-    def embed(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-        """Rows of the embedding, in `dtype`.
+def read_sizes(values: Content, where: str) -> dict[str, Any]:
+    """The fields of a DecoderConfig out of a config.json filled with its kind's defaults.
 
-        On a mesh every device reads its own part of the width for all tokens of its copy of the model, which are few
-        bytes, and the parts are exchanged. Left alone XLA collects the whole table on every device.
-        """
-        tokens = constrain(tokens, "copies")
-        rows = jnp.take(self.embeddings["table"], tokens, axis=0, mode="clip").astype(self.dtype)
-        rows = constrain(rows, "copies", None, "width")
-        if self.config.added_tokens:
-            extra = jnp.take(self.embeddings["added"], tokens - self.config.vocab, axis=0, mode="clip")
-            rows = jnp.where((tokens >= self.config.vocab)[..., None], extra.astype(self.dtype), rows)
-        return constrain(rows, "batch", "tokens")
+    Raises:
+      UnusableCheckpoint: a size that is none, or rotary positions of another kind.
+    """
+    optional = [key for key in ("num_key_value_heads", "head_dim") if values[key]]
+    check_numbers(values, (*_SIZES, *optional), "rms_norm_eps", where)
+    heads = values["num_attention_heads"]
+    theta, scaling = _read_rope(values, where)
+    return {
+        "vocab": values["vocab_size"], "width": values["hidden_size"], "mlp_width": values["intermediate_size"],
+        "layers": values["num_hidden_layers"], "heads": heads, "kv_heads": values["num_key_value_heads"] or heads,
+        "head_width": values["head_dim"] or values["hidden_size"] // heads, "eps": values["rms_norm_eps"],
+        "rope_theta": theta, "rope_scaling": scaling, "max_positions": values["max_position_embeddings"],
+        "tie_embeddings": values["tie_word_embeddings"],
+    }  # fmt: skip
 
-    def __call__(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        segments: Int[Array, "B T"] | None,
-        media: Media | None = None,
-    ) -> Float[Array, "B T D"]:
-        """Full forward of rows: of several samples each, which `segments` tell apart, or (None) of a single one."""
-        rotation = rotary(positions, self.config)
-        keys = jax.random.split(self.make_rng("dropout"), self.config.layers) if self.has_rng("dropout") else None
 
-        def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
-            weights, key = layer
-            # Also cuts the gradient of each layer where it arises, instead of keeping it whole until the last.
-            weights = jax.lax.optimization_barrier(constrain_parameters(weights, "llm/blocks"))
-            rngs = {} if key is None else {"dropout": key}
-            x, _ = self.block.apply({"params": weights}, named(x, INPUT), rotation, segments, rngs=rngs)
-            return constrain(x, "batch", "tokens"), None
+def _read_rope(values: Content, where: str) -> tuple[float, RopeScaling | None]:
+    """transformers 5 keeps all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
+    new, old = values["rope_parameters"] or {}, values["rope_scaling"] or {}
+    thetas = {float(theta) for theta in (new.get("rope_theta"), values["rope_theta"]) if theta is not None}
+    if len(thetas) > 1:
+        raise UnusableCheckpoint(f"{where}: rope_theta {sorted(thetas)}, in rope_parameters and beside it; want one")
+    scalings = {_scaling(part, where) for part in (new, old) if part}
+    if len(scalings) > 1:
+        raise UnusableCheckpoint(f"{where}: rope_parameters {new} and rope_scaling {old} differ; want one")
+    return next(iter(thetas), 10000.0), next(iter(scalings), None)
 
-        body = remat(self.remat)(body)
-        if media is None:
-            x, _ = jax.lax.scan(body, x, (self.blocks, keys))
-        else:
-            x = self._between(body, x, (self.blocks, keys), media)
-        return self.norm(x)
 
-    def _between(self, body: Any, x: Float[Array, "B T D"], layers: Any, media: Media) -> Float[Array, "B T D"]:
-        """All layers, with a gated block before the last of each group of `cross.every`; what is left has none."""
-        assert self.cross is not None
-        every = self.cross.every
-        groups = self.config.layers // every
-        keys = jax.random.split(self.make_rng("dropout"), groups) if self.has_rng("dropout") else None
+def _scaling(part: Mapping[str, Any], where: str) -> RopeScaling | None:
+    kind = part.get("rope_type", part.get("type", "default"))
+    if kind == "default":
+        return None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise UnusableCheckpoint(f"{where}: rope scaling {kind!r}; wanted default, linear, dynamic or llama3")
+    own = {ours: part.get(theirs) for ours, theirs in _ROPE.items()} if kind == "llama3" else {}
+    return RopeScaling(kind, float(part["factor"]), **own)
 
-        def look(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, None]:
-            weights, key = layer
-            weights = jax.lax.optimization_barrier(constrain_parameters(weights, "llm/cross"))
-            x, _ = self.gated.apply({"params": weights}, x, media, rngs={} if key is None else {"dropout": key})
-            return constrain(x, "batch", "tokens"), None
 
-        look = remat(self.remat)(look)
+def config_json(config: DecoderConfig, vocab: int, dtype: str) -> dict[str, Any]:
+    """A decoder's keys of a transformers 4 config, every field written out.
 
-        def group(x: Array, inputs: tuple[Any, Any]) -> tuple[Array, None]:
-            gated, own = inputs
-            x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[:-1], own))
-            x, _ = look(x, gated)
-            return body(x, jax.tree.map(lambda leaf: leaf[-1], own))
+    transformers 4.57 ignores `rope_parameters` and takes theta 10,000 instead; 5.x reads the old keys.
+    """
+    return {
+        "model_type": "llama",
+        "vocab_size": vocab,
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.kv_heads,
+        "head_dim": config.head_width,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.max_positions,
+        "initializer_range": 0.02,
+        "rms_norm_eps": config.eps,
+        "use_cache": True,
+        "tie_word_embeddings": config.tie_embeddings,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": _scaling_json(config.rope_scaling),
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "torch_dtype": dtype,
+    }
 
-        grouped = jax.tree.map(lambda leaf: leaf[: groups * every].reshape(groups, every, *leaf.shape[1:]), layers)
-        x, _ = jax.lax.scan(group, x, ((self.gated_blocks, keys), grouped))
-        x, _ = jax.lax.scan(body, x, jax.tree.map(lambda leaf: leaf[groups * every :], layers))
-        return x
 
-    def prefill(
-        self,
-        x: Float[Array, "B T D"],
-        positions: Int[Array, "B T"],
-        cache_tokens: int,
-        media: Media | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-        """Forward of prompts padded on the right (`positions` = 0 .. T-1), keeping keys and values.
+def _scaling_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    own = _ROPE if scaling.kind == "llama3" else {}
+    values = {theirs: getattr(scaling, ours) for ours, theirs in own.items()}
+    return {"rope_type": scaling.kind, "factor": scaling.factor} | values
 
-        The cache holds those of the layers, then those of each row's last image in the gated blocks.
-        """
-        rotation = rotary(positions, self.config)
 
-        kept, looked = [], []
-        for index in range(self.config.layers):  # a scan wants stacks, which decoding would copy whole
-            if media is not None and self._is_gated(index):
-                x, last = self._look(index, x, media)
-                looked.append(last)
-            x, pair = self.block.apply({"params": take_layer(self.blocks, index)}, x, rotation)
-            kept.append(pair)
-        return self.norm(x), (*from_prefill(kept, cache_tokens), *looked)
+# Source: the config.json of the released checkpoints; LLaMA-1 (Vicuna v0 to v1.3) has eps 1e-6 and 2,048 positions,
+# Llama-2 (Vicuna v1.5) eps 1e-5 and 4,096.
+LLAMA2_7B = LlamaConfig(
+    vocab=32000, width=4096, mlp_width=11008, layers=32, heads=32, kv_heads=32, head_width=128
+)  # fmt: skip
+LLAMA2_13B = replace(LLAMA2_7B, width=5120, mlp_width=13824, layers=40, heads=40, kv_heads=40)
+LLAMA1_7B = replace(LLAMA2_7B, eps=1e-6, max_positions=2048)
+LLAMA1_13B = replace(LLAMA2_13B, eps=1e-6, max_positions=2048)
+LLAMA3_8B = LlamaConfig(
+    vocab=128256, width=4096, mlp_width=14336, layers=32, heads=32, kv_heads=8, head_width=128, rope_theta=500000.0,
+    max_positions=8192,
+)  # fmt: skip
+LLAMA31_8B = replace(
+    LLAMA3_8B, max_positions=131072, rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+)  # fmt: skip
 
-    def decode(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
-        """Forward of new tokens at `positions` against the cache; usually T is 1."""
-        rotation = rotary(positions, self.config)
-        kept, looked = [], cache[self.config.layers :]
-        for index, layer_cache in enumerate(cache[: self.config.layers]):  # a scan would hold a second copy of it all
-            if looked and self._is_gated(index):
-                x, _ = self._look(index, x, looked[index // self.cross.every])
-            layer = take_layer(self.blocks, index)
-            x, layer_cache = self.block.apply({"params": layer}, x, rotation, None, positions, layer_cache)
-            kept.append(layer_cache)
-        return self.norm(x), (*kept, *looked)
-
-    def _is_gated(self, index: int) -> bool:
-        return self.cross is not None and (index + 1) % self.cross.every == 0
-
-    def _look(
-        self, index: int, x: Float[Array, "B T D"], seen: Media | LayerCache
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
-        """The gated block before layer `index`."""
-        weights = take_layer(self.gated_blocks, index // self.cross.every)
-        return self.gated.apply({"params": weights}, x, seen)
-
-    def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-        """float32 logits over the vocabulary, added rows last."""
-        return jnp.matmul(hidden.astype(self.dtype), self.head_kernel(), preferred_element_type=jnp.float32)
-
-    def head_kernel(self) -> Float[Array, "D V"]:
-        """The matrix that makes logits of hidden states, in `dtype`, added columns last."""
-        kernels = [self.embeddings["table"].T] if self.config.tie_embeddings else [self.output["kernel"]]
-        if self.config.added_tokens:
-            kernels.append(self.embeddings["added"].T if self.config.tie_embeddings else self.output["added"])
-        parts = [kernel.astype(self.dtype) for kernel in kernels]
-        return jnp.concatenate(parts, axis=-1) if len(parts) > 1 else parts[0]
+PART = Decoder(
+    kind="llama", label="a LLaMA", config=LlamaConfig, module=Llama, rows=rows, read_config=read_config,
+    config_json=config_json, hub_class="LlamaForCausalLM", original=("LlavaLlamaForCausalLM", "llava"),
+    template="v1",
+)  # fmt: skip

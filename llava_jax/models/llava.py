@@ -7,14 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
-from llava_jax.models import flamingo
+from llava_jax.models import flamingo, registry
 from llava_jax.models.cache import LayerCache
-from llava_jax.models.eva import EvaTower
 from llava_jax.models.layers import LayerNorm
-from llava_jax.models.llama import Llama
-from llava_jax.models.presets import EvaConfig, LlavaConfig
-from llava_jax.models.projectors import Projector, concatenated, resampler_of
-from llava_jax.models.vit import VisionTower
+from llava_jax.models.presets import LlavaConfig
 from llava_jax.sharding import constrain
 
 
@@ -22,7 +18,8 @@ class Llava(nn.Module):
     """Vision tower, connector and decoder; fields of a `Batch` in, hidden states out.
 
     dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
-    remat: rematerialisation of the decoder's blocks (`models.remat`); the frozen tower never needs any.
+    remat: rematerialisation of the decoder's blocks (`models.remat`); vision_remat: of the tower's, which needs some
+      where it is trained.
     lora_dropout: of the inputs of adapters, where a "dropout" rng is given.
     """
 
@@ -30,17 +27,19 @@ class Llava(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     lora_dropout: float = 0.0
+    vision_remat: str = "none"
 
     def setup(self) -> None:
-        config = self.config
-        tower = EvaTower if isinstance(config.vision, EvaConfig) else VisionTower
-        self.vision = tower(config.vision, self.dtype, self.lora_dropout)
+        config, sizes = self.config, (self.dtype, self.lora_dropout)
+        self.vision = registry.tower_of(config.vision).module(config.vision, *sizes, self.vision_remat)
         if config.ln_vision_eps is not None:
             self.ln_vision = LayerNorm(config.ln_vision_eps, self.dtype)
-        self.resampler = resampler_of(config, self.dtype, self.lora_dropout)
-        self.projector = Projector(config.projector, config.llm.width, self.dtype, self.lora_dropout)
+        connector = registry.connector(config.projector)
+        self.resampler = None if config.resampler is None else connector.resampler_module(config.resampler, *sizes)
+        self.projector = connector.module(config.projector, config.llm.width, *sizes)
         looked_at = 0 if config.cross is None else config.resampler.outputs
-        self.llm = Llama(config.llm, self.dtype, self.remat, self.lora_dropout, config.cross, looked_at)
+        decoder = registry.decoder_of(config.llm).module
+        self.llm = decoder(config.llm, self.dtype, self.remat, self.lora_dropout, config.cross, looked_at)
         if config.image_newline:
             # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).
             init = nn.initializers.normal(config.llm.width**-0.5)
@@ -78,11 +77,9 @@ class Llava(nn.Module):
         return jnp.concatenate([features, newline], axis=1)
 
     def _resampled(self, x: Float[Array, "Img P C"]) -> Float[Array, "Img N Wide"]:
-        """All of the connector before its linear layers."""
+        """All of the connector that has a place of its own before `projector`."""
         if self.config.ln_vision_eps is not None:
             x = self.ln_vision(x)
-        if self.config.projector == "concat4_linear":
-            return concatenated(x)
         return x if self.resampler is None else self.resampler(x)
 
     def embed(

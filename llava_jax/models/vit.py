@@ -1,6 +1,7 @@
-"""CLIP's vision transformer, as far as the selected layer needs it. Source: openai/CLIP; LLaVA's clip_encoder.py."""
+"""Vision transformers: what CLIP's, SigLIP's and EVA's have in common. Source: openai/CLIP; LLaVA's clip_encoder.py."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -9,9 +10,39 @@ from jaxtyping import Array, Float, UInt8
 
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, through
-from llava_jax.models.presets import TowerConfig, VisionConfig
+from llava_jax.models.names import PATCH, SAME, Row, linear, norm
+from llava_jax.models.parts import TowerConfig, check
+from llava_jax.models.remat import remat
 
-ACTIVATIONS = {"quick_gelu": lambda x: x * nn.sigmoid(1.702 * x), "gelu": lambda x: nn.gelu(x, approximate=False)}
+NEVER_RUN = "vision/tail/"  # beginning of the parameters after the selected hidden state, kept for a round trip
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "gelu_pytorch_tanh": nn.gelu,
+}
+
+
+@dataclass(frozen=True)
+class VisionConfig(TowerConfig):
+    """A tower whose features are one of its hidden states; names as in transformers' CLIPVisionConfig.
+
+    select_layer: index into the hidden states (0 is the first block's input, k the output of block k, negative from
+      the end); blocks after it never run. LLaVA takes -2, without the norm after the last block.
+    """
+
+    act: str = "quick_gelu"
+    select_layer: int = -2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.act in ACTIVATIONS, "act", self.act, " or ".join(ACTIVATIONS))
+        check(-self.layers - 1 <= self.select_layer <= self.layers, "select_layer", self.select_layer,
+              f"between {-self.layers - 1} and {self.layers}")  # fmt: skip
+
+    @property
+    def run_layers(self) -> int:
+        """Blocks that run to reach `select_layer`; the others are kept in `vision/tail`."""
+        return self.select_layer if self.select_layer >= 0 else self.layers + 1 + self.select_layer
 
 
 class VisionBlock(nn.Module):
@@ -37,55 +68,70 @@ class VisionBlock(nn.Module):
         return Dense(features, True, self.dtype, self.lora_dropout, name=name)
 
 
-class Tower(nn.Module):
-    """What all vision transformers here share: patches with a class token and positions, through a stack of blocks.
+class VisionTransformer(nn.Module):
+    """What all towers here share: patches with positions, and a class token, through a stack of blocks.
 
-    Their `setup` makes `cls`, `pos`, `patch` (a kernel, and a bias where there is one), `block` and `blocks`.
+    Their `setup` calls `embeddings`, and makes `block` and `blocks`.
     """
 
     config: TowerConfig
     dtype: Any = jnp.float32
     lora_dropout: float = 0.0
+    remat: str = "none"  # of a block's backward pass, where the tower is trained
+    class_token: ClassVar[bool] = True
+    patch_bias: ClassVar[bool] = False
+
+    def embeddings(self) -> None:
+        """Makes `cls`, `pos` and `patch`, a kernel and maybe a bias."""
+        config, normal = self.config, nn.initializers.normal(0.02)
+        if self.class_token:
+            self.cls = self.param("cls", normal, (config.width,))
+        self.pos = self.param("pos", normal, (config.patches + self.class_token, config.width))
+        self.patch = self.param("patch", self._init_patch, normal)
+
+    def _init_patch(self, key: Array, init: Any) -> dict[str, Array]:
+        size, width = self.config.patch_size, self.config.width
+        bias = {"bias": jnp.zeros(width)} if self.patch_bias else {}
+        return {"kernel": init(key, (size, size, 3, width))} | bias
 
     def __call__(self, pixels: UInt8[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
         """uint8 pictures -> features: [.., patches, C], with the class token first for "cls_patch"."""
         states = self.hidden_states(pixels, every=False)
-        return states[-1][:, 1:] if self.config.select_feature == "patch" else states[-1]
+        dropped = self.class_token and self.config.select_feature == "patch"
+        return states[-1][:, 1:] if dropped else states[-1]
 
     def hidden_states(self, pixels: UInt8[Array, "Img Side Side 3"], every: bool = True) -> list[Array]:
-        """Hidden states [Img, 1 + patches, C]: before the first block and after each that runs (or the last only)."""
+        """Hidden states [Img, P, C]: before the first block and after each that runs (or the last only)."""
         x = self._embed(normalise(pixels, self.config).astype(self.dtype))
-        return through(self, self.block, self.blocks, self.config.run_layers, x, every=every)
+        return through(self, self.block, self.blocks, self.config.run_layers, x, every=every, wrap=remat(self.remat))
 
     def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
         x = _flat_patches(x, self.config.patch_size)
         x = x @ self.patch["kernel"].reshape(-1, self.config.width).astype(self.dtype)
-        if "bias" in self.patch:
+        if self.patch_bias:
             x = x + self.patch["bias"].astype(self.dtype)
-        cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
-        return jnp.concatenate([cls, x], axis=1) + self.pos.astype(self.dtype)
+        if self.class_token:
+            cls = jnp.broadcast_to(self.cls.astype(self.dtype), (x.shape[0], 1, self.config.width))
+            x = jnp.concatenate([cls, x], axis=1)
+        return x + self.pos.astype(self.dtype)
 
 
-class VisionTower(Tower):
-    """CLIP's, up to the hidden state `select_layer`; `vision/tail` holds what CLIP has after it and never runs here."""
+class HiddenStateTower(VisionTransformer):
+    """A tower up to the hidden state `select_layer`; `vision/tail` holds what its files have after it, never run."""
 
     config: VisionConfig
 
     def setup(self) -> None:
         config = self.config
-        normal = nn.initializers.normal(0.02)
-        self.cls = self.param("cls", normal, (config.width,))
-        self.pos = self.param("pos", normal, (config.patches + 1, config.width))
-        self.patch = self.param("patch", lambda key, shape: {"kernel": normal(key, shape)},
-                                (config.patch_size, config.patch_size, 3, config.width))  # fmt: skip
-        self.pre_ln = LayerNorm(config.eps, self.dtype)
+        self.embeddings()
         self.block = VisionBlock(config, self.dtype, self.lora_dropout, parent=None)
         example = jnp.zeros((1, 1, config.width), self.dtype)
         self.blocks = stacked(self, "blocks", self.block, config.run_layers, example)
         if self.is_initializing():
-            self.param("tail", self._init_tail, example)
+            self.param("tail", self.init_tail, example)
 
-    def _init_tail(self, key: Array, example: Array) -> Params:
+    def init_tail(self, key: Array, example: Array) -> Params:
+        """Parameters after the selected hidden state: the blocks that do not run, and the norm after them."""
         after = self.config.layers - self.config.run_layers
         tail: dict[str, Any] = {
             "post_ln": {"scale": jnp.ones(self.config.width), "bias": jnp.zeros(self.config.width)}
@@ -94,8 +140,51 @@ class VisionTower(Tower):
             tail["blocks"] = jax.vmap(lambda k: self.block.init(k, example)["params"])(jax.random.split(key, after))
         return tail
 
-    def _embed(self, x: Float[Array, "Img Side Side 3"]) -> Float[Array, "Img P C"]:
-        return self.pre_ln(super()._embed(x))
+
+def rows(prefix: str) -> list[Row]:
+    """The names of transformers for what CLIP and SigLIP share, behind `prefix` (`vision_model.`)."""
+    blocks, layer = "vision/(?:tail/)?blocks", prefix + "encoder.layers.{layer}."
+    return [
+        ("vision/patch/kernel", (prefix + "embeddings.patch_embedding.weight", PATCH)),
+        ("vision/pos", (prefix + "embeddings.position_embedding.weight", SAME)),
+        *norm("vision/tail/post_ln", prefix + "post_layernorm"),
+        *norm(f"{blocks}/ln([12])", layer + r"layer_norm\1"),
+        *linear(f"{blocks}/([qkv])", layer + r"self_attn.\1_proj"),
+        *linear(f"{blocks}/o", layer + "self_attn.out_proj"),
+        *linear(f"{blocks}/(fc[12])", layer + r"mlp.\1"),
+    ]
+
+
+def first_layers(config: VisionConfig) -> dict[str, int]:
+    """Where `vision/tail` begins in the numbering of their layers."""
+    return {"vision/tail/": config.run_layers}
+
+
+# What every tower's config.json has.
+SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+
+def sizes_of(values: Any) -> dict[str, Any]:
+    """The fields of a TowerConfig out of a config.json whose numbers are checked."""
+    return {
+        "image_size": values["image_size"], "patch_size": values["patch_size"], "width": values["hidden_size"],
+        "mlp_width": values["intermediate_size"], "layers": values["num_hidden_layers"],
+        "heads": values["num_attention_heads"], "eps": values["layer_norm_eps"],
+    }  # fmt: skip
+
+
+def sizes_json(config: TowerConfig) -> dict[str, Any]:
+    """The inverse of `sizes_of`."""
+    return {
+        "hidden_size": config.width,
+        "intermediate_size": config.mlp_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "image_size": config.image_size,
+        "patch_size": config.patch_size,
+        "layer_norm_eps": config.eps,
+        "attention_dropout": 0.0,
+    }
 
 
 def _flat_patches(x: Float[Array, "Img Side Side 3"], size: int) -> Float[Array, "Img P Patch"]:
@@ -104,7 +193,7 @@ def _flat_patches(x: Float[Array, "Img Side Side 3"], size: int) -> Float[Array,
     A convolution with a stride of its own size is a product with these.
     """
     images, side = x.shape[0], x.shape[1] // size
-    x = x.reshape(images, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
+    x = x[:, : side * size, : side * size].reshape(images, side, size, side, size, 3).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(images, side * side, size * size * 3)
 
 

@@ -14,7 +14,7 @@ from etils import epath
 from llava_jax.batch import Example, Span
 from llava_jax.errors import UsageError
 from llava_jax.prompt.conversation import Conversation, Turn, check_text
-from llava_jax.prompt.images import open_image, to_pixels
+from llava_jax.prompt.images import CLIP_MEAN, open_image, to_pixels
 from llava_jax.prompt.templates import Frame, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
@@ -29,7 +29,7 @@ class Format:
     """How a model wants its words and pictures.
 
     image_size: pixels a side. image_features: N, the positions that one image takes.
-    image_mode: "square" (centre crop), "pad" or "squash", see `images.to_pixels`.
+    image_mode: "square" (centre crop), "pad" or "squash"; image_mean, resample: of the tower; see `images.to_pixels`.
     image_start_end: each image stands between <im_start> and <im_end>.
     """
 
@@ -39,6 +39,8 @@ class Format:
     image_features: int
     image_mode: str
     image_start_end: bool = False
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    resample: str = "bicubic"
 
 
 class Piece(NamedTuple):
@@ -276,7 +278,8 @@ def _pixels(
 ) -> tuple[np.ndarray, ...]:
     try:
         return tuple(
-            to_pixels(open_image(image, root), format.image_size, format.image_mode) for image in conversation.images
+            to_pixels(open_image(image, root), format.image_size, format.image_mode, format.image_mean, format.resample)
+            for image in conversation.images
         )
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{name}: {error}") from error

@@ -25,8 +25,8 @@ MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
 MAX_ASPECT = 200  # a 1 x 5000 picture of 99 bytes would be resized to 336 x 1,680,000: 2.3 GB
 MAX_FILE_BYTES = 256_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # PIL's other readers may start programs
-# CLIP's mean times 255, cut to integers. Source: haotian-liu/LLaVA llava/train/train.py:702-716 @ c121f04.
-BORDER = (122, 116, 104)
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
 # A progressive JPEG of a few hundred kB may hold thousands of scans, each over all of its pixels (64 million: 0.1 s).
 MAX_SCANNED = 20 * MAX_PIXELS  # pixels times scans; encoders write about 10 scans
@@ -69,19 +69,26 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
     raise MissingFile(f"image {path!r}: no such file")
 
 
-def to_pixels(image: Image.Image, size: int, mode: str) -> np.ndarray:
+def to_pixels(
+    image: Image.Image, size: int, mode: str, mean: tuple[float, ...] = CLIP_MEAN, resample: str = "bicubic"
+) -> np.ndarray:
     """uint8 [size, size, 3] of an RGB picture.
 
     mode: "square" resizes the shorter side to `size` and cuts the middle out, as transformers' CLIPImageProcessorPil;
-      "pad" first centres the picture on a square of LLaVA's border colour; "squash" changes the aspect.
+      "pad" first centres the picture on a square of the colour `mean`; "squash" changes the aspect.
+    mean: the tower's, of 0 to 1; its 255-fold is cut to integers. Source: LLaVA llava/train/train.py:702-716@c121f04.
+    resample: "bicubic" or "bilinear".
 
     Raises:
       ValueError: the mode is unknown.
     """
+    filter = FILTERS[resample]
+    if mode == "pad":
+        return np.asarray(_pad(image, size, tuple(int(255 * x) for x in mean), filter))
     modes = {"square": _square, "pad": _pad, "squash": _squash}
     if mode not in modes:
         raise UsageError(f"image_mode {mode!r} is unknown: choose one of {', '.join(modes)}")
-    return np.asarray(modes[mode](image, size))
+    return np.asarray(modes[mode](image, size, filter))
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
@@ -91,15 +98,15 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
     return out.getvalue()
 
 
-def _square(image: Image.Image, size: int) -> Image.Image:
+def _square(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
     width, height = image.size
     longer = int(size * max(width, height) / min(width, height))
-    image = _resized(image, (size, longer) if width <= height else (longer, size))
+    image = _resized(image, (size, longer) if width <= height else (longer, size), filter)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
 
 
-def _pad(image: Image.Image, size: int) -> Image.Image:
+def _pad(image: Image.Image, size: int, border: tuple[int, ...], filter: Image.Resampling) -> Image.Image:
     """As padding to the full square and resizing that, without ever holding the square.
 
     Rows are resized first, each by itself, so they can be padded and resized in strips. 20000 x 100 pixels would fill
@@ -107,20 +114,20 @@ def _pad(image: Image.Image, size: int) -> Image.Image:
     """
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
-    narrow = Image.new("RGB", (size, side), BORDER)
+    narrow = Image.new("RGB", (size, side), border)
     for row in range(0, image.height, _STRIP_ROWS):
         rows = min(_STRIP_ROWS, image.height - row)
-        strip = Image.new("RGB", (side, rows), BORDER)
+        strip = Image.new("RGB", (side, rows), border)
         strip.paste(image.crop((0, row, image.width, row + rows)), (left, 0))
-        narrow.paste(strip.resize((size, rows), Image.Resampling.BICUBIC), (0, top + row))
-    return narrow.resize((size, size), Image.Resampling.BICUBIC)
+        narrow.paste(strip.resize((size, rows), filter), (0, top + row))
+    return narrow.resize((size, size), filter)
 
 
-def _squash(image: Image.Image, size: int) -> Image.Image:
-    return _resized(image, (size, size))
+def _squash(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
+    return _resized(image, (size, size), filter)
 
 
-def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int], filter: Image.Resampling) -> Image.Image:
     """The rows resized and rounded to uint8, then the columns; of stripes the columns first.
 
     So does every Pillow that the released models were trained with. Pillow 13 begins with the columns of many upright
@@ -128,7 +135,7 @@ def _resized(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """
     stripe = image.height > 100 * image.width and size[1] < image.height
     first = (image.width, size[1]) if stripe else (size[0], image.height)
-    return image.resize(first, Image.Resampling.BICUBIC).resize(size, Image.Resampling.BICUBIC)
+    return image.resize(first, filter).resize(size, filter)
 
 
 def _spellings(ref: str, root: epath.PathLike | None) -> list[str]:

@@ -22,9 +22,9 @@ from llava_jax.batch import Batch
 from llava_jax.distributed import Rows
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
-from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.vit import NEVER_RUN
 from llava_jax.train import optimizer as optimizers
 from llava_jax.train import step as steps_of
 from llava_jax.train.step import State
@@ -81,12 +81,13 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
     check(config, model_config)
     mesh = sharding.make_mesh(asdict(config.mesh)) if mesh is None else mesh
     dtype = jnp.dtype(config.model.dtype)
-    model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout)
     shapes = abstract_params(model_config)
     added = adapters(config.lora, shapes)
     shapes = lora.add(shapes, added)
     rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
     moving = _trainable(rates, shapes)
+    tower_remat = config.model.remat if any(name.startswith("vision/") for name in moving) else "none"
+    model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout, tower_remat)
     trainable, frozen = params.split(shapes, moving)
     trainable = _placed(trainable, jnp.float32, mesh)
     optimizer = optimizers.build(config.train, moving, steps)
@@ -130,6 +131,9 @@ def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> 
     for name, rate in moving.items():
         if name.rpartition("/")[2] in lora.CONSTANTS:
             raise UsageError(f"table `rates`: {name} is a constant (alpha / rank), which no rate moves: give it None")
+        if name.startswith(NEVER_RUN):
+            raise UsageError(f'table `rates`: {name} never runs, so nothing trains it: put ("vision/tail/.*", None) '
+                             "before the row that gives it a rate")  # fmt: skip
         if isinstance(rate, tuple) and flat[name].shape[:1] != (len(rate),):
             raise UsageError(
                 f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
@@ -182,7 +186,7 @@ def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mes
 def check(config: configs.Config, model_config: LlavaConfig) -> None:
     """Raises ValueError where the model cannot read the rows of the config; takes no time."""
     data = config.data
-    positions = max_positions(model_config.llm)
+    positions = model_config.llm.usable_positions
     limits.check_rows(data.row_tokens, model_config.image_features, positions, data.lengths)
 
 

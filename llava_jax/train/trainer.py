@@ -219,9 +219,10 @@ def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
     ending.check(template, words, str(place), config.prompt.image_start_end)
+    vision = model_config.vision
     return Format(
-        template, words, model_config.vision.image_size, model_config.image_features,
-        config.prompt.image_mode, config.prompt.image_start_end,
+        template, words, vision.image_size, model_config.image_features, config.prompt.image_mode,
+        config.prompt.image_start_end, vision.mean, vision.resample,
     )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.convert import eva, exporting, files, importing, minigpt4, table
+from llava_jax.convert import exporting, files, importing, minigpt4, table, views
 from llava_jax.convert.__main__ import main
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.llava import abstract_params
@@ -205,7 +205,7 @@ def test_positions_are_interpolated_as_torch_does(size, side):
     positions = np.random.default_rng(0).standard_normal((1, size * size + 1, 6)).astype(np.float32)
     grid = torch.tensor(positions[:, 1:]).reshape(1, size, size, 6).permute(0, 3, 1, 2)
     wanted = torch.nn.functional.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)
-    found = eva.interpolated(positions, side)
+    found = views.interpolated(positions, side, True)
     np.testing.assert_array_equal(found[:, 0], positions[:, 0])
     np.testing.assert_allclose(found[0, 1:], wanted[0].permute(1, 2, 0).reshape(-1, 6).numpy(), atol=2e-6)
 

@@ -9,9 +9,10 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import card, store
-from llava_jax.convert import clip, exporting, files, importing, reports
+from llava_jax.convert import exporting, files, importing, reports
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint
+from llava_jax.models import clip
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import tokenizer
 from tests.convert import tiny
@@ -165,7 +166,7 @@ def test_a_tower_among_the_original_files_is_preferred_to_the_clip_directory(tmp
 
 def test_a_tower_that_the_hub_has_goes_into_the_original_files_themselves(tmp_path, half, monkeypatch):
     config = config_from_json(dict(card.read_card(half[1]).model))
-    monkeypatch.setattr(clip, "HUB_TOWERS", {"openai/tiny": config.vision})
+    monkeypatch.setitem(clip.PART.hub, "openai/tiny", config.vision)
     exporting.export("llava", half[1], tmp_path / "llava-out")
     assert same(read_all(tmp_path / "llava-out"), tiny.renamed(half[0], "original"))
     content = json.loads((tmp_path / "llava-out" / "config.json").read_text())

@@ -11,9 +11,10 @@ from safetensors.numpy import save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import store
-from llava_jax.convert import clip, files, llama, llava, table
+from llava_jax.convert import files, llava, table
 from llava_jax.convert.files import TensorFiles, open_tensors
 from llava_jax.errors import UnusableCheckpoint
+from llava_jax.models import clip, llama
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import get
 from tests.convert import tiny
@@ -23,7 +24,7 @@ GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "hub_tensors.json").
 
 def found_in(config, layout):
     leaves = params.flatten(abstract_params(config))
-    return table.entries(leaves, llava.rows(layout, config.projector), clip.first_layers(config.vision), "conversion")
+    return table.entries(leaves, llava.rows(layout, config), llava.first_layers(config), "conversion")
 
 
 @pytest.mark.parametrize("preset, hub", [("llava15_7b", "llava-1.5-7b"), ("llava15_13b", "llava-1.5-13b")])
@@ -49,7 +50,7 @@ def test_the_original_layout_has_the_names_of_the_original_code():
     linear = {name for entry in found_in(get("llava10_7b"), llava.ORIGINAL) for name in entry.theirs}
     assert {"model.mm_projector.weight", "model.mm_projector.bias"} <= linear
     with pytest.raises(ValueError, match="no projector 'linear', only mlp2x_gelu; use --format llava"):
-        llava.rows(llava.HUB, "linear")
+        llava.projector_rows(llava.HUB, "linear")
 
 
 def test_whatever_does_not_fit_is_named(tmp_path):
@@ -70,11 +71,11 @@ def test_whatever_does_not_fit_is_named(tmp_path):
     for tensors, message in cases:
         save_file(tensors, tmp_path / "model.safetensors")
         with pytest.raises(UnusableCheckpoint, match=message):
-            table.check(entries, open_tensors(tmp_path), llava.IGNORED)
+            table.check(entries, open_tensors(tmp_path), llava.ignored(get("tiny")))
     save_file(good | {"vision_tower.vision_model.embeddings.position_ids": np.zeros(3, np.int64),
                       "language_model.model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(3)},
               tmp_path / "model.safetensors")  # fmt: skip
-    assert set(table.check(entries, open_tensors(tmp_path), llava.IGNORED).values()) == {np.dtype("f2")}
+    assert set(table.check(entries, open_tensors(tmp_path), llava.ignored(get("tiny"))).values()) == {np.dtype("f2")}
 
 
 def test_import_holds_one_stacked_leaf_and_one_tensor_of_theirs(tmp_path):
@@ -182,21 +183,21 @@ def test_config_files_of_the_released_models_are_the_presets():
         "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
         "mm_vision_tower": "openai/clip-vit-large-patch14-336", "image_aspect_ratio": "pad",
     }  # fmt: skip
-    tower = clip.config_json(clip.HUB_TOWERS[original["mm_vision_tower"]])
+    tower = clip.config_json(clip.PART.hub[original["mm_vision_tower"]])
     assert llava.is_original(original) and not llava.is_original(hub)
-    assert llava.read_original_config(original, "config.json", tower, "mlp2x_gelu") == wanted
+    assert llava.read_original_config(original, "config.json", clip.PART, tower, "mlp2x_gelu") == wanted
     for change, message in [
-        ({"architectures": ["LlavaMptForCausalLM"]}, "wanted LlavaLlamaForCausalLM"),
+        ({"architectures": ["LlavaMptForCausalLM"]}, "wanted one of LlavaLlamaForCausalLM"),
         ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': an image is cut into several tiles"),
         ({"mm_projector_type": "linear"}, "but the tensors are 'mlp2x_gelu'"),
     ]:
         with pytest.raises(UnusableCheckpoint, match=message):
-            llava.read_original_config(original | change, "config.json", tower, "mlp2x_gelu")
+            llava.read_original_config(original | change, "config.json", clip.PART, tower, "mlp2x_gelu")
     for change, message in [
         ({"model_type": "llava_next"}, "model_type is 'llava_next'; wanted 'llava'"),
         ({"vision_feature_layer": [-2, -5]}, "one number"),
-        ({"text_config": text | {"model_type": "qwen2"}}, "text model_type is 'qwen2'"),
-        ({"vision_config": vision | {"model_type": "siglip_vision_model"}}, "vision model_type is 'siglip"),
+        ({"text_config": text | {"model_type": "gemma"}}, "text model_type is 'gemma'"),
+        ({"vision_config": vision | {"model_type": "dinov2"}}, "vision model_type is 'dinov2"),
         ({"vision_config": None}, "vision_config is missing"),
     ]:
         with pytest.raises(UnusableCheckpoint, match=message):

@@ -96,7 +96,9 @@ def test_a_template_that_jinja_cannot_say_is_left_out_and_the_readme_says_so(nam
 def test_the_image_processor_says_its_mode_both_ways(tmp_path, mode):
     config = get("llava15_7b").vision
     tiny.write_json(tmp_path / "preprocessor_config.json", processor.preprocessor_json(config, mode))
-    assert processor.read_settings(tmp_path) == processor.ImageSettings(mode, 336, config.mean, config.std)
+    assert processor.read_settings(tmp_path) == processor.ImageSettings(
+        mode, 336, {"resample": "bicubic", "mean": config.mean, "std": config.std}
+    )
     nested = {"image_processor": processor.preprocessor_json(config, "square")}
     tiny.write_json(tmp_path / "processor_config.json", nested)  # transformers 5; wins where both are there
     assert processor.read_settings(tmp_path).mode == "square"

@@ -104,8 +104,8 @@ def check_against_ours(made, seen, arrays):
     assert seen["padding_side"] == "left"
     collapsed = [number for i, number in enumerate(seen["ids"]) if number != 960 or seen["ids"][i - 1] != 960]
     assert [-200 if number == 960 else number for number in collapsed] == ids
-    settings = processor.read_settings(folder / "out")
-    mean, std = np.asarray(settings.mean, np.float32), np.asarray(settings.std, np.float32)
+    numbers = processor.read_settings(folder / "out").numbers
+    mean, std = (np.asarray(numbers[name], np.float32) for name in ("mean", "std"))
     ours = ((pixels * np.float32(1 / 255)) - mean) / std
     np.testing.assert_allclose(arrays["pixels"][0].transpose(1, 2, 0), ours, atol=1e-6)
     theirs = arrays["logits"][0][:, : tiny.PIECES]

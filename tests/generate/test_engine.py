@@ -12,7 +12,6 @@ from llava_jax import params as names
 from llava_jax.generate import engine as engines
 from llava_jax.generate.engine import NOTHING, Engine, Request, bucket, shape_of
 from llava_jax.generate.sampling import Sampling
-from llava_jax.models import layers
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import RopeScaling
 from tests.golden import make_generate, make_models
@@ -183,4 +182,4 @@ def test_more_tokens_than_the_model_has_positions_are_refused():
     with pytest.raises(ValueError, match="max_new_tokens=0"):
         shape_of(20, 1, 0, 256)
     stretched = replace(CONFIG.llm, rope_scaling=RopeScaling("linear", 4.0))
-    assert layers.max_positions(stretched) == 4 * layers.max_positions(CONFIG.llm) == 1024
+    assert stretched.usable_positions == 4 * CONFIG.llm.usable_positions == 1024

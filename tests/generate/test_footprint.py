@@ -17,7 +17,6 @@ from llava_jax.generate import placement
 from llava_jax.generate.engine import Engine, Shape
 from llava_jax.generate.footprint import footprint, weights
 from llava_jax.models import presets
-from llava_jax.models.layers import max_positions
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.plan.compile import find_place
 from tests.generate import tiny
@@ -70,7 +69,7 @@ def test_sixteen_requests_to_the_real_models_fit(preset, topology):
     """Prompts of 1,024 tokens with a picture, and up to 512 new ones."""
     config, chip = presets.get(preset), chips.of_topology(topology)
     model = Llava(config, jnp.bfloat16)
-    row = placement.row_bytes(config.llm, model.dtype, max_positions(config.llm))
+    row = placement.row_bytes(config.llm, model.dtype, config.llm.usable_positions)
     here = devices(topology)
     held = weights(model, sharding.mesh_of_copies(len(here), here))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))

@@ -11,10 +11,9 @@ import pytest
 
 from llava_jax import params as names
 from llava_jax.errors import UsageError
-from llava_jax.models import presets, remat
+from llava_jax.models import presets, registry, remat
 from llava_jax.models.llava import Llava, abstract_params, init_params
 from llava_jax.models.presets import LlavaConfig, RopeScaling, VisionConfig
-from llava_jax.models.projectors import depth
 from llava_jax.models.vit import normalise
 
 TINY = presets.get("tiny")
@@ -220,4 +219,4 @@ def test_configs_survive_json_and_refuse_what_no_model_has():
     with pytest.raises(ValueError, match="multiple of patch_size=14"):
         VisionConfig(image_size=225, patch_size=14, width=8, mlp_width=8, layers=1, heads=1)
     with pytest.raises(ValueError, match="unknown projector 'mlp'"):
-        depth("mlp")
+        registry.connector("mlp")

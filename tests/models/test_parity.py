@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from llava_jax import params as names
+from llava_jax.models.clip import ClipTower
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import LlavaConfig, RopeScaling
-from llava_jax.models.vit import VisionTower
 from tests.golden import make_models as golden
 
 CLOSE = 1e-5  # largest difference over largest value, for each tensor, float32
@@ -39,7 +39,7 @@ def compare(config: LlavaConfig, params, batch, expected, dtype=jnp.float32) -> 
     (loss, logits), gradients = compute(tree)
     assert difference(logits, expected["logits"]) < CLOSE
     assert difference(loss, expected["loss"]) < CLOSE
-    tower = VisionTower(config.vision)
+    tower = ClipTower(config.vision)
     look = jax.jit(functools.partial(tower.apply, method="hidden_states"))
     states = look({"params": tree["vision"]}, jnp.asarray(batch["pixels"])[:, 0])
     assert len(states) == config.vision.run_layers + 1

@@ -1,0 +1,113 @@
+"""Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (norms of queries and keys), dense models."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from llava_jax.models import llama
+from llava_jax.models.decoder import DecoderBlock, LanguageModel
+from llava_jax.models.names import SAME, Row
+from llava_jax.models.parts import Content, Decoder, DecoderConfig, check_fixed
+
+# Defaults of transformers' Qwen2Config and Qwen3Config where they are not LLaMA's. Source: transformers 4.57.6, 5.23.0.
+_DEFAULTS = llama.DEFAULTS | {
+    "vocab_size": 151936, "intermediate_size": 22016, "num_key_value_heads": 32, "max_position_embeddings": 32768,
+    "use_sliding_window": False, "sliding_window": 4096,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Qwen2Config(DecoderConfig):
+    """A Qwen2 or Qwen2.5 decoder."""
+
+
+class Qwen2Block(DecoderBlock):
+    """LLaMA's block with biases of queries, keys and values."""
+
+    biased: ClassVar[tuple[str, ...]] = ("q", "k", "v")
+
+
+class Qwen2(LanguageModel):
+    """Embeddings in, normed hidden states out."""
+
+    config: Qwen2Config
+    block_class: ClassVar[type[DecoderBlock]] = Qwen2Block
+
+
+def rows2(prefix: str, head: str) -> list[Row]:
+    """The table of a Qwen2 whose tensors begin with `prefix` (`model.`) and whose output matrix is `head`."""
+    bias = ("llm/blocks/([qkv])/bias", (prefix + r"layers.{layer}.self_attn.\1_proj.bias", SAME))
+    return [*llama.rows(prefix, head), bias]
+
+
+def read_config2(content: Content, where: str) -> Qwen2Config:
+    """A Qwen2's config from config.json or LLaVA's `text_config`. Raises UnusableCheckpoint where it is another."""
+    values = {**_DEFAULTS, **content}
+    check_fixed(values, {"hidden_act": "silu"}, where, "Qwen2")
+    llama.refuse_window(values, where, "Qwen2")
+    return Qwen2Config(**llama.read_sizes(values, where))
+
+
+def config_json2(config: Qwen2Config, vocab: int, dtype: str) -> dict[str, Any]:
+    """A decoder's keys of a transformers 4 config, every field written out."""
+    content = llama.config_json(config, vocab, dtype) | {"model_type": "qwen2", "use_sliding_window": False}
+    return {key: value for key, value in content.items() if key not in ("attention_bias", "mlp_bias")}
+
+
+@dataclass(frozen=True)
+class Qwen3Config(DecoderConfig):
+    """A Qwen3 decoder."""
+
+
+class Qwen3Block(DecoderBlock):
+    """LLaMA's block with norms of each head's queries and keys."""
+
+    normed: ClassVar[tuple[str, ...]] = ("q", "k")
+
+
+class Qwen3(LanguageModel):
+    """Embeddings in, normed hidden states out."""
+
+    config: Qwen3Config
+    block_class: ClassVar[type[DecoderBlock]] = Qwen3Block
+
+
+def rows3(prefix: str, head: str) -> list[Row]:
+    """The table of a Qwen3 whose tensors begin with `prefix` (`model.`) and whose output matrix is `head`."""
+    norms = ("llm/blocks/([qk])_norm/scale", (prefix + r"layers.{layer}.self_attn.\1_norm.weight", SAME))
+    return [*llama.rows(prefix, head), norms]
+
+
+def read_config3(content: Content, where: str) -> Qwen3Config:
+    """A Qwen3's config from config.json or LLaVA's `text_config`. Raises UnusableCheckpoint where it is another."""
+    values = {**_DEFAULTS, "head_dim": 128, **content}
+    check_fixed(values, {"hidden_act": "silu", "attention_bias": False}, where, "Qwen3")
+    llama.refuse_window(values, where, "Qwen3")
+    return Qwen3Config(**llama.read_sizes(values, where))
+
+
+def config_json3(config: Qwen3Config, vocab: int, dtype: str) -> dict[str, Any]:
+    """A decoder's keys of a transformers 4 config, every field written out."""
+    content = llama.config_json(config, vocab, dtype) | {"model_type": "qwen3", "use_sliding_window": False}
+    return {key: value for key, value in content.items() if key != "mlp_bias"}
+
+
+# Source: config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B.
+QWEN25_7B = Qwen2Config(
+    vocab=152064, width=3584, mlp_width=18944, layers=28, heads=28, kv_heads=4, head_width=128, eps=1e-6,
+    rope_theta=1000000.0, max_positions=32768,
+)  # fmt: skip
+QWEN3_8B = Qwen3Config(
+    vocab=151936, width=4096, mlp_width=12288, layers=36, heads=32, kv_heads=8, head_width=128, eps=1e-6,
+    rope_theta=1000000.0, max_positions=40960,
+)  # fmt: skip
+
+QWEN2 = Decoder(
+    kind="qwen2", label="a Qwen2", config=Qwen2Config, module=Qwen2, rows=rows2, read_config=read_config2,
+    config_json=config_json2, hub_class="Qwen2ForCausalLM", original=("LlavaQwenForCausalLM", "llava_qwen"),
+    template="qwen",
+)  # fmt: skip
+QWEN3 = Decoder(
+    kind="qwen3", label="a Qwen3", config=Qwen3Config, module=Qwen3, rows=rows3, read_config=read_config3,
+    config_json=config_json3, hub_class="Qwen3ForCausalLM", original=("LlavaQwen3ForCausalLM", "llava_qwen3"),
+    template="qwen",
+)  # fmt: skip

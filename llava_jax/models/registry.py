@@ -1,0 +1,104 @@
+"""The parts that there are, by kind; a part of your own is added with `register`, and then works everywhere."""
+
+import difflib
+import importlib
+import os
+import re
+from typing import Any
+
+from llava_jax.errors import UsageError
+from llava_jax.models import clip, eva, flamingo, llama, mistral, mlp, qformer, qwen, siglip
+from llava_jax.models.parts import Connector, Decoder, DecoderConfig, Tower, TowerConfig
+
+VARIABLE = "LLAVA_JAX_PARTS"  # an environment variable: modules, with commas, that register parts when imported
+
+_towers = {part.kind: part for part in (clip.PART, siglip.PART, eva.PART)}
+_decoders = {part.kind: part for part in (llama.PART, mistral.PART, qwen.QWEN2, qwen.QWEN3)}
+_connectors = {
+    part.name: part
+    for part in (mlp.PLAIN, mlp.CONCAT4, mlp.PIXEL_SHUFFLE, qformer.PART, flamingo.PERCEIVER, flamingo.FLAMINGO)
+}
+_imported = set[str]()
+
+
+def register(part: Tower | Decoder | Connector) -> None:
+    """Adds a part, so that models may have it.
+
+    Raises:
+      UsageError: there is one of that kind, or a connector whose names it would hide.
+    """
+    table, key = {
+        Tower: lambda: (_towers, part.kind), Decoder: lambda: (_decoders, part.kind),
+        Connector: lambda: (_connectors, part.name),
+    }[type(part)]()  # fmt: skip
+    if key in table or (table is _connectors and any(re.fullmatch(known, key) for known in table)):
+        raise UsageError(f"register: there is a {type(part).__name__.lower()} {key!r} already; want another name")
+    table[key] = part
+
+
+def towers() -> dict[str, Tower]:
+    """{kind: part} of all vision towers."""
+    _import_parts()
+    return dict(_towers)
+
+
+def decoders() -> dict[str, Decoder]:
+    """{kind: part} of all decoders."""
+    _import_parts()
+    return dict(_decoders)
+
+
+def tower(kind: str) -> Tower:
+    """The vision tower of that kind. Raises UsageError where there is none."""
+    return _of(towers(), kind, "vision.kind")
+
+
+def decoder(kind: str) -> Decoder:
+    """The decoder of that kind. Raises UsageError where there is none."""
+    return _of(decoders(), kind, "llm.kind")
+
+
+def tower_of(config: TowerConfig) -> Tower:
+    """The part that has such a config."""
+    return next(part for part in towers().values() if part.config is type(config))
+
+
+def decoder_of(config: DecoderConfig) -> Decoder:
+    """The part that has such a config."""
+    return next(part for part in decoders().values() if part.config is type(config))
+
+
+def connector(projector: str) -> Connector:
+    """The part of a connector's name.
+
+    Raises:
+      UsageError: no such connector.
+    """
+    _import_parts()
+    found = [part for name, part in _connectors.items() if re.fullmatch(name, projector)]
+    if not found:
+        shown = ", ".join(part.shown for part in _connectors.values())
+        raise UsageError(f"unknown projector {projector!r}: there are {shown}{_own()}")
+    return found[0]
+
+
+def _of(parts: dict[str, Any], kind: Any, name: str) -> Any:
+    if isinstance(kind, str) and kind in parts:
+        return parts[kind]
+    near = difflib.get_close_matches(str(kind), parts, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise UsageError(f"model config {name}={kind!r}: want one of {', '.join(parts)}{hint}{_own()}")
+
+
+def _own() -> str:
+    return f". A part of your own: `llava_jax.register(part)` before, or {VARIABLE}=the module that does so"
+
+
+def _import_parts() -> None:
+    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
+        if name not in _imported:
+            _imported.add(name)
+            try:
+                importlib.import_module(name)
+            except ImportError as error:
+                raise UsageError(f"{VARIABLE} names the module {name!r}: {error}") from None
