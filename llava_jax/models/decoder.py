@@ -43,8 +43,15 @@ class DecoderBlock(nn.Module):
 
         slots: where in `cache` each token is written; it sees this slot and those before.
         """
+        y, kept = self.attend(RMSNorm(self.config.eps, self.dtype, name="ln1")(x), rotation, segments, slots, cache)
+        x = x + y
+        return x + self.feed(RMSNorm(self.config.eps, self.dtype, name="ln2")(x)), kept
+
+    def attend(
+        self, y: Float[Array, "B T D"], rotation: Rotation, segments: Any, slots: Any, cache: LayerCache | None
+    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        """Attention of the normed input, with the keys and values that it leaves."""
         config = self.config
-        y = RMSNorm(config.eps, self.dtype, name="ln1")(x)
         q = self._heads("q", config.heads, y)
         k = self._heads("k", config.kv_heads, y)
         v = self._heads("v", config.kv_heads, y)
@@ -54,16 +61,18 @@ class DecoderBlock(nn.Module):
         else:
             kept = write(cache, k, v, slots)
             y = attention(q, kept.k, kept.v, last_key=slots)
-        x = x + self._dense("o", config.width)(y.reshape(*x.shape[:2], -1))
-        y = RMSNorm(config.eps, self.dtype, name="ln2")(x)
-        y = nn.silu(self._dense("gate", config.mlp_width)(y)) * self._dense("up", config.mlp_width)(y)
-        return x + self._dense("down", config.width)(y), kept
+        return self.dense("o", config.width)(y.reshape(*y.shape[:2], -1)), kept
 
-    def _dense(self, name: str, features: int) -> Dense:
+    def feed(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """The gated mlp of the normed input."""
+        y = nn.silu(self.dense("gate", self.config.mlp_width)(y)) * self.dense("up", self.config.mlp_width)(y)
+        return self.dense("down", self.config.width)(y)
+
+    def dense(self, name: str, features: int) -> Dense:
         return Dense(features, name in self.biased, self.dtype, self.lora_dropout, name=name)
 
     def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
-        y = self._dense(name, heads * self.config.head_width)(y)
+        y = self.dense(name, heads * self.config.head_width)(y)
         y = y.reshape(*y.shape[:2], heads, self.config.head_width)
         return RMSNorm(self.config.eps, self.dtype, name=f"{name}_norm")(y) if name in self.normed else y
 

@@ -195,10 +195,10 @@ def _check_gated(config: Any) -> None:
 
 
 PERCEIVER = Connector(
-    name="perceiver", shown="perceiver", module=mlp.Projector, layers=mlp.layers, rows=mlp.rows,
+    name="perceiver", shown="perceiver", module=mlp.Projector, rows=mlp.rows,
     features=lambda config: config.resampler.outputs, resampler=PerceiverConfig, resampler_module=Perceiver,
 )  # fmt: skip
 FLAMINGO = Connector(  # 1 position: that of the image's mark, an ordinary token
-    name="flamingo_xattn", shown="flamingo_xattn", module=mlp.Projector, layers=lambda projector: 0, rows=mlp.rows,
+    name="flamingo_xattn", shown="flamingo_xattn", module=mlp.Projector, rows=mlp.rows,
     features=lambda config: 1, resampler=PerceiverConfig, resampler_module=Perceiver, check=_check_gated, gated=True,
 )  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from llava_jax.models import registry
+from llava_jax.models import mlp
 from llava_jax.models.presets import (
     EvaConfig,
     LlamaConfig,
@@ -140,7 +140,7 @@ def _connector(config: LlavaConfig, ranks: Mapping[str, int], images: int) -> It
         yield from _perceiver(config.resampler, ranks, images, config.vision.features, width)
     inner = config.resampler.width if isinstance(config.resampler, QFormerConfig) else config.vision.width
     inner *= 4 if config.projector == "concat4_linear" else 1
-    for layer in range(registry.connector(config.projector).layers(config.projector)):
+    for layer in range(mlp.layers(config.projector)):
         yield from _dense([f"projector/{2 * layer}"], inner, config.llm.width, features, ranks)
         inner = config.llm.width
     if config.cross:  # they read the images, whatever the text is

@@ -21,9 +21,9 @@ _SHUFFLE = r"pixel_shuffle([2-9])_(?=linear$|mlp)"
 
 
 def layers(projector: str) -> int:
-    """Linear layers of a connector's name: identity 0, mlp{n}x_gelu n, linear and all others 1."""
+    """Linear layers of a connector's name: identity and flamingo_xattn 0, mlp{n}x_gelu n, all others 1."""
     match = re.search(r"mlp(\d+)x_gelu$", projector)
-    return int(match[1]) if match else int(projector != "identity")
+    return int(match[1]) if match else int(projector not in ("identity", "flamingo_xattn"))
 
 
 class Projector(nn.Module):
@@ -102,14 +102,14 @@ def _check_shuffled(config: Any) -> None:
 
 PLAIN = Connector(
     name=r"linear|identity|mlp[1-9]\d*x_gelu", shown="linear, mlp2x_gelu (any number of layers), identity",
-    module=Projector, layers=layers, features=lambda config: config.vision.features, rows=rows,
+    module=Projector, features=lambda config: config.vision.features, rows=rows,
 )  # fmt: skip
 CONCAT4 = Connector(
-    name="concat4_linear", shown="concat4_linear", module=Concatenated, layers=layers, rows=rows,
+    name="concat4_linear", shown="concat4_linear", module=Concatenated, rows=rows,
     features=lambda config: config.vision.features // CONCATENATED, check=_check_concatenated,
 )  # fmt: skip
 PIXEL_SHUFFLE = Connector(
     name=_SHUFFLE + r"(linear|mlp[1-9]\d*x_gelu)", shown="pixel_shuffle2_mlp2x_gelu (any square, any number of layers)",
-    module=PixelShuffled, layers=layers, rows=rows, check=_check_shuffled,
+    module=PixelShuffled, rows=rows, check=_check_shuffled,
     features=lambda config: config.vision.patches // shuffled(config.projector) ** 2,
 )  # fmt: skip

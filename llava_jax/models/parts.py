@@ -222,8 +222,7 @@ class Connector:
     """A kind of connector between tower and decoder. Its modules take features [Img, P, C].
 
     name: a pattern over `LlavaConfig.projector`. shown: how a message writes that.
-    module: made with (projector, the decoder's width, dtype, lora_dropout); gives [Img, N, D]. `layers` linear layers
-      end it, the parameters `projector/0`, `projector/2` ...
+    module: made with (projector, the decoder's width, dtype, lora_dropout); gives [Img, N, D].
     features: (config of the model) -> N, rows of features that stand for one image.
     rows: (projector, beginning of its tensors' names, such as `mm_projector.`) -> the table of `projector/`.
     resampler, resampler_module: config and module, made with (config, dtype, lora_dropout), of what runs before it and
@@ -235,7 +234,6 @@ class Connector:
     name: str
     shown: str
     module: Callable[..., nn.Module]
-    layers: Callable[[str], int]
     features: Callable[[Any], int]
     rows: Callable[[str, str], list[Row]]
     resampler: type[Sizes] | None = None

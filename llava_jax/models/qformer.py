@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, take_layer
-from llava_jax.models.mlp import Projector, layers
+from llava_jax.models.mlp import Projector
 from llava_jax.models.mlp import rows as projector_rows
 from llava_jax.models.names import ROW, Row, linear, norm
 from llava_jax.models.parts import Connector, Content, Sizes, check, check_fixed, check_numbers
@@ -245,6 +245,6 @@ def read_lavis_config(shapes: Mapping[str, tuple[int, ...]], where: str) -> QFor
 
 
 PART = Connector(
-    name="qformer", shown="qformer", module=Projector, layers=layers, rows=projector_rows,
+    name="qformer", shown="qformer", module=Projector, rows=projector_rows,
     features=lambda config: config.resampler.outputs, resampler=QFormerConfig, resampler_module=QFormer,
 )  # fmt: skip
