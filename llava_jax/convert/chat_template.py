@@ -70,20 +70,19 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
 
 def _answer(template: Template, trim: str) -> list[str]:
     """The assistant's message in its frame; what is supervised of that stands in the `generation` block."""
-    after = template.assistant.after
-    supervised = [part for part in after if part.learned]
+    before, after = template.assistant
+    begin, end = sum(not part.learned for part in before), sum(part.learned for part in after)
     return [
-        "    " + _say(_quoted(_text(template.assistant.before))),
+        "    " + _say(_quoted(_text(before[:begin]))),
         *_where("loop.last", template.reply_opening),
-        "    {%- generation -%}",
+        "    {%- generation -%}" + _say(_quoted(_text(before[begin:]))),
         *_trimmed(trim, [
             "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
             "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
             "    {%- endif -%}",
         ]),
-        "    " + _say(_quoted(_text(supervised))),
-        "    {%- endgeneration -%}",
-        *_where("true", _text(after[len(supervised) :])),
+        "    " + _say(_quoted(_text(after[:end]))),
+        "    {%- endgeneration -%}" + _say(_quoted(_text(after[end:]))),
     ]  # fmt: skip
 
 

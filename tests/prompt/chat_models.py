@@ -154,7 +154,7 @@ MODELS = {
         begin="<s> ",
     ),
 }  # fmt: skip
-_ATOMS = ("a", "B", " cat", "USER:", "What", " is", " it", "?", "é", "漢", "🌋", " 2024", "'s", ".", "  two", "\nThen",
+_ATOMS = ("a", "B", " cat", "USER:", "What", " is", " it", "?", "é", "e\u0301", "漢", "🌋", " 2024", "'s", ".", "  two", "\nThen",
           "\n\nNow", " <", "im_start", "|>", " [INST]", "###", "assistant")  # fmt: skip
 
 
