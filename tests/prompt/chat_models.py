@@ -154,8 +154,9 @@ MODELS = {
         begin="<s> ",
     ),
 }  # fmt: skip
-_ATOMS = ("a", "B", " cat", "USER:", "What", " is", " it", "?", "é", "e\u0301", "漢", "🌋", " 2024", "'s", ".", "  two", "\nThen",
-          "\n\nNow", " <", "im_start", "|>", " [INST]", "###", "assistant")  # fmt: skip
+_ROLES = ("user", "assistant")
+_ATOMS = ("a", "B", " cat", "USER:", "What", " is", " it", "?", "é", "e\u0301", "漢", "🌋", " 2024", "'s", ".", "  two",
+          "\nThen", "\n\nNow", " <", "im_start", "|>", " [INST]", "###", "assistant")  # fmt: skip
 
 
 class Talk(NamedTuple):
@@ -176,9 +177,6 @@ class Talk(NamedTuple):
         turns = tuple(Turn(role, text) for role, text in zip(_ROLES * 5, self.texts))
         images = ("x.png",) * "".join(self.texts).count("<image>")
         return Conversation(turns, images, "it", self.system, images_in_place=True)
-
-
-_ROLES = ("user", "assistant")
 
 
 def talks(count: int, blanks: bool = False, seed: int = 0) -> list[Talk]:

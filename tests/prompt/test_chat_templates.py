@@ -2,7 +2,6 @@
 
 from itertools import groupby
 
-import numpy as np
 import pytest
 
 from llava_jax.errors import UsageError
@@ -81,6 +80,14 @@ def test_an_empty_system_text_leaves_the_models_own_out(pair):
     talk = chat_models.Talk(("What is it?", "A cat."), "")
     text = form.tokenizer.decode(encode(talk.conversation, form).tokens.tolist(), skip_special=False)
     assert "system" not in text and "Qwen" not in text and "What is it?" in text
+
+
+def test_a_template_of_another_model_is_refused(tmp_path):
+    words = tokenizer.load(chat_models.write_qwen(tmp_path / "qwen"))
+    with pytest.raises(UsageError, match="'qwen_3' is written with </think> and <think>.*one of .*qwen, qwen_2$"):
+        ending.check(templates.get("qwen_3"), words, "HERE")
+    with pytest.raises(UsageError, match=r"'llama_3' is written with <\|end_header_id\|> and .*ends .*'<\|im_end\|>'"):
+        ending.check(templates.get("llama_3"), words, "HERE")
 
 
 def test_words_of_the_frames_are_letters_in_what_people_write(pair):

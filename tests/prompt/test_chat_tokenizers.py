@@ -6,7 +6,7 @@ from llava_jax.prompt import tokenizer as tokenizers
 from tests.prompt import chat_models
 
 TEXTS = [talk.texts[0] for talk in chat_models.talks(60, blanks=True, seed=3)]
-TEXTS += ["", " ", "<|im_start|>user\nHi<|im_end|>\n", "<|eot_id|> 12345 it's", "<think>\n\n</think>\n\nYes", "\r\n\t é"]
+TEXTS += ["", " ", "\r\n\t é", "<|im_start|>user\nHi<|im_end|>\n", "<|eot_id|> 12345 it's", "<think>\n</think>\n\nYes"]
 WRITERS = (chat_models.write_qwen, chat_models.write_qwen_3, chat_models.write_slow_qwen, chat_models.write_llama_3)
 NAMED = ((None, "<|im_end|>", "<|endoftext|>"),) * 3 + (("<|begin_of_text|>", "<|eot_id|>", None),)
 
@@ -34,7 +34,8 @@ def test_a_checkpoint_keeps_the_tokenizer_as_it_is(case, tmp_path):
     found = tokenizers.load(case[0])
     tokenizers.save(found, tmp_path)
     again = tokenizers.load(tmp_path)
-    assert (again.words, again.size, again.bos_id, again.eos_id) == (found.words, found.size, found.bos_id, found.eos_id)
+    assert again.words == found.words and again.size == found.size
+    assert (again.bos_id, again.eos_id, again.pad_id) == (found.bos_id, found.eos_id, found.pad_id)
     assert all(again.encode(text, bos=True) == found.encode(text, bos=True) for text in TEXTS)
 
 

@@ -14,10 +14,9 @@ from tests.prompt import layouts
 from tests.prompt.test_layouts import fast_of
 
 CHATML = {960: layouts.word("<|im_start|>"), 961: layouts.word("<|im_end|>")}
-CHAT = CHATML | {
-    number: layouts.word(text, not text.endswith("think>"))
-    for number, text in enumerate(("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<think>", "</think>"), 962)
-}
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHAT = CHATML | {number: layouts.word(text) for number, text in enumerate(HEADERS, 962)}
+CHAT |= {965: layouts.word("<think>", False), 966: layouts.word("</think>", False)}
 NOT_SPECIAL = {number: entry | {"special": False} for number, entry in CHATML.items()}
 
 
