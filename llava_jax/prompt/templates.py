@@ -254,8 +254,8 @@ _QWEN = Template(
     stops=("<|im_end|>",),
     open_when_empty=False,
 )
-# Source: mistralai/Mistral-7B-Instruct-v0.2 since September 2024, whose tokenizer has `legacy` false. The template
-# mistral_instruct is LLaVA-1.6's on the same model: it writes a space before "</s>" and none behind it.
+# Source: mistralai/Mistral-7B-Instruct-v0.2, the version that knows a system text and whose tokenizer has `legacy`
+# false. mistral_instruct is LLaVA-1.6's on the same model: it writes a space before "</s>" and none behind it.
 _MISTRAL = Template(
     name="mistral",
     system="",
