@@ -1,8 +1,9 @@
 """A conversation template as the Jinja text that Hugging Face readers render, to the ids of `prompt.encode`."""
 
 import json
+from collections.abc import Sequence
 
-from llava_jax.prompt.templates import Frame, Template
+from llava_jax.prompt.templates import Part, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
 IMAGE = "<image>"
@@ -21,14 +22,16 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
     Args:
       tokenizer: has `<image>` among its special tokens.
     """
-    plain = not (template.examples or template.system_inside or template.images_only or template.between)
     after_image, after_bos = _gap(tokenizer, IMAGE, "\nA"), ""
     if tokenizer.adds_bos:
         after_bos = _gap(tokenizer, tokenizer.piece(tokenizer.bos_id), "A")
-    if not plain or template.image_frame != ("", "") or after_image is None or after_bos is None:
+    fixed = template.examples or template.images_only or template.image_frame != ("", "")
+    if fixed or after_image is None or after_bos is None:
         return None
-    after_turn = _after(template.user)
+    after_turn = _text(template.user.after)
     gap = "" if after_turn.startswith(tuple(filter(None, tokenizer.ids))) else after_image
+    trim = " | trim" if template.trims else ""
+    system = _say(f"{_quoted(template.system_frame[0])} + system{trim} + {_quoted(template.system_frame[1])}")
     lines = [
         "{%- if messages and messages[0]['role'] == 'system' -%}",
         "  {%- set first = messages[0]['content'] -%}",
@@ -44,31 +47,53 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "  {%- endfor -%}",
         "{%- endfor -%}",
         *([_say(f"bos_token + {_quoted(after_bos)}")] if tokenizer.adds_bos else []),
-        "{%- if system -%}",
-        "  " + _say(f"{_quoted(template.system_frame[0])} + system + {_quoted(template.system_frame[1])}"),
-        "{%- endif -%}",
+        *([] if template.system_inside else ["{%- if system -%}", "  " + system, "{%- endif -%}"]),
         "{%- for turn in turns -%}",
         "  {%- if turn['role'] == 'user' -%}",
-        "    " + _say(_quoted(_before(template.user))),
-        *_question(after_image, gap),
+        *_where("not loop.first", template.between),
+        "    " + _say(_quoted(_text(template.user.before))),
+        *(["    {%- if loop.first and system -%}" + system + "{%- endif -%}"] if template.system_inside else []),
+        *_trimmed(trim, _question(after_image, gap)),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
-        "    " + _say(_quoted(_before(template.assistant))),
-        "    {%- generation -%}",
-        "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
-        "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
-        "    {%- endif -%}",
-        "    " + _say(_quoted(_after(template.assistant))),
-        "    {%- endgeneration -%}",
+        *_answer(template, trim),
         "  {%- endif -%}",
         "{%- endfor -%}",
         "{%- if add_generation_prompt -%}",
-        "  " + _say(_quoted(template.assistant.before[0].text)),
+        "  " + _say(_quoted(template.assistant.before[0].text + template.reply_opening)),
         "{%- else -%}",
-        "  " + _say(_quoted("".join(part.text for part in template.ending))),
+        "  " + _say(_quoted(_text(template.ending))),
         "{%- endif -%}",
     ]
     return "\n".join(lines)
+
+
+def _answer(template: Template, trim: str) -> list[str]:
+    """The assistant's message in its frame; what is supervised of that stands in the `generation` block."""
+    before, after = template.assistant
+    begin, end = sum(not part.learned for part in before), sum(part.learned for part in after)
+    return [
+        "    " + _say(_quoted(_text(before[:begin]))),
+        *_where("loop.last", template.reply_opening),
+        "    {%- generation -%}" + _say(_quoted(_text(before[begin:]))),
+        *_trimmed(trim, [
+            "    {%- if turn['content'] is string -%}{{- turn['content'] -}}{%- else -%}",
+            "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
+            "    {%- endif -%}",
+        ]),
+        "    " + _say(_quoted(_text(after[:end]))),
+        "    {%- endgeneration -%}" + _say(_quoted(_text(after[end:]))),
+    ]  # fmt: skip
+
+
+def _where(condition: str, text: str) -> list[str]:
+    """Writes a text, if there is one, where a condition holds."""
+    return [f"    {{%- if {condition} -%}}{_say(_quoted(text))}{{%- endif -%}}"] if text else []
+
+
+def _trimmed(trim: str, lines: list[str]) -> list[str]:
+    """What the lines write, through a filter if there is one."""
+    return ["    {%- set said -%}", *lines, "    {%- endset -%}", "    " + _say("said" + trim)] if trim else lines
 
 
 def _question(after_image: str, gap: str) -> list[str]:
@@ -129,9 +154,5 @@ def _quoted(text: str) -> str:
     return json.dumps(text)
 
 
-def _before(frame: Frame) -> str:
-    return "".join(part.text for part in frame.before)
-
-
-def _after(frame: Frame) -> str:
-    return "".join(part.text for part in frame.after)
+def _text(parts: Sequence[Part]) -> str:
+    return "".join(part.text for part in parts)

@@ -55,7 +55,8 @@ _TEXTS = """
 Answers end with {texts}, which is no token: say `model.generate(..., tokenizer=processor.tokenizer)`, which stops there
 (`stop_strings` in generation_config.json).
 """
-_CHAT = """Prompts: the chat template writes what the model was trained on (`{template}`), `<s>` included:
+_CHAT = """Prompts: the chat template writes what the model was trained on (`{template}`), with the
+token that begins a text where the model has one:
 
 ```python
 content = [{{"type": "image", "image": image}}, {{"type": "text", "text": "What is this?"}}]
@@ -63,7 +64,8 @@ inputs = processor.apply_chat_template([{{"role": "user", "content": content}}],
                                        tokenize=True, return_dict=True, return_tensors="pt")
 ```
 
-With `processor(text=...)` on a text that the template made, say `add_special_tokens=False`, or `<s>` stands twice."""
+With `processor(text=...)` on a text that the template made, say `add_special_tokens=False`, or that token
+stands twice."""
 
 _NO_CHAT = """Prompts: there is no chat template, because `{template}` {reason} cannot be written as one.
 Build the token ids with `llava_jax.prompt`, or write the prompt by hand as the original code does

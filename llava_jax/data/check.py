@@ -334,6 +334,7 @@ def _frame_characters(template: Template) -> tuple[int, int]:
     # 8 more a turn for begin-of-sequence and the blanks SentencePiece puts before pieces; the image marker's own 7
     # characters make room for image start, image end and the blanks around an image.
     each = sum(map(len, [*frames, template.between, *template.image_frame])) + 8
-    fixed = [template.system, *template.system_frame, *(part.text for part in template.ending)]
+    ending = (part.text for part in template.ending)
+    fixed = [template.system, *template.system_frame, template.reply_opening, *ending]
     examples = sum(len(turn.text) + each for turn in template.examples)
     return sum(map(len, fixed)) + examples + 8, each

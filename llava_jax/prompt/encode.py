@@ -137,9 +137,10 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
     for turn in template.examples:
         yield from (piece._replace(learned=False) for piece in _turn(turn, template, [Piece(turn.text)]))
     first = supervised = True  # supervised: the last answer, which ends where a "###" of the next turn is learned
-    for turn in _arranged(conversation, template, reply, name):
+    turns = _arranged(conversation, template, reply, name)
+    for index, turn in enumerate(turns):
         message = list(_message(turn, conversation, format))
-        if turn.role == "user" and message:
+        if turn.role == "user" and (message or not template.open_when_empty):
             if first and template.system_inside:
                 message = system + message
             if not first:
@@ -147,10 +148,10 @@ def _pieces(conversation: Conversation, format: Format, reply: bool, name: str) 
             first = False
         if turn.role == "assistant":
             supervised = turn.supervised
-        pieces = _turn(turn, template, message)
+        pieces = _turn(turn, template, message, template.reply_opening if index == len(turns) - 1 else "")
         yield from pieces if supervised else _unlearned(pieces)
     if reply:
-        yield Piece(template.assistant.before[0].text)
+        yield Piece(template.assistant.before[0].text + template.reply_opening)
         if conversation.begun:
             check_text(conversation.begun, f"{name}: begun")
             yield from (Piece(part.text) for part in template.assistant.before[1:])
@@ -168,6 +169,7 @@ def _system(conversation: Conversation, template: Template, name: str) -> list[P
     if not text and not template.system_kept:
         return []
     before, after = template.system_frame
+    text = text.strip() if template.trims else text
     return [Piece(before), Piece(text, typed=conversation.system is not None), Piece(after)]
 
 
@@ -202,13 +204,14 @@ def _check_images_only(conversation: Conversation, turns: list[Turn], reply: boo
         )
 
 
-def _turn(turn: Turn, template: Template, message: list[Piece]) -> list[Piece]:
+def _turn(turn: Turn, template: Template, message: list[Piece], opening: str = "") -> list[Piece]:
+    """A message in its frame; opening: what stands before it where it is the assistant's."""
     frame: Frame = template.user if turn.role == "user" else template.assistant
     if not message and template.open_when_empty:
         return [Piece(frame.before[0].text)]
     before = [Piece(*part) for part in frame.before]
-    if template.reply_apart and turn.role == "assistant":
-        before.append(_CUT)
+    if turn.role == "assistant":
+        before += [Piece(opening)] + [_CUT] * template.reply_apart
     return before + message + [Piece(*part) for part in frame.after]
 
 
@@ -219,7 +222,7 @@ def _unlearned(pieces: Iterable[Piece]) -> Iterable[Piece]:
 def _message(turn: Turn, conversation: Conversation, format: Format) -> Iterable[Piece]:
     """The turn's own text, cut at its images; nothing if it is empty."""
     template, learned = format.template, turn.role == "assistant"
-    text = turn.text
+    text = turn.text.strip() if template.trims else turn.text
     if conversation.images and not conversation.images_in_place:
         text = _collapsed(text, template.image_joint)
     # Without an image the marker's letters are letters.

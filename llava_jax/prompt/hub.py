@@ -120,7 +120,7 @@ def build(files: Mapping[str, bytes], said: Stated, added: Sequence[str], where:
     if first not in ([], [bos], [eos], [bos, eos]):
         pieces = [backend.id_to_token(number) for number in first]
         raise UsageError(f"tokenizer {where}: puts {pieces} around every text: want its bos_token first, or nothing")
-    spare = next((number for number in (pad, unk) if number is not None), 0)
+    spare = next(number for number in (pad, unk, eos) if number is not None)  # always one of the special words
     return HubTokenizer(text, found, first[:1] == [bos], bos_id=bos, eos_id=eos, unk_id=unk, pad_id=spare)
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from llava_jax.errors import UsageError
 from llava_jax.prompt.conversation import Turn
 
-_MARK = re.compile(r"</?s>|<\|\w+\|>")
+_MARK = re.compile(r"</?s>|</?think>|<\|\w+\|>")
 
 
 class Part(NamedTuple):
@@ -50,7 +50,9 @@ class Template:
     image_frame: what stands around each image.
     image_joint: text between a turn's one image and its words.
     reply_apart: what the assistant says is made into tokens by itself, not together with the text before it.
+    reply_opening: text between assistant.before and a reply, and before the last answer; not before earlier ones.
     system_kept: its frame stands there with an empty system text too.
+    trims: white space at either end of a message or of the system text is left out.
     examples: turns that stand before the conversation and are never learned.
     """
 
@@ -69,14 +71,17 @@ class Template:
     image_frame: tuple[str, str] = ("", "")
     image_joint: str = "\n"
     reply_apart: bool = False
+    reply_opening: str = ""
     system_kept: bool = False
+    trims: bool = False
     examples: tuple[Turn, ...] = ()
 
     @property
     def marks(self) -> tuple[str, ...]:
         """The texts in it that are one token each for the models it was made for, such as "</s>"."""
         parts = (*self.user.before, *self.user.after, *self.assistant.before, *self.assistant.after, *self.ending)
-        texts = (*(part.text for part in parts), *self.system_frame, *self.image_frame, self.between, *self.stops)
+        frames = (*self.system_frame, *self.image_frame, self.between, self.reply_opening)
+        texts = (*(part.text for part in parts), *frames, *self.stops)
         return tuple(sorted({mark for text in texts for mark in _MARK.findall(text)}))
 
 
@@ -226,6 +231,42 @@ _MINIGPT4_LLAMA_2 = replace(
 # Differs from MiniGPT-v2: its chat begins with two "<s>" and joins earlier answers without their "</s>", on neither
 # of which it was trained. A task's mark, such as "[vqa]" or "[refer]", is the beginning of the question.
 _MINIGPTV2 = replace(_MINIGPT4_LLAMA_2, name="minigptv2", assistant=Frame((Part("[/INST]"),), (Part("</s>", True),)))
+# What follows is what the chat templates in the models' own tokenizer_config.json write.
+# Source: meta-llama/Meta-Llama-3-8B-Instruct. It strips every message.
+_LLAMA_3 = Template(
+    name="llama_3",
+    system="",
+    system_frame=("<|start_header_id|>system<|end_header_id|>\n\n", "<|eot_id|>"),
+    user=Frame((Part("<|start_header_id|>user<|end_header_id|>\n\n"),), (Part("<|eot_id|>"),)),
+    assistant=Frame((Part("<|start_header_id|>assistant<|end_header_id|>\n\n"),), (Part("<|eot_id|>", True),)),
+    stops=("<|eot_id|>",),
+    open_when_empty=False,
+    trims=True,
+)
+# Source: Qwen/Qwen2.5-7B-Instruct; Qwen2-7B-Instruct and Qwen3-8B differ as their lines below say. LLaVA-NeXT's
+# qwen_1_5 is Qwen2's with other labels: it supervises the headers and the newlines too.
+_QWEN = Template(
+    name="qwen",
+    system="You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
+    system_frame=("<|im_start|>system\n", "<|im_end|>\n"),
+    user=Frame((Part("<|im_start|>user\n"),), (Part("<|im_end|>\n"),)),
+    assistant=Frame((Part("<|im_start|>assistant\n"),), (Part("<|im_end|>", True), Part("\n"))),
+    stops=("<|im_end|>",),
+    open_when_empty=False,
+)
+# Source: mistralai/Mistral-7B-Instruct-v0.2, the version that knows a system text and whose tokenizer has `legacy`
+# false. mistral_instruct is LLaVA-1.6's on the same model: it writes a space before "</s>" and none behind it.
+_MISTRAL = Template(
+    name="mistral",
+    system="",
+    system_frame=("", "\n\n"),
+    user=Frame((Part("[INST] "),), (Part(" [/INST]"),)),
+    assistant=Frame((Part(""), Part(" ", True)), (Part("</s>", True),)),
+    stops=("</s>",),
+    between=" ",
+    system_inside=True,
+    open_when_empty=False,
+)
 
 TEMPLATES = {
     template.name: template
@@ -248,8 +289,18 @@ TEMPLATES = {
         # Differs from MiniGPT-4: its chat leaves the "</s>" behind earlier answers out, which the model did write.
         replace(_MINIGPT4_LLAMA_2, name="minigpt4_llama_2_chat", system=_IMAGE_CONTENT, reply_apart=False),
         _MINIGPTV2,
+        _LLAMA_3,
+        _QWEN,
+        replace(_QWEN, name="qwen_2", system="You are a helpful assistant."),
+        # As with enable_thinking=False.
+        replace(_QWEN, name="qwen_3", system="", reply_opening="<think>\n\n</think>\n\n"),
+        _MISTRAL,
     )
 }
+# LLaVA-NeXT's names (llava/conversation.py), and the template that writes the same frames.
+_ALSO = {
+    "llava_llama_3": "llama_3", "qwen_1_5": "qwen_2", "qwen_2_5": "qwen", "llava_mistral_instruct": "mistral_instruct",
+}  # fmt: skip
 
 
 def get(name: str) -> Template:
@@ -260,6 +311,6 @@ def get(name: str) -> Template:
     """
     if name in TEMPLATES:
         return TEMPLATES[name]
-    near = difflib.get_close_matches(name, TEMPLATES, n=1)
+    near = [_ALSO[name]] if name in _ALSO else difflib.get_close_matches(name, TEMPLATES, n=1)
     hint = f"did you mean {near[0]!r}? " if near else ""
     raise UsageError(f"template {name!r} is unknown: {hint}choose one of {', '.join(TEMPLATES)}")

@@ -14,13 +14,16 @@ from tests.prompt import layouts
 from tests.prompt.test_layouts import fast_of
 
 CHATML = {960: layouts.word("<|im_start|>"), 961: layouts.word("<|im_end|>")}
+HEADERS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")
+CHAT = CHATML | {number: layouts.word(text) for number, text in enumerate(HEADERS, 962)}
+CHAT |= {965: layouts.word("<think>", False), 966: layouts.word("</think>", False)}
 NOT_SPECIAL = {number: entry | {"special": False} for number, entry in CHATML.items()}
 
 
 def every_tokenizer(folder):
-    """LLaMA's and others', with and without ChatML's words, which may be its end of text."""
+    """LLaMA's and others', with and without ChatML's words, which may be its end of text, and Llama 3's and Qwen3's."""
     for number, (words, named) in enumerate([
-        ({}, {}), (CHATML, {}), (CHATML, {"eos_token": "<|im_end|>"}), (NOT_SPECIAL, {}),
+        ({}, {}), (CHATML, {}), (CHATML, {"eos_token": "<|im_end|>"}), (NOT_SPECIAL, {}), (CHAT, {}),
     ]):  # fmt: skip
         for fast in (None, fast_of(True), fast_of(False)):
             place = folder / f"{number} {fast is None} {fast and fast['normalizer'] is None}"
@@ -56,7 +59,10 @@ def test_the_last_supervised_id_of_an_answer_ends_generation_or_the_template_is_
             assert tokenizer.eos_id in found.ids
             assert not found.texts or not any(mark in found.texts for mark in template.marks)
     assert fits == set(templates.TEMPLATES)
-    assert refused == {(index, name) for index in (0, 1, 2) for name in ("mpt", "chatml_direct")}
+    assert refused == {
+        *((index, name) for index in range(3) for name in ("mpt", "chatml_direct", "qwen", "qwen_2")),
+        *((index, name) for index in range(12) for name in ("llama_3", "qwen_3")),
+    }
 
 
 def test_a_template_is_refused_by_mark_own_end_and_what_would_fit(tmp_path):
@@ -94,4 +100,6 @@ def test_the_marks_of_a_template_are_its_tokens():
     assert templates.get("v1").marks == ("</s>",) and templates.get("llava_v0").marks == ()
     assert templates.get("llama_2").marks == ("</s>", "<s>")
     assert templates.get("mpt").marks == ("<|im_end|>", "<|im_start|>")
+    assert templates.get("qwen_3").marks == ("</think>", "<think>", "<|im_end|>", "<|im_start|>")
+    assert templates.get("llama_3").marks == ("<|end_header_id|>", "<|eot_id|>", "<|start_header_id|>")
     assert replace(templates.get("plain"), between="<s>").marks == ("<s>",)
