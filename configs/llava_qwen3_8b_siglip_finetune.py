@@ -24,6 +24,6 @@ def get_config() -> ConfigDict:
         preset="llava_qwen3_8b_siglip", base="checkpoints/llava_qwen3_8b_siglip_base",
         start="runs/llava_qwen3_8b_siglip_pretrain",
     )  # fmt: skip
-    config.prompt.update(template="qwen")
+    config.prompt.update(template="qwen_3")
     config.train.update(lr=1e-5, vision_lr=2e-6)
     return config

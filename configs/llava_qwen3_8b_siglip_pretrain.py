@@ -1,7 +1,7 @@
 """Qwen3 8B and SigLIP so400m at 384 pixels, stage 1: the projector is trained, on packed rows of captions.
 
     python -m llava_jax.convert assemble checkpoints/llava_qwen3_8b_siglip_base --vision siglip-so400m-patch14-384 \\
-      --llm Qwen3-8B --template qwen
+      --llm Qwen3-8B --template qwen_3
     python -m llava_jax.train --config configs/llava_qwen3_8b_siglip_pretrain.py \\
       --workdir runs/llava_qwen3_8b_siglip_pretrain
 

@@ -109,5 +109,5 @@ QWEN2 = Decoder(
 QWEN3 = Decoder(
     kind="qwen3", label="a Qwen3", config=Qwen3Config, module=Qwen3, rows=rows3, read_config=read_config3,
     config_json=config_json3, hub_class="Qwen3ForCausalLM", original=("LlavaQwen3ForCausalLM", "llava_qwen3"),
-    template="qwen",
+    template="qwen_3",
 )  # fmt: skip

@@ -21,7 +21,7 @@ transformers = pytest.importorskip("transformers")
 
 SIZES = {
     "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": tiny.PIECES, "max_position_embeddings": 256,
+    "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 256,
 }  # fmt: skip
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
           "original_max_position_embeddings": 64, "rope_theta": 500000.0}  # fmt: skip
@@ -39,7 +39,7 @@ TOWERS = {
     "siglip_headless": (transformers.SiglipVisionConfig, {"image_size": 32, "patch_size": 16, "vision_use_head": False},
                         "full"),
 }  # fmt: skip
-IMAGE = tiny.PIECES - 1  # the id that transformers' model takes for a feature
+IMAGE = 1000  # the id that transformers' model takes for a feature
 PAIRS = [(decoder, list(TOWERS)[i % 3]) for i, decoder in enumerate(DECODERS)]
 OTHERS = [(decoder, tower) for decoder in DECODERS for tower in TOWERS if (decoder, tower) not in PAIRS]
 
@@ -86,7 +86,7 @@ def test_numbers_and_every_gradient_are_those_of_transformers_and_the_files_come
     rng = np.random.default_rng(0)
     side = config.vision.image_size
     pixels = rng.integers(0, 256, (1, 1, side, side, 3), np.uint8)
-    tokens = rng.integers(3, IMAGE, (1, features + 100))
+    tokens = rng.integers(3, tiny.PIECES, (1, features + 100))
     tokens[0, 5 : 5 + features] = IMAGE
     slots = np.where(tokens == IMAGE, np.cumsum(tokens == IMAGE, axis=1) - 1, -1).astype(np.int32)
     positions = np.arange(tokens.shape[1], dtype=np.int32)[None]
@@ -143,7 +143,6 @@ def test_what_was_imported_goes_out_and_in_again_bit_for_bit(tmp_path, decoder, 
         one, two = (dict(store.load_params(path, put=lambda name, leaf: leaf))
                     for path in (tmp_path / "one", tmp_path / f"from {format}"))  # fmt: skip
         for name, leaf in params.flatten(one).items():
-            again = params.flatten(two)[name]
-            np.testing.assert_array_equal(leaf.view("u1"), again[: len(leaf)].view("u1") if leaf.ndim else again)
+            np.testing.assert_array_equal(leaf.view("u1"), params.flatten(two)[name].view("u1"))
     theirs, ours = open_tensors(tmp_path / "in"), open_tensors(tmp_path / "out")
     assert theirs.path != ours.path and len(theirs.specs) == len(ours.specs)
