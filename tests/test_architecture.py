@@ -37,7 +37,8 @@ PACKAGES = {
     "datagen/describer.py": ("prompt", "openai_client", "generate"),
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
-    "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "data/sources"),
+    "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
+             "data/sources"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
     "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llava_jax import config as configs
-from llava_jax import params, sharding
-from llava_jax.models.flops import ranks_of, step_flops
+from llava_jax import sharding
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan.compile import Compiled, Place
 from llava_jax.train.loss import CHUNK
@@ -34,7 +33,7 @@ AGAIN = "rematted_computation"
 
 @dataclass(frozen=True)
 class Load:
-    """What a global step learns from, as `models.flops.step_flops` takes it; and its samples."""
+    """What a global step learns from, as `train.flops.ModelFlops` has it; and its samples."""
 
     samples: float
     tokens: int
@@ -88,16 +87,12 @@ def work_of(compiled: Compiled, load: Load) -> list[Work]:
 
 
 def useful_flops(program: Program, load: Load) -> dict[str, int]:
-    """Model FLOPs by part; step_flops is linear in each of its counts."""
-    moving = params.flatten(program.state.params)
-    shapes = {name: leaf.shape for name, leaf in (moving | params.flatten(program.frozen)).items()}
-    counts = {"decoder": "tokens", "attention": "pairs", "logits": "supervised", "tower and projector": "images"}
-
-    def of(count: str) -> int:
-        only = {name: vars(load)[name] if name == count else 0 for name in counts.values()}
-        return step_flops(program.model.config, moving, ranks=ranks_of(shapes), **only)
-
-    return {part: of(count) for part, count in counts.items()}
+    """Model FLOPs by part."""
+    flops = program.flops
+    return {
+        "tower and projector": flops.images * load.images, "attention": flops.pairs * load.pairs,
+        "decoder": flops.tokens * load.tokens, "logits": flops.supervised * load.supervised,
+    }  # fmt: skip
 
 
 @dataclass(frozen=True)

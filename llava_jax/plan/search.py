@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 
 from llava_jax import config as configs
 from llava_jax import params, sharding
-from llava_jax.models.flops import step_flops
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import report
 from llava_jax.plan.compile import Compiled, Place, arguments_of, build, compile_step, find_place, model_of
 from llava_jax.plan.report import GIB, Load
+from llava_jax.train import flops
 from llava_jax.train.program import Program
 
 ROWS = (1, 2, 4, 8, 16)
@@ -134,7 +134,8 @@ def _least_secs(place: Place, program: Program, load: Load, policy: str) -> floa
     """A useful token's share of compute plus communication: the weights are gathered for each pass, in bfloat16, and
     the gradients brought back."""
     useful = sum(report.useful_flops(program, load).values())
-    forward = step_flops(program.model.config, (), tokens=load.tokens, pairs=0, supervised=0, images=0)
+    whole = params.merge(program.state.params, program.frozen)
+    forward = flops.count(flops.trace(program.model, whole), ()).tokens * load.tokens
     compute = (useful + AGAIN[policy] * forward) / (place.devices * place.chip.peak_flops)
     moving, frozen = params.count(program.state.params), params.count(program.frozen)
     parts = sharding.shards(program.mesh, "width")

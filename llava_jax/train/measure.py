@@ -13,11 +13,10 @@ import jax
 import numpy as np
 from etils import epath
 
-from llava_jax import chips, params
+from llava_jax import chips
 from llava_jax.batch import Batch
 from llava_jax.distributed import WHOLE, Rows
-from llava_jax.models.flops import ranks_of, step_flops
-from llava_jax.models.presets import LlavaConfig
+from llava_jax.train.flops import ModelFlops
 from llava_jax.train.program import Program
 
 WARM_UPDATES = 3  # before a trace: the first compiles, the next fill the queues
@@ -27,7 +26,7 @@ _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Counts(NamedTuple):
-    """What one update learns from, of the global batch. Names and meaning as in `models.flops.step_flops`."""
+    """What one update learns from, of the global batch. The first four as in `flops.ModelFlops`."""
 
     tokens: int
     pairs: int
@@ -59,26 +58,21 @@ def count(batch: Batch, features: int, part: Rows = WHOLE) -> Counts:
 class Yardstick:
     """What the work of an update is measured by. peak_flops: of all devices together; None if nobody knows it."""
 
-    config: LlavaConfig
-    moving: frozenset[str]
-    ranks: dict[str, int]
+    model_flops: ModelFlops
     peak_flops: float | None
 
     def flops(self, counts: Counts) -> int:
         """Model FLOPs of an update."""
-        return step_flops(
-            self.config, self.moving, tokens=counts.tokens, pairs=counts.pairs, supervised=counts.supervised,
-            images=counts.images, ranks=self.ranks,
-        )  # fmt: skip
+        return self.model_flops.total(
+            tokens=counts.tokens, pairs=counts.pairs, supervised=counts.supervised, images=counts.images
+        )
 
 
 def yardstick(program: Program) -> Yardstick:
     """The yardstick of a program on its own mesh."""
-    moving = params.flatten(program.state.params)
-    shapes = {name: leaf.shape for name, leaf in (moving | params.flatten(program.frozen)).items()}
     chip = chips.of_kind(program.mesh.devices.flat[0].device_kind)
     peak = None if chip is None else chip.peak_flops * program.mesh.size
-    return Yardstick(program.model.config, frozenset(moving), ranks_of(shapes), peak)
+    return Yardstick(program.flops, peak)
 
 
 class Since(NamedTuple):

@@ -23,7 +23,7 @@ from llava_jax.train.events import EventFile
 #   positions           tokens and image features that are no padding
 #   fill, image_fill    the share of positions, and of image slots, that are in use
 #   secs                since the line before, without checkpoints and hooks; in a start's first it holds compiling
-#   flops               model FLOPs (models/flops.py)
+#   flops               model FLOPs (train/flops.py)
 #   hbm_peak_bytes      the most memory in use so far on any device of this process; null where the backend is silent
 #   compiles            programs compiled, or fetched from the cache, since the start
 #   skipped, ids        where the update was not finite: true, and its records

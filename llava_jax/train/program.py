@@ -25,6 +25,7 @@ from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.vit import NEVER_RUN
+from llava_jax.train import flops
 from llava_jax.train import optimizer as optimizers
 from llava_jax.train import step as steps_of
 from llava_jax.train.step import State
@@ -49,6 +50,12 @@ class Program:
     rows: Rows  # those that this process loads
     step: Callable[..., Any]  # (state, frozen, batch) -> (state, Metrics); donates the state
     evaluate: Callable[..., Any]  # (state.params, frozen, batch) -> (sum of losses, supervised tokens)
+
+    @functools.cached_property
+    def flops(self) -> flops.ModelFlops:
+        """Model FLOPs of an update, counted when they are first read."""
+        forward = flops.trace(self.model, params.merge(self.state.params, self.frozen))
+        return flops.count(forward, params.flatten(self.state.params))
 
     def put(self, local: Batch) -> Batch:
         """This process's rows of a batch, on the devices of the mesh.

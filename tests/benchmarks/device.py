@@ -17,10 +17,9 @@ from llava_jax.batch import Example, Span
 from llava_jax.data.packing import packed
 from llava_jax.generate.engine import Engine, Request, shape_of
 from llava_jax.models import lora, presets
-from llava_jax.models.flops import step_flops
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.train import measure
+from llava_jax.train import flops, measure
 from llava_jax.train import program as programs
 from llava_jax.train.step import State
 from tests.benchmarks.bench import where
@@ -121,9 +120,10 @@ def _answered(model: LlavaConfig, load: Load) -> list[str]:
         secs = time.perf_counter() - begun
         chip = chips.of_kind(jax.devices()[0].device_kind)
         total = len(prompt.tokens) + load.new_tokens - 1
-        flops = rows * step_flops(model, (), tokens=total, pairs=total * (total + 1) // 2, supervised=load.new_tokens,
-                                  images=1)  # fmt: skip
-        mfu = None if chip is None else flops / secs / chip.peak_flops
+        forward = flops.count(flops.trace(Llava(model), abstract_params(model)), ()).total(
+            tokens=total, pairs=total * (total + 1) // 2, supervised=load.new_tokens, images=1
+        )
+        mfu = None if chip is None else rows * forward / secs / chip.peak_flops
         what = f"greedy, {len(prompt.tokens)} tokens in, {load.new_tokens} out, batch {rows}"
         lines.append(_line(what, rows * load.new_tokens / secs, mfu))
     return lines

@@ -12,13 +12,12 @@ from pathlib import Path
 import pytest
 
 from llava_jax import config as configs
-from llava_jax import params
 from llava_jax.chips import GIB
 from llava_jax.models import presets
-from llava_jax.models.flops import step_flops
-from llava_jax.models.llava import abstract_params
+from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.plan.__main__ import main
 from llava_jax.plan.compile import compile_step, find_place
+from llava_jax.train import flops
 from llava_jax.train import program as programs
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -55,12 +54,14 @@ def test_stage_1_of_the_7b_spends_nothing_on_what_is_frozen(tmp_path):
     found = planned(tmp_path, "llava15_7b_pretrain", "v5e:2x4", 8)
     assert found["fits"] and 8 * found["optimizer_bytes"] < 0.3 * GIB
     model = presets.get("llava15_7b")
-    moving = [name for name in params.flatten(abstract_params(model)) if name.startswith("projector/")]
+    forward = flops.trace(Llava(model), abstract_params(model))
+    projector = [name for name in forward.names if name.startswith("projector/")]
     # All positions, all pictures, every pair under the causal mask; logits where the plan takes them to be.
     rows, learned = 8 * 8, found["flops_by_part"]["logits"]["executed"]
     counts = {"tokens": rows * T, "pairs": rows * T * (T + 1) // 2, "supervised": 0, "images": 9 * rows // 4}
-    once = step_flops(model, moving, **counts)  # forward, the gradient of activations, and the projector's own
-    again = step_flops(model, (), **(counts | {"images": 0}))
+    # Forward, the gradient of activations, and the projector's own; then a forward pass again.
+    once = flops.count(forward, projector).total(**counts)
+    again = flops.count(forward, ()).total(**(counts | {"images": 0}))
     assert found["executed_flops"] <= 1.03 * (once + again + learned)
 
 
