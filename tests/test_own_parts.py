@@ -63,8 +63,8 @@ def test_they_train_resume_answer_and_go_out_and_in_again(base, tmp_path, capsys
             exporting.export("llava", tmp_path / "out", tmp_path / "llava-own")
             importing.import_checkpoint(tmp_path / "llava-own", directory)
         capsys.readouterr()
-        arguments = ["--checkpoint", str(directory), "--image", picture, "--prompt", "What is it?", "--max-new-tokens", "8"]
-        assert chat(arguments) == 0
+        question = ["--image", picture, "--prompt", "What is it?", "--max-new-tokens", "8"]
+        assert chat(["--checkpoint", str(directory), *question]) == 0
         answers.append(capsys.readouterr().out)
     assert answers[0] == answers[1] != ""
     one, two = flat(tmp_path / "out"), flat(tmp_path / "again")

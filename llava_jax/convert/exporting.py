@@ -4,7 +4,6 @@ A leaf is read whole, taken apart and written as it comes; leaves that a checkpo
 there, in the base's own dtype.
 """
 
-import dataclasses
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -33,6 +32,7 @@ from llava_jax.convert.importing import OURS, SIDE_TOWER
 from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
 from llava_jax.errors import UsageError
 from llava_jax.models import eva, lora, registry
+from llava_jax.models.parts import TowerConfig
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import ending, templates
 
@@ -325,11 +325,13 @@ def _write_side_tower(source: Source, directory: epath.Path) -> None:
 
 def _hub_tower(config: LlavaConfig) -> str | None:
     """The name under which the original code fetches a tower of these sizes, or None."""
-    chosen = {"select_layer": config.vision.select_layer, "select_feature": config.vision.select_feature}
-    for name, tower in registry.tower_of(config.vision).hub.items():
-        if dataclasses.replace(tower, **chosen) == config.vision:
-            return name
-    return None
+    hub = registry.tower_of(config.vision).hub
+    return next((name for name, tower in hub.items() if _fetched(tower) == _fetched(config.vision)), None)
+
+
+def _fetched(tower: TowerConfig) -> dict[str, Any]:
+    """What a tower's own files say; which of its features are taken, the LLaVA's config says."""
+    return {name: value for name, value in vars(tower).items() if name not in ("select_layer", "select_feature")}
 
 
 def _kept(prompt: cards.PromptCard) -> dict[str, Any]:

@@ -6,7 +6,6 @@ section 2.3.
 
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,7 +86,7 @@ def init(key: Array, vision: TowerConfig) -> dict[str, Any]:
     }
 
 
-def _tower(vision: TowerConfig) -> nn.Module:
+def _tower(vision: TowerConfig) -> Any:
     return registry.tower_of(vision).module(vision)
 
 

@@ -14,7 +14,7 @@ from llava_jax import distributed, sharding
 from llava_jax import params as names
 from llava_jax.checkpoint.leaves import Read
 from llava_jax.errors import UsageError
-from llava_jax.models.presets import LlamaConfig
+from llava_jax.models.parts import DecoderConfig
 
 FULL = 0.75  # of the devices' memory, for weights and caches; prefill and XLA's own buffers want the rest
 PARTS = ("llm/blocks/", "llm/cross/")  # stacks that decoding holds as tuples of their layers
@@ -77,7 +77,7 @@ def spans_processes(mesh: Mesh | None) -> bool:
     return mesh is not None and len({device.process_index for device in mesh.devices.flat}) > 1
 
 
-def row_bytes(config: LlamaConfig, dtype: Any, positions: int) -> int:
+def row_bytes(config: DecoderConfig, dtype: Any, positions: int) -> int:
     """Bytes of keys and values of one row with all its positions."""
     return 2 * config.layers * config.kv_heads * config.head_width * positions * jnp.dtype(dtype).itemsize
 

@@ -65,6 +65,7 @@ class TowerConfig(Sizes):
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resample: str = "bicubic"
+    select_layer: ClassVar[int] = -1  # the hidden state that its features are; of some kinds a field
     cut_edge: ClassVar[bool] = False  # pixels that fill no patch, at the right and the lower edge, are not seen
 
     def __post_init__(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from llava_jax import config as configs
 from llava_jax.data.tally import fitting
 from llava_jax.errors import UsageError
-from llava_jax.models.presets import LlamaConfig
+from llava_jax.models.parts import DecoderConfig
 
 FEW_UPDATES = 20  # fewer than this teach a pretrained model hardly anything
 SETTLED = 10  # updates after the warm-up, by when a pretrained model is far better than guessing
@@ -59,7 +59,7 @@ def _fitting(config: configs.Config, samples: int, parts: int) -> str:
     return " ".join(f"--config.{key}={value}" for key, value in settings.items())
 
 
-def after(row: Mapping[str, Any], model: LlamaConfig, warmup: int) -> list[str]:
+def after(row: Mapping[str, Any], model: DecoderConfig, warmup: int) -> list[str]:
     """Warnings about one row of metrics.jsonl; `warmup` is the number of warm-up updates."""
     if not row["tokens"]:
         return ["a batch has no supervised tokens, so its loss is 0: see `python -m llava_jax.data show RECORDS`"]
