@@ -43,16 +43,17 @@ class ModelFlops(NamedTuple):
 
 
 class Forward(NamedTuple):
-    """A model's forward pass. hidden: the jaxpr from its parameters (sorted by name), a row of tokens and images to
-    hidden states; logits: from the parameters and hidden states to logits."""
+    """A model's forward pass, as the jaxprs of two functions of its parameters, which come first."""
 
-    names: tuple[str, ...]
-    hidden: Jaxpr
-    logits: Jaxpr
+    names: tuple[str, ...]  # of the parameters
+    hidden: Jaxpr  # of a row of tokens, and pixels
+    logits: Jaxpr  # of hidden states
 
 
 def trace(model: Llava, parameters: Mapping[str, Any]) -> Forward:
     """The forward pass of one token and one image, in float32: no kernel takes them, so the jaxprs hold every product.
+
+    Of an image of more than 1,024 positions attention's last tile of queries counts with its padding.
 
     Args:
       parameters: arrays or shapes, nested, with the adapters that there are.
@@ -107,8 +108,7 @@ def _equation(equation: JaxprEqn, inputs: list[Origins]) -> tuple[Counter[str], 
     if name == "optimization_barrier":
         return flops, inputs
     bodies = [body for body in jaxprs_in_params(equation.params) if _shapes(body.outvars) == _shapes(equation.outvars)]
-    if bodies:  # what is called, the branches of a `cond`, or the body of a `while`, which is counted as one trip:
-        # it runs over attention's tiles of keys, of which one token has one, and so has one image
+    if bodies:  # what is called, or the branches of a `cond`; a `while` runs over attention's tiles of keys: here one
         walked = [_walk(body, inputs[len(inputs) - len(body.invars) :]) for body in bodies]
         outputs = [NONE.union(*same) for same in zip(*(own for _, own in walked))]
         return max((own for own, _ in walked), key=Counter.total), outputs
@@ -121,17 +121,22 @@ def _equation(equation: JaxprEqn, inputs: list[Origins]) -> tuple[Counter[str], 
 
 def _scan(equation: JaxprEqn, inputs: Sequence[Origins]) -> tuple[Counter[str], list[Origins]]:
     """Layer after layer, until what is carried has the same origins before and after: so have all layers from there."""
-    settings, found = equation.params, Counter[str]()
-    start, left = settings["num_consts"], settings["length"]
-    end = start + settings["num_carry"]
-    outputs = [*inputs[start:end], *[NONE] * (len(equation.outvars) - settings["num_carry"])]
+    (body,), left, found = jaxprs_in_params(equation.params), equation.params["length"], Counter[str]()
+    # Constants, then what is carried, then slices, whose shape is another one inside (jax 0.10 and 0.12 name the counts
+    # differently).
+    end, carried = _same(equation.invars, body.invars), _same(equation.outvars, body.outvars)
+    outputs = [*inputs[end - carried : end], *[NONE] * (len(equation.outvars) - carried)]
     while left:
-        before = outputs[: end - start]
-        flops, outputs = _walk(settings["jaxpr"].jaxpr, [*inputs[:start], *before, *inputs[end:]])
-        runs = left if outputs[: end - start] == before else 1
+        before = outputs[:carried]
+        flops, outputs = _walk(body, [*inputs[: end - carried], *before, *inputs[end:]])
+        runs = left if outputs[:carried] == before else 1
         found += Counter({kind: runs * each for kind, each in flops.items()})
         left -= runs
     return found, outputs
+
+
+def _same(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+    return sum(one == other for one, other in zip(_shapes(outer), _shapes(inner), strict=True))
 
 
 def _shapes(values: Sequence[Any]) -> list[tuple[int, ...]]:
