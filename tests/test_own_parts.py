@@ -77,7 +77,7 @@ def test_adapters_reach_all_their_kernels_and_are_merged(base, tmp_path):
     run, _ = base
     text = run.read_text().replace(
         "    return config",
-        "    from llava_jax.config import Lora\n    config.lora = (('llm/.*', Lora(rank=2, alpha=4)), ('.*', None))\n"
+        "    from llava_jax.config import Lora\n    config.lora = (('llm/.*', Lora(rank=2, alpha=4.0)), ('.*', None))\n"
         "    config.rates = (('.*/lora_[ab]', config.train.get_ref('lr')), ('.*', None))\n"
         "    config.init = (('.*/lora_.*', 'random'), ('.*', config.model.get_ref('base')))\n    return config",
     )

@@ -48,12 +48,12 @@ def decoders() -> dict[str, Decoder]:
     return dict(_decoders)
 
 
-def tower(kind: str) -> Tower:
+def tower(kind: Any) -> Tower:
     """The vision tower of that kind. Raises UsageError where there is none."""
     return _of(towers(), kind, "vision.kind")
 
 
-def decoder(kind: str) -> Decoder:
+def decoder(kind: Any) -> Decoder:
     """The decoder of that kind. Raises UsageError where there is none."""
     return _of(decoders(), kind, "llm.kind")
 

@@ -11,7 +11,7 @@ import pytest
 
 from llava_jax import params as names
 from llava_jax.errors import UsageError
-from llava_jax.models import presets, registry, remat
+from llava_jax.models import clip, presets, registry, remat
 from llava_jax.models.llava import Llava, abstract_params, init_params
 from llava_jax.models.presets import LlavaConfig, RopeScaling, VisionConfig
 from llava_jax.models.vit import normalise
@@ -58,7 +58,7 @@ def test_full_size_presets_have_the_published_number_of_parameters(preset, count
 
 @pytest.mark.parametrize(("layer", "run"), [(-2, 23), (-1, 24), (0, 0), (5, 5), (-25, 0)])
 def test_the_tower_stacks_only_the_blocks_that_run(layer, run):
-    config = replace(presets.get("llava15_7b"), vision=replace(presets.CLIP_L14_336, select_layer=layer))
+    config = replace(presets.get("llava15_7b"), vision=replace(clip.L14_336, select_layer=layer))
     flat = names.flatten(abstract_params(config)["vision"])
     assert flat["blocks/q/kernel"].shape[0] == run
     assert flat["tail/blocks/q/kernel"].shape[0] == 24 - run if run < 24 else "tail/blocks/q/kernel" not in flat
@@ -167,7 +167,7 @@ def test_an_unknown_policy_is_refused_with_the_list(tiny):
 def test_pixels_are_normalised_as_the_reference_does():
     """numpy, in the order that CLIP's processor uses: float64 rescale, then float32."""
     pixels = np.random.default_rng(0).integers(0, 256, (1, 4, 4, 3)).astype(np.uint8)
-    config = presets.CLIP_L14_336
+    config = clip.L14_336
     wanted = ((pixels * (1 / 255)).astype(np.float32) - np.float32(config.mean)) / np.float32(config.std)
     np.testing.assert_allclose(normalise(jnp.asarray(pixels), config), wanted, atol=1e-6)
 

@@ -4,7 +4,7 @@
 from dataclasses import replace
 
 from llava_jax.config import Lora
-from llava_jax.models import presets
+from llava_jax.models import clip, llama, presets
 from llava_jax.models.presets import CrossConfig, LlavaConfig, PerceiverConfig
 
 # What is trainable: nothing, stage 1's projector, stage 2's projector and decoder, everything.
@@ -42,7 +42,7 @@ CONFIGS = {
 
 _SEVEN, _MINIGPT4 = presets.get("llava15_7b"), presets.get("minigpt4_7b")
 _PERCEIVER = replace(_SEVEN, projector="perceiver", resampler=PerceiverConfig())
-_FLAMINGO = LlavaConfig(presets.CLIP_L14_224, "flamingo_xattn", presets.LLAMA2_7B, resampler=PerceiverConfig(),
+_FLAMINGO = LlavaConfig(clip.L14_224, "flamingo_xattn", llama.LLAMA2_7B, resampler=PerceiverConfig(),
                         cross=CrossConfig(media_width=1024))  # fmt: skip
 _FLAMINGO_31 = replace(_FLAMINGO, llm=replace(_FLAMINGO.llm, layers=31))  # the last layers have no gated block
 _TIED = replace(_SEVEN, llm=replace(_SEVEN.llm, tie_embeddings=True, added_tokens=3), image_newline=True)
