@@ -48,7 +48,7 @@ def _run(args: argparse.Namespace) -> int:
     images = tuple(_open(place, args.allow_urls) for place in args.image)
     from llava_jax.generate.assistant import Assistant
 
-    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, template=args.template)
+    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
     begin = Talk(waiting=images, system=args.system)
     if args.prompt is None:
         talk(assistant, begin, args)
@@ -162,6 +162,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m llava_jax.chat", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="what `train` or `convert` wrote")
+    add("--step", type=cli.step, metavar="N", help="of the checkpoint, or best; default: the latest")
     add("--image", metavar="FILE", action="append", default=[], help="a picture; given again, several in that order; "
         f"{MARKER} in the question says where each is shown (default: before it)")  # fmt: skip
     add("--prompt", metavar="TEXT", help="answer this and end; left out, questions are read in turn")

@@ -104,7 +104,7 @@ def _benchmark_options(verb: argparse.ArgumentParser, named: bool = True) -> arg
 def _answer_options(verb: argparse.ArgumentParser) -> None:
     _benchmark_options(verb)
     verb.add_argument("--checkpoint", metavar="DIR", help="what `train` or `convert` wrote; or --base-url")
-    verb.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+    verb.add_argument("--step", type=cli.step, metavar="N", help="of the checkpoint, or best; default: the latest")
     verb.add_argument("--slots", type=int, default=16, help="questions answered at once by all devices together; no "
                       "answer depends on it")
     verb.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")

@@ -87,14 +87,14 @@ class Assistant:
 
     @classmethod
     def open(
-        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: int | None = None,
+        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: store.Step = None,
         template: str | None = None, mesh: Mesh | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
         Args:
           dtype: of weights and matrix products; None is float32 on a CPU, bfloat16 elsewhere.
-          step: None is the latest.
+          step: None is the latest, "best" that of the lowest validation loss.
           template: to be asked in the words of another one; None is the checkpoint's own.
           mesh: as for the class.
 

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax import distributed, params
+from llava_jax.checkpoint import manager
 from llava_jax.data.feed import Feed
 from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
@@ -20,15 +21,27 @@ from llava_jax.prompt.images import open_image
 from llava_jax.train import loop, metrics
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
+from llava_jax.train.validations import Validations
 
 SAMPLES = 4  # conversations that `train.sample_every` answers
 SAMPLE_TOKENS = 64
 LOOKED_AT = 40  # records among which they are
 
 
-def validation(run: Run, held_out: Feed) -> Hook:
-    """The mean loss over all supervised tokens of one pass over `held_out`, into validation.jsonl."""
-    return Hook(run.config.train.eval_every, functools.partial(_validate, run, held_out), metrics.VALIDATION)
+def validation(run: Run, held_out: Feed, step: int) -> Hook:
+    """The mean loss over all supervised tokens of one pass over `held_out`, into validation.jsonl.
+
+    Args:
+      step: that the run goes on from.
+    """
+    config, past = run.config, None
+    if config.checkpoint.best:
+        past = Validations(run.checkpoints.directory, held_out.state()["fingerprint"], step)
+        if past.best:
+            manager.keep_also(run.checkpoints, past.best[0])
+    call = functools.partial(_validate, run, held_out, past)
+    ends = functools.partial(past.why_over, config.train.patience) if past and config.train.patience else loop.goes_on
+    return Hook(config.train.eval_every, call, metrics.VALIDATION, ends)
 
 
 def samples(run: Run, format: Format, source: Source) -> Hook:
@@ -37,15 +50,24 @@ def samples(run: Run, format: Format, source: Source) -> Hook:
     return Hook(run.config.train.sample_every, call, metrics.SAMPLES)
 
 
-def _validate(run: Run, held_out: Feed, step: int, state: State, stop: Stop) -> None:
+def _validate(run: Run, held_out: Feed, past: Validations | None, step: int, state: State, stop: Stop) -> None:
     held_out.rewind()
     loss = loop.validate(run.program, state.params, run.frozen, held_out, stop)
-    if run.writer is None or loss is None:
+    if loss is None:
+        return
+    lowest = past is not None and past.is_lowest(loss)
+    if past is not None:  # the step, its loss, then the log's row: a kill in between lets the hook be called again
+        if lowest:
+            loop.save(run, step, state)
+            manager.keep_also(run.checkpoints, step)
+        past.add(step, loss)
+    if run.writer is None:
         return
     bad = held_out.bad_records()
     metrics.write(run.writer, metrics.VALIDATION, {"step": step, "loss": loss, "bad": bad})
     skipped = f" (without {bad} bad records)" if bad else ""
-    print(f"step {step}: validation loss {loss:.4f}{skipped}", flush=True)
+    kept = ", the lowest so far: it is kept" if lowest else ""
+    print(f"step {step}: validation loss {loss:.4f}{skipped}{kept}", flush=True)
 
 
 def _questions(source: Source, format: Format) -> list[Conversation]:
