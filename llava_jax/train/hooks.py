@@ -9,7 +9,6 @@ import sys
 from collections.abc import Sequence
 
 from llava_jax import distributed, params
-from llava_jax.checkpoint import manager
 from llava_jax.data.feed import Feed
 from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
@@ -34,11 +33,8 @@ def validation(run: Run, held_out: Feed, step: int) -> Hook:
     Args:
       step: that the run goes on from.
     """
-    config, past = run.config, None
-    if config.checkpoint.best:
-        past = Validations(run.checkpoints.directory, held_out.state()["fingerprint"], step)
-        if past.best:
-            manager.keep_also(run.checkpoints, past.best[0])
+    config = run.config
+    past = Validations(run, held_out.state()["fingerprint"], step) if config.checkpoint.best else None
     call = functools.partial(_validate, run, held_out, past)
     ends = functools.partial(past.why_over, config.train.patience) if past and config.train.patience else loop.goes_on
     return Hook(config.train.eval_every, call, metrics.VALIDATION, ends)
@@ -55,18 +51,13 @@ def _validate(run: Run, held_out: Feed, past: Validations | None, step: int, sta
     loss = loop.validate(run.program, state.params, run.frozen, held_out, stop)
     if loss is None:
         return
-    lowest = past is not None and past.is_lowest(loss)
-    if past is not None:  # the step, its loss, then the log's row: a kill in between lets the hook be called again
-        if lowest:
-            loop.save(run, step, state)
-            manager.keep_also(run.checkpoints, step)
-        past.add(step, loss)
+    is_lowest = past is not None and past.add(step, state, loss)
     if run.writer is None:
         return
     bad = held_out.bad_records()
     metrics.write(run.writer, metrics.VALIDATION, {"step": step, "loss": loss, "bad": bad})
     skipped = f" (without {bad} bad records)" if bad else ""
-    kept = ", the lowest so far: it is kept" if lowest else ""
+    kept = ", the lowest so far: it is kept" if is_lowest else ""
     print(f"step {step}: validation loss {loss:.4f}{skipped}{kept}", flush=True)
 
 

@@ -93,7 +93,8 @@ def test_every_command_reads_the_best_step_and_says_where_there_is_none(whole, t
 
 DIES = """
 import os
-from llava_jax.train import hooks, loop, metrics, validations
+from llava_jax.checkpoint import manager
+from llava_jax.train import loop, metrics, validations
 
 def dying(call, picked):
     def instead(*words):
@@ -105,7 +106,7 @@ def dying(call, picked):
 # {where a run is killed: the line of its config that kills it}
 POINTS = {
     "before the step is saved": "loop.save = dying(loop.save, lambda run, step, _: step == 8)",
-    "while it is being saved": "hooks.manager.keep_also = dying(hooks.manager.keep_also, lambda _, step: step == 8)",
+    "while it is being saved": "manager.keep_also = dying(manager.keep_also, lambda _, step: step == 8)",
     "before its loss is written": "validations.best.write = dying(validations.best.write, "
                                   "lambda _, losses: losses.rows[-1][0] == 8)",
     "before the log's row": "metrics.write = dying(metrics.write, lambda _, name, row: (name, row['step']) == "
