@@ -44,11 +44,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(args: argparse.Namespace) -> int:
     from llava_jax.generate.sampling import Sampling  # what follows takes seconds to import
 
-    Sampling(args.temperature, args.top_p, args.top_k, args.seed)
+    Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
     images = tuple(_open(place, args.allow_urls) for place in args.image)
     from llava_jax.generate.assistant import Assistant
 
-    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, template=args.template)
+    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
     begin = Talk(waiting=images, system=args.system)
     if args.prompt is None:
         talk(assistant, begin, args)
@@ -122,7 +122,7 @@ def _answered(assistant: "Assistant", now: Talk, args: argparse.Namespace) -> Ta
     conversation = Conversation(now.turns, now.images, "chat", now.system, images_in_place=len(now.images) > 1)
     reply: Reply = assistant.reply(
         conversation, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed,
-        on_piece=lambda piece: print(piece, end="", flush=True),
+        on_piece=lambda piece: print(piece, end="", flush=True), repetition_penalty=args.repetition_penalty,
     )  # fmt: skip
     print(flush=True)
     return replace(now, turns=(*now.turns, Turn("assistant", reply.text)))
@@ -162,6 +162,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = cli.Parser(prog="python -m llava_jax.chat", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="what `train` or `convert` wrote")
+    add("--step", type=cli.step, metavar="N", help="of the checkpoint, or best; default: the latest")
     add("--image", metavar="FILE", action="append", default=[], help="a picture; given again, several in that order; "
         f"{MARKER} in the question says where each is shown (default: before it)")  # fmt: skip
     add("--prompt", metavar="TEXT", help="answer this and end; left out, questions are read in turn")
@@ -171,6 +172,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     add("--top-p", type=float, default=1.0, help="draw from this mass of the likeliest ids")
     add("--top-k", type=int, default=0, help="draw from this many of the likeliest ids; 0: all")
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: what the conversation has said is less likely; "
+        "1: off")  # fmt: skip
     add("--max-new-tokens", type=int, help="default: 512, or what the model has room for")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 elsewhere")

@@ -5,6 +5,7 @@ import difflib
 import io
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -138,6 +139,13 @@ def on_disk(text: str) -> Path:
     if is_bucket(text):
         raise argparse.ArgumentTypeError(f"{text}: want a path on a disk; copy it with `gcloud storage cp -r`")
     return Path(text)
+
+
+def step(text: str) -> int | str:
+    """The value of `--step`: the number of a checkpoint's step, or "best"; the `type` of that option."""
+    if text != "best" and not re.fullmatch(r"[0-9]{1,18}", text):
+        raise argparse.ArgumentTypeError(f"{text}: want the number of a step, or best")
+    return text if text == "best" else int(text)
 
 
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:

@@ -126,6 +126,7 @@ class Train:
     lora_dropout: float = 0.0  # of the inputs of all adapters
     max_nonfinite: int = 3  # so many non-finite losses in a row end the run
     eval_every: int = 0  # steps; 0: never
+    patience: int = 0  # validations in a row without a lower loss that end the run; 0: none do
     sample_every: int = 0  # steps; 0: never
     watchdog_secs: float = 1800.0  # without any progress after which the run ends with 42; a compilation is none
 
@@ -175,6 +176,7 @@ class Mesh:
 class Checkpoint:
     every: int = 500  # steps
     keep: int = 2
+    best: bool = False  # the step with the lowest validation loss stays too, and is saved when it is found
 
     def __post_init__(self) -> None:
         limits.check_all("checkpoint", vars(self))
@@ -212,6 +214,12 @@ class Config:
         if self.data.hold_out and not self.train.eval_every:
             raise UsageError(f"data.hold_out={self.data.hold_out}: nothing evaluates these records; set "
                              "train.eval_every to a number of steps")  # fmt: skip
+        if self.checkpoint.best and not self.train.eval_every:
+            raise UsageError("checkpoint.best=True: no step has a validation loss; set train.eval_every to a number of "
+                             "steps")  # fmt: skip
+        if self.train.patience and not self.checkpoint.best:
+            raise UsageError(f"train.patience={self.train.patience}: the run would end with steps that are worse than "
+                             "its best; set checkpoint.best=True too")  # fmt: skip
         if not self.lora and self.train.lora_dropout:
             raise UsageError(f"train.lora_dropout={self.train.lora_dropout}: the table `lora` is empty; want 0")
         if self.data.layout == "packed":

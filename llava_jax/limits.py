@@ -55,6 +55,7 @@ BOUNDS = {
     "train.lora_dropout": Bound(0, 0.99),  # 16 random bits tell no more than 0.99998 from 1
     "train.max_nonfinite": Bound(1, _MANY),
     "train.eval_every": Bound(0, _MANY),
+    "train.patience": Bound(0, _MANY),
     "train.sample_every": Bound(0, _MANY),
     "train.watchdog_secs": Bound(1, 1e9),
     "lora.rank": Bound(1, 2**16),

@@ -56,10 +56,13 @@ def test_the_end_of_the_input_ends_the_talk(place, capsys, monkeypatch):
 
 
 def test_text_alone_with_a_temperature_repeats_with_its_seed(place, assistant, capsys):
-    settings = ["--prompt", "Hello", "--temperature", "1", "--top-p", "0.9", "--top-k", "40", "--seed", "3"]
+    settings = ["--prompt", "Hello", "--temperature", "1", "--top-p", "0.9", "--top-k", "40", "--seed", "3",
+                "--repetition-penalty", "0.2"]  # fmt: skip
     assert run(place, *settings) == run(place, *settings) == 0
     one = Conversation((Turn("user", "Hello"),))
-    wanted = assistant.reply(one, int(NEW), temperature=1.0, top_p=0.9, top_k=40, seed=3).text
+    drawn = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 3}
+    wanted = assistant.reply(one, int(NEW), **drawn, repetition_penalty=0.2).text
+    assert wanted != assistant.reply(one, int(NEW), **drawn).text
     assert capsys.readouterr().out == f"{wanted}\n{wanted}\n"
 
 
@@ -69,6 +72,7 @@ def test_text_alone_with_a_temperature_repeats_with_its_seed(place, assistant, c
         (["--image", "nowhere.png"], 64, "nowhere.png': no such file"),
         (["--image", "model/model.json"], 64, "not a picture that can be read"),
         (["--temperature", "-1"], 64, "temperature=-1.0: want a number >= 0"),
+        (["--repetition-penalty", "0"], 64, "repetition_penalty=0.0: want a number above 0 (1 changes nothing)"),
         (["--temperature", "hot"], 64, "--temperature: invalid float value: 'hot'"),
         (["--tempo", "1"], 64, "unrecognized arguments: --tempo"),
         (["--max-new-tokens", "5000"], 64, "the model has 1024"),

@@ -84,6 +84,8 @@ LINES = {
     "datagen curate describe --out o --images nowhere --checkpoint c": "'nowhere': no such folder",
     "convert": "the following arguments are required: verb",
     "convert import SRC": "the following arguments are required: DST (see python -m llava_jax.convert import --help)",
+    "convert merge a b --step newest": "--step: newest: want the number of a step, or best",
+    f"evaluate answer {CUSTOM} --out o --checkpoint c --step -1": "--step: -1: want the number of a step, or best",
     "convert export --format gguf a b": "--format: invalid choice: 'gguf'",
     "convert assemble d --vision v --llm l --vision w": "argument --vision: is given more than once",
     "convert assemble d --vision v --llm l --select 3": "unrecognized arguments: --select",

@@ -61,6 +61,7 @@ train.optimizer sgd
 train.lora_dropout 1 0.999999 -0.1 nan
 train.max_nonfinite 0 -3
 train.eval_every -1
+train.patience -1 1.5
 train.sample_every -1 1e10
 train.watchdog_secs 0 nan inf
 mesh.data 0 -2

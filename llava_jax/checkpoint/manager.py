@@ -9,8 +9,8 @@ is set aside for somebody to look at. Out of reach: nothing is touched, and the 
 """
 
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -45,22 +45,41 @@ class Checkpoints:
 
     directory: epath.Path
     manager: ocp.CheckpointManager
+    kept: set[int] = field(default_factory=set)  # steps that stay however old they are
+
+
+class _Preserved(NamedTuple):
+    """Orbax asks it, when a save begins, which steps stay; it deletes the others once the save is whole."""
+
+    keep: int
+    kept: set[int]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        steps = [checkpoint.step for checkpoint in checkpoints]
+        return [step in self.kept or step in steps[-self.keep :] for step in steps]
 
 
 def open_checkpoints(directory: epath.PathLike, keep: int) -> Checkpoints:
-    """The steps of a run; only the newest `keep` stay. Leftovers of a killed save are deleted.
+    """The steps of a run; only the newest `keep` stay, and one of `keep_also`. Leftovers of a killed save are deleted.
 
     Raises:
       Unreachable, UsageError: as `files.retried`, on all processes.
     """
     directory = store.absolute(directory)
     agreed("workdir", lambda: _prepare(directory) if distributed.index() == 0 else None)
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+    kept = set[int]()
+    options = ocp.CheckpointManagerOptions(preservation_policy=_Preserved(keep, kept), create=False)
 
     def listed() -> ocp.CheckpointManager:  # once, as it may wait for all processes (gcsfs repeats its requests anyway)
         return files.retried(lambda: ocp.CheckpointManager(directory, options=options), directory, secs=0.0)
 
-    return Checkpoints(directory, agreed("manager", listed))
+    return Checkpoints(directory, agreed("manager", listed), kept)
+
+
+def keep_also(checkpoints: Checkpoints, step: int) -> None:
+    """Lets one step stay beside the newest, in the place of the one named before; all processes call it."""
+    checkpoints.kept.clear()
+    checkpoints.kept.add(step)
 
 
 def _prepare(directory: epath.Path) -> None:

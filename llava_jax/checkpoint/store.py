@@ -8,27 +8,30 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from etils import epath
 
 from llava_jax import files, params
+from llava_jax.checkpoint import best, sums
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import leaves as reading
-from llava_jax.checkpoint import sums
 from llava_jax.checkpoint.card import absolute
 from llava_jax.checkpoint.leaves import CHECKSUMS, COMMIT, Leaves, Request, open_leaves
 from llava_jax.checkpoint.writer import LeafWriter, staged
 from llava_jax.errors import UnusableCheckpoint
 
 __all__ = [
-    "PARAMS", "LeafWriter", "absolute", "check_specs", "fingerprint", "holding", "is_finished", "latest_step",
-    "leaf_specs", "load_params", "numbered", "own_leaves", "own_specs", "places", "read_leaf", "staged", "steps",
+    "PARAMS", "LeafWriter", "Step", "absolute", "best_step", "check_specs", "fingerprint", "holding", "is_finished",
+    "latest_step", "leaf_specs", "load_params", "number", "numbered", "own_leaves", "own_specs", "places", "read_leaf",
+    "staged", "steps",
 ]  # fmt: skip
 
 PARAMS = "params"
+BEST = "best"
+Step = int | Literal["best"] | None  # of a checkpoint; None is the latest, "best" that of the lowest validation loss
 
 
 def numbered(directory: epath.PathLike) -> list[int]:
@@ -51,6 +54,31 @@ def latest_step(directory: epath.PathLike) -> int | None:
     return next(usable, None)
 
 
+def best_step(directory: epath.PathLike) -> int:
+    """The step with the lowest validation loss, of those that are there.
+
+    Raises:
+      UnusableCheckpoint: no training run has kept one, or best.json is damaged.
+      Unreachable, UsageError: as `files.retried`.
+    """
+    directory = epath.Path(directory)
+    there = {step for step in numbered(directory) if is_finished(directory / str(step))}
+    found = best.lowest(row for row in best.read(directory).rows if row[0] in there)
+    if found is None:
+        raise UnusableCheckpoint(
+            f"{directory}: no step is known to be the best: `train` keeps the one with the lowest validation loss "
+            f"where checkpoint.best=true. Steps there: {', '.join(map(str, sorted(there))) or 'none'}"
+        )
+    return found[0]
+
+
+def number(directory: epath.PathLike, step: Step) -> int | None:
+    """The number of a step; None where the latest is wanted and none is usable. Raises as `steps` and `best_step`."""
+    if step is None:
+        return latest_step(directory)
+    return best_step(directory) if step == BEST else step
+
+
 def is_finished(step: epath.Path) -> bool:
     """Whether a step was written to its end.
 
@@ -62,20 +90,20 @@ def is_finished(step: epath.Path) -> bool:
     return files.exists(step / COMMIT) or files.exists(step / PARAMS / CHECKSUMS)
 
 
-def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
-    """The leaves that lie in this very directory; `step` None is the latest.
+def own_leaves(directory: epath.PathLike, step: Step = None) -> Leaves:
+    """The leaves that lie in this very directory.
 
     Raises:
       UnusableCheckpoint: no usable step, or not this one.
       Unreachable, UsageError: as `files.retried`.
     """
     directory = epath.Path(directory)
-    number = latest_step(directory) if step is None else step
-    if number is not None and _is_usable(directory / str(number)):
-        return open_leaves(directory / str(number) / PARAMS)
+    chosen = number(directory, step)
+    if chosen is not None and _is_usable(directory / str(chosen)):
+        return open_leaves(directory / str(chosen) / PARAMS)
     usable = steps(directory)
     if usable:
-        raise UnusableCheckpoint(f"{directory}: no usable step {step}; usable are {', '.join(map(str, usable))}")
+        raise UnusableCheckpoint(f"{directory}: no usable step {chosen}; usable are {', '.join(map(str, usable))}")
     if not files.exists(directory / cards.FILE):
         raise UnusableCheckpoint(cards.missing(directory))
     raise UnusableCheckpoint(
@@ -84,7 +112,7 @@ def own_leaves(directory: epath.PathLike, step: int | None = None) -> Leaves:
     )
 
 
-def places(directory: epath.PathLike, step: int | None = None) -> dict[str, Leaves]:
+def places(directory: epath.PathLike, step: Step = None) -> dict[str, Leaves]:
     """{name: the leaves it lies among} for all leaves, those of the bases included.
 
     Raises:
@@ -93,24 +121,24 @@ def places(directory: epath.PathLike, step: int | None = None) -> dict[str, Leav
     return _places(epath.Path(directory), step, ())
 
 
-def holding(directory: epath.PathLike, names: Iterable[str], step: int | None = None) -> dict[str, Leaves]:
+def holding(directory: epath.PathLike, names: Iterable[str], step: Step = None) -> dict[str, Leaves]:
     """`places` of these leaves alone; raises UnusableCheckpoint too where nobody holds one."""
     found = places(directory, step)
     return {name: _among(found, name, directory) for name in names}
 
 
-def own_specs(directory: epath.PathLike, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def own_specs(directory: epath.PathLike, step: Step = None) -> dict[str, jax.ShapeDtypeStruct]:
     """{name: shape and dtype} of the leaves in this very directory; no array is read."""
     leaves = own_leaves(directory, step)
     return {name: leaves.spec(name) for name in leaves.names}
 
 
-def leaf_specs(directory: epath.PathLike, step: int | None = None) -> dict[str, jax.ShapeDtypeStruct]:
+def leaf_specs(directory: epath.PathLike, step: Step = None) -> dict[str, jax.ShapeDtypeStruct]:
     """{name: shape and dtype} of all leaves, those of the bases included; no array is read."""
     return {name: leaves.spec(name) for name, leaves in places(directory, step).items()}
 
 
-def read_leaf(directory: epath.PathLike, step: int | None, name: str) -> np.ndarray:
+def read_leaf(directory: epath.PathLike, step: Step, name: str) -> np.ndarray:
     """One leaf in the dtype it has on disk; from a base if it lies there.
 
     Raises:
@@ -122,7 +150,7 @@ def read_leaf(directory: epath.PathLike, step: int | None, name: str) -> np.ndar
 def load_params(
     directory: epath.PathLike,
     names: Iterable[str] | None = None,
-    step: int | None = None,
+    step: Step = None,
     dtype: Any = None,
     put: Callable[[str, np.ndarray], Any] | None = None,
 ) -> dict[str, Any]:
@@ -130,7 +158,6 @@ def load_params(
 
     Args:
       names: the leaves wanted; None is all of them.
-      step: None is the latest.
       dtype: cast every leaf to it; None keeps what is on disk.
       put: called with (name, array) as soon as a leaf is read; its result takes the leaf's place. A `put` that
         moves the leaf to a device keeps the host's peak at one leaf.
@@ -168,7 +195,7 @@ def check_specs(found: Mapping[str, Any], wanted: Mapping[str, Any], where: str,
         raise UnusableCheckpoint(f"{where} does not fit the model: {'; '.join(faults[:5])}{more}")
 
 
-def fingerprint(directory: epath.PathLike, step: int | None = None, like: str = "") -> str:
+def fingerprint(directory: epath.PathLike, step: Step = None, like: str = "") -> str:
     """One line that changes when any leaf's name, shape, dtype or bytes change; the path plays no part.
 
     It is made from the checksums, so it costs milliseconds; leaves without one are read. Reading a leaf compares
@@ -190,7 +217,7 @@ def fingerprint(directory: epath.PathLike, step: int | None = None, like: str = 
     return f"{kind}:" + hashlib.sha256(json.dumps([lines, bases]).encode()).hexdigest()
 
 
-def _places(directory: epath.Path, step: int | None, above: tuple[epath.Path, ...]) -> dict[str, Leaves]:
+def _places(directory: epath.Path, step: Step, above: tuple[epath.Path, ...]) -> dict[str, Leaves]:
     leaves = own_leaves(directory, step)
     if leaves.folder in above:
         raise UnusableCheckpoint(f"{directory}: it is its own base, by way of {above[-1]}")

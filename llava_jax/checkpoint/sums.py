@@ -37,6 +37,8 @@ def of_part(part: np.ndarray, begin: Sequence[int], shape: Sequence[int]) -> Sum
         part = np.ascontiguousarray(part).reshape(*part.shape, 1).view(np.uint32)
         begin, shape = (*begin, 0), (*shape, 2)
     bits = np.ascontiguousarray(part).view(_UNSIGNED[part.dtype.itemsize])
+    if not bits.size:
+        return 0, 0
     if not bits.ndim:
         bits, begin, shape = bits.reshape(1), (0,), (1,)
     strides = [math.prod(shape[axis + 1 :]) for axis in range(bits.ndim)]

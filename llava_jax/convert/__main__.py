@@ -120,7 +120,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_step(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--step", type=int, help="default: the latest")
+    verb.add_argument("--step", type=cli.step, metavar="N", help="or best; default: the latest")
 
 
 def _add_prompt(verb: argparse.ArgumentParser) -> None:

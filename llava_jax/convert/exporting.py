@@ -43,7 +43,7 @@ def export(
     format: str,
     source: epath.PathLike,
     destination: epath.PathLike,
-    step: int | None = None,
+    step: store.Step = None,
     dtype: str | None = None,
     split_projector: bool = False,
 ) -> None:

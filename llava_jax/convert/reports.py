@@ -15,7 +15,7 @@ from llava_jax.convert.table import Progress, nbytes
 from llava_jax.errors import UnusableCheckpoint
 
 
-def inspect(directory: epath.PathLike, step: int | None = None) -> Iterator[str]:
+def inspect(directory: epath.PathLike, step: store.Step = None) -> Iterator[str]:
     """Lines that tell what a checkpoint is; no array is read."""
     source = open_source(directory, step)
     yield f"{source.directory}: {source.card.family}, steps {', '.join(map(str, store.steps(directory)))}"
@@ -39,7 +39,7 @@ def inspect(directory: epath.PathLike, step: int | None = None) -> Iterator[str]
     yield f"{len(source.specs)} leaves, {count:,} parameters, {size / 1e9:.3f} GB"
 
 
-def verify(directory: epath.PathLike, step: int | None = None) -> str:
+def verify(directory: epath.PathLike, step: store.Step = None) -> str:
     """Reads every leaf, bases included, and compares it with its checksum; returns one line on what was found.
 
     Raises:
@@ -61,7 +61,7 @@ def verify(directory: epath.PathLike, step: int | None = None) -> str:
     return f"{source.directory}: {len(source.specs)} leaves read, all as they were written"
 
 
-def merge(directory: epath.PathLike, destination: epath.PathLike, step: int | None = None) -> None:
+def merge(directory: epath.PathLike, destination: epath.PathLike, step: store.Step = None) -> None:
     """Writes a checkpoint that holds every leaf itself, in its own dtype, names no base and has no adapters.
 
     An adapter is added to its kernel in float32; the sum has the kernel's dtype.
@@ -71,7 +71,7 @@ def merge(directory: epath.PathLike, destination: epath.PathLike, step: int | No
       ValueError: `destination` exists.
     """
     source = merge_adapters(open_source(directory, step))
-    number = store.latest_step(directory) if step is None else step
+    number = store.number(directory, step)
     card = dataclasses.replace(source.card, base=())
     progress = Progress("merges", "leaves", [_nbytes(source, name) for name in source.specs])
     with store.staged(destination) as partial:

@@ -51,7 +51,7 @@ class Source(NamedTuple):
         return cast
 
 
-def open_source(directory: epath.PathLike, step: int | None = None) -> Source:
+def open_source(directory: epath.PathLike, step: store.Step = None) -> Source:
     """Opens a checkpoint and checks that its leaves are the model's and its adapters'.
 
     Raises:

@@ -104,7 +104,7 @@ def _benchmark_options(verb: argparse.ArgumentParser, named: bool = True) -> arg
 def _answer_options(verb: argparse.ArgumentParser) -> None:
     _benchmark_options(verb)
     verb.add_argument("--checkpoint", metavar="DIR", help="what `train` or `convert` wrote; or --base-url")
-    verb.add_argument("--step", type=int, help="of the checkpoint; default: the latest")
+    verb.add_argument("--step", type=cli.step, metavar="N", help="of the checkpoint, or best; default: the latest")
     verb.add_argument("--slots", type=int, default=16, help="questions answered at once by all devices together; no "
                       "answer depends on it")
     verb.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
@@ -117,6 +117,8 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     verb.add_argument("--top-p", type=float, default=1.0)
+    verb.add_argument("--repetition-penalty", type=float, default=1.0, help="of a checkpoint; above 1: what prompt and "
+                      "answer have said is less likely; 1: off")  # fmt: skip
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--repeats", type=int, default=1, help="answers to each question; `score` gives mean and sd")
     verb.add_argument("--two-pass", action="store_true", help="reasons first, then the answer (ScienceQA's LEPA)")

@@ -53,6 +53,7 @@ class Settings:
     two_pass: bool = False
     system: str | None = None
     repeats: int = 1
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if self.repeats < 1 or (self.repeats > 1 and self.temperature == 0):
@@ -105,10 +106,13 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
     A picture that cannot be read, or lies outside of `folder`, is not sent: its question is a row with `bad_image`.
 
     Raises:
-      ValueError: two passes, which want the model to go on from its own words.
+      UsageError: two passes, which want the model to go on from its own words, or a repetition penalty.
     """
     if settings.two_pass:
         raise UsageError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
+    if settings.repetition_penalty != 1:
+        penalty = settings.repetition_penalty
+        raise UsageError(f"repetition_penalty={penalty} wants --checkpoint: OpenAI's protocol has none")
 
     def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
         places, refused = list[int](), list[tuple[int, Said]]()
@@ -135,7 +139,10 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
 
 def fingerprint(questions: Sequence[Question], settings: Settings, model: Mapping[str, Any]) -> str:
     """A hash of all that the answers depend on: the questions' words, the settings and what the model is."""
-    told = {"questions": [(q.id, q.text) for q in questions], "settings": dataclasses.asdict(settings), **model}
+    chosen = dataclasses.asdict(settings)
+    if settings.repetition_penalty == 1:  # so that files of a version without it go on
+        del chosen["repetition_penalty"]
+    told = {"questions": [(q.id, q.text) for q in questions], "settings": chosen, **model}
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -203,7 +210,7 @@ def _replies(assistant: Assistant, settings: Settings, folder: epath.PathLike, b
         places = [place for place, job in enumerate(batch) if job.repeat == repeat]
         asked = [conversation(batch[place].question, settings.system) for place in places]
         limits = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed + repeat,
-                  "image_root": folder}  # fmt: skip
+                  "image_root": folder, "repetition_penalty": settings.repetition_penalty}  # fmt: skip
         first = assistant.replies(asked, settings.max_new_tokens, **limits)
         if settings.two_pass:
             reasons = [reply.text.split(DIVIDER)[0].rstrip() for reply in first]

@@ -77,8 +77,9 @@ def _summary(found: Sequence[Answer], place: epath.Path) -> int:
 def _settings(options: argparse.Namespace, tokens: int) -> answer.Settings:
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise UsageError(f"--max-new-tokens {options.max_new_tokens}: want at least 1")
-    Sampling(options.temperature, options.top_p, seed=options.seed)  # raises where a number cannot be
+    # Raises where a number cannot be.
+    Sampling(options.temperature, options.top_p, seed=options.seed, repetition_penalty=options.repetition_penalty)
     return answer.Settings(
         options.max_new_tokens or tokens, options.temperature, options.top_p, options.seed, options.two_pass,
-        options.system, options.repeats,
+        options.system, options.repeats, options.repetition_penalty,
     )  # fmt: skip

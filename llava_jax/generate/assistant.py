@@ -86,14 +86,14 @@ class Assistant:
 
     @classmethod
     def open(
-        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: int | None = None,
+        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: store.Step = None,
         template: str | None = None, mesh: Mesh | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
         Args:
           dtype: of weights and matrix products; None is float32 on a CPU, bfloat16 elsewhere.
-          step: None is the latest.
+          step: None is the latest, "best" that of the lowest validation loss.
           template: to be asked in the words of another one; None is the checkpoint's own.
           mesh: as for the class.
 
@@ -131,19 +131,20 @@ class Assistant:
         seed: int = 0,
         image_root: epath.PathLike | None = None,
         on_piece: Callable[[str], None] | None = None,
+        repetition_penalty: float = 1.0,
     ) -> Reply:
         """The answer to a conversation that ends with the user's turn.
 
         Args:
           max_new_tokens: None is 512, or as many as the model's positions leave after the prompt.
-          temperature: 0 is greedy; see `Sampling` for this and the three after it.
+          temperature: 0 is greedy; see `Sampling` for this, the three after it and `repetition_penalty`.
           image_root: the folder that image paths are relative to.
           on_piece: called with every piece of the text as soon as it is there; their sum is the text.
 
         Raises:
           ValueError: the conversation fits neither the template nor the model's positions, or a value is out of range.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         if max_new_tokens is None:
             max_new_tokens = self._room(conversation)
         shape = self._shape(conversation, max_new_tokens)
@@ -160,12 +161,13 @@ class Assistant:
         top_k: int = 0,
         seed: int = 0,
         image_root: epath.PathLike | None = None,
+        repetition_penalty: float = 1.0,
     ) -> list[Reply]:
         """The answer to each conversation, in their order: exactly what `reply` gives for it alone.
 
         All are checked before the first is answered; images are opened batch by batch. Arguments as for `reply`.
         """
-        sampling = Sampling(temperature, top_p, top_k, seed)
+        sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         answers: dict[int, Reply] = {}
         for shape, batch in self._batches([self._shape(one, max_new_tokens) for one in conversations]):
             requests = [self._request(conversations[i], max_new_tokens, sampling, image_root) for i in batch]

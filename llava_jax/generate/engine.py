@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Int, UInt8
 
 from llava_jax.errors import UsageError
 from llava_jax.generate import placement
-from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, stack
+from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, penalized, stack
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.llava import Llava
 from llava_jax.sharding import answering, constrain
@@ -57,6 +57,7 @@ class State(NamedTuple):
     position: Int[Array, "B"]  # its position
     last: Int[Array, "B"]  # the last position that may be filled
     done: Bool[Array, "B"]
+    seen: Bool[Array, "B V"]  # the ids of each row's prompt and answer
     sampling: SamplingRows
 
 
@@ -190,9 +191,19 @@ def _read(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> 
     end = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
     position = prompts.length
     last = position + prompts.new - 1
-    token = _choose(engine, params, end, position, prompts.sampling)
+    seen = _seen(prompts, engine.vocabulary)
+    token = _choose(engine, params, end, position, seen, prompts.sampling)
     done = _is_end(engine, token) | (position >= last)
-    return _cut(State(cache, token, position, last, done, prompts.sampling)), constrain(token, None)
+    return _cut(State(cache, token, position, last, done, seen, prompts.sampling)), constrain(token, None)
+
+
+def _seen(prompts: _Prompts, vocabulary: int) -> Bool[Array, "B V"]:
+    """Which ids a prompt holds; positions of image features and padding hold none."""
+    tokens = jnp.asarray(prompts.tokens)
+    is_text = (jnp.arange(tokens.shape[1]) < prompts.length[:, None]) & (prompts.image_slots < 0)
+    rows = jnp.arange(tokens.shape[0])[:, None]
+    seen = jnp.zeros((tokens.shape[0], vocabulary), bool)
+    return seen.at[rows, jnp.where(is_text, tokens, vocabulary)].set(True, mode="drop")
 
 
 @partial(jax.jit, static_argnames=("engine",), donate_argnames=("state",))
@@ -221,13 +232,15 @@ def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, 
         {"params": params}, state.token[:, None], state.position[:, None], state.cache, method="decode"
     )
     position = state.position + 1
-    token = _choose(engine, params, hidden[:, 0], position, state.sampling)
+    seen = state.seen | (jnp.arange(engine.vocabulary) == state.token[:, None])
+    token = _choose(engine, params, hidden[:, 0], position, seen, state.sampling)
     done = state.done | _is_end(engine, token) | (position >= state.last)
     after = state._replace(
         cache=cache,
         token=jnp.where(state.done, state.token, token),
         position=jnp.where(state.done, state.position, position),
         done=done,
+        seen=seen,
     )
     return _cut(after), jnp.where(state.done, NOTHING, token)
 
@@ -238,10 +251,11 @@ def _cut(state: State) -> State:
 
 
 def _choose(
-    engine: Engine, params: Any, hidden: Array, position: Int[Array, "B"], sampling: SamplingRows
-) -> Int[Array, "B"]:
-    logits = engine.model.apply({"params": params}, hidden, method="head")
-    return next_ids(logits[:, : engine.vocabulary], position, sampling)
+    engine: Engine, params: Any, hidden: Array, position: Int[Array, "B"], seen: Bool[Array, "B V"],
+    sampling: SamplingRows,
+) -> Int[Array, "B"]:  # fmt: skip
+    logits = engine.model.apply({"params": params}, hidden, method="head")[:, : engine.vocabulary]
+    return next_ids(penalized(logits, seen, sampling.repetition_penalty), position, sampling)
 
 
 def _is_end(engine: Engine, token: Int[Array, "B"]) -> Bool[Array, "B"]:

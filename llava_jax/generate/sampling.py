@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax.errors import UsageError
 
@@ -20,7 +20,8 @@ from llava_jax.errors import UsageError
 class Sampling:
     """How one request's ids are drawn. The default is greedy; `top_k` 0 and `top_p` 1 cut nothing.
 
-    As in transformers the temperature comes first, then `top_k`, then `top_p` of what is left.
+    As in transformers the repetition penalty comes first (1: none; greedy ids heed it too), then the temperature, then
+    `top_k`, then `top_p` of what is left.
 
     Raises:
       ValueError: a value outside its range.
@@ -30,6 +31,7 @@ class Sampling:
     top_p: float = 1.0
     top_k: int = 0
     seed: int = 0
+    repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
@@ -40,6 +42,8 @@ class Sampling:
             raise UsageError(f"top_k={self.top_k}: want at least 0 (0 cuts nothing)")
         if not 0 <= self.seed < 2**32:
             raise UsageError(f"seed={self.seed}: want 0 <= seed < 2**32")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UsageError(f"repetition_penalty={self.repetition_penalty}: want a number above 0 (1 changes nothing)")
 
 
 class SamplingRows(NamedTuple):
@@ -49,6 +53,7 @@ class SamplingRows(NamedTuple):
     top_p: Float[Array | np.ndarray, "S"]
     top_k: Int[Array | np.ndarray, "S"]
     seed: Int[Array | np.ndarray, "S"]
+    repetition_penalty: Float[Array | np.ndarray, "S"]
 
 
 def stack(samplings: Sequence[Sampling]) -> SamplingRows:
@@ -58,7 +63,19 @@ def stack(samplings: Sequence[Sampling]) -> SamplingRows:
         top_p=np.array([s.top_p for s in samplings], np.float32),
         top_k=np.array([s.top_k for s in samplings], np.int32),
         seed=np.array([s.seed for s in samplings], np.uint32),
+        repetition_penalty=np.array([s.repetition_penalty for s in samplings], np.float32),
     )
+
+
+def penalized(
+    logits: Float[Array, "S V"], seen: Bool[Array, "S V"], penalty: Float[Array, "S"]
+) -> Float[Array, "S V"]:
+    """The logits, those of the ids that a row has seen made less likely: divided by its penalty, or times it below 0.
+
+    Source: transformers 5.24 RepetitionPenaltyLogitsProcessor; what is seen are the prompt's ids and the answer's.
+    """
+    penalty = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * penalty, logits / penalty), logits)
 
 
 def next_ids(

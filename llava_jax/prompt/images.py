@@ -199,10 +199,11 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise UsageError(f"{name}: {width} x {height} pixels, want 1 to {MAX_PIXELS} in all: resize it")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UsageError(f"{name}: {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut it")
-    if image.mode in ("I", "F"):
+    sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if image.mode in ("I", "F") and not sixteen_bits:
         raise UsageError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
     try:
-        if image.mode.startswith("I;16"):
+        if sixteen_bits:
             grey = (np.asarray(image).astype(np.uint32) + 128) // 257
             image = Image.fromarray(grey.astype(np.uint8))
         return image.convert("RGB")

@@ -20,15 +20,24 @@ from llava_jax.prompt.images import open_image
 from llava_jax.train import loop, metrics
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
+from llava_jax.train.validations import Validations
 
 SAMPLES = 4  # conversations that `train.sample_every` answers
 SAMPLE_TOKENS = 64
 LOOKED_AT = 40  # records among which they are
 
 
-def validation(run: Run, held_out: Feed) -> Hook:
-    """The mean loss over all supervised tokens of one pass over `held_out`, into validation.jsonl."""
-    return Hook(run.config.train.eval_every, functools.partial(_validate, run, held_out), metrics.VALIDATION)
+def validation(run: Run, held_out: Feed, step: int) -> Hook:
+    """The mean loss over all supervised tokens of one pass over `held_out`, into validation.jsonl.
+
+    Args:
+      step: that the run goes on from.
+    """
+    config = run.config
+    past = Validations(run, held_out.state()["fingerprint"], step) if config.checkpoint.best else None
+    call = functools.partial(_validate, run, held_out, past)
+    ends = functools.partial(past.why_over, config.train.patience) if past and config.train.patience else loop.goes_on
+    return Hook(config.train.eval_every, call, metrics.VALIDATION, ends)
 
 
 def samples(run: Run, format: Format, source: Source) -> Hook:
@@ -37,15 +46,19 @@ def samples(run: Run, format: Format, source: Source) -> Hook:
     return Hook(run.config.train.sample_every, call, metrics.SAMPLES)
 
 
-def _validate(run: Run, held_out: Feed, step: int, state: State, stop: Stop) -> None:
+def _validate(run: Run, held_out: Feed, past: Validations | None, step: int, state: State, stop: Stop) -> None:
     held_out.rewind()
     loss = loop.validate(run.program, state.params, run.frozen, held_out, stop)
-    if run.writer is None or loss is None:
+    if loss is None:
+        return
+    is_lowest = past is not None and past.add(step, state, loss)
+    if run.writer is None:
         return
     bad = held_out.bad_records()
     metrics.write(run.writer, metrics.VALIDATION, {"step": step, "loss": loss, "bad": bad})
     skipped = f" (without {bad} bad records)" if bad else ""
-    print(f"step {step}: validation loss {loss:.4f}{skipped}", flush=True)
+    kept = ", the lowest so far: it is kept" if is_lowest else ""
+    print(f"step {step}: validation loss {loss:.4f}{skipped}{kept}", flush=True)
 
 
 def _questions(source: Source, format: Format) -> list[Conversation]:

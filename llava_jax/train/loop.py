@@ -39,8 +39,15 @@ class Batches(Protocol):
     def state(self) -> dict[str, Any]: ...
 
 
+def goes_on() -> str:
+    """What `Hook.ends` is where a hook never ends a run."""
+    return ""
+
+
 class Hook(NamedTuple):
     """`call(step, state, stop)` after every `every` updates; it writes a row for the step into `log`.
+
+    `ends()` says why the run ends now, the same on all processes; "": it goes on.
 
     A hook that takes long passes points of `stop` on the way, and comes back at once where it is to stop: its row is
     then missing, so the next start calls it again.
@@ -49,6 +56,7 @@ class Hook(NamedTuple):
     every: int
     call: Callable[[int, State, Stop], None]
     log: str
+    ends: Callable[[], str] = goes_on
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,8 @@ class Waiting(NamedTuple):
 
 
 def train(run: Run, state: State) -> tuple[int, State]:
-    """Updates from `state` to the program's last step; (DONE or PREEMPTED, the state). The state given is donated.
+    """Updates from `state` to the program's last step, or to where a hook ends the run; (DONE or PREEMPTED, the state).
+    The state given is donated.
 
     Hooks that were due at the first state, and have not written their row, are called before the first update.
 
@@ -105,6 +114,8 @@ def train(run: Run, state: State) -> tuple[int, State]:
         report = functools.partial(_report, run, measure.yardstick(run.program), rates, built)
         if _call_hooks(run, _missed(run, first - 1, last), first - 1, state):
             return errors.PREEMPTED, state
+        if _is_over(run, first - 1):
+            return errors.DONE, state
         for step in range(first, last + 1):
             batch, ids, progress = _next(batches, progress)
             tracer.before(step, state)
@@ -118,10 +129,14 @@ def train(run: Run, state: State) -> tuple[int, State]:
             stop, due = run.stop.point(), [hook for hook in run.hooks if step % hook.every == 0]
             if stop or due or step == last or step % run.config.checkpoint.every == 0:
                 progress, waiting = report(progress, waiting), None
-                _save(run, step, state, stop or step == last)
+                if stop or step == last or step % run.config.checkpoint.every == 0:
+                    save(run, step, state)
                 # The time that is left may be short: hooks that are due are called by the next start.
                 if stop or _call_hooks(run, due, step, state):
                     return _preempted(run, step, state), state
+                if _is_over(run, step):
+                    save(run, step, state)
+                    break
                 progress = _without(progress, time.monotonic() - progress.report.begun)
     return errors.DONE, state
 
@@ -142,7 +157,7 @@ def validate(
 
 def _preempted(run: Run, step: int, state: State) -> int:
     """Brings the state to disk."""
-    _save(run, step, state, True)
+    save(run, step, state)
     manager.wait(run.checkpoints)
     _say(f"step {step}: preempted and saved; the same command goes on from here")
     return errors.PREEMPTED
@@ -164,9 +179,8 @@ def _missed(run: Run, step: int, last: int) -> list[Hook]:
     return [hook for hook in due if hook.log in logs]
 
 
-def _save(run: Run, step: int, state: State, forced: bool) -> None:
-    if not forced and step % run.config.checkpoint.every:
-        return
+def save(run: Run, step: int, state: State) -> None:
+    """Begins to save a step, where it is not there already; all processes call it."""
     rest = {"step": state.step, "opt_state": state.opt_state}
     manager.save(run.checkpoints, Saved(step, state.params, rest, run.pipeline.state()))
     if run.writer is not None:
@@ -182,6 +196,14 @@ def _call_hooks(run: Run, hooks: Sequence[Hook], step: int, state: State) -> boo
         if run.stop.point():
             return True
     return False
+
+
+def _is_over(run: Run, step: int) -> bool:
+    """Whether a hook ends the run."""
+    why = next(filter(None, (hook.ends() for hook in run.hooks)), "")
+    if why:
+        _say(f"step {step}: {why}: the run ends here")
+    return bool(why)
 
 
 def _next(batches: Iterator[tuple[Batch, Sequence[str]]], progress: Progress) -> tuple[Batch, Sequence[str], Progress]:

@@ -21,7 +21,7 @@ FILE = "config.json"
 HARMLESS = re.compile(
     r"log\..*|checkpoint\..*|mesh\..*|compiler_options.*|profile|model\.(remat|base|start)|init.*"
     r"|data\.(rows_per_chip|threads|skip_budget|validation.*|sources\.\d+\.(path|images|name))"
-    r"|train\.(eval_every|sample_every|max_nonfinite|offload_optimizer|watchdog_secs|lengthen)"
+    r"|train\.(eval_every|patience|sample_every|max_nonfinite|offload_optimizer|watchdog_secs|lengthen)"
 )
 LENGTH = ("train.steps", "train.epochs")  # may change where train.lengthen says that this is meant
 LOCAL = re.compile(r"data\.(sources|validation)\.\d+\.(path|images|name)")  # may differ between hosts

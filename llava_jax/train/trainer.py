@@ -24,8 +24,8 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
+from llava_jax.checkpoint import best, lock, manager, store
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints
 from llava_jax.data.feed import Feed
@@ -121,11 +121,12 @@ def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack:
     sigterm.react(functools.partial(_stop, run.stop))
     with contextlib.ExitStack() as opened:
         opened.push(functools.partial(_close, run))
-        code, _ = loop.train(dataclasses.replace(run, hooks=_hooks(run, format, held_out)), state)
+        hooked = dataclasses.replace(run, hooks=_hooks(run, format, held_out, int(state.step)))
+        code, state = loop.train(hooked, state)
         sigterm.react(None)  # what is left takes seconds, and ends with 0
     if code == errors.DONE:
         loop.warn([], [*warnings, *pipeline.tally.lines()])
-        _conclude(program, workdir)
+        _conclude(int(state.step), workdir, config.checkpoint.best)
     return code
 
 
@@ -332,19 +333,22 @@ def _writer(workdir: epath.Path, config: configs.Config, step: int) -> Writer | 
     return metrics.open_writer(workdir, config.log, step, typed.describe(config))
 
 
-def _hooks(run: Run, format: Format, held_out: Sequence[Source]) -> list[Hook]:
+def _hooks(run: Run, format: Format, held_out: Sequence[Source], step: int) -> list[Hook]:
     made, config = list[Hook](), run.config
     if config.train.eval_every:
         # A bad record is left out of the loss: it must not end a run that trains well.
         lenient = dataclasses.replace(config, data=dataclasses.replace(config.data, skip_budget=ALL_BUT_ONE))
-        made.append(hooks.validation(run, _pipeline(lenient, format, held_out, run.checkpoints.directory, True)))
+        feed = _pipeline(lenient, format, held_out, run.checkpoints.directory, True)
+        made.append(hooks.validation(run, feed, step))
     if config.train.sample_every:
         made.append(hooks.samples(run, format, (held_out or _open(config.data.sources))[0]))
     return made
 
 
-def _conclude(program: Program, workdir: epath.Path) -> None:
+def _conclude(step: int, workdir: epath.Path, keeps_best: bool) -> None:
     if distributed.index() == 0:
-        print(f"done after {program.steps} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
+        found = best.lowest(best.read(workdir).rows) if keeps_best else None
+        lowest = f", of which {found[0]} is the best (validation loss {found[1]:.4f}): --step best" if found else ""
+        print(f"done after {step} steps{lowest}. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
               f"benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
               f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip

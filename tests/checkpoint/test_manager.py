@@ -61,6 +61,19 @@ def test_a_step_comes_back_bit_for_bit_with_its_optimizer_classes(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved, content(3))
 
 
+def test_one_step_stays_however_old_it_is_until_another_takes_its_place(tmp_path):
+    checkpoints = manager.open_checkpoints(tmp_path, 1)
+    for step in range(1, 7):
+        manager.save(checkpoints, content(step))
+        if step in (2, 4):
+            manager.keep_also(checkpoints, step)
+            manager.wait(checkpoints)
+            # The one before stays until the next save.
+            assert store.numbered(tmp_path) == ([2] if step == 2 else [2, 4])
+    manager.close(checkpoints)
+    assert store.numbered(tmp_path) == [4, 6]
+
+
 def test_the_trainable_leaves_are_read_by_the_checkpoint_store_too(tmp_path):
     write(tmp_path, [3])
     found = store.load_params(tmp_path, step=3)

@@ -18,7 +18,7 @@ def _bits(shape, dtype, seed=0):
     return rng.integers(0, 256, (*shape, np.dtype(dtype).itemsize), np.uint8).view(dtype).reshape(shape)
 
 
-SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 40_000), (70_000,), (2, 1, 3, 2), (5, 33_000)]
+SHAPES = [(), (1,), (7,), (3, 5), (2, 3, 40_000), (70_000,), (2, 1, 3, 2), (5, 33_000), (0,), (0, 4), (4, 0), (2, 0, 3)]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -199,6 +199,17 @@ def test_two_passes_reason_first_and_then_name_the_answer(data, checkpoint):
         assert said.text == f"{reasons}\n The answer is {last.text}"
 
 
+def test_answers_heed_a_repetition_penalty_and_files_made_before_there_was_one_go_on(data, checkpoint, tmp_path):
+    assert ask(data, checkpoint, tmp_path / "a.jsonl", "--repetition-penalty", 1.5) == 0
+    assistant, (asked, _) = Assistant.open(checkpoint, SLOTS), questions.load(get("custom"), data, {"match": "exact"})
+    wanted = assistant.replies([answer.conversation(one) for one in asked], NEW, image_root=data / "images",
+                               repetition_penalty=1.5)  # fmt: skip
+    assert [row.text for row in answers.read([tmp_path / "a.jsonl"]).answers] == [reply.text for reply in wanted]
+    before = "9787c9f6985bd730"  # of a version without one
+    assert answer.fingerprint(asked, answer.Settings(NEW), {"weights": "w"}) == before
+    assert answer.fingerprint(asked, answer.Settings(NEW, repetition_penalty=1.5), {"weights": "w"}) != before
+
+
 # ---- endpoints
 
 
@@ -235,7 +246,11 @@ def test_a_failed_request_is_a_named_row_that_the_next_run_asks_again(data, tmp_
     assert run("score", "--benchmark", "custom", "--data", data, tmp_path / "a.jsonl") == 0
 
 
-def test_two_passes_want_a_checkpoint(data, tmp_path, capsys):
+@pytest.mark.parametrize("words, message", [
+    (["--two-pass"], "two passes want --checkpoint"),
+    (["--repetition-penalty", 1.2], "repetition_penalty=1.2 wants --checkpoint"),
+])  # fmt: skip
+def test_what_a_server_cannot_do_wants_a_checkpoint(data, tmp_path, capsys, words, message):
     with FakeOpenAI(echo) as server:
-        assert ask_server(data, server, tmp_path / "a.jsonl", "--two-pass") == 64
-    assert "want --checkpoint" in capsys.readouterr().err
+        assert ask_server(data, server, tmp_path / "a.jsonl", *words) == 64
+    assert message in capsys.readouterr().err

@@ -39,7 +39,7 @@ def test_each_of_many_is_answered_as_if_alone(assistant):
     many = [question(seed=seed) for seed in range(6)]
     many[1] = Conversation((Turn("user", "No picture at all."),))
     many[3] = Conversation(talk, (tiny.picture(9),))
-    for settings in ({}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 4}):
+    for settings in ({}, {"temperature": 1.0, "top_p": 0.9, "top_k": 50, "seed": 4}, {"repetition_penalty": 1.5}):
         replies = assistant.replies(many, NEW, **settings)
         assert replies == [assistant.reply(one, NEW, **settings) for one in many]
         assert len({reply.text for reply in replies}) == len(many)

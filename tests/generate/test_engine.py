@@ -15,7 +15,7 @@ from llava_jax.generate.sampling import Sampling
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import RopeScaling
 from tests.golden import make_generate, make_models
-from tests.golden.make_generate import END, NEW
+from tests.golden.make_generate import END, NEW, PENALTY
 
 CONFIG = make_models.CONFIG
 LIMIT = CONFIG.llm.max_positions
@@ -89,16 +89,27 @@ def test_greedy_ids_are_those_that_transformers_made_for_20_pictures():
     assert len({tuple(answer) for answer in wanted}) == len(wanted)
 
 
-def test_greedy_ids_are_those_of_transformers_now():
+def test_penalized_ids_are_those_that_transformers_made_also_beside_rows_without_a_penalty():
+    with np.load(make_generate.PATH) as recorded:
+        plain, wanted = ([recorded[name + str(i)].tolist() for i in range(make_generate.PROMPTS)]
+                         for name in ("", "penalized "))  # fmt: skip
+    penalty = Sampling(repetition_penalty=PENALTY)
+    mixed = [replace(request, sampling=penalty) if i % 4 else request for i, request in enumerate(requests())]
+    assert in_batches(mixed, slots=4) == [wanted[i] if i % 4 else plain[i] for i in range(len(mixed))]
+    assert sum(one != other for one, other in zip(plain, wanted)) == 18
+
+
+@pytest.mark.parametrize("penalty", [1.0, PENALTY])
+def test_greedy_ids_are_those_of_transformers_now(penalty):
     pytest.importorskip("torch")
     model = make_models.hf_model(seed=5)
     params = names.unflatten(make_models.to_names(dict(model.named_parameters())))
     for prompt in make_generate.prompts(seed=6)[:5]:
-        request = Request(**prompt, max_new_tokens=NEW)
+        request = Request(**prompt, max_new_tokens=NEW, sampling=Sampling(repetition_penalty=penalty))
         state, first = ENGINE.start(params, [request], shape_of(40, 1, NEW, LIMIT))
         _, more = ENGINE.advance(params, state, [False])
         found = [i for i in [*first[0].tolist(), *more[0].tolist()] if i != NOTHING]
-        assert found == make_generate.expected(model, prompt)[: len(found)].tolist()
+        assert found == make_generate.expected(model, prompt, penalty)[: len(found)].tolist()
 
 
 def test_the_picture_changes_the_answer():

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.generate.sampling import Sampling, kept_ranks, next_ids, stack
+from llava_jax.generate.sampling import Sampling, kept_ranks, next_ids, penalized, stack
 
 CUTS = [(0, 1.0), (5, 1.0), (1, 1.0), (0, 0.5), (0, 0.9), (0, 1e-6), (10, 0.8), (1000, 0.95)]
 
@@ -60,6 +60,19 @@ def test_transformers_keeps_the_same_ids(top_k, top_p):
         assert theirs == kept_by_numpy(logits, 0.7, top_k, top_p)
 
 
+@pytest.mark.parametrize("penalty", [1.0, 1.2, 0.8])
+def test_transformers_penalizes_the_same_logits_as_much(penalty):
+    torch = pytest.importorskip("torch")
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, ids = np.stack([logits_of(seed) for seed in range(4)]), np.random.default_rng(0).integers(0, 40, (4, 15))
+    theirs = RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor(ids), torch.tensor(logits)).numpy()
+    seen = (ids[:, :, None] == np.arange(40)).any(1)
+    ours = penalized(jnp.asarray(logits), jnp.asarray(seen), jnp.full(4, penalty, jnp.float32))
+    np.testing.assert_allclose(ours, theirs, rtol=3e-7)
+    assert penalty != 1 or np.array_equal(ours, logits)
+
+
 def test_draws_stay_inside_the_cut_and_reach_all_of_it():
     logits = logits_of(1, 12)
     samplings = [Sampling(1.5, 0.9, 6, seed) for seed in range(2000)]
@@ -90,7 +103,9 @@ def test_a_draw_depends_on_seed_and_position_and_not_on_its_neighbours():
 @pytest.mark.parametrize(
     ("field", "value"),
     [("temperature", -0.1), ("temperature", float("nan")), ("temperature", float("inf")), ("top_p", 0.0),
-     ("top_p", 1.1), ("top_k", -1), ("seed", -1), ("seed", 2**32)],
+     ("top_p", 1.1), ("top_k", -1), ("seed", -1), ("seed", 2**32),
+     ("repetition_penalty", 0.0), ("repetition_penalty", -1.2), ("repetition_penalty", float("inf")),
+     ("repetition_penalty", float("nan"))],
 )  # fmt: skip
 def test_a_value_outside_its_range_is_refused_by_name(field, value):
     with pytest.raises(ValueError, match=f"{field}={value}"):

@@ -1,6 +1,6 @@
 """Records `generate.npz`: what transformers' greedy `generate` says to 20 pictures with random prompts.
 
-Run with `python -m tests.golden.make_generate` where torch is installed (recorded with transformers 5.23.0, torch
+Run with `python -m tests.golden.make_generate` where torch is installed (recorded with transformers 5.24.0, torch
 2.13.0). The model is that of `models.npz`; `tests/generate/test_engine.py` needs no torch and also runs it live.
 """
 
@@ -12,6 +12,7 @@ from tests.golden.make_models import CONFIG, IMAGE_ID, hf_model
 
 PATH = Path(__file__).with_name("generate.npz")
 PROMPTS, NEW, END = 20, 24, 7
+PENALTY = 1.3  # of the answers that are called "penalized 0", "penalized 1", ...
 
 
 def prompts(seed: int = 3) -> list[dict[str, np.ndarray]]:
@@ -31,7 +32,7 @@ def prompts(seed: int = 3) -> list[dict[str, np.ndarray]]:
     return made
 
 
-def expected(model, prompt: dict[str, np.ndarray]) -> np.ndarray:
+def expected(model, prompt: dict[str, np.ndarray], penalty: float = 1.0) -> np.ndarray:
     """The ids that transformers makes greedily, the end token included, int32 [up to NEW]."""
     import torch
 
@@ -41,7 +42,7 @@ def expected(model, prompt: dict[str, np.ndarray]) -> np.ndarray:
     out = model.generate(
         input_ids=torch.tensor(ids, dtype=torch.long), pixel_values=torch.tensor(pixels.transpose(0, 3, 1, 2)),
         attention_mask=torch.ones(ids.shape, dtype=torch.long), max_new_tokens=NEW, do_sample=False,
-        eos_token_id=END, pad_token_id=0,
+        eos_token_id=END, pad_token_id=0, repetition_penalty=penalty,
     )  # fmt: skip
     return out[0, ids.shape[1] :].numpy().astype(np.int32)
 
@@ -49,9 +50,10 @@ def expected(model, prompt: dict[str, np.ndarray]) -> np.ndarray:
 def main() -> None:
     """Writes generate.npz next to this file."""
     model = hf_model()
-    answers = [expected(model, prompt) for prompt in prompts()]
-    np.savez_compressed(PATH, **{str(i): ids for i, ids in enumerate(answers)})
-    print(f"{PATH.name}: {PATH.stat().st_size} bytes, answers of {sorted({len(ids) for ids in answers})} ids")
+    answers = {str(i): expected(model, prompt) for i, prompt in enumerate(prompts())}
+    answers |= {f"penalized {i}": expected(model, prompt, PENALTY) for i, prompt in enumerate(prompts())}
+    np.savez_compressed(PATH, **answers)
+    print(f"{PATH.name}: {PATH.stat().st_size} bytes, answers of {sorted({len(ids) for ids in answers.values()})} ids")
 
 
 if __name__ == "__main__":

@@ -221,6 +221,8 @@ def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run
         ({"prompt.template": "mpt"}, 64, "template 'mpt' is written with <|im_end|> and <|im_start|>, no token of"),
         ({"data.row_tokens": 1152}, 64, "data.row_tokens=1152: the model has 1024 positions"),
         ({"data.row_tokens": 10**9}, 64, "data.row_tokens=1000000000: want 1 to 1,048,576"),
+        ({"checkpoint.best": "true"}, 64, "checkpoint.best=True: no step has a validation loss; set train.eval_every"),
+        ({"train.patience": 2, "train.eval_every": 1}, 64, "train.patience=2: the run would end with steps that are"),
         ({"train.eps": 0}, 64, "train.eps=0.0: want 1e-30 to 1"),
         ({"data.sources.0.path": "nowhere.json"}, 65, "nowhere.json"),
         ({"model.base": "nowhere"}, 66, "nowhere"),

@@ -1,0 +1,127 @@
+"""Random damage to the files of checkpoints and of workdirs, and what came of it.
+
+Each file of a tree is damaged in every way of OPERATIONS by turns. What reads the tree afterwards has the same facts
+as before, or ends with one line of ours; anything else is a fault: facts that differ without a word, or a traceback.
+"""
+
+import contextlib
+import io
+import random
+import shutil
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from llava_jax import errors
+
+
+class Outcome(NamedTuple):
+    """kind: "equal", "named" (equal, and the damage was said), "refused", "SILENT" or "TRACEBACK"; said: in words."""
+
+    kind: str
+    said: str = ""
+
+
+def _replaced(content: bytes, at: int, part: bytes) -> bytes:
+    return content[:at] + part + content[at + len(part) :]
+
+
+def _digit(content: bytes, rng: random.Random) -> bytes:
+    """Another digit in the place of one; a file without digits gets one."""
+    places = [i for i, byte in enumerate(content[:100_000]) if 48 <= byte < 58] or [0]
+    at = rng.choice(places)
+    return _replaced(content, at, bytes([48 + (content[at : at + 1] == b"0") + rng.randrange(9) % 9]))
+
+
+def _bit(content: bytes, rng: random.Random) -> bytes:
+    at = rng.randrange(len(content))
+    return _replaced(content, at, bytes([content[at] ^ 1 << rng.randrange(8)]))
+
+
+def _swapped(content: bytes, rng: random.Random) -> bytes:
+    half = max(1, len(content) // 2)
+    size = rng.randrange(1, min(16, half) + 1)
+    first, second = rng.randrange(half - size + 1), half + rng.randrange(max(1, len(content) - half - size + 1))
+    one, two = content[first : first + size], content[second : second + size]
+    return _replaced(_replaced(content, first, two), second, one[: len(two)])
+
+
+def _line(content: bytes, rng: random.Random) -> bytes:
+    """Without one of its lines."""
+    lines = content.splitlines(keepends=True)
+    del lines[rng.randrange(len(lines))]
+    return b"".join(lines)
+
+
+# {name: what it makes of a file that is not empty}
+CONTENTS: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "a bit flips": _bit,
+    "a byte": lambda content, rng: _replaced(content, rng.randrange(len(content)), bytes([rng.randrange(256)])),
+    "a digit": _digit,
+    "a block of zeros": lambda content, rng: _replaced(content, rng.randrange(len(content)), bytes(8)),
+    "a block of noise": lambda content, rng: _replaced(content, rng.randrange(len(content)), rng.randbytes(16)),
+    "cut": lambda content, rng: content[: rng.randrange(len(content))],
+    "empty": lambda content, rng: b"",
+    "longer": lambda content, rng: content + rng.randbytes(rng.randrange(1, 40)),
+    "twice": lambda content, rng: content + content,
+    "blocks swapped": _swapped,
+    "a line less": _line,
+    "a list": lambda content, rng: b"[]",
+    "an object": lambda content, rng: b"{}",
+    "deep": lambda content, rng: b"[" * 100_000,
+}
+OPERATIONS = (*CONTENTS, "gone", "a directory", "another file")
+
+
+def damage(path: Path, operation: str, others: list[Path], rng: random.Random) -> None:
+    """Damages a file."""
+    content = path.read_bytes()
+    if operation in CONTENTS:
+        path.write_bytes(CONTENTS[operation](content or b"0", rng))
+        return
+    path.unlink()
+    if operation == "a directory":
+        path.mkdir()
+    elif operation == "another file":
+        shutil.copyfile(rng.choice(others), path)
+
+
+def files_of(tree: Path) -> list[Path]:
+    """All files below a folder, relative to it."""
+    return sorted(path.relative_to(tree) for path in tree.rglob("*") if path.is_file())
+
+
+def tried(read: Callable[[Path], Any], tree: Path, wanted: Any) -> Outcome:
+    """What came of reading a damaged tree. `read` returns facts, or raises what a command would show as one line."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found = read(tree)
+    except Exception as error:
+        line = str(error)
+        ours = errors.exit_code(error) is not None and line and "\n" not in line and "Traceback" not in said.getvalue()
+        return Outcome("refused", line) if ours else Outcome("TRACEBACK", traceback.format_exc(limit=-4))
+    if found != wanted:
+        return Outcome("SILENT", said.getvalue())
+    return Outcome("named", said.getvalue()) if "damaged" in said.getvalue() else Outcome("equal")
+
+
+def run(
+    trees: dict[str, Path], read: Callable[[str, Path], Any], count: int, seed: int, folder: Path
+) -> Iterator[tuple[str, Outcome]]:
+    """(what was damaged, what came of it) of `count` mutations of copies of the trees, all cases in a random order."""
+    rng, place, wanted = random.Random(seed), folder / "tree", {}
+    for name, tree in trees.items():
+        shutil.copytree(tree, place)
+        wanted[name] = read(name, place)
+        shutil.rmtree(place)
+    cases = [(name, path, operation) for name, tree in trees.items() for path in files_of(tree)
+             for operation in OPERATIONS]  # fmt: skip
+    rng.shuffle(cases)
+    for number in range(count):
+        name, path, operation = cases[number % len(cases)]
+        shutil.copytree(trees[name], place)
+        damage(place / path, operation, [trees[name] / other for other in files_of(trees[name])], rng)
+        yield f"{name}: {path}: {operation}", tried(lambda tree, name=name: read(name, tree), place, wanted[name])
+        shutil.rmtree(place)
