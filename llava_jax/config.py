@@ -119,6 +119,8 @@ class Train:
     clip_norm: float | None = None  # None: gradients are not clipped
     loss: Literal["token_mean", "group_mean"] = "token_mean"
     group_samples: int = 16  # a device's share in the reference: group_mean averages over such groups' token means
+    label_smoothing: float = 0.0  # share of each target's probability that all of the vocabulary has in equal parts
+    z_loss: float = 0.0  # times log(sum(exp(logits))) ** 2, which keeps logits from drifting; 1e-4 in PaLM
     accumulate: int = 1  # micro-batches in a step
     optimizer: Literal["adamw", "adafactor"] = "adamw"
     moment_dtype: Literal["float32", "bfloat16"] = "float32"  # of AdamW's first moment; the second is float32

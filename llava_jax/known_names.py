@@ -29,6 +29,7 @@ KNOWN_NAMES = {
     "adam_beta2": "train.b2",
     "adam_epsilon": "train.eps",
     "adafactor": "train.optimizer=adafactor",
+    "label_smoothing_factor": "train.label_smoothing",
     "seed": "train.seed",
     "data_seed": "train.seed",
     "bf16": "model.dtype=bfloat16",

@@ -51,6 +51,8 @@ BOUNDS = {
     "train.weight_decay": Bound(0, 100),
     "train.clip_norm": Bound(1e-9, 1e9),  # 0 makes every update 0
     "train.group_samples": Bound(1, 2**20),
+    "train.label_smoothing": Bound(0, 0.999999),  # with 1 no target would count
+    "train.z_loss": Bound(0, 1000),
     "train.accumulate": Bound(1, 2**16),
     "train.lora_dropout": Bound(0, 0.99),  # 16 random bits tell no more than 0.99998 from 1
     "train.max_nonfinite": Bound(1, _MANY),

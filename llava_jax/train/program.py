@@ -26,6 +26,7 @@ from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.vit import NEVER_RUN
 from llava_jax.train import flops
+from llava_jax.train import loss as losses
 from llava_jax.train import optimizer as optimizers
 from llava_jax.train import step as steps_of
 from llava_jax.train.step import State
@@ -78,12 +79,20 @@ class Program:
         return jax.make_array_from_callback(shape, _field_sharding(self.mesh, name, shape), part)
 
 
-def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: Mesh | None = None) -> Program:
-    """The program of a config. `mesh`: None makes it of this machine's devices; no array is made.
+def build(
+    config: configs.Config, model_config: LlavaConfig, steps: int, mesh: Mesh | None = None,
+    loss: losses.Loss | None = None,
+) -> Program:  # fmt: skip
+    """The program of a config; no array is made.
+
+    Args:
+      mesh: None makes it of this machine's devices.
+      loss: what is minimised; None: the cross-entropy, with what the config adds to it.
 
     Raises:
       ValueError: a name that `rates` does not cover, an idle row, no trainable name, a tuple of rates that does
-        not fit its stack, or a batch that the mesh or the micro-batches do not divide.
+        not fit its stack, a batch that the mesh or the micro-batches do not divide, or a `loss` beside terms of the
+        config's own.
     """
     check(config, model_config)
     mesh = sharding.make_mesh(asdict(config.mesh)) if mesh is None else mesh
@@ -103,7 +112,8 @@ def build(config: configs.Config, model_config: LlavaConfig, steps: int, mesh: M
         frozen = lora.quantised(frozen)
 
     packed = config.data.layout == "packed"
-    train_step = functools.partial(steps_of.train_step, model, optimizer, config.train, packed)
+    minimised = _loss(config.train, loss)
+    train_step = functools.partial(steps_of.train_step, model, optimizer, config.train, minimised, packed)
     evaluate = functools.partial(steps_of.eval_step, model, packed)
     whole, batch = sharding.replicated(mesh), _batch(config, model_config, mesh)
     options = compiler_options(config.compiler_options, mesh)
@@ -128,6 +138,16 @@ def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
             return function(*args)
 
     return traced
+
+
+def _loss(train: configs.Train, own: losses.Loss | None) -> losses.Loss:
+    terms = {f"train.{key}": vars(train)[key] for key in losses.TERMS if vars(train)[key]}
+    if own is not None and terms:
+        raise UsageError(
+            f"{', '.join(f'{key}={value}' for key, value in terms.items())}: `loss` is the caller's own, to which the "
+            f"config adds nothing; want {' and '.join(terms)} 0, and such terms in `loss`"
+        )
+    return losses.of_config(train) if own is None else own
 
 
 def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> dict[str, configs.Rate]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from llava_jax import config, params, sharding
 from llava_jax.batch import Batch
 from llava_jax.models.llava import Llava
-from llava_jax.train.loss import cross_entropy
+from llava_jax.train.loss import Loss, cross_entropy
 
 
 class State(NamedTuple):
@@ -38,6 +38,7 @@ def train_step(
     model: Llava,
     optimizer: optax.GradientTransformationExtraArgs,
     train: config.Train,
+    loss_fn: Loss,
     packed: bool,
     state: State,
     frozen: Mapping[str, Any],
@@ -51,7 +52,7 @@ def train_step(
 
     def loss_of(trainable: Any, batch: Batch, weights: Array, part: Array) -> Array:
         key = jax.random.fold_in(dropped, part) if train.lora_dropout else None
-        return weighted_loss(model, params.merge(trainable, frozen), batch, weights, packed, key)
+        return weighted_loss(model, params.merge(trainable, frozen), batch, weights, packed, key, loss_fn)
 
     dropped = jax.random.fold_in(jax.random.key(train.seed), state.step)
     weights = batch.weights / jnp.maximum(jnp.sum(batch.weights), jnp.finfo(jnp.float32).tiny)
@@ -71,7 +72,7 @@ def train_step(
 def eval_step(
     model: Llava, packed: bool, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of weight times loss, sum of weights), so that batches add up to a global mean."""
+    """(sum of weight times cross-entropy, sum of weights), so that batches add up to a global mean of any run."""
     total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights, packed)
     return total, jnp.sum(batch.weights)
 
@@ -83,8 +84,9 @@ def weighted_loss(
     weights: Float[Array, "B T"],
     packed: bool = True,
     key: Array | None = None,
+    loss_fn: Loss = cross_entropy,
 ) -> Float[Array, ""]:
-    """Sum over positions of weight times cross-entropy of the target, float32.
+    """Sum over positions of weight times cross-entropy of the target, or another loss of these weights; float32.
 
     Args:
       packed: rows may hold several samples; False spares the attention their separation.
@@ -95,7 +97,7 @@ def weighted_loss(
         batch.pixels, rngs={} if key is None else {"dropout": key},
     )  # fmt: skip
     kernel = model.apply({"params": parameters}, method="head_kernel")
-    return cross_entropy(hidden, kernel, batch.targets, weights)
+    return loss_fn(hidden, kernel, batch._replace(weights=weights))
 
 
 def _accumulate(
