@@ -125,15 +125,22 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._signals = _signals()
+        self._signals = _signals() if count() > 1 else _Signals()  # runs of one process know nothing of each other
         self._signals.begin()
+        self._fault: Exception | None = None
 
     def request(self) -> None:
         """Asks all processes to stop soon."""
         self._signals.request()
 
+    def fail(self, fault: Exception) -> None:
+        """Makes the next `point` of this process raise the exception; from any thread."""
+        self._fault = fault
+
     def point(self) -> bool:
         """Whether to stop here. All processes must call it as often; once True it stays True."""
+        if self._fault is not None:
+            raise self._fault
         return self._signals.point()
 
 
@@ -142,19 +149,22 @@ class _Signals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._points, self._requested, self._stopped = 0, False, False
+        self._round, self._points, self._requested, self._stopped = 0, 0, False, False
         self._exiting = threading.Lock()
         if count() > 1:
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
     def begin(self) -> None:
+        """Begins the next round: a stop that was asked for in an earlier one is over."""
         with self._lock:
+            self._round += 1
             self._points, self._requested, self._stopped = 0, False, False
 
     def request(self) -> None:
+        number = self._round
         if count() > 1:
-            self._set(_STOP, "")
-        self._hold()
+            self._set(f"{_STOP}-{number}", "")
+        self._hold(number)
 
     def point(self) -> bool:
         with self._lock:
@@ -188,8 +198,9 @@ class _Signals:
                 signals = self._read(_SIGNALS)
             except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX itself ends this process
                 return
-            if _STOP in signals:
-                self._hold()
+            number = self._round
+            if f"{_STOP}-{number}" in signals:
+                self._hold(number)
             if _END in signals:
                 self._exit(*json.loads(signals[_END]))
 
@@ -204,18 +215,21 @@ class _Signals:
             if name not in self._read(_SIGNALS):  # else another process was first: its word counts
                 raise
 
-    def _hold(self) -> None:
-        """Says once which point this process comes to next, which it does not pass before it has heard the others."""
+    def _hold(self, number: int) -> None:
+        """Says once which point this process comes to next, which it does not pass before it has heard the others.
+
+        number: of the round that is to stop; one that is over is not.
+        """
         with self._lock:
-            if self._requested:
+            if self._requested or number != self._round:
                 return
             self._requested, points = True, self._points
         if count() > 1:
-            internal.global_state.client.key_value_set(f"{_POINTS}/{index()}", str(points))
+            internal.global_state.client.key_value_set(f"{_POINTS}/{number}/{index()}", str(points))
 
     def _gathered(self) -> list[str]:
         get = internal.global_state.client.blocking_key_value_get
-        return [get(f"{_POINTS}/{number}", _WAIT_MS) for number in range(count())]
+        return [get(f"{_POINTS}/{self._round}/{number}", _WAIT_MS) for number in range(count())]
 
     def _exit(self, code: int, number: int, message: str) -> NoReturn:
         """Ends this process. Process 0 speaks for all of them, and stays until the others have gone: they need it."""

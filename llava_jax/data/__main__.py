@@ -159,7 +159,7 @@ def _of_config(options: argparse.Namespace) -> report.Task:
     format, data = trainer.format_of(config), config.data
     checks = Checks(rules(format.template, format.tokenizer), format, data.row_tokens, data.images_per_group)
     unchecked = () if options.open_images else ("pictures (--open-images)",)
-    places = [report.Place(one.path, one.images or None, options.split) for one in data.sources]
+    places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]
     if options.records:
         images = options.images or next((p.images for p in (*places, *held_out) if p.path == options.records), None)
