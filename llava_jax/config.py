@@ -280,7 +280,8 @@ def start_from(file: str, sibling: str) -> ConfigDict:
 def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
     """The config of a file, with overrides such as {"train.lr": 1e-4, "data.sources.0.path": "my.json"}.
 
-    A value is what the command line would say, `str(value)` of it. In `init` the value "" reads "random", so `config.model.get_ref("base")` serves both.
+    A value is read as the command line's text, of which it may be the value: 1e-4, "1e-4". In `init` the value "" reads
+    "random", so `config.model.get_ref("base")` serves both.
 
     Raises:
       FileNotFoundError: no such file.

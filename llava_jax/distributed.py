@@ -4,6 +4,7 @@ They talk through the key-value store of `jax.distributed`, not through devices,
 other while a device waits for somebody who will never come. A single process never waits here.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -11,13 +12,17 @@ import os
 import sys
 import threading
 import time
+import traceback
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from etils import epath
 from jax._src import distributed as internal
 
+from llava_jax import errors, files
 from llava_jax.errors import UsageError
 
 _POLL_SECS = 0.5
@@ -110,6 +115,30 @@ def leave(code: int, message: str) -> NoReturn:
     The first that calls it decides the code and the message, which process 0 prints.
     """
     _signals().leave(code, message)
+
+
+def end_together(
+    workdir: epath.Path, kind: type[BaseException] | None, error: BaseException | None,
+    trace: types.TracebackType | None,
+) -> bool:  # fmt: skip
+    """Ends the other processes where this one fails; writes down, in WORKDIR/error-PROCESS.txt, what no message of ours
+    explains. An exit callback of `contextlib.ExitStack`, with a workdir; a single process goes on with its exception.
+    """
+    if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    code = errors.exit_code(error)
+    message = f"error: {error}"
+    if code is None and not is_ending():
+        code, place = errors.CRASHED, workdir / f"error-{index()}.txt"
+        text = "".join(traceback.format_exception(kind, error, trace))
+        with contextlib.suppress(OSError, ValueError, *files.client_errors()):  # the disk may be what is wrong
+            place.write_text(text)
+            message = f"error: {type(error).__name__}, a fault of the program or a library; traceback: {place}"
+        if count() > 1:
+            print(text, file=sys.stderr, flush=True)
+    if count() > 1:
+        leave(errors.CRASHED if code is None else code, message)
+    return False
 
 
 def is_ending() -> bool:

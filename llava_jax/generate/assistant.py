@@ -175,7 +175,8 @@ class Assistant:
         found: dict[int, np.ndarray] = {}
         for shape, batch in self._batches(shapes):
             examples = [encode(conversations[i], self.format, image_root) for i in batch]
-            scored = self._engine().logps(self.params, [self._request(one) for one in examples], shape)
+            requests = [self._request(example, 0, Sampling()) for example in examples]
+            scored = self._engine().logps(self.params, requests, shape)
             for i, example, row in zip(batch, examples, scored):
                 found[i] = row[: len(example.tokens) - 1][example.learned[1:]]
         return [found[i] for i in range(len(conversations))]
@@ -301,7 +302,7 @@ class Assistant:
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
-    def _request(self, example: Example, max_new_tokens: int = 0, sampling: Sampling = Sampling()) -> Request:
+    def _request(self, example: Example, max_new_tokens: int, sampling: Sampling) -> Request:
         image_slots = np.full(len(example.tokens), -1, np.int32)
         for i, (start, length) in enumerate(example.image_spans):
             image_slots[start : start + length] = i * length + np.arange(length)
