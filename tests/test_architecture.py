@@ -31,7 +31,7 @@ PACKAGES = {
                           "prompt"),
     "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
-    "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
+    "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "config", "train"),
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
