@@ -87,9 +87,9 @@ def test_a_data_set_that_is_an_object_trains_as_its_file_and_is_resumed_after_a_
     with pytest.raises(Killed):
         Trainer(config, squares, hooks=[Hook(4, killed)], workdir=tmp_path).fit()
     assert store.latest_step(tmp_path) == 3 and losses(tmp_path) == whole[layout][:4]
-    trainer = Trainer(config, squares, hooks=[Hook(5, lambda step, state, stop: stop.request())], workdir=tmp_path)
+    trainer = Trainer(config, squares, hooks=[Hook(5, lambda *_: trainer.stop())], workdir=tmp_path)
     assert not trainer.fit()
-    assert store.latest_step(tmp_path) == len(losses(tmp_path)) == 6  # the step after the request
+    assert store.latest_step(tmp_path) == len(losses(tmp_path)) == 5
     assert trainer.fit()  # the same trainer goes on, too
     assert losses(tmp_path) == whole[layout] and store.latest_step(tmp_path) == 8
     assert "data.sources.0.path" not in json.loads((tmp_path / "config.json").read_text())
@@ -121,12 +121,11 @@ PICTURE = Image.new("RGB", (28, 28))
 @pytest.mark.parametrize("conversation, words", [
     ({"conversations": []}, r"unreadable: a dict: want a llava_jax.Conversation"),
     (Conversation((Turn("human", "Hi."), TURNS[1])), r"unknown_role: turns\[0\].role='human': want 'user' or"),
-    (Conversation((TURNS[0], "A square."), (PICTURE,)), r"bad_shape: turns\[1\]='A square.': want a llava_jax.Turn"),
     (Conversation((), (PICTURE,)), r"empty_conversations: turns=\(\)"),
     (Conversation(TURNS), r"marker_without_image"),
     (Conversation(TURNS, (PICTURE,), weight=0.0), r"bad_weight: weight=0.0"),
     (Conversation(TURNS, (np.zeros((28, 28, 3), np.uint8),)), r"bad_image: .*image given as ndarray: want a path"),
-    (Conversation(TURNS, ("nowhere.jpg",), "odd"), r"\(record 'odd'\).* missing_image: .*nowhere.jpg"),
+    (Conversation(TURNS, ("nowhere.jpg",), "odd"), r"id='odd' missing_image: .*nowhere.jpg"),
 ])  # fmt: skip
 def test_a_conversation_that_cannot_be_trained_on_is_named(folder, conversation, words):
     trainer = Trainer(settings(folder), Changed(folder, conversation))
@@ -255,17 +254,18 @@ def test_save_in_a_hook_writes_the_state_of_its_step(folder, whole, tmp_path):
 
 def test_a_run_that_has_lost_its_directory_writes_nothing_more(folder, tmp_path):
     def lose(step, state, stop):
-        trainer._lost(f"{tmp_path}: another process has taken over this directory")
+        if step == 4:
+            trainer._lost(f"{tmp_path}: another process has taken over this directory")
 
-    trainer = Trainer(settings(folder), hooks=[Hook(4, lose)], workdir=tmp_path)
+    trainer = Trainer(settings(folder), hooks=[Hook(2, lose)], workdir=tmp_path)
     with pytest.raises(UsageError, match="has taken over this directory"):
         trainer.fit()
     assert store.latest_step(tmp_path) == 3
-    assert trainer.fit() and store.latest_step(tmp_path) == 8
+    assert Trainer(settings(folder), workdir=tmp_path).fit() and store.latest_step(tmp_path) == 8
 
 
 def test_a_program_is_there_before_any_run_and_a_run_without_a_directory_gets_one(folder):
     trainer = Trainer(settings(folder, **{"train.steps": "none", "train.epochs": 2}))
-    assert trainer.program.steps == 5 and trainer.program.batch.tokens.shape == (4, 96)
+    assert trainer.program.steps == 6 and trainer.program.batch.tokens.shape == (4, 96)
     assert trainer.workdir.exists() and store.latest_step(trainer.workdir) is None
     assert store.latest_step(trainer.save()) == 0
