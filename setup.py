@@ -48,7 +48,7 @@ setup(
         "gcs": GCS,
         "wandb": ["wandb"],
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
-        "docs": ["pdoc>=16"],  # python -m pdoc llava_jax
+        "docs": ["pdoc>=16"],  # python -m pdoc --docformat google llava_jax
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
         "torch": ["torch==2.13.0", "peft>=0.21.2"],
         "test": [

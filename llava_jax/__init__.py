@@ -3,7 +3,7 @@
 What a notebook or a program needs is named here, and imported when it is first used:
 
     import llava_jax
-    from llava_jax import Conversation, Trainer, Turn, config
+    from llava_jax import Trainer, config
 
     model = llava_jax.load("runs/task")
     print(model.generate("What is unusual here?", ["photo.jpg"]).text)
@@ -11,18 +11,25 @@ What a notebook or a program needs is named here, and imported when it is first 
     trainer = Trainer(config.load("configs/llava15_7b_task.py"), workdir="runs/task")
     trainer.fit()
 
+| name | what it is |
+|---|---|
+| `load` | `llava_jax.generate.assistant.load`: a checkpoint, to be asked, as `llava_jax.generate.assistant.Assistant` |
+| `Trainer` | `llava_jax.train.trainer.Trainer`: one training run |
+| `Config` | `llava_jax.config.Config`: what a run is told; `llava_jax.config.load` reads it from a file |
+| `Dataset` | `llava_jax.data.datasets.Dataset`: what a data set that is an object has |
+| `Conversation`, `Turn` | `llava_jax.prompt.conversation.Conversation`: what is said and shown |
+| `Hook` | `llava_jax.train.loop.Hook`: what is called after every so many updates |
+
 The commands (`python -m llava_jax.train`, `chat`, `evaluate`, ...) parse their arguments and call the same.
 """
 
 import importlib
 
 __version__ = "0.1.0"  # setup.py reads it here
-__docformat__ = "google"  # how pdoc reads the docstrings
 _MODULES = {
     "Config": "config", "Conversation": "prompt.conversation", "Dataset": "data.datasets", "Hook": "train.loop",
     "Trainer": "train.trainer", "Turn": "prompt.conversation", "load": "generate.assistant",
 }  # fmt: skip
-__all__ = ["__version__", *_MODULES]
 
 
 def __getattr__(name: str) -> object:
@@ -33,4 +40,4 @@ def __getattr__(name: str) -> object:
 
 
 def __dir__() -> list[str]:
-    return sorted(__all__)
+    return ["__version__", *_MODULES]
