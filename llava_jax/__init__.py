@@ -19,6 +19,7 @@ What a notebook or a program needs is named here, and imported when it is first 
 | `Dataset` | `llava_jax.data.datasets.Dataset`: what a data set that is an object has |
 | `Conversation`, `Turn` | `llava_jax.prompt.conversation.Conversation`: what is said and shown |
 | `Hook` | `llava_jax.train.loop.Hook`: what is called after every so many updates |
+| `register` | `llava_jax.models.registry.register`: adds a tower, a connector or a decoder of your own |
 
 The commands (`python -m llava_jax.train`, `chat`, `evaluate`, ...) parse their arguments and call the same.
 """
@@ -29,6 +30,7 @@ __version__ = "0.1.0"  # setup.py reads it here
 _MODULES = {
     "Config": "config", "Conversation": "prompt.conversation", "Dataset": "data.datasets", "Hook": "train.loop",
     "Trainer": "train.trainer", "Turn": "prompt.conversation", "load": "generate.assistant",
+    "register": "models.registry",
 }  # fmt: skip
 
 
