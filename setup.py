@@ -1,14 +1,16 @@
 """Packaging. The lower bounds are the versions that the suite ran with on Python 3.11 (README, "What runs where")."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+VERSION = re.findall(r'^__version__ = "(.+?)"', Path("llava_jax/__init__.py").read_text(encoding="utf-8"), re.M)[0]
 GCS = ["etils[epath-gcs]>=1.15.0"]  # gs:// paths
 
 setup(
     name="llava_jax",
-    version="0.1.0",
+    version=VERSION,
     description="LLaVA in JAX: visual instruction tuning from weights to answers",
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -46,6 +48,7 @@ setup(
         "gcs": GCS,
         "wandb": ["wandb"],
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
+        "docs": ["pdoc>=16"],  # python -m pdoc --docformat google llava_jax
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
         "torch": ["torch==2.13.0", "peft>=0.21.2"],
         "test": [

@@ -105,12 +105,9 @@ def _asked(now: Talk, question: str) -> Talk:
     Raises:
       UsageError: as many markers as pictures are wanted.
     """
-    from llava_jax.prompt.conversation import Turn
+    from llava_jax.prompt.conversation import Turn, with_markers
 
-    count = question.count(MARKER)
-    if count not in (0, len(now.waiting)):
-        raise UsageError(f"the question has {count} {MARKER} for {len(now.waiting)} picture(s): want one each, or none")
-    text = question if count else f"{MARKER}\n" * len(now.waiting) + question
+    text = with_markers(question, len(now.waiting))
     return replace(now, turns=(*now.turns, Turn("user", text)), images=(*now.images, *now.waiting), waiting=())
 
 

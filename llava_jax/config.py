@@ -50,7 +50,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Data:
-    sources: tuple[Source, ...] = ()
+    sources: tuple[Source, ...] = ()  # (): a dataset is given to the Trainer
     validation: tuple[Source, ...] = ()
     hold_out: float = 0.0  # share of the records that is not trained on, for train.eval_every; beside validation
     order: Literal["shuffle", "modality_length", "sequential"] = "shuffle"
@@ -67,17 +67,22 @@ class Data:
     def __post_init__(self) -> None:
         limits.check_all("data", vars(self))
         self._check_layout()
-        if not self.sources:
-            raise UsageError("data.sources is empty: want at least one Source(path, images)")
         for name in ("sources", "validation"):
             for i, source in enumerate(vars(self)[name]):
                 limits.check_all("source", vars(source), f"data.{name}.{i}")
                 if not source.path:
                     raise UsageError(f"data.{name}.{i}.path is empty: want a file or directory of records")
-        if not any(source.weight for source in self.sources):
+        if self.sources and not any(source.weight for source in self.sources):
             raise UsageError("data.sources: every weight is 0, so no record would be read: want one above 0")
         if any(not 1 <= length <= self.row_tokens for length in self.lengths):
             raise UsageError(f"data.lengths={self.lengths}: want lengths of 1 to row_tokens={self.row_tokens} tokens")
+
+    def named_sources(self) -> tuple[Source, ...]:
+        """`sources`, for who reads them. Raises UsageError where there are none."""
+        if not self.sources:
+            raise UsageError("data.sources is empty: want at least one Source(path, images), or from Python a dataset, "
+                             "Trainer(config, dataset)")  # fmt: skip
+        return self.sources
 
     def _check_layout(self) -> None:
         if self.layout == "padded":
@@ -282,10 +287,11 @@ def start_from(file: str, sibling: str) -> ConfigDict:
         raise UsageError(f"config {path}: {error}") from error
 
 
-def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config:
-    """The config of a file, with overrides such as {"train.lr": "1e-4", "data.sources.0.path": "my.json"}.
+def load(path: str | Path, overrides: Mapping[str, Any] | None = None) -> Config:
+    """The config of a file, with overrides such as {"train.lr": 1e-4, "data.sources.0.path": "my.json"}.
 
-    In `init` the value "" reads "random", so `config.model.get_ref("base")` serves both.
+    A value is read as the command line's text, of which it may be the value: 1e-4, "1e-4". In `init` the value "" reads
+    "random", so `config.model.get_ref("base")` serves both.
 
     Raises:
       FileNotFoundError: no such file.
@@ -293,7 +299,7 @@ def load(path: str | Path, overrides: Mapping[str, str] | None = None) -> Config
         bucket; it names the file and the key.
     """
     want_disk(str(path), "--config", "a config is Python code")
-    path, overrides = Path(path), dict(overrides or {})
+    path, overrides = Path(path), {key: str(value) for key, value in (overrides or {}).items()}
     try:
         config = typed.build(Config, _plain(_overridden(_run(path), overrides)), "")
         _refuse_idle_scalars(path, overrides, config)

@@ -4,6 +4,7 @@ They talk through the key-value store of `jax.distributed`, not through devices,
 other while a device waits for somebody who will never come. A single process never waits here.
 """
 
+import contextlib
 import functools
 import itertools
 import json
@@ -11,13 +12,17 @@ import os
 import sys
 import threading
 import time
+import traceback
+import types
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple, NoReturn
 
 import jax
+from etils import epath
 from jax._src import distributed as internal
 
+from llava_jax import errors, files
 from llava_jax.errors import UsageError
 
 _POLL_SECS = 0.5
@@ -112,6 +117,30 @@ def leave(code: int, message: str) -> NoReturn:
     _signals().leave(code, message)
 
 
+def end_together(
+    workdir: epath.Path, kind: type[BaseException] | None, error: BaseException | None,
+    trace: types.TracebackType | None,
+) -> bool:  # fmt: skip
+    """Ends the other processes where this one fails; writes down, in WORKDIR/error-PROCESS.txt, what no message of ours
+    explains. An exit callback of `contextlib.ExitStack`, with a workdir; a single process goes on with its exception.
+    """
+    if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
+        return False
+    code = errors.exit_code(error)
+    message = f"error: {error}"
+    if code is None and not is_ending():
+        code, place = errors.CRASHED, workdir / f"error-{index()}.txt"
+        text = "".join(traceback.format_exception(kind, error, trace))
+        with contextlib.suppress(OSError, ValueError, *files.client_errors()):  # the disk may be what is wrong
+            place.write_text(text)
+            message = f"error: {type(error).__name__}, a fault of the program or a library; traceback: {place}"
+        if count() > 1:
+            print(text, file=sys.stderr, flush=True)
+    if count() > 1:
+        leave(errors.CRASHED if code is None else code, message)
+    return False
+
+
 def is_ending() -> bool:
     """Whether some process has ended the job: what fails here from then on fails because of that."""
     return count() > 1 and _signals().is_ending()
@@ -125,15 +154,22 @@ class Stop:
     """
 
     def __init__(self) -> None:
-        self._signals = _signals()
+        self._signals = _signals() if count() > 1 else _Signals()  # runs of one process know nothing of each other
         self._signals.begin()
+        self._fault: Exception | None = None
 
     def request(self) -> None:
         """Asks all processes to stop soon."""
         self._signals.request()
 
+    def fail(self, fault: Exception) -> None:
+        """Makes the next `point` of this process raise the exception; from any thread."""
+        self._fault = fault
+
     def point(self) -> bool:
         """Whether to stop here. All processes must call it as often; once True it stays True."""
+        if self._fault is not None:
+            raise self._fault
         return self._signals.point()
 
 
@@ -142,19 +178,22 @@ class _Signals:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._points, self._requested, self._stopped = 0, False, False
+        self._round, self._points, self._requested, self._stopped = 0, 0, False, False
         self._exiting = threading.Lock()
         if count() > 1:
             threading.Thread(target=self._watch, daemon=True, name="signals").start()
 
     def begin(self) -> None:
+        """Begins the next round: a stop that was asked for in an earlier one is over."""
         with self._lock:
+            self._round += 1
             self._points, self._requested, self._stopped = 0, False, False
 
     def request(self) -> None:
+        number = self._round
         if count() > 1:
-            self._set(_STOP, "")
-        self._hold()
+            self._set(f"{_STOP}-{number}", "")
+        self._hold(number)
 
     def point(self) -> bool:
         with self._lock:
@@ -188,8 +227,9 @@ class _Signals:
                 signals = self._read(_SIGNALS)
             except jax.errors.JaxRuntimeError:  # the coordinator is gone: JAX itself ends this process
                 return
-            if _STOP in signals:
-                self._hold()
+            number = self._round
+            if f"{_STOP}-{number}" in signals:
+                self._hold(number)
             if _END in signals:
                 self._exit(*json.loads(signals[_END]))
 
@@ -204,18 +244,21 @@ class _Signals:
             if name not in self._read(_SIGNALS):  # else another process was first: its word counts
                 raise
 
-    def _hold(self) -> None:
-        """Says once which point this process comes to next, which it does not pass before it has heard the others."""
+    def _hold(self, number: int) -> None:
+        """Says once which point this process comes to next, which it does not pass before it has heard the others.
+
+        number: of the round that is to stop; one that is over is not.
+        """
         with self._lock:
-            if self._requested:
+            if self._requested or number != self._round:
                 return
             self._requested, points = True, self._points
         if count() > 1:
-            internal.global_state.client.key_value_set(f"{_POINTS}/{index()}", str(points))
+            internal.global_state.client.key_value_set(f"{_POINTS}/{number}/{index()}", str(points))
 
     def _gathered(self) -> list[str]:
         get = internal.global_state.client.blocking_key_value_get
-        return [get(f"{_POINTS}/{number}", _WAIT_MS) for number in range(count())]
+        return [get(f"{_POINTS}/{self._round}/{number}", _WAIT_MS) for number in range(count())]
 
     def _exit(self, code: int, number: int, message: str) -> NoReturn:
         """Ends this process. Process 0 speaks for all of them, and stays until the others have gone: they need it."""

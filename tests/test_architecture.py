@@ -19,18 +19,19 @@ PACKAGES = {
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch", "limits"),
-    "data/__main__.py": ("prompt", "batch", "limits", "config", "train/trainer"),  # validate --config
+    "data/__main__.py": ("prompt", "batch", "limits", "config", "train/inputs"),  # validate --config
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "typed", "limits", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.
+    "train/inputs.py": ("config", "typed", "params", "sharding", "models", "data", "checkpoint", "prompt"),
     "train/__main__.py": ("config",),
     "train/hooks.py": ("params", "data", "generate", "prompt"),
     "train/trainer.py": ("config", "typed", "batch", "params", "sharding", "models", "data", "checkpoint", "generate",
                           "prompt"),
     "generate": ("batch", "params", "sharding", "models", "prompt", "checkpoint"),
     "evaluate": ("generate", "prompt", "data", "openai_client"),
-    "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "train"),
+    "evaluate/ablate.py": ("generate", "prompt", "data", "openai_client", "config", "train"),
     "serve": ("generate", "prompt"),
     "chat": ("generate", "prompt"),
     "datagen": ("prompt", "openai_client"),
@@ -77,7 +78,7 @@ DISK = {
     "evaluate/ablate": "its --workdir; a bucket is refused", "datagen": "its --out; a bucket is refused",
     "prompt": "links on a disk, and temporary folders for transformers", "data/validate": "links on a disk",
     "checkpoint/lock": "the kernel's own files", "doctor": "its own temporary folder, and this package's files",
-    "train/trainer": "this package's own files, and the cache of compiled programs",
+    "train/trainer": "this package's own files", "train/process": "the cache of compiled programs",
 }
 
 

@@ -154,12 +154,12 @@ def _of_config(options: argparse.Namespace) -> report.Task:
         raise UsageError(f"{', '.join(given)}: the config says it; change it with --config.prompt.template, "
                          "--config.data.row_tokens, ...")  # fmt: skip
     config = configs.load(options.config, options.overrides)
-    from llava_jax.train import trainer  # here only: it brings jax
+    from llava_jax.train import inputs  # here only: it brings jax
 
-    format, data = trainer.format_of(config), config.data
+    format, data = inputs.format_of(config), config.data
     checks = Checks(rules(format.template, format.tokenizer), format, data.row_tokens, data.images_per_group)
     unchecked = () if options.open_images else ("pictures (--open-images)",)
-    places = [report.Place(one.path, one.images or None, options.split) for one in data.sources]
+    places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]
     if options.records:
         images = options.images or next((p.images for p in (*places, *held_out) if p.path == options.records), None)

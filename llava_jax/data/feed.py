@@ -241,7 +241,8 @@ class Feed(abc.ABC):
             bad = self._bad_everywhere.values()
             allowed = allowed_bad(self.skip_budget, self.records)
             if len(bad) > allowed:
-                raise _too_many(sample.finding, len(bad), self.skip_budget, self.records)
+                source = self.sources[self._place(sample.record)[0]]
+                raise _too_many(source, sample.finding, len(bad), self.skip_budget, self.records)
             if not known:
                 _log.warning("skips %s (%d of %d allowed)", sample.finding, len(bad), allowed)
             self._check_source(sample, bad)
@@ -291,11 +292,10 @@ def _empty(id: str) -> Example:
     return Example(np.zeros(0, np.int32), np.zeros(0, bool), (), (), id)
 
 
-def _too_many(finding: Finding, bad: int, skip_budget: float | int, records: int) -> DataError:
+def _too_many(source: Source, finding: Finding, bad: int, skip_budget: float | int, records: int) -> DataError:
     return DataError(
         f"{finding}. Bad records so far: {bad}; skip_budget={skip_budget} of {records} records allows "
-        f"{allowed_bad(skip_budget, records)}. Repair the data (python -m llava_jax.data validate {finding.path} lists "
-        "all, and writes the others with --out), or raise data.skip_budget"
+        f"{allowed_bad(skip_budget, records)}. {source.repair}, or raise data.skip_budget"
     )
 
 
@@ -311,4 +311,4 @@ def check_sources(sources: Sequence[Source], skip_budget: float | int) -> None:
     if len(bad) > allowed_bad(skip_budget, records):
         source, index = bad[0]
         record = source.text(index)
-        raise _too_many(found(record, Problem("unreadable", record.fault)), len(bad), skip_budget, records)
+        raise _too_many(source, found(record, Problem("unreadable", record.fault)), len(bad), skip_budget, records)

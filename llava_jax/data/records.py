@@ -5,6 +5,7 @@ Nothing that a record says is dropped in silence: `keys` says of each key whethe
 
 import base64
 import binascii
+import dataclasses
 import functools
 import os
 from collections.abc import Mapping, Sequence
@@ -31,8 +32,8 @@ class Record:
     """One record as it was written.
 
     path: the file; index: place in the source, from 0; line: in JSON lines, from 1, else None.
-    raw: the parsed JSON value, whatever it is. A picture that comes with the record (TFDS, shards, parquet) is bytes
-      where JSON names a file.
+    raw: the parsed JSON value, whatever it is, or the `Conversation` of a data set that is an object. A picture that
+      comes with the record (TFDS, shards, parquet) is bytes where JSON names a file.
     fault: why the record cannot be read; "" where it can.
     """
 
@@ -50,6 +51,8 @@ class Record:
     @property
     def id(self) -> str:
         """The record's own id; where it stands if it has none."""
+        if isinstance(self.raw, Conversation):
+            return self.raw.id or self.where
         own = self.raw.get("id") if isinstance(self.raw, dict) else None
         return self.where if own is None else str(own)
 
@@ -126,6 +129,8 @@ def parse(record: Record, root: epath.Path | None = None) -> Parsed | Problem:
 
 def _parsed(record: Record, root: epath.Path | None) -> Parsed:
     raw = record.raw
+    if isinstance(raw, Conversation):
+        return _given(raw, record.id)
     if not isinstance(raw, dict):
         raise _Unfit("bad_shape", f"want an object with 'conversations', got {brief(raw)}")
     unknown = _unknown(raw, RECORD_KEYS, "")
@@ -146,6 +151,19 @@ def _parsed(record: Record, root: epath.Path | None) -> Parsed:
         tuple(turns), images, record.id, _system(raw, system, place), in_place, weight=_weight(raw.get("weight"))
     )
     return Parsed(conversation, place, first, key, tuple(dict.fromkeys(unknown)))
+
+
+def _given(conversation: Conversation, id: str) -> Parsed:
+    """A conversation that was written by no file; its types are those that a program may have wrong."""
+    for i, turn in enumerate(conversation.turns):
+        if not isinstance(turn, Turn) or not isinstance(turn.text, str):
+            raise _Unfit("bad_shape", f"turns[{i}]={brief(turn)}: want a llava_jax.Turn(role, text)")
+        if turn.role not in ("user", "assistant"):
+            raise _Unfit("unknown_role", f"turns[{i}].role={brief(turn.role)}: want 'user' or 'assistant'")
+    if not conversation.turns:
+        raise _Unfit("empty_conversations", "turns=(): want a question and an answer")
+    _weight(conversation.weight)
+    return Parsed(dataclasses.replace(conversation, id=id), "turns", 0, "images", ())
 
 
 def _plain_turn(row: Any) -> Turn | None:

@@ -48,6 +48,12 @@ class Source(abc.ABC):
         """The records that are known to have a fault since the source was opened."""
         return ()
 
+    @property
+    def repair(self) -> str:
+        """What to do about records that have a fault, for messages."""
+        return (f"Repair the data (python -m llava_jax.data validate {self.path} lists all, and writes the others with "
+                "--out)")  # fmt: skip
+
     def written(self, index: int) -> str:
         """The record's JSON as it was written, on one line.
 
@@ -143,6 +149,10 @@ class Part(Source):
 
     def written(self, index: int) -> str:
         return self.whole.written(int(self.chosen[index]))
+
+    @property
+    def repair(self) -> str:
+        return self.whole.repair
 
     @property
     def unreadable(self) -> Sequence[int]:

@@ -40,11 +40,11 @@ def _demo(words: list[str]) -> int:
     if workdir.exists() and any(workdir.iterdir()):
         raise UsageError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
     from llava_jax.demo import report, story
+    from llava_jax.train import process
 
-    try:
-        outcome = story.tell(workdir, options.seed, story.FAMILIES[options.family])
-    except story.Failed as error:
-        return error.args[0]
+    cli.show_progress()
+    process.keep_compilations()
+    outcome = story.tell(workdir, options.seed, story.FAMILIES[options.family])
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
     print(report.table(outcome))
@@ -66,11 +66,11 @@ def _bases(words: list[str]) -> int:
     directory = options.directory or Path(__file__).parent / "assets"
     _check(directory, options.seed)
     from llava_jax.demo import bases
+    from llava_jax.train import process
 
-    try:
-        bases.train(directory, options.seed)
-    except bases.Failed as error:
-        return error.args[0]
+    cli.show_progress()
+    process.keep_compilations()
+    bases.train(directory, options.seed)
     return 0
 
 

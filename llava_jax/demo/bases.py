@@ -37,8 +37,8 @@ from llava_jax.models.names import Row
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, QFormerConfig, TowerConfig
 from llava_jax.prompt import tokenizer as tokenizers
 from llava_jax.prompt.tokenizer import Tokenizer
-from llava_jax.train import __main__ as trainer
 from llava_jax.train import optimizer
+from llava_jax.train.trainer import Trainer
 
 ASSETS = Path(__file__).parent / "assets"
 LLM = LlamaConfig(
@@ -53,10 +53,6 @@ BLIP2_SIZES = Sizes(train=8000, heldout=40, unseen=40, heldout_per_kind=4, unsee
 ROW_TOKENS = 128
 UNLEARNED_WEIGHT = 0.1  # of tokens that are no answer: enough to make it a language model
 LOG_EVERY = 50
-
-
-class Failed(Exception):
-    """A command ended with an exit code other than 0; `args[0]` is the code."""
 
 
 class Plan(NamedTuple):
@@ -79,9 +75,6 @@ def train(
     """Makes `directory`/clip, `directory`/llama and `directory`/blip2; prints how it goes.
 
     qformer_steps: in place of those of the config `blip2.py`.
-
-    Raises:
-      Failed: the training of the Q-Former failed; it has said why.
     """
     start = time.monotonic()
     for name in ("llama", "clip", "blip2"):
@@ -107,7 +100,7 @@ def train_tower(name: str, vision: TowerConfig, tokenizer: Tokenizer, plan: Plan
 def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int | None, sizes: Sizes) -> None:
     """Makes `directory`/blip2 of a tower and `directory`/llama: all blocks but the last, and a Q-Former for it.
 
-    Training is `llava_jax.train`'s, from a checkpoint to a checkpoint.
+    Training is the `Trainer`'s, from a checkpoint to a checkpoint.
     """
     first = params.flatten(jax.device_get(init_params(BLIP2, jax.random.key(seed))))
     kept = {**eva, "blocks": jax.tree.map(lambda leaf: leaf[: BLIP2.vision.layers], eva["blocks"])}
@@ -119,10 +112,7 @@ def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int |
         settings = {"model.base": work / "base", "data.sources.0.path": work / "world" / records.FINETUNE,
                     "data.sources.0.images": work / "world", "train.seed": seed}  # fmt: skip
         settings |= {} if steps is None else {"train.steps": steps}
-        words_ = [f"--config.{key}={value}" for key, value in settings.items()]
-        code = trainer.main(["--config", str(BLIP2_CONFIG), "--workdir", str(work / "run"), *words_])
-        if code:
-            raise Failed(code)
+        Trainer(config.load(BLIP2_CONFIG, settings), workdir=work / "run").fit()
         _write_blip2(place, params.flatten(store.load_params(work / "run", _of_blip2(first))))
 
 

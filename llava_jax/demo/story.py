@@ -1,4 +1,5 @@
-"""The paper's story, run through the commands themselves: what each stage gives, and what doing less loses."""
+"""The paper's story, run through the functions behind the commands: what each stage gives, and what doing less loses.
+"""
 
 import contextlib
 import io
@@ -9,15 +10,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from llava_jax.convert import __main__ as convert
+from llava_jax import config as configs
+from llava_jax.convert import exporting, importing
 from llava_jax.demo import bases, exam, records
-from llava_jax.demo.bases import Failed
 from llava_jax.demo.exam import Result
 from llava_jax.demo.records import Exam, Sizes
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
-from llava_jax.train import __main__ as train
 from llava_jax.train import metrics
+from llava_jax.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parent
 WORLD, BASE, BASE_LAST_LAYER, EXPORT = "world", "base", "base_last_layer", "export_hf"
@@ -42,10 +43,10 @@ class Run(NamedTuple):
 class Family(NamedTuple):
     """A system whose story is told.
 
-    bases: {folder: what `convert assemble` makes it of}. told: the story in one sentence.
+    bases: {folder: what `importing.assemble` makes it of}. told: the story in one sentence.
     """
 
-    bases: dict[str, tuple[Any, ...]]
+    bases: dict[str, dict[str, Any]]
     runs: tuple[Run, ...]
     told: str
 
@@ -55,11 +56,11 @@ class Family(NamedTuple):
         return tuple(sorted((run for run in self.runs if run.label), key=lambda run: not run.blind))
 
 
-_LLM = ("--llm", bases.ASSETS / "llama")
-_CLIP = ("--vision", bases.ASSETS / "clip", *_LLM)
+_LLM = {"llm": bases.ASSETS / "llama"}
+_CLIP = {"vision": bases.ASSETS / "clip", **_LLM}
 FAMILIES = {
     "llava": Family(
-        {BASE: (*_CLIP, "--select-layer", -2), BASE_LAST_LAYER: (*_CLIP, "--select-layer", -1)},
+        {BASE: {**_CLIP, "select_layer": -2}, BASE_LAST_LAYER: {**_CLIP, "select_layer": -1}},
         (
             Run("stage1", "stage 1: captions, only the projector moves", "stage1.py", BASE, records.PRETRAIN,
                 "after stage 1"),
@@ -77,7 +78,7 @@ FAMILIES = {
         "A tiny CLIP and a tiny LLaMA that has only ever read, joined in LLaVA's two stages",
     ),
     "minigpt4": Family(
-        {BASE: ("--vision", bases.ASSETS / "blip2", "--connector", bases.ASSETS / "blip2", *_LLM)},
+        {BASE: {"vision": bases.ASSETS / "blip2", "connector": bases.ASSETS / "blip2", **_LLM}},
         (
             Run("stage1", "stage 1: captions, only the linear layer moves", "minigpt4_stage1.py", BASE,
                 records.PRETRAIN, "after stage 1"),
@@ -108,9 +109,6 @@ def tell(
     """Runs the whole story of a family in `workdir`, which is new.
 
     steps: of the two stages, in place of those of their configs.
-
-    Raises:
-      Failed: a training or a conversion failed; it has said why.
     """
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
@@ -118,7 +116,7 @@ def tell(
     exams = records.write(workdir / WORLD, seed, sizes)
     _say(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
-        _convert("assemble", workdir / name, *parts, "--seed", seed)
+        importing.assemble(workdir / name, **parts, seed=seed)
     results: dict[str, dict[str, Result]] = {}
     for run in family.runs:
         _say(start, f"trains {run.name}, {run.title}")
@@ -129,7 +127,7 @@ def tell(
             results[run.name] = taken
             _say(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in taken.items()))
     _say(start, "exports stage 2 for transformers")
-    _convert("export", "--format", "hf", workdir / "stage2", workdir / EXPORT)
+    exporting.export("hf", workdir / "stage2", workdir / EXPORT)
     chat = _chat(workdir, exams["heldout"])
     losses = {run.name: _losses(workdir / run.name) for run in family.runs}
     return Outcome(family, exams, results, losses, chat, time.monotonic() - start)
@@ -142,17 +140,8 @@ def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> N
     }  # fmt: skip
     if steps is not None:
         settings["train.steps"] = steps["stage2" in run.config]
-    arguments = [f"--config.{key}={value}" for key, value in settings.items()]
     with _quietly(workdir / f"{run.name}.log"):
-        code = train.main(["--config", str(CONFIGS / run.config), "--workdir", str(workdir / run.name), *arguments])
-    if code:
-        raise Failed(code)
-
-
-def _convert(*arguments: Any) -> None:
-    code = convert.main([str(word) for word in arguments])
-    if code:
-        raise Failed(code)
+        Trainer(configs.load(CONFIGS / run.config, settings), workdir=workdir / run.name).fit()
 
 
 def _chat(workdir: Path, exam_: Exam) -> tuple[str, list[tuple[str, str]]]:

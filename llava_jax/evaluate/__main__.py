@@ -52,6 +52,7 @@ def _run(options: argparse.Namespace) -> int:
         return ask.run(options)
     if options.verb == "ablate":
         _check_grid(options)
+        cli.show_progress()
         from llava_jax.evaluate import ablate
 
         return ablate.main(options)

@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
+from llava_jax import config as configs
+from llava_jax import errors, lifecycle
 from llava_jax.data import scienceqa
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
@@ -29,6 +31,7 @@ from llava_jax.evaluate.questions import Benchmark
 from llava_jax.evaluate.score import Result
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import options as server
+from llava_jax.train import process
 
 AnyPath = Path | epath.Path  # on a disk, or perhaps in a bucket
 REASONS_FIRST, ANSWER_FIRST = "QCM-LEA", "QCM-ALE"
@@ -105,15 +108,15 @@ class Exam(NamedTuple):
     answered: Callable[[Path], Path] = lambda path: path
 
 
-class Failed(Exception):
-    """A training ended with an exit code other than 0; `args` are the code and the log's path."""
+class Stopped(Exception):
+    """SIGTERM has stopped a training, which is saved; `args[0]` is its directory."""
 
 
 def run(plan: Plan, rows: Sequence[Row], exam: Exam) -> list[tuple[Row, Result]]:
     """Trains, asks and scores every row whose base is there.
 
     Raises:
-      Failed: a training failed; its log says why.
+      Stopped: by SIGTERM; the next call goes on.
     """
     start, done = time.monotonic(), []
     for row in rows:
@@ -204,16 +207,21 @@ def _source(records: AnyPath, images: AnyPath) -> dict[str, AnyPath]:
 
 def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequence[str]) -> None:
     """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
-    from llava_jax.train import __main__ as train  # here only: the other verbs need not wait for it
-
-    words = [f"--config.{key}={value}" for key, value in {"model.preset": "", **settings}.items()]
-    words += [f"--config.{word}" for word in more]
+    overrides: dict[str, Any] = {"model.preset": "", **settings}
+    for word in more:
+        key, equals, text = word.partition("=")
+        if not equals or key in overrides:
+            raise UsageError(f"--stage1-set, --stage2-set: {word!r}: want KEY=VALUE, of a key that is not set yet")
+        overrides[key] = text
     log = workdir.with_name(f"{workdir.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
-        code = train.main(["--config", str(config), "--workdir", str(workdir), *words])
-    if code:
-        raise Failed(code, log)
+    with (
+        log.open("a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file),
+        lifecycle.sigterm() as sigterm,
+    ):  # fmt: skip
+        code = process.run(configs.load(config, overrides), workdir, sigterm)
+    if code != errors.DONE:
+        raise Stopped(workdir)
 
 
 def _examined(checkpoint: AnyPath, row: Row, exam: Exam, plan: Plan) -> Result:
@@ -242,11 +250,9 @@ def main(told: argparse.Namespace) -> int:
     plan, exam = _plan(told), _exam(told)
     try:
         done = run(plan, GRIDS[told.grid], exam)
-    except Failed as error:
-        code, log = error.args
-        print(f"evaluate: the training failed with exit code {code}; the end of {log}:\n"
-              + "\n".join(Path(log).read_text().splitlines()[-5:]))  # fmt: skip
-        return code
+    except Stopped as stopped:
+        print(f"evaluate: SIGTERM has stopped {stopped}, which is saved; the same command goes on from there")
+        return errors.PREEMPTED
     shown = table(done)
     (plan.workdir / "ablation.md").write_text(shown + "\n")
     print(shown)

@@ -1,13 +1,13 @@
 """`Assistant`: conversations in, answers out, for chat, evaluation, training's samples and the demo.
 
-It is opened from a checkpoint's own card, or made from parameters in memory; either way a conversation takes the
-road of training, `prompt.encode`.
+It is opened from a checkpoint's own model.json, or made from parameters in memory; either way a conversation is encoded
+as in training, by `prompt.encode`.
 """
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,22 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax import params
+from llava_jax.batch import Example
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import sharded, store
 from llava_jax.checkpoint.leaves import Leaves
 from llava_jax.errors import UsageError
-from llava_jax.generate import engine, placement, stream
+from llava_jax.generate import engine, placement
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
+from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.vit import NEVER_RUN
+from llava_jax.prompt import conversation as questions
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.encode import Format, encode, pictures
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 NEW_TOKENS = 512  # of an answer at most, where nobody says
@@ -59,9 +62,10 @@ class Assistant:
 
         Assistant(model, params, format, slots=8).replies(conversations, max_new_tokens=32)
 
-    mesh: of the devices that answer; None takes all devices of this process, or of its whole job where those cannot
-      hold the model, in the way of `placement.copies` (and stays None where there is one). `params` lie on it
-      afterwards. Where it spans processes, all of them make the same calls and get the same replies.
+    Attributes:
+      mesh: of the devices that answer; None takes all devices of this process, or of its whole job where those cannot
+        hold the model, in the way of `placement.copies` (and stays None where there is one). `params` lie on it
+        afterwards. Where it spans processes, all of them make the same calls and get the same replies.
     """
 
     model: Llava
@@ -80,7 +84,7 @@ class Assistant:
                 "they do not belong together"
             )
         if self.mesh is None:
-            object.__setattr__(self, "mesh", _mesh(self.model, self.params, self.slots))
+            object.__setattr__(self, "mesh", placement.mesh_for(self.model, self.params, self.slots))
         if self.mesh is not None:
             object.__setattr__(self, "params", placement.place(self.params, self.mesh))
 
@@ -118,8 +122,98 @@ class Assistant:
         model = Llava(config, kind)
         held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
                 for name, x in shapes.items()}  # fmt: skip
-        mesh = mesh or _mesh(model, held, slots)
+        mesh = mesh or placement.mesh_for(model, held, slots)
         return cls(model, _read(places, held, mesh), format, slots, mesh)
+
+    def generate(
+        self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
+        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+        image_root: epath.PathLike | None = None, repetition_penalty: float = 1.0,
+    ) -> Reply:  # fmt: skip
+        """The answer to a question about pictures, or to a whole conversation; `replies` answers many.
+
+        Args:
+          prompt: a question, whose pictures are shown before it unless `<image>` stands where each is shown; or a
+            conversation, which has its own.
+          images: paths, encoded bytes or PIL images.
+          max_new_tokens and the others: as for `reply`, which is this for a conversation.
+
+        Raises:
+          ValueError: as `reply`; markers that differ from the pictures in number.
+        """
+        return self.reply(
+            _conversation(prompt, images), max_new_tokens, temperature, top_p, top_k, seed, image_root,
+            repetition_penalty=repetition_penalty,
+        )  # fmt: skip
+
+    def stream(
+        self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
+        temperature: float = 0.0, top_p: float = 1.0, top_k: int = 0, seed: int = 0,
+        image_root: epath.PathLike | None = None, repetition_penalty: float = 1.0,
+    ) -> Iterator[str]:  # fmt: skip
+        """The pieces of what `generate` answers, each as soon as it is there; their sum is the text.
+
+        Arguments and errors are those of `generate`; what does not fit is refused before the first piece.
+        """
+        sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
+        request, shape = self._asked(_conversation(prompt, images), max_new_tokens, sampling, image_root)
+        return (rows[0][1] for rows in self._rows([request], shape, STREAM_STEPS) if rows[0][1])
+
+    def logps(
+        self, conversations: Sequence[Conversation], image_root: epath.PathLike | None = None
+    ) -> list[np.ndarray]:
+        """The log-probabilities of answers that are given: of each conversation float32 [n], in the order of its n
+        supervised tokens, each given all tokens before it.
+
+        The tokens are `example.tokens[example.learned]` of `encode`, the end of each turn among them. The softmax is
+        over the whole vocabulary, as in the training loss; a conversation's weight does not count.
+
+        Raises:
+          ValueError: a conversation has no supervised token, does not fit the template, or is longer than the model's
+            positions; names it. All are checked before the first is scored.
+        """
+        shapes = [self._shape_to_read(one) for one in conversations]
+        found: dict[int, np.ndarray] = {}
+        for shape, batch in self._batches(shapes):
+            examples = [encode(conversations[i], self.format, image_root) for i in batch]
+            requests = [self._request(example, 0, Sampling()) for example in examples]
+            scored = self._engine().logps(self.params, requests, shape)
+            for i, example, row in zip(batch, examples, scored):
+                found[i] = row[: len(example.tokens) - 1][example.learned[1:]]
+        return [found[i] for i in range(len(conversations))]
+
+    def encode(
+        self, conversation: Conversation, image_root: epath.PathLike | None = None, reply: bool = False
+    ) -> Example:
+        """The conversation as the model reads it: int32 `tokens` [T], bool `learned` [T] (supervised tokens), the
+        positions of image features (`image_spans`), and `images` as uint8 [H, W, 3].
+
+        Args:
+          image_root: the folder that image paths are relative to.
+          reply: end with the open turn of the assistant, as `generate` asks.
+
+        Raises:
+          ValueError: the turns do not fit the template, or a picture cannot be read.
+        """
+        return encode(conversation, self.format, image_root, reply)
+
+    def image_features(self, images: Sequence[Any], image_root: epath.PathLike | None = None) -> np.ndarray:
+        """float32 [n, N, D]: the features of each picture as the decoder takes them, behind the connector.
+
+        N features an image (`format.image_features`) of the decoder's width D; of "flamingo_xattn", whose decoder looks
+        at features that have no position, the resampler's number and the tower's width.
+
+        Args:
+          images: paths, encoded bytes or PIL images.
+
+        Raises:
+          ValueError, FileNotFoundError: there is none, or one cannot be read.
+        """
+        if not len(images):
+            raise UsageError("images=(): want at least one picture")
+        pixels = np.stack(pictures(images, self.format, image_root))
+        runner, starts = self._engine(), range(0, len(pixels), self.slots)
+        return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
 
     def reply(
         self,
@@ -145,12 +239,8 @@ class Assistant:
           ValueError: the conversation fits neither the template nor the model's positions, or a value is out of range.
         """
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
-        if max_new_tokens is None:
-            max_new_tokens = self._room(conversation)
-        shape = self._shape(conversation, max_new_tokens)
-        request = self._request(conversation, max_new_tokens, sampling, image_root)
-        (reply,) = self._answer([request], shape, on_piece)
-        return reply
+        request, shape = self._asked(conversation, max_new_tokens, sampling, image_root)
+        return self._answer([request], shape, on_piece)[0]
 
     def replies(
         self,
@@ -170,8 +260,9 @@ class Assistant:
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         answers: dict[int, Reply] = {}
         for shape, batch in self._batches([self._shape(one, max_new_tokens) for one in conversations]):
-            requests = [self._request(conversations[i], max_new_tokens, sampling, image_root) for i in batch]
-            answers.update(zip(batch, self._answer(requests, shape, None)))
+            examples = [encode(conversations[i], self.format, image_root, reply=True) for i in batch]
+            requests = [self._request(example, max_new_tokens, sampling) for example in examples]
+            answers.update(zip(batch, self._answer(requests, shape)))
         return [answers[i] for i in range(len(conversations))]
 
     def _batches(self, shapes: Sequence[Shape]) -> Iterator[tuple[Shape, list[int]]]:
@@ -180,6 +271,16 @@ class Assistant:
             members = [i for i, one in enumerate(shapes) if one == shape]
             for start in range(0, len(members), self.slots):
                 yield shape, members[start : start + self.slots]
+
+    def _asked(
+        self, conversation: Conversation, max_new_tokens: int | None, sampling: Sampling,
+        image_root: epath.PathLike | None,
+    ) -> tuple[Request, Shape]:  # fmt: skip
+        if max_new_tokens is None:
+            max_new_tokens = self._room(conversation)
+        shape = self._shape(conversation, max_new_tokens)
+        example = encode(conversation, self.format, image_root, reply=True)
+        return self._request(example, max_new_tokens, sampling), shape
 
     def _room(self, conversation: Conversation) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
@@ -194,10 +295,17 @@ class Assistant:
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
-    def _request(
-        self, conversation: Conversation, max_new_tokens: int, sampling: Sampling, image_root: epath.PathLike | None
-    ) -> Request:
-        example = encode(conversation, self.format, image_root, reply=True)
+    def _shape_to_read(self, conversation: Conversation) -> Shape:
+        example = encode(conversation, self.format, open_images=False)
+        if not example.learned[1:].any():
+            raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
+        try:
+            limit = self.model.config.llm.usable_positions
+            return engine.shape_to_read(len(example.tokens), len(example.image_spans), limit)
+        except ValueError as error:
+            raise UsageError(f"conversation {conversation.id!r}: {error}") from None
+
+    def _request(self, example: Example, max_new_tokens: int, sampling: Sampling) -> Request:
         image_slots = np.full(len(example.tokens), -1, np.int32)
         for i, (start, length) in enumerate(example.image_spans):
             image_slots[start : start + length] = i * length + np.arange(length)
@@ -206,66 +314,57 @@ class Assistant:
         return Request(example.tokens, image_slots, pixels, max_new_tokens, sampling)
 
     def _answer(
-        self, requests: Sequence[Request], shape: Shape, on_piece: Callable[[str], None] | None
+        self, requests: Sequence[Request], shape: Shape, on_piece: Callable[[str], None] | None = None
     ) -> list[Reply]:
         """Answers of one batch; `on_piece` hears the first one."""
-        runner = self._engine()
-        rows = [_Row(limit=request.max_new_tokens) for request in requests]
+        rows: list[tuple[Row, str]] = []
+        for rows in self._rows(requests, shape, STREAM_STEPS if on_piece else engine.STEPS):
+            if on_piece and rows[0][1]:
+                on_piece(rows[0][1])
+        return [Reply(row.text.said, row.ids, row.ended_by, len(request.tokens))
+                for (row, _), request in zip(rows, requests)]  # fmt: skip
+
+    def _rows(
+        self, requests: Sequence[Request], shape: Shape, steps: int
+    ) -> Iterator[list[tuple[Row, str]]]:
+        """After every `steps` ids each row, and the piece of text that they add to it, until all rows have ended."""
+        runner, words, stops = self._engine(), self.format.tokenizer, self.format.template.stops
+        rows = [Row(limit=request.max_new_tokens) for request in requests]
         state, made = runner.start(self.params, requests, shape)
         while True:
-            for index, row in enumerate(rows):
-                rows[index], piece = self._extended(row, made[index], runner.ends)
-                if on_piece and piece and index == 0:
-                    on_piece(piece)
-            if all(row.ended_by for row in rows):
-                return [Reply(row.text.said, row.ids, row.ended_by, len(r.tokens)) for row, r in zip(rows, requests)]
+            found = [extended(row, ids.tolist(), runner.ends, words, stops) for row, ids in zip(rows, made)]
+            yield found
+            rows = [row for row, _ in found]
             ended = [bool(row.ended_by) for row in rows]
-            state, made = runner.advance(self.params, state, ended, STREAM_STEPS if on_piece else engine.STEPS)
-
-    def _extended(self, row: "_Row", made: np.ndarray, ends: tuple[int, ...]) -> tuple["_Row", str]:
-        """A row with new ids, up to where it ends, and the text that can be shown now."""
-        words, stops = self.format.tokenizer, self.format.template.stops
-        text, ids, pieces = row.text, list(row.ids), [""]
-        ended_by = row.ended_by
-        for token in made.tolist():
-            if ended_by or token == engine.NOTHING:
-                break
-            ids.append(token)
-            if token not in ends:
-                text, piece = stream.push(text, token, words, stops)
-                pieces.append(piece)
-            if token in ends or text.stopped:
-                ended_by = "stop"
-            elif len(ids) == row.limit:
-                ended_by = "length"
-        if ended_by and not row.ended_by:
-            text, piece = stream.finish(text, words, stops)
-            # The last piece may complete a stop string that the limit seemed to cut off.
-            ended_by = "stop" if text.stopped else ended_by
-            pieces.append(piece)
-        return _Row(row.limit, text, tuple(ids), ended_by), "".join(pieces)
+            if all(ended):
+                return
+            state, made = runner.advance(self.params, state, ended, steps)
 
     def _engine(self) -> Engine:
         words = self.format.tokenizer
         return Engine(self.model, self.slots, words.size, ending.of(self.format.template, words).ids, self.mesh)
 
 
-class _Row(NamedTuple):
-    """One answer under way. limit: ids it may have; ended_by: "" while it goes on."""
+def load(
+    directory: epath.PathLike, mesh: Mesh | None = None, slots: int = 1, dtype: str | None = None,
+    step: int | None = None, template: str | None = None,
+) -> Assistant:  # fmt: skip
+    """The model of a checkpoint directory, to be asked: what `train` or `convert` wrote, on a disk or in a bucket.
 
-    limit: int
-    text: stream.Text = stream.Text()
-    ids: tuple[int, ...] = ()
-    ended_by: str = ""
+        model = llava_jax.load("runs/task")
+        print(model.generate("What is unusual here?", ["photo.jpg"]).text)
+
+    Arguments and errors are those of `Assistant.open`; `slots` is how many conversations are answered at once.
+    """
+    return Assistant.open(directory, slots, dtype, step, template, mesh)
 
 
-def _mesh(model: Llava, tree: Any, slots: int) -> Mesh | None:
-    """The mesh for parameters (arrays or shapes) that lie on none yet."""
-    llm = model.config.llm
-    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-    row = placement.row_bytes(llm, model.dtype, llm.usable_positions)
-    devices = placement.choose_devices(weights)
-    return placement.choose_mesh(weights, row, slots, devices, placement.memory_bytes(devices[0]))
+def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversation:
+    if isinstance(prompt, str):
+        return questions.question(prompt, images)
+    if len(images):
+        raise UsageError(f"{len(images)} image(s) beside a Conversation: put them into it (Conversation.images)")
+    return prompt
 
 
 def _read(places: Mapping[str, Leaves], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.errors import UsageError
 from llava_jax.generate import placement
@@ -24,6 +24,7 @@ from llava_jax.sharding import answering, constrain
 
 NOTHING = -1  # in an output row: no id was made here
 STEPS = 16  # decode steps of one dispatch at most: one wait for the device in 16 tokens
+SCORED = 512  # positions of all rows whose logits exist at once: 512 x 32,000 float32 logits are 65 MB
 
 
 @dataclass(frozen=True)
@@ -82,10 +83,12 @@ class Engine:
 
         Returns: the state, and the first id of every request, int32 [len(requests), 1].
         """
-        assert 0 < len(requests) <= self.slots, (len(requests), self.slots)
-        prompts = jax.tree.map(lambda x: placement.put_rows(x, self.mesh), _padded(requests, shape, self.slots))
-        state, first = _start(self, params, prompts, shape.cache_tokens)
+        state, first = _start(self, params, self._put(requests, shape), shape.cache_tokens)
         return state, np.asarray(first)[: len(requests), None]
+
+    def _put(self, requests: Sequence[Request], shape: Shape) -> "_Prompts":
+        assert 0 < len(requests) <= self.slots, (len(requests), self.slots)
+        return jax.tree.map(lambda x: placement.put_rows(x, self.mesh), _padded(requests, shape, self.slots))
 
     def advance(
         self, params: Any, state: State, stopped: Sequence[bool], steps: int = STEPS
@@ -101,6 +104,19 @@ class Engine:
         stop[: len(stopped)] = stopped
         state, ids = _advance(self, params, state, stop, np.int32(steps))
         return state, np.asarray(ids)[: len(stopped), :steps]
+
+    def logps(self, params: Any, requests: Sequence[Request], shape: Shape) -> np.ndarray:
+        """float32 [len(requests), shape.prompt_tokens - 1]: of every token but the first its log-probability, given
+        those before it. The softmax is over all rows of the head, as the training loss's; the values at images and
+        at padding mean nothing."""
+        return np.asarray(_logps(self, params, self._put(requests, shape)))[: len(requests)]
+
+    def features(self, params: Any, pixels: np.ndarray) -> np.ndarray:
+        """float32 [n, N, D]: of n <= `slots` pictures (uint8 [n, H, W, 3]) what the connector makes of each."""
+        assert 0 < len(pixels) <= self.slots, (len(pixels), self.slots)
+        rows = np.zeros((self.slots, 1, *pixels.shape[1:]), np.uint8)
+        rows[: len(pixels), 0] = pixels
+        return np.asarray(_features(self, params, placement.put_rows(rows, self.mesh)))[: len(pixels)]
 
     def compiled(self, params: Any, shape: Shape) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """The programs of `start` and `advance` for parameters that are shapes with shardings on the engine's mesh."""
@@ -131,11 +147,19 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
             f"the prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {total} positions, the "
             f"model has {max_positions}: shorten the conversation or lower max_new_tokens"
         )
-    return Shape(
-        prompt_tokens=bucket(prompt_tokens, max_positions),
-        cache_tokens=bucket(total, max_positions),
-        images=2 ** (images - 1).bit_length() if images else 0,
-    )
+    return Shape(bucket(prompt_tokens, max_positions), bucket(total, max_positions), _pictures(images))
+
+
+def shape_to_read(tokens: int, images: int, max_positions: int) -> Shape:
+    """The compiled shape that scores a request, which is not answered. Raises ValueError as `shape_of`."""
+    if tokens > max_positions:
+        raise UsageError(f"its {tokens} tokens are more than the model's {max_positions} positions: shorten it")
+    size = bucket(tokens, max_positions)
+    return Shape(size, size, _pictures(images))
+
+
+def _pictures(images: int) -> int:
+    return 2 ** (images - 1).bit_length() if images else 0
 
 
 def bucket(tokens: int, largest: int) -> int:
@@ -182,12 +206,7 @@ def _start(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) ->
 
 
 def _read(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> tuple[State, Int[Array, "B"]]:
-    # Padding repeats the last position: a rope that stretches with the row's length must not see the padded one.
-    positions = jnp.minimum(jnp.arange(prompts.tokens.shape[1]), prompts.length[:, None] - 1)
-    hidden, cache = engine.model.apply(
-        {"params": params}, prompts.tokens, positions, prompts.image_slots, prompts.pixels, cache_tokens,
-        method="prefill",
-    )  # fmt: skip
+    hidden, cache = _prefill(engine, params, prompts, cache_tokens)
     end = jnp.take_along_axis(hidden, (prompts.length - 1)[:, None, None], axis=1)[:, 0]
     position = prompts.length
     last = position + prompts.new - 1
@@ -204,6 +223,37 @@ def _seen(prompts: _Prompts, vocabulary: int) -> Bool[Array, "B V"]:
     rows = jnp.arange(tokens.shape[0])[:, None]
     seen = jnp.zeros((tokens.shape[0], vocabulary), bool)
     return seen.at[rows, jnp.where(is_text, tokens, vocabulary)].set(True, mode="drop")
+
+
+def _prefill(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> tuple[Array, Any]:
+    # Padding repeats the last position: a rope that stretches with the row's length must not see the padded one.
+    positions = jnp.minimum(jnp.arange(prompts.tokens.shape[1]), prompts.length[:, None] - 1)
+    return engine.model.apply(
+        {"params": params}, prompts.tokens, positions, prompts.image_slots, prompts.pixels, cache_tokens,
+        method="prefill",
+    )  # fmt: skip
+
+
+@partial(jax.jit, static_argnames=("engine",))
+def _logps(engine: Engine, params: Any, prompts: _Prompts) -> Float[Array, "B T2"]:
+    def of_column(column: tuple[Array, Array]) -> Float[Array, "B"]:
+        hidden, targets = column
+        logits = engine.model.apply({"params": params}, hidden, method="head")
+        return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[:, None], axis=-1)[:, 0]
+
+    with answering(engine.mesh):
+        hidden, _ = _prefill(engine, params, prompts, prompts.tokens.shape[1])
+        columns = (jnp.moveaxis(hidden[:, :-1], 1, 0), prompts.tokens[:, 1:].T)
+        found = jax.lax.map(of_column, columns, batch_size=max(1, SCORED // engine.slots))
+        return constrain(found.T, None, None)
+
+
+@partial(jax.jit, static_argnames=("engine",))
+def _features(engine: Engine, params: Any, pixels: Any) -> Float[Array, "B N D"]:
+    with answering(engine.mesh):
+        found = engine.model.apply({"params": params}, pixels, method="encode_images")
+        found = found[:, :-1] if engine.model.config.image_newline else found
+        return constrain(found.astype(jnp.float32), None, None, None)
 
 
 @partial(jax.jit, static_argnames=("engine",), donate_argnames=("state",))

@@ -14,6 +14,7 @@ from llava_jax import distributed, sharding
 from llava_jax import params as names
 from llava_jax.checkpoint.leaves import Read
 from llava_jax.errors import UsageError
+from llava_jax.models.llava import Llava
 from llava_jax.models.parts import DecoderConfig
 
 FULL = 0.75  # of the devices' memory, for weights and caches; prefill and XLA's own buffers want the rest
@@ -35,6 +36,15 @@ def choose_mesh(weight_bytes: int, row_bytes: int, slots: int, devices: Sequence
     """
     number = copies(weight_bytes, row_bytes, slots, len(devices), limit)
     return None if len(devices) == 1 else sharding.mesh_of_copies(number, devices)
+
+
+def mesh_for(model: Llava, tree: Any, slots: int) -> Mesh | None:
+    """The mesh for parameters (arrays or shapes) that lie on none yet; None for a single device."""
+    llm = model.config.llm
+    weights = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+    row = row_bytes(llm, model.dtype, llm.usable_positions)
+    devices = choose_devices(weights)
+    return choose_mesh(weights, row, slots, devices, memory_bytes(devices[0]))
 
 
 def copies(weight_bytes: int, row_bytes: int, slots: int, devices: int, limit: float) -> int:

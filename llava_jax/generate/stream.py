@@ -3,8 +3,10 @@
 The same steps make a whole answer, so an answer is always the sum of its pieces.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
+from llava_jax.generate.engine import NOTHING
 from llava_jax.prompt.tokenizer import Tokenizer
 
 BROKEN = "\ufffd"  # what a tokenizer decodes an unfinished UTF-8 character to
@@ -27,6 +29,40 @@ class Text(NamedTuple):
     window: tuple[int, ...] = ()
     read: int = 0
     stopped: bool = False
+
+
+class Row(NamedTuple):
+    """One answer under way. limit: ids it may have; ended_by: "" while it goes on."""
+
+    limit: int
+    text: Text = Text()
+    ids: tuple[int, ...] = ()
+    ended_by: str = ""
+
+
+def extended(
+    row: Row, made: Sequence[int], ends: Sequence[int], tokenizer: Tokenizer, stops: tuple[str, ...]
+) -> tuple[Row, str]:
+    """A row with new ids, up to where it ends, and the text that can be shown now."""
+    text, ids, pieces = row.text, list(row.ids), [""]
+    ended_by = row.ended_by
+    for token in made:
+        if ended_by or token == NOTHING:
+            break
+        ids.append(token)
+        if token not in ends:
+            text, piece = push(text, token, tokenizer, stops)
+            pieces.append(piece)
+        if token in ends or text.stopped:
+            ended_by = "stop"
+        elif len(ids) == row.limit:
+            ended_by = "length"
+    if ended_by and not row.ended_by:
+        text, piece = finish(text, tokenizer, stops)
+        # The last piece may complete a stop string that the limit seemed to cut off.
+        ended_by = "stop" if text.stopped else ended_by
+        pieces.append(piece)
+    return Row(row.limit, text, tuple(ids), ended_by), "".join(pieces)
 
 
 def push(text: Text, token: int, tokenizer: Tokenizer, stops: tuple[str, ...]) -> tuple[Text, str]:

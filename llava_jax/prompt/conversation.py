@@ -3,11 +3,13 @@
 Training records, chat messages and benchmark questions all become a `Conversation` before anything else.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from llava_jax.errors import UsageError
 
+IMAGE_MARKER = "<image>"
 # LLaVA's own names first; the others occur in published data sets and mean the same.
 ROLES = {"human": "user", "gpt": "assistant", "user": "user", "assistant": "assistant"}
 
@@ -45,6 +47,25 @@ class Conversation:
     images_in_place: bool = False
     begun: str = ""
     weight: float | int = 1.0
+
+
+def question(text: str, images: Sequence[Any] = ()) -> Conversation:
+    """One question about some pictures, of the kinds that `Conversation.images` may have. Raises as `with_markers`."""
+    # LLaVA's rule for its one picture is to show it first; several stand where they were named.
+    turn = Turn("user", with_markers(text, len(images)))
+    return Conversation((turn,), tuple(images), images_in_place=len(images) > 1)
+
+
+def with_markers(text: str, images: int) -> str:
+    """A question with one marker for each of its pictures; where it has none, they are shown before it.
+
+    Raises:
+      UsageError: it has markers, and not one for each picture.
+    """
+    count = text.count(IMAGE_MARKER)
+    if count not in (0, images):
+        raise UsageError(f"the question has {count} {IMAGE_MARKER} for {images} picture(s): want one each, or none")
+    return text if count else f"{IMAGE_MARKER}\n" * images + text
 
 
 def check_text(text: str, where: str) -> None:

@@ -6,19 +6,18 @@ their character ranges; nothing is recounted afterwards.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
 from llava_jax.batch import Example, Span
 from llava_jax.errors import UsageError
-from llava_jax.prompt.conversation import Conversation, Turn, check_text
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
 from llava_jax.prompt.images import CLIP_MEAN, open_image, to_pixels
 from llava_jax.prompt.templates import Frame, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
-IMAGE_MARKER = "<image>"
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 IMAGE_LABEL = -200  # one of these stands for an image in LLaVA's input_ids
 IGNORED_LABEL = -100  # a token that is not learned, in LLaVA's labels
@@ -102,6 +101,18 @@ def encode(
     images = _pixels(conversation, format, image_root, name) if open_images else ()
     tokens, targets = np.array(ids, np.int32), np.array(learned, bool)
     return Example(tokens, targets, tuple(spans), images, conversation.id, conversation.weight)
+
+
+def pictures(images: Iterable[Any], format: Format, root: epath.PathLike | None = None) -> tuple[np.ndarray, ...]:
+    """uint8 [H, W, 3] of each picture (path, encoded bytes or PIL image) as the model takes it.
+
+    Raises:
+      ValueError, FileNotFoundError: one cannot be read; names it.
+    """
+    return tuple(
+        to_pixels(open_image(image, root), format.image_size, format.image_mode, format.image_mean, format.resample)
+        for image in images
+    )
 
 
 def with_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
@@ -280,9 +291,6 @@ def _pixels(
     conversation: Conversation, format: Format, root: epath.PathLike | None, name: str
 ) -> tuple[np.ndarray, ...]:
     try:
-        return tuple(
-            to_pixels(open_image(image, root), format.image_size, format.image_mode, format.image_mean, format.resample)
-            for image in conversation.images
-        )
+        return pictures(conversation.images, format, root)
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{name}: {error}") from error

@@ -57,6 +57,9 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
         return _rgb(ref, "image given as an object")
     if isinstance(ref, bytes):
         return _decoded(ref, f"image given as {len(ref)} bytes")
+    if not isinstance(ref, str | os.PathLike):
+        raise UsageError(f"image given as {type(ref).__name__}: want a path, a file's bytes or a PIL image "
+                         "(PIL.Image.fromarray makes one of an array)")  # fmt: skip
     for path in _spellings(os.fspath(ref), root):
         try:
             bucket = files.is_bucket(path)

@@ -50,12 +50,12 @@ class Hook(NamedTuple):
     `ends()` says why the run ends now, the same on all processes; "": it goes on.
 
     A hook that takes long passes points of `stop` on the way, and comes back at once where it is to stop: its row is
-    then missing, so the next start calls it again.
+    then missing, so the next start calls it again. log: "" of a hook that writes no rows; it is called no second time.
     """
 
     every: int
     call: Callable[[int, State, Stop], None]
-    log: str
+    log: str = ""
     ends: Callable[[], str] = goes_on
 
 
@@ -168,7 +168,7 @@ def _missed(run: Run, step: int, last: int) -> list[Hook]:
 
     A run that is finished calls each hook once, so that it can be evaluated by the command that trained it.
     """
-    due = [hook for hook in run.hooks if step and (step == last or step % hook.every == 0)]
+    due = [hook for hook in run.hooks if hook.log and step and (step == last or step % hook.every == 0)]
 
     def is_missing(log: str) -> bool:
         return not any(row["step"] == step for row in metrics.read(run.checkpoints.directory, log))

@@ -1,6 +1,6 @@
-"""The training engine: from a config and a workdir to a trained checkpoint, on one process or on many.
+"""The training engine: a `Trainer` takes a config and a directory to a trained checkpoint, on one process or on many.
 
-Every process runs the same lines. What they must have in common they agree on before anything is compiled, and
+Every process makes the same calls. What they must have in common they agree on before anything is compiled, and
 whatever ends one of them ends all of them, with the same exit code.
 """
 
@@ -8,138 +8,280 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
-import logging
-import math
-import os
 import secrets
 import sys
-import traceback
-import types
-from collections.abc import Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 from etils import epath
 
 from llava_jax import config as configs
-from llava_jax import distributed, errors, files, lifecycle, params, sharding, typed
-from llava_jax.checkpoint import best, lock, manager, store
+from llava_jax import distributed, errors, files, params, sharding, typed
 from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import lock, manager, store
 from llava_jax.checkpoint.card import Card, PromptCard
-from llava_jax.checkpoint.manager import Checkpoints
+from llava_jax.checkpoint.manager import Checkpoints, Saved
+from llava_jax.data.datasets import of_dataset
 from llava_jax.data.feed import Feed
-from llava_jax.data.packed import Packed
-from llava_jax.data.pipeline import Pipeline
-from llava_jax.data.sources import Source, hold_out, open_source
+from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
-from llava_jax.errors import DataError, UsageError
+from llava_jax.errors import UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
-from llava_jax.train import hooks, init, learning, loop, metrics, settings
+from llava_jax.train import hooks as built_in
+from llava_jax.train import init, inputs, learning, loop, metrics, settings
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
 
-ALL_BUT_ONE = 1 - 1e-9  # a skip budget
 
+class Trainer:
+    """One training run: a config, a directory, and what is trained on.
 
-def train(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> int:
-    """Trains, or resumes; the exit code: 0 done, or 75 where SIGTERM stopped it after a save.
+        trainer = Trainer(config.load("configs/llava15_7b_task.py"), workdir="runs/task")
+        trainer.fit()
+        print(trainer.evaluate())
 
-    Of several processes the first to fail ends all of them with its exit code, so an exception gets out of a single
-    process only.
+    A run is what its directory holds. The same config on the same directory goes on after its newest checkpoint, in
+    this process or another, and every later loss is what it would have been. While a run is at work no other may write
+    to its directory.
 
-    Raises:
-      the exceptions of `errors`; any other is a fault, whose traceback is in WORKDIR/error-PROCESS.txt.
+    It changes nothing of its process: no signal handler, no watchdog, no setting of JAX or of logging. What fails is
+    raised, as an exception of `llava_jax.errors`. It may be called in any thread, and in a notebook. Of several
+    processes (LLAVA_JAX_MULTIHOST=1) all make the same calls, and the first to fail ends all of them.
+
+    Attributes:
+      config: what the run is told.
+      workdir: its directory.
     """
-    workdir = epath.Path(workdir)
-    with contextlib.ExitStack() as stack:
-        stack.push(functools.partial(_end_together, workdir))
+
+    def __init__(
+        self, config: configs.Config, dataset: Any = None, loss: Any = None, hooks: Sequence[Hook] = (),
+        workdir: epath.PathLike | None = None,
+    ):  # fmt: skip
+        """
+        Args:
+          config: of `llava_jax.config.load`, or made in Python.
+          dataset: a `data.datasets.Dataset`, which is trained on in place of the config's `data.sources`.
+          loss: in place of the config's `train.loss`; see `program.build`.
+          hooks: called after every so many updates, beside those that the config asks for.
+          workdir: of checkpoints and logs, on a disk or in a bucket; None: a new temporary directory.
+
+        Raises:
+          UsageError: `log.wandb` wants a package that is missing, or processes share devices and nobody said so.
+        """
         distributed.join()
-        sigterm.react(functools.partial(distributed.leave, errors.PREEMPTED, "SIGTERM before the first step: nothing "
-                                        "is lost; the same command begins again"))  # fmt: skip
-        stack.callback(sigterm.react, None)
-        stack.enter_context(lifecycle.WATCHDOG.watching(config.train.watchdog_secs, distributed.leave))
-        return _train(config, workdir, sigterm, stack)
+        if distributed.index() == 0:  # it alone logs
+            metrics.check(config.log)
+        if dataset is not None:
+            config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=()))
+        self.config = config
+        self.workdir = epath.Path(tempfile.mkdtemp(prefix="llava_jax_") if workdir is None else workdir)
+        self._dataset, self._loss, self._user_hooks = dataset, loss, tuple(hooks)
+        self._stop = Stop()
+        self._held: tuple[State, Any] | None = None  # the state and the frozen parameters, but for while `fit` has them
+        self._checkpoints: Checkpoints | None = None  # of a `fit` that is under way
+        self._warnings = list[str]()
 
+    @functools.cached_property
+    def program(self) -> Program:
+        """The model, the optimizer, the abstract state and the jitted steps, for this machine's devices.
 
-def _end_together(
-    workdir: epath.Path, kind: type[BaseException] | None, error: BaseException | None,
-    trace: types.TracebackType | None,
-) -> bool:  # fmt: skip
-    """Ends the other processes where this one fails; writes down what no message of ours explains."""
-    if error is None or isinstance(error, KeyboardInterrupt | SystemExit):
-        return False
-    code = errors.exit_code(error)
-    message = f"error: {error}"
-    if code is None and not distributed.is_ending():
-        code, place = errors.CRASHED, workdir / f"error-{distributed.index()}.txt"
-        text = "".join(traceback.format_exception(kind, error, trace))
-        with contextlib.suppress(OSError, ValueError, *files.client_errors()):  # the disk may be what is wrong
-            place.write_text(text)
-            message = f"error: {type(error).__name__}, a fault of the program or a library; traceback: {place}"
+        No array is made. Where the config says epochs, the records are opened, whose number decides the steps.
+        """
+        return programs.build(self.config, self._sizes, self._steps)
+
+    @functools.cached_property
+    def _sizes(self) -> LlavaConfig:
+        return inputs.model_config(self.config.model)
+
+    @functools.cached_property
+    def _format(self) -> Format:
+        return inputs.format_of(self.config, self._sizes)
+
+    @functools.cached_property
+    def _sources(self) -> tuple[list[Source], list[Source]]:
+        return inputs.open_sources(self.config, self._dataset)
+
+    @functools.cached_property
+    def _feed(self) -> Feed:
+        return inputs.feed(self.config, self._format, self._sources[0], self.workdir)
+
+    @property
+    def _steps(self) -> int:
+        train = self.config.train
+        return train.steps or self._feed.steps_of(train.epochs or 0)
+
+    @property
+    def step(self) -> int | None:
+        """Updates behind the weights that `evaluate` takes; None before `fit`."""
+        return None if self._held is None else int(self._held[0].step)
+
+    def fit(self, sigterm: Sigterm | None = None) -> bool:
+        """Trains to the last step, from the newest checkpoint of `workdir` or from the beginning.
+
+        Args:
+          sigterm: of a process whose only work this is; see `process.run`.
+
+        Returns:
+          True at the last step; False where `stop` was called: all is saved, and `fit` goes on from there.
+
+        Raises:
+          the exceptions of `llava_jax.errors`, each of which says what to do about it.
+        """
+        sigterm = Sigterm() if sigterm is None else sigterm
+        try:
+            with self._opened() as checkpoints, contextlib.ExitStack() as stack:
+                (state, frozen), self._held, self._checkpoints = self._held, None, checkpoints
+                writer = _writer(self.workdir, self.config, int(state.step))
+                if writer is not None:
+                    stack.push(_closing(functools.partial(metrics.close, writer)))
+                run = Run(self.program, self.config, frozen, self._feed, checkpoints, writer, self._stop,
+                          warnings=self._warnings)  # fmt: skip
+                sigterm.react(functools.partial(_stop_by_signal, run.stop))
+                hooked = dataclasses.replace(run, hooks=self._hooks(run, int(state.step)))
+                code, state = loop.train(hooked, state)
+                sigterm.react(None)  # what is left takes seconds
+                self._held = state, frozen
+        finally:
+            self._checkpoints, self._stop = None, Stop()
+        if code == errors.DONE:
+            loop.warn([], [*self._warnings, *self._feed.tally.lines()])
+        return code == errors.DONE
+
+    def stop(self) -> None:
+        """Asks a `fit` that is under way in another thread, or called next, to stop after a step and to save."""
+        self._stop.request()
+
+    def evaluate(self, dataset: Any = None) -> float | None:
+        """The mean loss over all supervised tokens of records that are not trained on.
+
+        The weights are those that `fit` ended with or, where it was not called, those that it would begin with. In a
+        hook they are those of its step.
+
+        Args:
+          dataset: a `data.datasets.Dataset`; None: the config's `data.validation` and what `data.hold_out` keeps.
+
+        Returns:
+          the loss; None where `stop` was called meanwhile.
+
+        Raises:
+          UsageError: there are no such records. And as `fit`.
+        """
+        with self._together():
+            sources = self._sources[1] if dataset is None else [of_dataset(dataset)]
+            if not sources:
+                raise UsageError("no records are held out: give `evaluate` a dataset, or the config data.hold_out or "
+                                 "data.validation")  # fmt: skip
+            if self._held is None:
+                with self._opened():
+                    pass
+            state, frozen = self._held
+            held_out = inputs.held_out_feed(self.config, self._format, sources, self.workdir)
+            return loop.validate(self.program, state.params, frozen, held_out, self._stop)
+
+    def save(self) -> epath.Path:
+        """Writes a checkpoint of the weights that `evaluate` would take, unless it is there; returns when it is whole.
+
+        `fit` saves by itself, every `checkpoint.every` steps and at its end: this is for a hook.
+
+        Returns:
+          `workdir`, which `llava_jax.load` opens.
+
+        Raises:
+          SaveFailed, Unreachable: it could not be written. And as `fit`.
+        """
+        with self._together() as stack:
+            checkpoints = self._checkpoints or stack.enter_context(self._opened())
+            state, _ = self._held
+            step, rest = int(state.step), {"step": state.step, "opt_state": state.opt_state}
+            manager.save(checkpoints, Saved(step, state.params, rest, self._feed.state(step)))
+            manager.wait(checkpoints)
+        return self.workdir
+
+    @contextlib.contextmanager
+    def _together(self) -> Iterator[contextlib.ExitStack]:
+        """Of several processes one that fails in the block ends the others, which would wait for it."""
+        with contextlib.ExitStack() as stack:
+            if distributed.count() > 1:
+                stack.push(functools.partial(distributed.end_together, self.workdir))
+            yield stack
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Checkpoints]:
+        """The directory, which no other run has meanwhile. `_held` is then what it holds, or the first values."""
+        self._held = None  # the devices may not hold it twice
+        with self._together() as stack:
+            format, _ = self._format, self._sources  # what can be wrong with them is said before a directory is made
+            _check_shared(self.workdir)
+            if distributed.index() == 0:
+                stack.enter_context(lock.hold(self.workdir, self._lost))
+            distributed.agree(_common(self.config, self._feed, self._steps))
+            program = self.program
+            _introduce(program, self._feed, self.workdir)
+            self._warn_before()
+            settings.check(self.workdir, self.config)
+            _check_model(self.workdir, program, format)
+            checkpoints = manager.open_checkpoints(self.workdir, self.config.checkpoint.keep)
+            stack.push(_closing(functools.partial(manager.close, checkpoints)))
+            self._held = _restore(program, checkpoints, self._feed)
+            if self._held is None:
+                self._feed.rewind()
+                self._held = _begin(program, self.config, format, self.workdir)
+            yield checkpoints
+
+    def _lost(self, message: str) -> None:
+        """Another run has taken over the directory: nothing more may be written there."""
         if distributed.count() > 1:
-            print(text, file=sys.stderr, flush=True)
-    if distributed.count() > 1:
-        distributed.leave(errors.CRASHED if code is None else code, message)
-    return False
+            distributed.leave(errors.USAGE, message)
+        self._stop.fail(UsageError(message))
+
+    def _warn_before(self) -> None:
+        rates, parts = loop.highest_rates(self.program, self.config.train), sharding.shards(self.program.mesh, "batch")
+        feed, self._warnings = self._feed, []
+        loop.warn(self._warnings, learning.before(self.config, rates, feed.samples, feed.step_samples, parts))
+
+    def _hooks(self, run: Run, step: int) -> list[Hook]:
+        (trained, held_out), train = self._sources, self.config.train
+        made = list[Hook]()
+        if train.eval_every:
+            feed = inputs.held_out_feed(self.config, self._format, held_out, self.workdir)
+            made.append(built_in.validation(run, feed, step))
+        if train.sample_every:
+            made.append(built_in.samples(run, self._format, (held_out or trained)[0]))
+        return [*made, *(self._with_state(hook, run.frozen) for hook in self._user_hooks)]
+
+    def _with_state(self, hook: Hook, frozen: Any) -> Hook:
+        """The hook, with `evaluate` and `save` of the state of its step."""
+
+        def call(step: int, state: State, stop: Stop) -> None:
+            self._held = state, frozen
+            try:
+                hook.call(step, state, stop)
+            finally:
+                self._held = None  # the next step donates it
+
+        return hook._replace(call=call)
 
 
-def _train(config: configs.Config, workdir: epath.Path, sigterm: Sigterm, stack: contextlib.ExitStack) -> int:
-    if distributed.index():  # process 0 speaks for all
-        logging.getLogger("llava_jax").setLevel(logging.WARNING)
-    else:
-        metrics.check(config.log)  # here alone, as it alone logs
-    _keep_compilations()
-    model_config = _model_config(config.model)
-    format = _format(config, model_config)
-    sources, held_out = _sources(config)
-    _check_shared(workdir)
-    if distributed.index() == 0:
-        stack.enter_context(lock.hold(workdir, functools.partial(distributed.leave, errors.USAGE)))
-    pipeline = _pipeline(config, format, sources, workdir)
-    steps = config.train.steps or pipeline.steps_of(config.train.epochs or 0)
-    distributed.agree(_common(config, pipeline, steps))
-    program = programs.build(config, model_config, steps)
-    _introduce(program, pipeline, workdir)
-    warnings = list[str]()
-    rates = loop.highest_rates(program, config.train)
-    parts = sharding.shards(program.mesh, "batch")
-    loop.warn(warnings, learning.before(config, rates, pipeline.samples, pipeline.step_samples, parts))
-    settings.check(workdir, config)
-    _check_model(workdir, program, format)
-    checkpoints = manager.open_checkpoints(workdir, config.checkpoint.keep)
-    state, frozen = _restore(program, checkpoints, pipeline) or _begin(program, config, format, workdir)
-    writer = _writer(workdir, config, int(state.step))
-    run = Run(program, config, frozen, pipeline, checkpoints, writer, Stop(), warnings=warnings)
-    sigterm.react(functools.partial(_stop, run.stop))
-    with contextlib.ExitStack() as opened:
-        opened.push(functools.partial(_close, run))
-        hooked = dataclasses.replace(run, hooks=_hooks(run, format, held_out, int(state.step)))
-        code, state = loop.train(hooked, state)
-        sigterm.react(None)  # what is left takes seconds, and ends with 0
-    if code == errors.DONE:
-        loop.warn([], [*warnings, *pipeline.tally.lines()])
-        _conclude(int(state.step), workdir, config.checkpoint.best)
-    return code
+def _closing(close: Callable[[], None]) -> Callable[..., bool]:
+    """An exit callback. Of several processes one that fails waits for nobody: they may be waiting for it."""
+
+    def leave(kind: Any, error: BaseException | None, trace: Any) -> bool:
+        if error is None or distributed.count() == 1:
+            close()
+        return False
+
+    return leave
 
 
-def _close(run: Run, kind: Any, error: BaseException | None, trace: Any) -> bool:
-    """Waits for the last save. Of several processes one that fails waits for nobody: they may be waiting for it."""
-    if error is None or distributed.count() == 1:
-        if run.writer is not None:
-            metrics.close(run.writer)
-        manager.close(run.checkpoints)
-    return False
-
-
-def _stop(stop: Stop) -> None:
+def _stop_by_signal(stop: Stop) -> None:
     print("SIGTERM: stops after this step and saves", file=sys.stderr, flush=True)
     stop.request()
 
@@ -168,103 +310,6 @@ def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
     data = {f"data state {key}": value for key, value in pipeline.state().items()}
     return {**settings.common(config), "code of llava_jax": code, **data, "number of steps": steps}
-
-
-def _keep_compilations() -> None:
-    """Lets XLA keep what it compiles in the user's cache directory, unless JAX_COMPILATION_CACHE_DIR names another."""
-    if jax.config.jax_compilation_cache_dir:
-        return
-    home = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("HOME") and Path(os.environ["HOME"]) / ".cache")
-    if not home:  # a container's user without a home
-        return
-    folder = Path(home) / "llava_jax" / "compiled"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    found = folder.stat()
-    # Entries are machine code: who can write here can run code as this user.
-    if found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise UsageError(f"{folder}: want a directory of your own with mode 700, as compiled code is read from it; "
-                         f"`chmod 700 {folder}`, or set JAX_COMPILATION_CACHE_DIR")  # fmt: skip
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-
-
-def _model_config(model: configs.Model) -> LlavaConfig:
-    """The sizes that `model.base` says, which a named preset must agree with; without a base, the preset's."""
-    if not model.base:
-        if not model.preset:
-            raise UsageError("model.preset and model.base are both empty: name one of them")
-        return presets.get(model.preset)
-    held = presets.config_from_json(dict(cards.read_card(model.base).model))
-    if model.preset and presets.get(model.preset) != held:
-        wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
-        raise UsageError(
-            f"model.base={model.base} is no {model.preset}: {'; '.join(typed.difference(wanted, found))}. "
-            'Set model.preset="" to take the sizes of the base, or name another base'
-        )
-    return held
-
-
-def format_of(config: configs.Config) -> Format:
-    """How a run of this config encodes its records, for who does not train. Raises what `train` would before that."""
-    return _format(config, _model_config(config.model))
-
-
-def _format(config: configs.Config, model_config: LlavaConfig) -> Format:
-    programs.check(config, model_config)  # before rows are planned, which an absurd length makes endless
-    if not config.prompt.tokenizer and not config.model.base:
-        raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
-    place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
-    words = tokenizer.load(place, config.prompt.legacy)
-    rows = model_config.llm.vocab + model_config.llm.added_tokens
-    if words.size > rows:
-        raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
-    template = templates.get(config.prompt.template)
-    ending.check(template, words, str(place), config.prompt.image_start_end)
-    vision = model_config.vision
-    return Format(
-        template, words, vision.image_size, model_config.image_features, config.prompt.image_mode,
-        config.prompt.image_start_end, vision.mean, vision.resample,
-    )  # fmt: skip
-
-
-def _open(sources: Sequence[configs.Source]) -> list[Source]:
-    try:
-        return [open_source(s.path, s.images or None, s.name, s.weight) for s in sources]
-    except FileNotFoundError as error:
-        raise DataError(str(error)) from None
-
-
-def _sources(config: configs.Config) -> tuple[list[Source], list[Source]]:
-    """(what is trained on, what only validates). What the hooks want is checked before anything large is read."""
-    data = config.data
-    if config.train.eval_every and not data.validation and not data.hold_out:
-        raise UsageError(f"train.eval_every={config.train.eval_every} wants records, by --config.data.hold_out=0.02 "
-                         "or --config.data.validation.0.path=FILE")  # fmt: skip
-    held_out, sources = _open(data.validation), _open(data.sources)
-    if not data.hold_out:
-        return sources, held_out
-    pairs = [hold_out(source, data.hold_out, config.train.seed) for source in sources]
-    return [trained for trained, _ in pairs], [*held_out, *(rest for _, rest in pairs)]
-
-
-def _pipeline(
-    config: configs.Config, format: Format, sources: Sequence[Source], workdir: epath.Path, one_pass: bool = False
-) -> Feed:
-    data, mesh = config.data, sharding.make_mesh(dataclasses.asdict(config.mesh))
-    part = programs.rows_here(data, mesh)
-    shared = {
-        "sources": sources, "format": format, "row_tokens": data.row_tokens, "images_per_group": data.images_per_group,
-        "order": data.order, "seed": config.train.seed, "part": part,
-        "skip_budget": data.skip_budget, "threads": data.threads, "cache_dir": str(workdir / "lengths"),
-        "one_pass": one_pass,
-    }  # fmt: skip
-    if data.layout == "packed":
-        return Packed(rows=programs.rows_of(data, mesh), rows_per_group=data.rows_per_group, **shared)
-    return Pipeline(
-        batch_samples=data.batch_samples, lengths=data.lengths,
-        group_samples=math.gcd(data.batch_samples, config.train.group_samples),
-        group_mean=config.train.loss == "group_mean" and not one_pass, **shared,
-    )  # fmt: skip
 
 
 def _introduce(program: Program, pipeline: Feed, workdir: epath.Path) -> None:
@@ -331,24 +376,3 @@ def _writer(workdir: epath.Path, config: configs.Config, step: int) -> Writer | 
     if distributed.index():
         return None
     return metrics.open_writer(workdir, config.log, step, typed.describe(config))
-
-
-def _hooks(run: Run, format: Format, held_out: Sequence[Source], step: int) -> list[Hook]:
-    made, config = list[Hook](), run.config
-    if config.train.eval_every:
-        # A bad record is left out of the loss: it must not end a run that trains well.
-        lenient = dataclasses.replace(config, data=dataclasses.replace(config.data, skip_budget=ALL_BUT_ONE))
-        feed = _pipeline(lenient, format, held_out, run.checkpoints.directory, True)
-        made.append(hooks.validation(run, feed, step))
-    if config.train.sample_every:
-        made.append(hooks.samples(run, format, (held_out or _open(config.data.sources))[0]))
-    return made
-
-
-def _conclude(step: int, workdir: epath.Path, keeps_best: bool) -> None:
-    if distributed.index() == 0:
-        found = best.lowest(best.read(workdir).rows) if keeps_best else None
-        lowest = f", of which {found[0]} is the best (validation loss {found[1]:.4f}): --step best" if found else ""
-        print(f"done after {step} steps{lowest}. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "
-              f"benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
-              f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip

@@ -137,7 +137,7 @@ def finish(processes: Sequence[Process], code: int = 0) -> list[Ended]:
 def _serve() -> None:
     import jax
 
-    import llava_jax.train.trainer  # noqa: F401 - all that a start would wait for
+    import llava_jax.train.process  # noqa: F401 - all that a start would wait for
     from llava_jax.train import __main__ as command
 
     for line in sys.stdin:

@@ -14,7 +14,7 @@ SETTINGS = ("--config.train.steps=8", "--config.checkpoint.every=4", "--config.t
 # {where: (what the config file of the process that fails adds, exit code, words of the line)}. The functions are those
 # that the place calls; each fault is one that a machine can have.
 PLACES = {
-    "start": ("trainer._open = failing(errors.DataError('no such data here'))", 65, "no such data here"),
+    "start": ("inputs._open = failing(errors.DataError('no such data here'))", 65, "no such data here"),
     "restore": ("manager.restore = failing(errors.Unreachable('the bucket is silent'))", 69, "the bucket is silent"),
     "weights": ("init.state = failing(errors.UnusableCheckpoint('a base is damaged'))", 66, "a base is damaged"),
     "data": ("feed.packed = failing(errors.DataError('a bad record'))", 65, "a bad record"),
@@ -27,7 +27,7 @@ FAILING = """
 from llava_jax import errors
 from llava_jax.checkpoint import manager
 from llava_jax.data import feed
-from llava_jax.train import init, loop, trainer
+from llava_jax.train import init, inputs, loop, trainer
 
 def failing(error):
     def call(*_, **__):

@@ -15,7 +15,7 @@ from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.train import metrics
 from llava_jax.train.__main__ import main
-from llava_jax.train.trainer import _keep_compilations
+from llava_jax.train.process import keep_compilations
 from tests.train import tiny
 
 
@@ -242,12 +242,12 @@ def test_compiled_code_is_kept_in_a_private_directory_only(tmp_path, monkeypatch
     before, folder = jax.config.jax_compilation_cache_dir, tmp_path / "llava_jax" / "compiled"
     try:
         jax.config.update("jax_compilation_cache_dir", None)
-        _keep_compilations()
+        keep_compilations()
         assert jax.config.jax_compilation_cache_dir == str(folder) and folder.stat().st_mode & 0o777 == 0o700
         jax.config.update("jax_compilation_cache_dir", None)
         folder.chmod(0o777)
         with pytest.raises(ValueError, match="chmod 700"):
-            _keep_compilations()
+            keep_compilations()
     finally:
         jax.config.update("jax_compilation_cache_dir", before)
 
