@@ -36,6 +36,7 @@ from llava_jax.train import hooks as built_in
 from llava_jax.train import init, inputs, learning, loop, metrics, settings
 from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
+from llava_jax.train.loss import Loss
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
@@ -62,14 +63,14 @@ class Trainer:
     """
 
     def __init__(
-        self, config: configs.Config, dataset: Any = None, loss: Any = None, hooks: Sequence[Hook] = (),
+        self, config: configs.Config, dataset: Any = None, loss: Loss | None = None, hooks: Sequence[Hook] = (),
         workdir: epath.PathLike | None = None,
     ):  # fmt: skip
         """
         Args:
           config: of `llava_jax.config.load`, or made in Python.
           dataset: a `data.datasets.Dataset`, which is trained on in place of the config's `data.sources`.
-          loss: in place of the config's `train.loss`; see `program.build`.
+          loss: what is minimised, in place of the cross-entropy; see `train.loss`.
           hooks: called after every so many updates, beside those that the config asks for.
           workdir: of checkpoints and logs, on a disk or in a bucket; None: a new temporary directory.
 
@@ -95,7 +96,7 @@ class Trainer:
 
         No array is made. Where the config says epochs, the records are opened, whose number decides the steps.
         """
-        return programs.build(self.config, self._sizes, self._steps)
+        return programs.build(self.config, self._sizes, self._steps, loss=self._loss)
 
     @functools.cached_property
     def _sizes(self) -> LlavaConfig:
