@@ -1,5 +1,7 @@
 """Each decoder on each tower, live against transformers: numbers, gradients, and files there and back."""
 
+import shutil
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,11 +12,15 @@ from llava_jax.checkpoint import card, store
 from llava_jax.convert import exporting, importing, llava, table
 from llava_jax.convert.files import open_tensors
 from llava_jax.convert.importing import PromptOptions
-from llava_jax.models import registry
-from llava_jax.models.llava import Llava
+from llava_jax.generate.assistant import Assistant
+from llava_jax.models import presets, registry
+from llava_jax.models.clip import ClipTower
+from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import config_from_json
 from llava_jax.models.vit import normalise
+from llava_jax.prompt.conversation import Conversation, Turn
 from tests.convert import tiny
+from tests.prompt.chat_models import MODELS
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -44,8 +50,11 @@ PAIRS = [(decoder, list(TOWERS)[i % 3]) for i, decoder in enumerate(DECODERS)]
 OTHERS = [(decoder, tower) for decoder in DECODERS for tower in TOWERS if (decoder, tower) not in PAIRS]
 
 
-def made_by_transformers(folder, decoder, tower, dtype="float32"):
-    """A LLaVA of these parts, saved with all that an import wants."""
+TEMPLATES = {"llama": "v1", "llama3": "llama_3", "mistral": "mistral", "qwen2": "qwen", "qwen3": "qwen_3"}
+
+
+def made_by_transformers(folder, decoder, tower, dtype="float32", loud=1):
+    """A LLaVA of these parts, saved with all that an import wants. loud: how much louder tokens and pictures are."""
     (text, own), (vision, sizes, strategy) = DECODERS[decoder], TOWERS[tower]
     torch.manual_seed(0)
     model = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
@@ -55,6 +64,8 @@ def made_by_transformers(folder, decoder, tower, dtype="float32"):
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(torch.randn_like(parameter) * 0.2)
+        model.get_input_embeddings().weight *= loud
+        model.model.multi_modal_projector.linear_2.weight *= loud
     model.to(getattr(torch, dtype)).save_pretrained(folder)
     tiny.write_tokenizer(folder)
     side = sizes["image_size"]
@@ -146,3 +157,90 @@ def test_what_was_imported_goes_out_and_in_again_bit_for_bit(tmp_path, decoder, 
             np.testing.assert_array_equal(leaf.view("u1"), params.flatten(two)[name].view("u1"))
     theirs, ours = open_tensors(tmp_path / "in"), open_tensors(tmp_path / "out")
     assert theirs.path != ours.path and len(theirs.specs) == len(ours.specs)
+
+
+@pytest.mark.parametrize(
+    "decoder, tower", [PAIRS[3], *[pytest.param(*pair, marks=pytest.mark.slow) for pair in PAIRS if pair != PAIRS[3]]]
+)
+def test_an_export_answers_twenty_questions_about_pictures_with_our_ids(tmp_path, decoder, tower):
+    from PIL import Image
+
+    made_by_transformers(tmp_path / "in", decoder, tower, loud=10)
+    template = TEMPLATES[decoder]
+    if template in MODELS:  # the tokenizer that the template is of
+        MODELS[template].write(tmp_path / "words")
+        for old in [*(tmp_path / "in").glob("tokenizer*"), *(tmp_path / "words").iterdir()]:
+            old.unlink() if old.parent.name == "in" else shutil.copy(old, tmp_path / "in" / old.name)
+    options = PromptOptions(template=template) if decoder == "llama3" else importing.UNSAID  # others: by the decoder
+    importing.import_checkpoint(tmp_path / "in", tmp_path / "ours", options=options)
+    exporting.export("hf", tmp_path / "ours", tmp_path / "out")
+    theirs = transformers.LlavaForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
+    assistant, rng = Assistant.open(tmp_path / "ours"), np.random.default_rng(1)
+    assert assistant.format.template.name == template
+    pictures = [Image.fromarray(rng.integers(0, 256, (30 + i, 50, 3), np.uint8)) for i in range(20)]
+    questions = [f"What is in picture {i}? Describe it." for i in range(20)]
+    turns = [Conversation((Turn("user", f"<image>\n{question}"),), (picture,))
+             for question, picture in zip(questions, pictures)]  # fmt: skip
+    replies, some = assistant.replies(turns, max_new_tokens=6), set()
+    wordless = list(range(assistant.format.tokenizer.size, SIZES["vocab_size"]))  # random weights may prefer these
+    for question, picture, reply in zip(questions, pictures, replies):
+        content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
+        inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
+                                               tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
+        found = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=wordless)
+        found = found[0, inputs["input_ids"].shape[1] :].tolist()
+        ours = list(reply.ids)
+        assert found[: len(ours)] == ours, (question, found, ours)
+        some.add(tuple(ours))
+    assert len(some) > 1  # the pictures are seen
+
+
+def test_positions_of_another_size_are_those_that_transformers_interpolates(tmp_path):
+    sizes = {**VISION, "image_size": 28, "patch_size": 14}
+    tower = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**sizes)).eval()
+    tower.save_pretrained(tmp_path / "clip")
+    tiny.write_json(tmp_path / "clip" / "preprocessor_config.json", tiny.PREPROCESSOR)
+    importing.assemble(tmp_path / "ours", tmp_path / "clip", tiny.write_llama(tmp_path / "llm"), image_size=56)
+    config, weights = read(tmp_path / "ours")
+    assert config.image_features == 16
+    pixels = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 56, 56, 3), np.uint8))
+    normal = torch.tensor(np.asarray(normalise(pixels, config.vision))).permute(0, 3, 1, 2)
+    wanted = tower(normal, interpolate_pos_encoding=True, output_hidden_states=True).hidden_states[-2]
+    found = ClipTower(config.vision).apply({"params": weights["vision"]}, pixels)
+    close(np.asarray(found), wanted[:, 1:].detach(), "interpolated")
+
+
+PUBLISHED = {  # preset -> config.json of its decoder, as far as it decides names and shapes
+    "llava_llama3_8b_siglip": (transformers.LlamaConfig, {
+        "vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
+        "rope_parameters": {**LLAMA3, "original_max_position_embeddings": 8192}}),
+    "llava_qwen25_7b_siglip": (transformers.Qwen2Config, {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4, "rms_norm_eps": 1e-6, "rope_theta": 1e6}),
+    "llava_qwen3_8b_siglip": (transformers.Qwen3Config, {
+        "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "max_position_embeddings": 40960,
+        "rms_norm_eps": 1e-6, "rope_theta": 1e6}),
+}  # fmt: skip
+SO400M = {"image_size": 384, "patch_size": 14, "hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27,
+          "num_attention_heads": 16}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_the_names_and_shapes_of_transformers_model(name):
+    text, sizes = PUBLISHED[name]
+    with torch.device("meta"):
+        theirs = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(
+            vision_config=transformers.SiglipVisionConfig(**SO400M), text_config=text(**sizes),
+            vision_feature_select_strategy="full",
+        ))  # fmt: skip
+    config = presets.get(name)
+    leaves = params.flatten(abstract_params(config))
+    found = table.entries(leaves, llava.rows(llava.NEW5, config), llava.first_layers(config), "test")
+    ours = {theirs: entry.their_shape for entry in found for theirs in entry.theirs}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in theirs.named_parameters()}
+    written = registry.decoder_of(config.llm).config_json(config.llm, config.llm.vocab, "bfloat16")
+    assert registry.decoder_of(config.llm).read_config(written, "written") == config.llm
+    assert registry.decoder_of(config.llm).read_config(text(**sizes).to_dict(), "theirs") == config.llm
