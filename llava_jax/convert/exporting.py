@@ -61,20 +61,20 @@ def export(
       ValueError: the format cannot hold this model, or `destination` exists or has an unfit name.
     """
     formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft}
-    kin = {"hf": _export_blip2, "projector": _export_llama_proj}
+    others = {"hf": _export_blip2, "projector": _export_llama_proj}
     if format not in formats:
         raise UsageError(f"format {format!r}: wanted one of {', '.join(formats)}")
     if split_projector and format != "peft":
         raise UsageError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
     final = epath.Path(destination)
     opened = open_source(source, step)
-    if minigpt4.is_kin(opened.config):
-        if format not in kin:
+    if minigpt4.is_blip2_family(opened.config):
+        if format not in others:
             raise UsageError(
                 f"--format {format}: {source} has the connector {opened.config.projector!r}, which that format lacks; "
-                f"wanted one of {', '.join(kin)}"
+                f"wanted one of {', '.join(others)}"
             )
-        formats = kin
+        formats = others
     if dtype is not None:
         opened = opened._replace(specs={
             name: jax.ShapeDtypeStruct(spec.shape, lora.running_dtype(name, spec.dtype, np.dtype(dtype)))

@@ -42,7 +42,7 @@ class Connector(NamedTuple):
     part: Part
 
 
-def is_kin(config: LlavaConfig) -> bool:
+def is_blip2_family(config: LlavaConfig) -> bool:
     """Whether a model has what no LLaVA has: another tower, or a connector that makes fewer features."""
     fewer = config.resampler is not None or config.projector == "concat4_linear"
     return fewer or config.ln_vision_eps is not None or registry.tower_of(config.vision) is eva.PART

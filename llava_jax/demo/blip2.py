@@ -11,7 +11,7 @@ from llava_jax.config import Source, start_from
 
 
 def get_config() -> Any:
-    """Tables and sizes of the demo's stage 1, with the Q-Former among what moves."""
+    """Tables and sizes of the demo's stage 1, with the Q-Former among what is trained."""
     config = start_from(__file__, "stage1.py")
     config.prompt.update(template="v1", image_mode="squash")
     config.data.update(sources=(Source("finetune.json", "."),), batch_samples=32, row_tokens=128)

@@ -1,4 +1,4 @@
-"""Config of the demo's MiniGPT-4, stage 1: captions; only the linear layer moves (see `story.py`)."""
+"""Config of the demo's MiniGPT-4, stage 1: captions; only the linear layer is trained (see `story.py`)."""
 
 from typing import Any
 

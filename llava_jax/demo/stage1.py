@@ -1,4 +1,4 @@
-"""Config of the demo's stage 1: captions; only the projector moves. The demo fills in paths (see `story.py`)."""
+"""Config of the demo's stage 1: captions; only the projector is trained. The demo fills in paths (see `story.py`)."""
 
 from typing import Any
 

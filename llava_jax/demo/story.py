@@ -62,7 +62,7 @@ FAMILIES = {
     "llava": Family(
         {BASE: {**_CLIP, "select_layer": -2}, BASE_LAST_LAYER: {**_CLIP, "select_layer": -1}},
         (
-            Run("stage1", "stage 1: captions, only the projector moves", "stage1.py", BASE, records.PRETRAIN,
+            Run("stage1", "stage 1: captions, only the projector is trained", "stage1.py", BASE, records.PRETRAIN,
                 "after stage 1"),
             Run("stage2", "stage 2: instructions, the tower is frozen", "stage2.py", "stage1", records.FINETUNE,
                 "after stage 2"),
@@ -80,9 +80,9 @@ FAMILIES = {
     "minigpt4": Family(
         {BASE: {"vision": bases.ASSETS / "blip2", "connector": bases.ASSETS / "blip2", **_LLM}},
         (
-            Run("stage1", "stage 1: captions, only the linear layer moves", "minigpt4_stage1.py", BASE,
+            Run("stage1", "stage 1: captions, only the linear layer is trained", "minigpt4_stage1.py", BASE,
                 records.PRETRAIN, "after stage 1"),
-            Run("stage2", "stage 2: instructions, only the linear layer moves", "minigpt4_stage2.py", "stage1",
+            Run("stage2", "stage 2: instructions, only the linear layer is trained", "minigpt4_stage2.py", "stage1",
                 records.FINETUNE, "after stage 2"),
             Run("blind", "the same stage 2 with blank pictures", "minigpt4_stage2.py", "stage1",
                 records.FINETUNE_BLIND, "blind: stage 2 with blank pictures"),

@@ -232,9 +232,9 @@ def _examined(checkpoint: AnyPath, row: Row, exam: Exam, plan: Plan) -> Result:
     assistant = Assistant.open(checkpoint, exam.slots, template=template)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
     path = plan.workdir / row.name / "answers.jsonl"
-    speak = answer.from_checkpoint(assistant, exam.settings, exam.data / exam.benchmark.images)
+    respond = answer.from_checkpoint(assistant, exam.settings, exam.data / exam.benchmark.images)
     run_id = answer.fingerprint(asked, exam.settings, facts)
-    answer.run(asked, speak, path, row.name, run_id, exam.settings)
+    answer.run(asked, respond, path, row.name, run_id, exam.settings)
     return scores.score(exam.benchmark, asked, [exam.answered(path)], options)
 
 

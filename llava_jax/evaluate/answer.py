@@ -67,7 +67,7 @@ class Job(NamedTuple):
     repeat: int
 
 
-class Said(NamedTuple):
+class Response(NamedTuple):
     """What came of a job: a text, or why there is none."""
 
     text: str
@@ -77,7 +77,7 @@ class Said(NamedTuple):
 
 
 # Jobs in, (their place, what came of it) out, in any order.
-Speaker = Callable[[Sequence[Job]], Iterator[tuple[int, Said]]]
+Responder = Callable[[Sequence[Job]], Iterator[tuple[int, Response]]]
 
 
 def conversation(question: Question, system: str | None = None) -> Conversation:
@@ -87,20 +87,20 @@ def conversation(question: Question, system: str | None = None) -> Conversation:
     return Conversation((Turn("user", markers + question.text),), question.images, question.id, system, several)
 
 
-def from_checkpoint(assistant: Assistant, settings: Settings, folder: epath.PathLike) -> Speaker:
+def from_checkpoint(assistant: Assistant, settings: Settings, folder: epath.PathLike) -> Responder:
     """Answers of a model in this process, `assistant.slots` at a time."""
 
-    def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
+    def respond(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:
         step = assistant.slots * BATCHES
         for start in range(0, len(jobs), step):
             batch = jobs[start : start + step]
             for place, said in enumerate(_replies(assistant, settings, folder, batch)):
                 yield start + place, said
 
-    return speak
+    return respond
 
 
-def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) -> Speaker:
+def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) -> Responder:
     """Answers of a server; a request that failed is a row with the fault `not_answered`, asked again by the next run.
 
     A picture that cannot be read, or lies outside of `folder`, is not sent: its question is a row with `bad_image`.
@@ -114,27 +114,27 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
         penalty = settings.repetition_penalty
         raise UsageError(f"repetition_penalty={penalty} wants --checkpoint: OpenAI's protocol has none")
 
-    def speak(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
-        places, refused = list[int](), list[tuple[int, Said]]()
+    def respond(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:
+        places, refused = list[int](), list[tuple[int, Response]]()
 
         def requests() -> Iterator[Request]:
             for place, job in enumerate(jobs):
                 try:
                     request = _request(job, settings, epath.Path(folder))
                 except (ValueError, OSError) as error:
-                    refused.append((place, Said("", "", "bad_image", str(error))))
+                    refused.append((place, Response("", "", "bad_image", str(error))))
                     continue
                 places.append(place)
                 yield request
 
         for number, outcome in client.ask_many(requests()):
             if isinstance(outcome, Failure):
-                yield places[number], Said("", "", "not_answered", outcome.reason)
+                yield places[number], Response("", "", "not_answered", outcome.reason)
             else:
-                yield places[number], Said(outcome.text.strip(), outcome.finish_reason)
+                yield places[number], Response(outcome.text.strip(), outcome.finish_reason)
         yield from refused
 
-    return speak
+    return respond
 
 
 def fingerprint(questions: Sequence[Question], settings: Settings, model: Mapping[str, Any]) -> str:
@@ -166,7 +166,8 @@ def shard(path: epath.PathLike, host: int, hosts: int) -> epath.Path:
 
 
 def run(
-    questions: Sequence[Question], speak: Speaker, path: epath.PathLike, model: str, run_id: str, settings: Settings,
+    questions: Sequence[Question], respond: Responder, path: epath.PathLike, model: str, run_id: str,
+    settings: Settings,
     host: int = 0, hosts: int = 1, faults: Sequence[Fault] = (),
 ) -> tuple[Answer, ...]:  # fmt: skip
     """Answers this host's share of the questions into its file, and returns all that the file then holds.
@@ -192,7 +193,7 @@ def run(
     flushed = time.monotonic()
     with contextlib.closing(GrowingFile(place, "".join(map(answers.line, done.values())).encode())) as file:
         said = _unable(todo, unable, model, run_id)
-        for answer in _chained(said, _answers(ready, speak, model, run_id)):
+        for answer in _chained(said, _answers(ready, respond, model, run_id)):
             done[answer.id, answer.repeat] = answer
             file.add(answers.line(answer).encode())
             if time.monotonic() - flushed > FLUSH_SECS:
@@ -203,9 +204,11 @@ def run(
     return found
 
 
-def _replies(assistant: Assistant, settings: Settings, folder: epath.PathLike, batch: Sequence[Job]) -> Iterator[Said]:
+def _replies(
+    assistant: Assistant, settings: Settings, folder: epath.PathLike, batch: Sequence[Job]
+) -> Iterator[Response]:
     """What came of each job, in order. Repeats differ by their seeds: each is the same however many are wanted."""
-    texts: dict[int, Said] = {}
+    texts: dict[int, Response] = {}
     for repeat in sorted({job.repeat for job in batch}):
         places = [place for place, job in enumerate(batch) if job.repeat == repeat]
         asked = [conversation(batch[place].question, settings.system) for place in places]
@@ -217,9 +220,9 @@ def _replies(assistant: Assistant, settings: Settings, folder: epath.PathLike, b
             begun = [dataclasses.replace(one, begun=text + ANSWER_HEADER) for one, text in zip(asked, reasons)]
             second = assistant.replies(begun, ANSWER_TOKENS, **limits)
             for place, text, reply in zip(places, reasons, second):
-                texts[place] = Said(f"{text}\n The answer is {reply.text}", reply.ended_by)
+                texts[place] = Response(f"{text}\n The answer is {reply.text}", reply.ended_by)
         else:
-            texts.update({place: Said(reply.text, reply.ended_by) for place, reply in zip(places, first)})
+            texts.update({place: Response(reply.text, reply.ended_by) for place, reply in zip(places, first)})
     yield from (texts[place] for place in range(len(batch)))
 
 
@@ -267,9 +270,9 @@ def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
     return {(answer.id, answer.repeat): answer for answer in found.answers if "fault" not in answer.metadata}
 
 
-def _answers(jobs: Sequence[Job], speak: Speaker, model: str, run_id: str) -> Iterator[Answer]:
+def _answers(jobs: Sequence[Job], respond: Responder, model: str, run_id: str) -> Iterator[Answer]:
     start, shown = time.monotonic(), time.monotonic()
-    for number, (place, said) in enumerate(speak(jobs), 1):
+    for number, (place, said) in enumerate(respond(jobs), 1):
         job = jobs[place]
         metadata: dict[str, Any] = {"run": run_id, "ended_by": said.ended_by}
         metadata |= {"repeat": job.repeat} if job.repeat else {}

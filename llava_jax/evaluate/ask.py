@@ -40,16 +40,16 @@ def _of_checkpoint(
     gone: Sequence[questions.Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
     assistant = Assistant.open(options.checkpoint, options.slots, options.dtype, options.step, options.template)
-    speak = answer.from_checkpoint(assistant, settings, folder)
+    respond = answer.from_checkpoint(assistant, settings, folder)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
     run_id, name = answer.fingerprint(asked, settings, facts), options.name or str(options.checkpoint)
 
-    def run(speak: answer.Speaker, host: int, of: int) -> tuple[Answer, ...]:
-        return answer.run(asked, speak, options.out, name, run_id, settings, host, of, gone)
+    def run(respond: answer.Responder, host: int, of: int) -> tuple[Answer, ...]:
+        return answer.run(asked, respond, options.out, name, run_id, settings, host, of, gone)
 
     if distributed.count() == 1:
-        return run(speak, options.host, options.hosts)
-    return hosts.run_all(run, asked, speak, options.out, run_id, placement.spans_processes(assistant.mesh))
+        return run(respond, options.host, options.hosts)
+    return hosts.run_all(run, asked, respond, options.out, run_id, placement.spans_processes(assistant.mesh))
 
 
 def _of_endpoint(
@@ -57,10 +57,10 @@ def _of_endpoint(
     gone: Sequence[questions.Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
     with verbs.client(options, f"{answer.shard(options.out, options.host, options.hosts)}.cache") as client:
-        speak = answer.from_endpoint(client, settings, folder)
+        respond = answer.from_endpoint(client, settings, folder)
         facts = {"endpoint": client.endpoint.base_url, "model": client.endpoint.model}
         run_id, name = answer.fingerprint(asked, settings, facts), options.name or client.endpoint.model
-        found = answer.run(asked, speak, options.out, name, run_id, settings, options.host, options.hosts, gone)
+        found = answer.run(asked, respond, options.out, name, run_id, settings, options.host, options.hosts, gone)
         print(client.spent)
     return found
 

@@ -13,15 +13,15 @@ from etils import epath
 from llava_jax import distributed, errors, files
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import answer, answers
-from llava_jax.evaluate.answer import Job, Said, Speaker
+from llava_jax.evaluate.answer import Job, Responder, Response
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import Question
 
-Run = Callable[[Speaker, int, int], tuple[Answer, ...]]  # (speaker, host, hosts): `answer.run`
+Run = Callable[[Responder, int, int], tuple[Answer, ...]]  # (responder, host, hosts): `answer.run`
 
 
 def run_all(
-    run: Run, questions: Sequence[Question], speak: Speaker, out: epath.PathLike, run_id: str, together: bool
+    run: Run, questions: Sequence[Question], respond: Responder, out: epath.PathLike, run_id: str, together: bool
 ) -> tuple[Answer, ...]:  # fmt: skip
     """The answers to all questions, on process 0; on the others those of their own share, if they have one.
 
@@ -33,12 +33,12 @@ def run_all(
     """
     distributed.agree({"--out": str(out), "the run (questions, settings and checkpoint)": run_id})
     if together:
-        return _together(run, questions, speak)
+        return _together(run, questions, respond)
     index, count = distributed.index(), distributed.count()
     shards = [answer.shard(out, number, count) for number in range(count)]
     answers.write(shards[index], answer.resume(shards[index], run_id).values())
     _check_shared(out, shards)
-    mine = run(speak, index, count)
+    mine = run(respond, index, count)
     distributed.exchange("answered", True)
     if index:
         return mine
@@ -47,17 +47,17 @@ def run_all(
     return merged
 
 
-def _together(run: Run, questions: Sequence[Question], speak: Speaker) -> tuple[Answer, ...]:
+def _together(run: Run, questions: Sequence[Question], respond: Responder) -> tuple[Answer, ...]:
     """Process 0 knows what is left to answer; the others compute the same."""
 
-    def lead(jobs: Sequence[Job]) -> Iterator[tuple[int, Said]]:
+    def lead(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:
         distributed.exchange("jobs", [[job.question.id, job.repeat] for job in jobs])
-        yield from speak(jobs)
+        yield from respond(jobs)
 
     if distributed.index() == 0:
         return run(lead, 0, 1)
     by_id = {question.id: question for question in questions}
-    for _ in speak([Job(by_id[name], repeat) for name, repeat in distributed.exchange("jobs", [])[0]]):
+    for _ in respond([Job(by_id[name], repeat) for name, repeat in distributed.exchange("jobs", [])[0]]):
         pass
     return ()
 

@@ -1,4 +1,4 @@
-"""LLaVA and its kin: the tower's features go through the connector and take the places that `image_slots` names."""
+"""LLaVA, from pictures and tokens to hidden states: features of the tower go through the connector to their slots."""
 
 from typing import Any
 

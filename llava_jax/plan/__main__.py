@@ -59,11 +59,11 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     place = find_place(config.mesh, options.topology)
     program = build(config, place)
     load = report.load_of(config, model, program, options.sample_tokens)
-    bill = report.Bill(_samples(config, options, load.samples), options.price)
+    costs = report.Costs(_samples(config, options, load.samples), options.price)
     compiled = compile_step(place, program, load.chunks)
-    print(report.page(compiled, load, bill), flush=True)
+    print(report.page(compiled, load, costs), flush=True)
     if options.json:
-        _write(options.json, report.numbers(compiled, load, bill))
+        _write(options.json, report.numbers(compiled, load, costs))
     return 0
 
 
@@ -76,11 +76,11 @@ def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if best is None:
         print("nothing that was tried fits; more chips, frozen_dtype=int8 or adapters (lora) need less memory")
         return 0
-    bill = report.Bill(_samples(config, options, best.load.samples), options.price)
-    print("\n".join(["", report.page(best.compiled, best.load, bill), "", "run it with:",
+    costs = report.Costs(_samples(config, options, best.load.samples), options.price)
+    print("\n".join(["", report.page(best.compiled, best.load, costs), "", "run it with:",
                      _command(options.config, overrides | best.overrides)]))  # fmt: skip
     if options.json:
-        _write(options.json, report.numbers(best.compiled, best.load, bill) | {"overrides": best.overrides})
+        _write(options.json, report.numbers(best.compiled, best.load, costs) | {"overrides": best.overrides})
     return 0
 
 

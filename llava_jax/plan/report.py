@@ -32,7 +32,7 @@ AGAIN = "rematted_computation"
 
 
 @dataclass(frozen=True)
-class Load:
+class Workload:
     """What a global step learns from, as `train.flops.ModelFlops` has it; and its samples."""
 
     samples: float
@@ -44,7 +44,7 @@ class Load:
     said: str  # what was assumed
 
 
-def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None) -> Load:
+def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None) -> Workload:
     """The load of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
     text, learned = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
     length = min(sample_tokens or model.image_features + text, config.data.row_tokens)
@@ -55,7 +55,7 @@ def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample
     slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
     supervised = int(samples * learned * max(1, length - model.image_features))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
-    return Load(
+    return Workload(
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
         supervised=supervised, images=min(math.ceil(samples), slots), chunks=-(-supervised // (parts * CHUNK)),
         said=f"records of {length} tokens with one picture, {100 * learned:.0f} % of the text learned"
@@ -73,7 +73,7 @@ class Work:
     again: int
 
 
-def work_of(compiled: Compiled, load: Load) -> list[Work]:
+def work_of(compiled: Compiled, load: Workload) -> list[Work]:
     """The parts of the model, in order. What is executed, neither useful nor again, is padding and masked pairs."""
     assert compiled.cost is not None
     program, place = compiled.program, compiled.place
@@ -86,7 +86,7 @@ def work_of(compiled: Compiled, load: Load) -> list[Work]:
     return [Work(part, useful[part], done[part], again[part]) for part, _ in PARTS]
 
 
-def useful_flops(program: Program, load: Load) -> dict[str, int]:
+def useful_flops(program: Program, load: Workload) -> dict[str, int]:
     """Model FLOPs by part."""
     flops = program.flops
     return {
@@ -129,7 +129,7 @@ def _bytes(compiled: Compiled, far: bool) -> dict[str, int]:
 
 
 @dataclass(frozen=True)
-class Bill:
+class Costs:
     """How long and how dear. samples: of the whole run; None if nobody knows: then all is for a million of them."""
 
     samples: int | None
@@ -139,7 +139,7 @@ class Bill:
         return (self.samples or 1_000_000) / samples_per_sec / 3600
 
 
-def numbers(compiled: Compiled, load: Load, bill: Bill) -> dict[str, Any]:
+def numbers(compiled: Compiled, load: Workload, costs: Costs) -> dict[str, Any]:
     """The plan as JSON: bytes are integers of one device, FLOPs those of one global step, None what is not known."""
     place, memory = compiled.place, compiled.memory
     useful = sum(useful_flops(compiled.program, load).values())
@@ -151,12 +151,12 @@ def numbers(compiled: Compiled, load: Load, bill: Bill) -> dict[str, Any]:
         "host_bytes": memory.on_host, "assumed": load.said, "model_flops": useful, "executed_flops": None,
         "collective_bytes": None, "collective_bytes_between_slices": None, "step_secs_roofline": None,
         "mfu_roofline": None, "tokens_per_sec_roofline": None, "hours_roofline": None, "money_roofline": None,
-        "samples": bill.samples, "compile_secs": round(compiled.secs, 1),
+        "samples": costs.samples, "compile_secs": round(compiled.secs, 1),
     }  # fmt: skip
     if compiled.cost is None:
         return found
     step = times_of(compiled).step
-    hours = bill.hours(load.samples / step)
+    hours = costs.hours(load.samples / step)
     return found | {
         "executed_flops": compiled.cost.flops * place.devices,
         "flops_by_part": {w.part: {"useful": w.useful, "executed": w.executed, "again": w.again}
@@ -167,11 +167,11 @@ def numbers(compiled: Compiled, load: Load, bill: Bill) -> dict[str, Any]:
         "mfu_roofline": useful / (step * place.devices * place.chip.peak_flops),
         "tokens_per_sec_roofline": load.tokens / step,
         "hours_roofline": hours,
-        "money_roofline": None if bill.price is None else hours * place.chips * bill.price,
+        "money_roofline": None if costs.price is None else hours * place.chips * costs.price,
     }  # fmt: skip
 
 
-def page(compiled: Compiled, load: Load, bill: Bill) -> str:
+def page(compiled: Compiled, load: Workload, costs: Costs) -> str:
     """What a person wants to see, top to bottom: does it fit, what is the work, how long, how dear."""
     place = compiled.place
     mesh = " x ".join(f"{axis} {size}" for axis, size in place.mesh.shape.items() if size > 1) or "one device"
@@ -180,7 +180,7 @@ def page(compiled: Compiled, load: Load, bill: Bill) -> str:
              f"compiled in {compiled.secs:.0f} s; assumed: {load.said}", "", *_memory_lines(compiled)]  # fmt: skip
     if compiled.cost is not None:
         lines += ["", *_work_lines(compiled, load), "", *_time_lines(compiled, load), "", *_end_lines(
-            place, load, bill, times_of(compiled).step, sum(useful_flops(compiled.program, load).values())
+            place, load, costs, times_of(compiled).step, sum(useful_flops(compiled.program, load).values())
         )]  # fmt: skip
     return "\n".join(lines)
 
@@ -205,7 +205,7 @@ def _memory_lines(compiled: Compiled) -> list[str]:
     return [*table(["memory of a chip", "GiB"], cells), drawn, f"{verdict}: {memory.peak / limit:.0%} of the limit"]
 
 
-def _work_lines(compiled: Compiled, load: Load) -> list[str]:
+def _work_lines(compiled: Compiled, load: Workload) -> list[str]:
     works = work_of(compiled, load)
     works.append(Work("all", *(sum(vars(w)[key] for w in works) for key in ("useful", "executed", "again"))))
     letter, unit = _unit(works[-1].executed)
@@ -220,7 +220,7 @@ def _work_lines(compiled: Compiled, load: Load) -> list[str]:
     return lines
 
 
-def _time_lines(compiled: Compiled, load: Load) -> list[str]:
+def _time_lines(compiled: Compiled, load: Workload) -> list[str]:
     times = times_of(compiled)
     near, far = _bytes(compiled, far=False), _bytes(compiled, far=True)
     letter, unit = _unit(sum(near.values()))
@@ -238,15 +238,15 @@ def _unit(largest: int) -> tuple[str, float]:
     return next((pair for pair in sizes if largest >= pair[1]), ("", 1))
 
 
-def _end_lines(place: Place, load: Load, bill: Bill, step: float, useful: int) -> list[str]:
-    hours = bill.hours(load.samples / step)
+def _end_lines(place: Place, load: Workload, costs: Costs, step: float, useful: int) -> list[str]:
+    hours = costs.hours(load.samples / step)
     share = useful / (step * place.devices * place.chip.peak_flops)
-    what = f"{bill.samples:,} samples" if bill.samples else "a million samples"
+    what = f"{costs.samples:,} samples" if costs.samples else "a million samples"
     lines = [f"a step takes {step:.3g} s or more ({load.samples:,.0f} samples): at most {load.tokens / step:,.0f} "
              f"tokens/s, {100 * share:.1f} % MFU",
              f"{what}: {hours:.2f} hours or more"]  # fmt: skip
-    if bill.price is not None:
-        lines[-1] += f", {hours * place.chips * bill.price:,.2f} at {bill.price} a chip and hour"
+    if costs.price is not None:
+        lines[-1] += f", {hours * place.chips * costs.price:,.2f} at {costs.price} a chip and hour"
     return [*lines, "(a bound, not a forecast: compute at peak, all communication hidden, memory traffic left out)"]
 
 

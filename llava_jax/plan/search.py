@@ -13,7 +13,7 @@ from llava_jax import params, sharding
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import report
 from llava_jax.plan.compile import Compiled, Place, arguments_of, build, compile_step, find_place, model_of
-from llava_jax.plan.report import GIB, Load
+from llava_jax.plan.report import GIB, Workload
 from llava_jax.train import flops
 from llava_jax.train.program import Program
 
@@ -34,14 +34,14 @@ class Choice(NamedTuple):
     overrides: dict[str, str]
     place: Place
     program: Program
-    load: Load
+    load: Workload
 
 
 class Found(NamedTuple):
     """A choice that was compiled. secs: of a useful token with nothing overlapped."""
 
     compiled: Compiled
-    load: Load
+    load: Workload
     overrides: dict[str, str]
     secs: float
 
@@ -122,7 +122,7 @@ def _overrides(data: configs.Data, place: Place, mesh: configs.Mesh, policy: str
 
 
 def _least_bytes(program: Program, policy: str) -> int:
-    """Arguments, gradients of what moves (bfloat16), and what the policy keeps between the passes."""
+    """Arguments, gradients of what is trained (bfloat16), and what the policy keeps between the passes."""
     held = arguments_of(program)
     llm, rows = program.model.config.llm, program.batch.tokens
     tokens = rows.sharding.shard_shape(rows.shape)[0] * rows.shape[1]
@@ -130,7 +130,7 @@ def _least_bytes(program: Program, policy: str) -> int:
     return held.arguments + held.moving // 2 + kept
 
 
-def _least_secs(place: Place, program: Program, load: Load, policy: str) -> float:
+def _least_secs(place: Place, program: Program, load: Workload, policy: str) -> float:
     """A useful token's share of compute plus communication: the weights are gathered for each pass, in bfloat16, and
     the gradients brought back."""
     useful = sum(report.useful_flops(program, load).values())
@@ -148,7 +148,7 @@ def _name(choice: Choice) -> str:
     return f"{choice.rows} rows, {policy}, data {mesh.data} fsdp {mesh.fsdp} tensor {mesh.tensor}"
 
 
-def _verdict(compiled: Compiled, load: Load) -> str:
+def _verdict(compiled: Compiled, load: Workload) -> str:
     needed = f"{compiled.memory.peak / GIB:.2f} GiB"
     if not compiled.fits:
         return f"does not fit ({needed})"

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.PathLike, seed: int) -> dict[str, str]:
     """{name: checkpoint directory or "random"} for every leaf of the model.
 
-    A checkpoint holds only what moves and names its bases for the rest, so frozen leaves that begin at random (an
+    A checkpoint holds only what is trained and names its bases for the rest, so frozen leaves that begin at random (an
     adapter's scale too) are written once, to `workdir/random`, which is then their directory.
 
     Raises:

@@ -24,7 +24,7 @@ from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.distributed import Stop
 from llava_jax.errors import NonFinite
 from llava_jax.train import learning, measure, metrics, optimizer
-from llava_jax.train.measure import Counts, Since, Surprise, Tracer, Yardstick
+from llava_jax.train.measure import Counts, FlopsMeter, RecompileWatch, Tracer, Window
 from llava_jax.train.metrics import Writer
 from llava_jax.train.program import Program
 from llava_jax.train.step import Metrics, State
@@ -77,8 +77,8 @@ class Run:
 class Progress(NamedTuple):
     """What the reports so far have added up to."""
 
-    report: Since  # since the last update was reported
-    line: Since  # since the last line was printed
+    report: Window  # since the last update was reported
+    line: Window  # since the last line was printed
     bad_in_row: int = 0
     line_step: int | None = None  # after which update it was printed; None: there was no line yet
 
@@ -105,13 +105,13 @@ def train(run: Run, state: State) -> tuple[int, State]:
     """
     first, last = int(state.step) + 1, run.program.steps
     rates = highest_rates(run.program, run.config.train)
-    features, surprise = run.program.model.config.image_features, Surprise()
+    features, recompiles = run.program.model.config.image_features, RecompileWatch()
     now = time.monotonic()
-    progress, waiting = Progress(Since(now), Since(now)), None
+    progress, waiting = Progress(Window(now), Window(now)), None
     tracer = Tracer(run.checkpoints.directory, run.config.profile, first)
     batches = iter(run.pipeline)
     with measure.compilations() as built, contextlib.closing(tracer):
-        report = functools.partial(_report, run, measure.yardstick(run.program), rates, built)
+        report = functools.partial(_report, run, measure.flops_meter(run.program), rates, built)
         if _call_hooks(run, _missed(run, first - 1, last), first - 1, state):
             return errors.PREEMPTED, state
         if _is_over(run, first - 1):
@@ -121,7 +121,7 @@ def train(run: Run, state: State) -> tuple[int, State]:
             tracer.before(step, state)
             before = built()
             state, scalars = run.program.step(state, run.frozen, run.program.put(batch))
-            surprise = surprise.after(step, batch, built() - before)
+            recompiles = recompiles.after(step, batch, built() - before)
             if waiting is not None:
                 progress = report(progress, waiting)
                 lifecycle.beat()
@@ -216,23 +216,23 @@ def _next(batches: Iterator[tuple[Batch, Sequence[str]]], progress: Progress) ->
 
 
 def _report(
-    run: Run, yardstick: Yardstick, rates: np.ndarray, built: Callable[[], int], progress: Progress, done: Waiting
+    run: Run, flops_meter: FlopsMeter, rates: np.ndarray, built: Callable[[], int], progress: Progress, done: Waiting
 ) -> Progress:
     """Writes down one update, waiting for it if need be. Raises NonFinite."""
     scalars = Metrics(*(x.item() for x in jax.device_get(done.metrics)))
     now = time.monotonic()
-    flops = yardstick.flops(done.counts)
+    flops = flops_meter.flops(done.counts)
     report, line = (since.plus(done.counts, flops) for since in (progress.report, progress.line))
     row = {"step": done.step, "loss": scalars.loss, "grad_norm": scalars.grad_norm, "tokens": scalars.tokens,
-           "rate": float(rates[done.step - 1]), "secs": round(now - report.begun, 4), "positions": done.counts.tokens,
+           "lr": float(rates[done.step - 1]), "secs": round(now - report.begun, 4), "positions": done.counts.tokens,
            "fill": done.counts.fill, "image_fill": done.counts.image_fill, "flops": flops,
            "hbm_peak_bytes": measure.hbm_peak_bytes(), "compiles": built()}  # fmt: skip
     if progress.line_step is not None:  # compiling is in the first one's time
-        row |= measure.speeds(yardstick, report, now)
+        row |= measure.speeds(flops_meter, report, now)
     if not scalars.finite:
         row |= {"skipped": True, "ids": list(done.ids)}
         records = ", ".join(map(repr, done.ids))
-        print(f"step {done.step}: loss {scalars.loss}, gradient {scalars.grad_norm}: one of them or the update is not "
+        print(f"step {done.step}: loss {scalars.loss}, grad_norm {scalars.grad_norm}: one of them or the update is not "
               f"finite, so it is skipped; records: {records}", file=sys.stderr, flush=True)  # fmt: skip
     if run.writer is not None:
         metrics.write(run.writer, metrics.STEPS, row)
@@ -245,9 +245,9 @@ def _report(
             f"step {done.step}: {bad_in_row} updates in a row were not finite (train.max_nonfinite); "
             f"{run.checkpoints.directory} holds none of them. Look at the records named above, or lower train.lr"
         )
-    progress = Progress(Since(now), line, bad_in_row, progress.line_step)
+    progress = Progress(Window(now), line, bad_in_row, progress.line_step)
     if done.step % run.config.log.every == 0 or done.step == run.program.steps or progress.line_step is None:
-        return _show(run, yardstick, progress, row)
+        return _show(run, flops_meter, progress, row)
     return progress
 
 
@@ -257,21 +257,22 @@ def _without(progress: Progress, secs: float) -> Progress:
     return progress._replace(report=report, line=line)
 
 
-def _show(run: Run, yardstick: Yardstick, progress: Progress, row: Mapping[str, Any]) -> Progress:
+def _show(run: Run, flops_meter: FlopsMeter, progress: Progress, row: Mapping[str, Any]) -> Progress:
     """Prints the line of progress; the first has no speed, as compiling is in its time."""
     now = progress.report.begun
     passed = max(1e-9, now - progress.line.begun)
     if progress.line_step is None:
         speed = f"after {passed:.1f} s of compiling and computing"
     else:
-        rate, speeds = (row["step"] - progress.line_step) / passed, measure.speeds(yardstick, progress.line, now)
+        rate, speeds = (row["step"] - progress.line_step) / passed, measure.speeds(flops_meter, progress.line, now)
         mfu = "" if speeds["mfu"] is None else f"MFU {speeds['mfu']:.1%}  "
         left = int((run.program.steps - row["step"]) / rate)
-        speed = (f"{rate:.3g} steps/s  {speeds['positions_per_sec']:,.0f} tokens/s  {mfu}waits {speeds['wait']:.0%}  "
-                 f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}")  # fmt: skip
-    _say(f"step {row['step']}/{run.program.steps}  loss {row['loss']:.4f}  gradient {row['grad_norm']:.3g}  "
-         f"rate {row['rate']:.3g}  {speed}")  # fmt: skip
-    return progress._replace(line=Since(now), line_step=row["step"])
+        eta = f"ETA {left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+        speed = (f"{rate:.3g} steps/s  {speeds['positions_per_sec']:,.0f} tokens/s  {mfu}"
+                 f"data_wait {speeds['data_wait']:.0%}  {eta}")  # fmt: skip
+    _say(f"step {row['step']}/{run.program.steps}  loss {row['loss']:.4f}  grad_norm {row['grad_norm']:.3g}  "
+         f"lr {row['lr']:.3g}  {speed}")  # fmt: skip
+    return progress._replace(line=Window(now), line_step=row["step"])
 
 
 def highest_rates(program: Program, train: configs.Train) -> np.ndarray:

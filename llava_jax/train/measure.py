@@ -55,7 +55,7 @@ def count(batch: Batch, features: int, part: Rows = WHOLE) -> Counts:
 
 
 @dataclass(frozen=True)
-class Yardstick:
+class FlopsMeter:
     """What the work of an update is measured by. peak_flops: of all devices together; None if nobody knows it."""
 
     model_flops: ModelFlops
@@ -68,14 +68,14 @@ class Yardstick:
         )
 
 
-def yardstick(program: Program) -> Yardstick:
-    """The yardstick of a program on its own mesh."""
+def flops_meter(program: Program) -> FlopsMeter:
+    """The flops_meter of a program on its own mesh."""
     chip = chips.of_kind(program.mesh.devices.flat[0].device_kind)
     peak = None if chip is None else chip.peak_flops * program.mesh.size
-    return Yardstick(program.flops, peak)
+    return FlopsMeter(program.flops, peak)
 
 
-class Since(NamedTuple):
+class Window(NamedTuple):
     """What was done since some moment; times in seconds."""
 
     begun: float
@@ -84,19 +84,20 @@ class Since(NamedTuple):
     supervised: int = 0
     flops: int = 0
 
-    def plus(self, counts: Counts, flops: int) -> "Since":
+    def plus(self, counts: Counts, flops: int) -> "Window":
         """With one update more."""
         return self._replace(tokens=self.tokens + counts.tokens, supervised=self.supervised + counts.supervised,
                              flops=self.flops + flops)  # fmt: skip
 
 
-def speeds(yardstick: Yardstick, since: Since, now: float) -> dict[str, float | None]:
+def speeds(flops_meter: FlopsMeter, since: Window, now: float) -> dict[str, float | None]:
     """The columns of `metrics.STEPS` that are speeds and shares."""
     secs = max(1e-9, now - since.begun)
-    peak = yardstick.peak_flops
+    peak = flops_meter.peak_flops
     return {
         "positions_per_sec": round(since.tokens / secs, 1), "tokens_per_sec": round(since.supervised / secs, 1),
-        "mfu": None if peak is None else round(since.flops / secs / peak, 4), "wait": round(since.waited / secs, 4),
+        "mfu": None if peak is None else round(since.flops / secs / peak, 4),
+        "data_wait": round(since.waited / secs, 4),
     }  # fmt: skip
 
 
@@ -122,13 +123,13 @@ def compilations() -> Iterator[Callable[[], int]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-class Surprise(NamedTuple):
+class RecompileWatch(NamedTuple):
     """Watches for a training step that compiles again; it says so once."""
 
     shapes: frozenset[tuple[int, ...]] = frozenset()  # rows and tokens of the batches so far
     told: bool = False
 
-    def after(self, step: int, batch: Batch, built: int) -> "Surprise":
+    def after(self, step: int, batch: Batch, built: int) -> "RecompileWatch":
         """What is known after a step that built so many programs. A first batch of some length may build one."""
         again = built > 0 and batch.tokens.shape in self.shapes
         if again and not self.told:
@@ -137,7 +138,7 @@ class Surprise(NamedTuple):
                   "there were before; each time costs as long as the first step did (the column `compiles` of "
                   "metrics.jsonl counts them; JAX_EXPLAIN_CACHE_MISSES=1 names the reason)",
                   file=sys.stderr, flush=True)  # fmt: skip
-        return Surprise(self.shapes | {batch.tokens.shape}, self.told or again)
+        return RecompileWatch(self.shapes | {batch.tokens.shape}, self.told or again)
 
 
 class Tracer:

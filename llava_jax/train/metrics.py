@@ -17,7 +17,7 @@ from llava_jax.streams import GrowingFile
 from llava_jax.train.events import EventFile
 
 # One line an update; counts are of the global batch:
-#   step, loss, rate    which update, its loss, the highest learning rate
+#   step, loss, lr      which update, its loss, the highest learning rate
 #   grad_norm           of the trainable parameters, before clipping
 #   tokens              supervised tokens: those that the loss looks at
 #   positions           tokens and image features that are no padding
@@ -30,7 +30,7 @@ from llava_jax.train.events import EventFile
 # and in all but the first of a start:
 #   positions_per_sec, tokens_per_sec
 #   mfu                 flops / secs / the devices' bfloat16 peak; null on a device that chips.py does not know
-#   wait                the share of `secs` in which the host waited for the pipeline
+#   data_wait           the share of `secs` in which the host waited for the pipeline
 STEPS = "metrics.jsonl"
 VALIDATION = "validation.jsonl"  # {"step", "loss"}
 SAMPLES = "samples.jsonl"  # {"step", "id", "prompt", "answer"}

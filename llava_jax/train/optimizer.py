@@ -1,4 +1,4 @@
-"""What moves a parameter and how fast: optimizers, rates over time, and tables. Without a rate a name is not here."""
+"""Optimizers, learning rates over time, and their tables. Frozen parameters have no learning rate and no place."""
 
 import math
 from collections.abc import Mapping

@@ -101,12 +101,12 @@ def build(
     added = adapters(config.lora, shapes)
     shapes = lora.add(shapes, added)
     rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
-    moving = _trainable(rates, shapes)
-    tower_remat = config.model.remat if any(name.startswith("vision/") for name in moving) else "none"
+    trainable_rates = _trainable(rates, shapes)
+    tower_remat = config.model.remat if any(name.startswith("vision/") for name in trainable_rates) else "none"
     model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout, tower_remat)
-    trainable, frozen = params.split(shapes, moving)
+    trainable, frozen = params.split(shapes, trainable_rates)
     trainable = _placed(trainable, jnp.float32, mesh)
-    optimizer = optimizers.build(config.train, moving, steps)
+    optimizer = optimizers.build(config.train, trainable_rates, steps)
     state = _state(optimizer, trainable, mesh, config.train.offload_optimizer)
     if config.model.frozen_dtype == "int8":
         frozen = lora.quantised(frozen)
@@ -151,13 +151,13 @@ def _loss(train: configs.Train, own: losses.Loss | None) -> losses.Loss:
 
 
 def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> dict[str, configs.Rate]:
-    moving = {name: rate for name, rate in rates.items() if rate is not None}
-    if not moving:
-        raise UsageError("table `rates` gives every parameter None: nothing would move; give one pattern a rate")
+    trainable_rates = {name: rate for name, rate in rates.items() if rate is not None}
+    if not trainable_rates:
+        raise UsageError("table `rates` gives every parameter None: nothing would be trained; give one pattern a rate")
     flat = params.flatten(shapes)
-    for name, rate in moving.items():
+    for name, rate in trainable_rates.items():
         if name.rpartition("/")[2] in lora.CONSTANTS:
-            raise UsageError(f"table `rates`: {name} is a constant (alpha / rank), which no rate moves: give it None")
+            raise UsageError(f"table `rates`: {name} is a constant (alpha / rank), never trained: give it None")
         if name.startswith(NEVER_RUN):
             raise UsageError(f'table `rates`: {name} never runs, so nothing trains it: put ("vision/tail/.*", None) '
                              "before the row that gives it a rate")  # fmt: skip
@@ -166,7 +166,7 @@ def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> 
                 f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
                 "each layer of a stack (its first dimension)"
             )
-    return moving
+    return trainable_rates
 
 
 def adapters(table: Sequence[tuple[str, configs.Lora | None]], shapes: Mapping[str, Any]) -> dict[str, Any]:

@@ -316,7 +316,7 @@ def _common(config: configs.Config, pipeline: Feed, steps: int) -> dict[str, Any
 def _introduce(program: Program, pipeline: Feed, workdir: epath.Path) -> None:
     if distributed.index():
         return
-    print(f"{_counted(program.state.params)} parameters move, {_counted(program.frozen)} are frozen in "
+    print(f"{_counted(program.state.params)} parameters are trainable, {_counted(program.frozen)} are frozen in "
           f"{program.model.dtype}")  # fmt: skip
     sizes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     print(f"mesh: {sizes}; {pipeline.records:,} records, {program.steps:,} steps of {pipeline.contents}; "

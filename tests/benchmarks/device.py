@@ -94,8 +94,8 @@ def _trained(
     secs = (time.perf_counter() - begun) / MEASURED
     assert bool(scalars.finite), f"{name}: loss {scalars.loss}"
     counts = measure.count(batch, model.vision.features)
-    yardstick = measure.yardstick(program)
-    mfu = None if yardstick.peak_flops is None else yardstick.flops(counts) / secs / yardstick.peak_flops
+    flops_meter = measure.flops_meter(program)
+    mfu = None if flops_meter.peak_flops is None else flops_meter.flops(counts) / secs / flops_meter.peak_flops
     what = f"{name}: {rows} rows of {load.row_tokens} with {samples} samples of {tokens} each, {secs:.3g} s an update"
     return _line(what, counts.tokens / secs, mfu)
 

@@ -190,8 +190,8 @@ def test_two_passes_reason_first_and_then_name_the_answer(data, checkpoint):
     assistant = Assistant.open(checkpoint, SLOTS)
     loaded = questions.load(get("custom"), data, {"match": "exact"})[0][2:4]
     settings = answer.Settings(NEW, two_pass=True)
-    speak = answer.from_checkpoint(assistant, settings, data / "images")
-    for place, said in speak([answer.Job(question, 0) for question in loaded]):
+    respond = answer.from_checkpoint(assistant, settings, data / "images")
+    for place, said in respond([answer.Job(question, 0) for question in loaded]):
         asked = answer.conversation(loaded[place])
         reasons = assistant.reply(asked, NEW, image_root=data / "images").text.split("###")[0].rstrip()
         begun = Conversation(asked.turns, asked.images, asked.id, begun=f"{reasons} ###\nANSWER:")

@@ -44,19 +44,19 @@ def test_the_optimizer_of_minigpt4_13b_holds_moments_of_3_9_million_parameters()
 
 
 def test_of_minigpt4_only_the_linear_layers_bytes_differ_after_training():
-    (moving, frozen), (moved, after), losses = run(build(STAGE_1, MINIGPT4), MINIGPT4)
-    assert set(params.flatten(moving)) == {"projector/0/kernel", "projector/0/bias"}
+    (trainable_rates, frozen), (moved, after), losses = run(build(STAGE_1, MINIGPT4), MINIGPT4)
+    assert set(params.flatten(trainable_rates)) == {"projector/0/kernel", "projector/0/bias"}
     for name, leaf in params.flatten(moved).items():
-        assert (np.asarray(leaf) != params.flatten(moving)[name]).all(), name
+        assert (np.asarray(leaf) != params.flatten(trainable_rates)[name]).all(), name
     jax.tree.map(np.testing.assert_array_equal, frozen, after)
     assert losses[-1] < losses[0]
 
 
 def test_flamingos_new_parts_learn_while_the_tower_and_the_decoder_stay():
     rates = (("resampler/.*|llm/cross/.*", 1e-2), (".*", None))
-    (moving, frozen), (moved, after), losses = run(build(rates, FLAMINGO), FLAMINGO)
-    assert {name.split("/")[0] for name in params.flatten(moving)} == {"llm", "resampler"}
+    (trainable_rates, frozen), (moved, after), losses = run(build(rates, FLAMINGO), FLAMINGO)
+    assert {name.split("/")[0] for name in params.flatten(trainable_rates)} == {"llm", "resampler"}
     for name, leaf in params.flatten(moved).items():
-        assert np.abs(np.asarray(leaf) - params.flatten(moving)[name]).max() > 1e-4, name
+        assert np.abs(np.asarray(leaf) - params.flatten(trainable_rates)[name]).max() > 1e-4, name
     jax.tree.map(np.testing.assert_array_equal, frozen, after)
     assert losses[-1] < losses[0]

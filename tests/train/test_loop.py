@@ -73,7 +73,7 @@ def test_every_update_has_its_row_in_order_and_hooks_come_when_they_are_due(prog
     rows = metrics.read(tmp_path)
     assert code == 0 and int(state.step) == 10 and heard == [(4, 4), (8, 8)]
     assert [row["step"] for row in rows] == list(range(1, 11)) and all(row["loss"] > 0 for row in rows)
-    assert rows[0]["rate"] == 1e-2 and rows[-1]["rate"] < 1e-3 and rows[0]["tokens"] == 28
+    assert rows[0]["lr"] == 1e-2 and rows[-1]["lr"] < 1e-3 and rows[0]["tokens"] == 28
     assert sorted(p.name for p in tmp_path.iterdir() if p.name.isdigit()) == ["10", "6"]
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step")]
     assert [line.split()[1] for line in lines] == ["1/10", "5/10", "10/10"] and "ETA 0:00:00" in lines[-1]
@@ -84,15 +84,15 @@ def test_every_row_says_what_it_learned_from_and_how_fast(program, tmp_path, cap
         loop.train(run, state)
     first, *rows = metrics.read(tmp_path)
     assert first["positions"] == 96 and first["fill"] == 1 and first["image_fill"] == 1 and first["flops"] > 1e6
-    assert first["hbm_peak_bytes"] is None and "wait" not in first
+    assert first["hbm_peak_bytes"] is None and "data_wait" not in first
     for row in rows:
         rounded = 1e-4 / row["secs"]  # the last update has hardly any time to itself
         assert row["positions_per_sec"] == pytest.approx(96 / row["secs"], rel=rounded)
         assert row["tokens_per_sec"] == pytest.approx(row["tokens"] / row["secs"], rel=rounded)
         assert row["mfu"] is None and row["compiles"] == first["compiles"]
-    assert np.median([row["wait"] for row in rows]) > 0.5  # a step takes a few milliseconds, a batch 50
+    assert np.median([row["data_wait"] for row in rows]) > 0.5  # a step takes a few milliseconds, a batch 50
     out, err = capsys.readouterr()
-    assert " tokens/s  waits " in out.splitlines()[-1] and "MFU" not in out and not err
+    assert " tokens/s  data_wait " in out.splitlines()[-1] and "MFU" not in out and not err
 
 
 class Slow:

@@ -61,8 +61,8 @@ def test_a_run_leaves_a_checkpoint_that_describes_itself(finished):
 
 def test_frozen_leaves_take_no_bytes_in_a_checkpoint(finished):
     """Weights and two moments of what moves, and files' own overhead; the frozen model would be 0.8 MB."""
-    moving = 4 * sum(spec.size for spec in store.own_specs(finished[1]).values())
-    assert 3 * moving < disk_bytes(finished[1] / "12") < 3 * moving + 120_000 < 4 * 199_472
+    trainable_rates = 4 * sum(spec.size for spec in store.own_specs(finished[1]).values())
+    assert 3 * trainable_rates < disk_bytes(finished[1] / "12") < 3 * trainable_rates + 120_000 < 4 * 199_472
 
 
 def test_the_last_line_says_what_to_do_with_the_checkpoint(copied, capsys):

@@ -10,7 +10,7 @@ from llava_jax import chips
 from llava_jax.batch import Batch
 from llava_jax.distributed import Rows
 from llava_jax.train import measure
-from llava_jax.train.measure import Since, Surprise
+from llava_jax.train.measure import RecompileWatch, Window
 from tests.train.test_step import STAGE_1, build
 
 
@@ -49,15 +49,15 @@ def test_flops_are_those_of_what_a_batch_holds(program):
     counts = measure.count(packed_batch(), 2)
     each = program.flops
     wanted = 11 * each.tokens + 26 * each.pairs + 5 * each.supervised + 3 * each.images
-    assert measure.yardstick(program).flops(counts) == wanted > 0
+    assert measure.flops_meter(program).flops(counts) == wanted > 0
 
 
 def test_mfu_is_of_the_peak_of_all_devices_and_nothing_where_the_device_is_unknown(program, monkeypatch):
-    since = Since(begun=10.0, waited=0.5, tokens=400, supervised=100, flops=6_000_000)
-    found = measure.speeds(measure.yardstick(program), since, 12.0)
-    assert found == {"positions_per_sec": 200.0, "tokens_per_sec": 50.0, "mfu": None, "wait": 0.25}
+    since = Window(begun=10.0, waited=0.5, tokens=400, supervised=100, flops=6_000_000)
+    found = measure.speeds(measure.flops_meter(program), since, 12.0)
+    assert found == {"positions_per_sec": 200.0, "tokens_per_sec": 50.0, "mfu": None, "data_wait": 0.25}
     monkeypatch.setattr(chips, "of_kind", lambda kind: SimpleNamespace(peak_flops=10e6 if kind == "cpu" else 0))
-    assert measure.speeds(measure.yardstick(program), since, 12.0)["mfu"] == round(3e6 / 10e6 / program.mesh.size, 4)
+    assert measure.speeds(measure.flops_meter(program), since, 12.0)["mfu"] == round(3e6 / 10e6 / program.mesh.size, 4)
 
 
 def test_the_memory_that_counts_is_the_fullest_device_of_those_that_say(monkeypatch):
@@ -83,8 +83,8 @@ def test_programs_that_jax_builds_are_counted_and_those_it_has_are_not():
 
 def test_a_step_that_compiles_again_is_spoken_of_once_and_a_new_length_is_not(capsys):
     lengths = [packed_batch()._replace(tokens=np.zeros((2, length), np.int32)) for length in (8, 4, 8, 8, 4)]
-    surprise = Surprise()
+    recompiles = RecompileWatch()
     for step, (batch, built) in enumerate(zip(lengths, (3, 1, 0, 1, 1)), 1):
-        surprise = surprise.after(step, batch, built)
+        recompiles = recompiles.after(step, batch, built)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("step 4: the training step compiled again, for a batch of 2 rows of 8 tokens")

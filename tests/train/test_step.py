@@ -193,7 +193,7 @@ def test_a_7b_program_is_built_without_an_array():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"rates": ((".*", None),)}, "nothing would move"),
+        ({"rates": ((".*", None),)}, "nothing would be trained"),
         ({"rates": (("projector/.*", 1e-3), ("llm/nothing", 1e-3), (".*", None))}, "llm/nothing"),
         ({"rates": (("projector/.*", 1e-3),)}, "covers no row"),
         ({"rates": (("llm/blocks/q/kernel", (1e-3,) * 5), (".*", None))}, "5 rates"),
