@@ -57,7 +57,7 @@ def summed(token_loss: TokenLoss) -> Loss:
 
     Positions of weight 0 cost nothing: the others are brought together first, on each device for itself. `hidden` and
     `kernel` are multiplied in their own dtype; the gradient of `kernel` is summed in float32 on each device. `weights`
-    are constants.
+    are constants, and so is all that `token_loss` reads beside Logps.
     """
 
     @jax.custom_vjp
@@ -100,7 +100,7 @@ def _logps_backward(kept: tuple[Any, ...], slopes: Logps) -> tuple[Any, ...]:
     _, _, *gradients = _run(
         lambda logps, *slopes: sum(slope * logps[i] for i, slope in zip(used, slopes)),
         (False, *(x is not None for x in perturbed)),
-        hidden, kernel, targets, (weights != 0) + 0.0, *(slopes[i] for i in used),
+        hidden, kernel, targets, (weights != 0) + 0.0, *(jnp.where(weights != 0, slopes[i], 0) for i in used),
     )  # fmt: skip
     return *gradients, None, None
 
