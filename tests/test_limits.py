@@ -56,6 +56,8 @@ train.first_lr 1 -1
 train.last_lr 1 nan
 train.loss mean
 train.group_samples 0 -1
+train.label_smoothing 1 -0.1 nan 1e-1x
+train.z_loss -1e-4 nan inf
 train.accumulate 0 -2 3 1000000000
 train.optimizer sgd
 train.lora_dropout 1 0.999999 -0.1 nan
@@ -93,6 +95,8 @@ train.eps 1e-15 1e-6
 train.clip_norm none 0.3 1
 train.lora_dropout 0 0.5 0.9
 train.weight_decay 0 0.1
+train.label_smoothing 0 0.1
+train.z_loss 0 1e-4 1
 checkpoint.every 1
 """
 

@@ -32,17 +32,24 @@ class Logps(NamedTuple):
 # to 1: a loss that counts tokens, or samples, by their weights is the same on any mesh and in any packing.
 Loss = Callable[[Array, Array, Batch], Array]
 TokenLoss = Callable[..., Array]  # Logps of [P] -> the loss of each of these tokens, by itself
-# Key of `config.Train` -> what is added to a token's cross-entropy, times the key's value.
-TERMS: dict[str, TokenLoss] = {
-    "label_smoothing": lambda logps: logps.target - logps.mean,  # Source: Szegedy et al. 2016, section 7
-    "z_loss": lambda logps: logps.lse**2,  # Source: Chowdhery et al. 2022 (PaLM), section 5
-}
+
+
+def terms(train: config.Train) -> dict[str, tuple[float, TokenLoss]]:
+    """{key: (its value, what is added to each token's cross-entropy, so many times)}, but for keys at 0.
+
+    Source: label smoothing, Szegedy et al. 2016, section 7; z-loss, Chowdhery et al. 2022 (PaLM), section 5.
+    """
+    every: dict[str, tuple[float, TokenLoss]] = {
+        "label_smoothing": (train.label_smoothing, lambda logps: logps.target - logps.mean),
+        "z_loss": (train.z_loss, lambda logps: logps.lse**2),
+    }
+    return {key: (value, term) for key, (value, term) in every.items() if value}
 
 
 def of_config(train: config.Train) -> Loss:
-    """Cross-entropy with the terms that the config gives a value."""
-    terms = [(vars(train)[key], term) for key, term in TERMS.items() if vars(train)[key]]
-    return summed(lambda logps: sum((value * term(logps) for value, term in terms), -logps.target))
+    """Cross-entropy and the terms of the config."""
+    added = terms(train).values()
+    return summed(lambda logps: sum((value * term(logps) for value, term in added), -logps.target))
 
 
 def summed(token_loss: TokenLoss) -> Loss:
@@ -50,7 +57,7 @@ def summed(token_loss: TokenLoss) -> Loss:
 
     Positions of weight 0 cost nothing: the others are brought together first, on each device for itself. `hidden` and
     `kernel` are multiplied in their own dtype; the gradient of `kernel` is summed in float32 on each device. `weights`
-    are constants.
+    are constants, and so is all that `token_loss` reads beside Logps.
     """
 
     @jax.custom_vjp
@@ -93,7 +100,7 @@ def _logps_backward(kept: tuple[Any, ...], slopes: Logps) -> tuple[Any, ...]:
     _, _, *gradients = _run(
         lambda logps, *slopes: sum(slope * logps[i] for i, slope in zip(used, slopes)),
         (False, *(x is not None for x in perturbed)),
-        hidden, kernel, targets, (weights != 0) + 0.0, *(slopes[i] for i in used),
+        hidden, kernel, targets, (weights != 0) + 0.0, *(jnp.where(weights != 0, slopes[i], 0) for i in used),
     )  # fmt: skip
     return *gradients, None, None
 

@@ -141,12 +141,10 @@ def _on(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _loss(train: configs.Train, own: losses.Loss | None) -> losses.Loss:
-    terms = {f"train.{key}": vars(train)[key] for key in losses.TERMS if vars(train)[key]}
+    terms = [f"train.{key}={value}" for key, (value, _) in losses.terms(train).items()]
     if own is not None and terms:
-        raise UsageError(
-            f"{', '.join(f'{key}={value}' for key, value in terms.items())}: `loss` is the caller's own, to which the "
-            f"config adds nothing; want {' and '.join(terms)} 0, and such terms in `loss`"
-        )
+        raise UsageError(f"{', '.join(terms)}: the config adds nothing to a loss of the caller's own; want 0 here, and "
+                         "the term in that loss")  # fmt: skip
     return losses.of_config(train) if own is None else own
 
 

@@ -1,6 +1,7 @@
 """A step, a save and a resume on forced CPU devices, in a process of its own: `python -m tests.train.meshes COMMAND`.
 
     step 1,8,1,1 2,2,2,1       one step on each mesh and on one device: losses, gradients, what moved
+    losses 2,2,2,1 1,1,4,2     label smoothing, z-loss and a loss of whole rows, chunk by chunk, and their gradients
     resume 1,8,1,1 1,4,1,1 ... saves on the first mesh; every other restores that, bit for bit, and goes on
 """
 
@@ -8,6 +9,7 @@ import sys
 import tempfile
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llava_jax import config as configs
@@ -16,6 +18,7 @@ from llava_jax.batch import Batch
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Saved
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
+from llava_jax.train import loss
 from llava_jax.train import program as programs
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
@@ -31,8 +34,11 @@ ROWS, TOKENS = 8, 32
 Sizes = tuple[int, ...]
 
 
+def mesh_of(sizes: Sizes) -> jax.sharding.Mesh:
+    return sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: int(np.prod(sizes))])
+
+
 def build(sizes: Sizes) -> Program:
-    mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes)), jax.devices()[: int(np.prod(sizes))])
     batch_parts = sizes[0] * sizes[1]
     config = configs.Config(
         data=configs.Data(
@@ -42,7 +48,7 @@ def build(sizes: Sizes) -> Program:
         rates=(("vision/.*", None), (".*", 1e-2)), init=((".*", "random"),),
         model=configs.Model(dtype="float32", remat="full"),
     )  # fmt: skip
-    return programs.build(config, MODEL, 4, mesh)
+    return programs.build(config, MODEL, 4, mesh_of(sizes))
 
 
 def batch() -> Batch:
@@ -94,6 +100,32 @@ def step(meshes: list[Sizes]) -> None:
         assert max(worst["loss"], worst["second"]) < 5e-6 and worst["gradient"] < 2e-5, (sizes, worst)
 
 
+def losses(meshes: list[Sizes]) -> None:
+    loss.CHUNK = 8  # a device of one of eight rows has one chunk, of two of them four
+    rng, rows = np.random.default_rng(0), batch()
+    hidden, kernel = rng.normal(size=(ROWS, TOKENS, 16)), rng.normal(size=(16, 64))
+    rows = rows._replace(weights=(rng.random((ROWS, TOKENS)) < np.linspace(0, 1, ROWS)[:, None]).astype(np.float32))
+    smoothed = loss.of_config(configs.Train(lr=1.0, steps=1, label_smoothing=0.2, z_loss=1e-2))
+
+    def both(hidden: jax.Array, kernel: jax.Array, batch: Batch) -> jax.Array:
+        read = loss.logps(hidden, kernel, batch.targets, batch.weights)
+        of_rows = jnp.tanh(read.target.sum(1) / 9) + read.mean.min(1) * read.lse.var(1)
+        return smoothed(hidden, kernel, batch) + jnp.sum(of_rows)
+
+    wanted = None
+    for sizes in ((1, 1, 1, 1), *meshes):
+        mesh = mesh_of(sizes)
+        cut = [sharding.of_array(mesh, x.shape, *names) for x, names in
+               ((hidden, ("batch", "tokens")), (kernel, ("width", "vocab")))]  # fmt: skip
+        placed = [jax.device_put(x.astype(np.float32), s) for x, s in zip((hidden, kernel), cut)]
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            found = jax.device_get(jax.jit(jax.value_and_grad(both, (0, 1)))(*placed, rows))
+        wanted = found if wanted is None else wanted
+        for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
+            np.testing.assert_allclose(one, other, rtol=5e-6, atol=5e-6 * np.abs(other).max())
+        print(sizes, found[0], flush=True)
+
+
 def resume(meshes: list[Sizes]) -> None:
     first, *others = [build(sizes) for sizes in meshes]
     state, frozen = begin(first)
@@ -119,4 +151,4 @@ def resume(meshes: list[Sizes]) -> None:
 
 if __name__ == "__main__":
     given = [tuple(map(int, word.split(","))) for word in sys.argv[2:]]
-    {"step": step, "resume": resume}[sys.argv[1]](given)
+    {"step": step, "losses": losses, "resume": resume}[sys.argv[1]](given)

@@ -26,6 +26,10 @@ def test_a_step_on_eight_devices_is_the_step_on_one(compiled):
     assert len(run("step", SOME, compiled).splitlines()) == len(SOME)
 
 
+def test_losses_over_log_probabilities_are_those_of_one_device(compiled):
+    assert len(run("losses", [(2, 2, 2, 1), (1, 2, 1, 4), (1, 1, 4, 2)], compiled).splitlines()) == 4
+
+
 @pytest.mark.slow
 def test_a_step_is_the_same_in_every_shape_that_a_mesh_of_eight_can_have(compiled):
     assert len(EVERY) == 20
