@@ -5,7 +5,9 @@ as before, or ends with one line of ours; anything else is a fault: facts that d
 """
 
 import contextlib
+import functools
 import io
+import logging
 import random
 import shutil
 import traceback
@@ -17,7 +19,8 @@ from llava_jax import errors
 
 
 class Outcome(NamedTuple):
-    """kind: "equal", "named" (equal, and the damage was said), "refused", "SILENT" or "TRACEBACK"; said: in words."""
+    """kind: "equal", "named" (the damage was said, and the facts are those of before or of the step before), "refused",
+    "SILENT" or "TRACEBACK"; said: in words."""
 
     kind: str
     said: str = ""
@@ -92,36 +95,58 @@ def files_of(tree: Path) -> list[Path]:
     return sorted(path.relative_to(tree) for path in tree.rglob("*") if path.is_file())
 
 
-def tried(read: Callable[[Path], Any], tree: Path, wanted: Any) -> Outcome:
-    """What came of reading a damaged tree. `read` returns facts, or raises what a command would show as one line."""
-    said = io.StringIO()
+@contextlib.contextmanager
+def heard() -> Iterator[io.StringIO]:
+    """What is said on stderr and in the log."""
+    said, logger = io.StringIO(), logging.getLogger("llava_jax")
+    handler = logging.StreamHandler(said)
+    logger.addHandler(handler)
     try:
         with contextlib.redirect_stderr(said):
+            yield said
+    finally:
+        logger.removeHandler(handler)
+
+
+def tried(read: Callable[[Path], Any], tree: Path, wanted: Any, older: Any = None) -> Outcome:
+    """What came of reading a damaged tree.
+
+    Args:
+      read: returns facts, or raises what a command would show as one line.
+      older: facts of a step before, which may be read where that is said.
+    """
+    try:
+        with heard() as said:
             found = read(tree)
     except Exception as error:
         line = str(error)
         ours = errors.exit_code(error) is not None and line and "\n" not in line and "Traceback" not in said.getvalue()
         return Outcome("refused", line) if ours else Outcome("TRACEBACK", traceback.format_exc(limit=-4))
-    if found != wanted:
+    is_named = "damaged" in said.getvalue()
+    if found != wanted and not (is_named and found == older):
         return Outcome("SILENT", said.getvalue())
-    return Outcome("named", said.getvalue()) if "damaged" in said.getvalue() else Outcome("equal")
+    return Outcome("named", said.getvalue()) if is_named else Outcome("equal")
 
 
 def run(
-    trees: dict[str, Path], read: Callable[[str, Path], Any], count: int, seed: int, folder: Path
-) -> Iterator[tuple[str, Outcome]]:
+    trees: dict[str, Path], read: Callable[[str, Path], Any], count: int, seed: int, folder: Path,
+    older: Callable[[str, Path], Any] = lambda name, tree: None,
+) -> Iterator[tuple[str, Outcome]]:  # fmt: skip
     """(what was damaged, what came of it) of `count` mutations of copies of the trees, all cases in a random order."""
-    rng, place, wanted = random.Random(seed), folder / "tree", {}
+    rng, wanted, before = random.Random(seed), dict[str, Any](), dict[str, Any]()
     for name, tree in trees.items():
+        place = folder / f"{name.replace('/', '-')}-as-it-was"
         shutil.copytree(tree, place)
-        wanted[name] = read(name, place)
+        wanted[name], before[name] = read(name, place), older(name, place)
         shutil.rmtree(place)
     cases = [(name, path, operation) for name, tree in trees.items() for path in files_of(tree)
              for operation in OPERATIONS]  # fmt: skip
     rng.shuffle(cases)
     for number in range(count):
         name, path, operation = cases[number % len(cases)]
+        place = folder / f"mutation-{number}"  # a place of its own: what is said once of a place is said of each
         shutil.copytree(trees[name], place)
         damage(place / path, operation, [trees[name] / other for other in files_of(trees[name])], rng)
-        yield f"{name}: {path}: {operation}", tried(lambda tree, name=name: read(name, tree), place, wanted[name])
+        outcome = tried(functools.partial(read, name), place, wanted[name], before[name])
+        yield f"{name}: {path}: {operation}", outcome
         shutil.rmtree(place)

@@ -130,7 +130,8 @@ QUICK = ("evaluate nonsense", "evaluate list scienceQ", f"evaluate answer {CUSTO
          "evaluate score --benchmark nope --data d a.jsonl", f"evaluate ablate scienceqa {GRID}", "datagen nonsense",
          "datagen curate filter --out o",
          f"datagen conversation --out o {SERVER} --budget-usd 20", "convert import SRC", "plan --config c.py",
-         "data nonsense", "demo --family blip")  # fmt: skip
+         "data nonsense", "demo --family blip", "chat --nonsense", "doctor --nonsense", "train --nonsense",
+         "train --config nowhere.py --workdir w")  # fmt: skip
 SCRIPT = """
 import runpy, sys
 command, *words = sys.argv[1:]

@@ -4,8 +4,10 @@ What lies in `DIR/STEP/params` is written by `writer` and read by `leaves`; here
 resolved, and refused when they moved or changed.
 """
 
+import functools
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
@@ -29,6 +31,7 @@ __all__ = [
     "staged", "steps",
 ]  # fmt: skip
 
+_log = logging.getLogger(__name__)
 PARAMS = "params"
 BEST = "best"
 Step = int | Literal["best"] | None  # of a checkpoint; None is the latest, "best" that of the lowest validation loss
@@ -49,9 +52,24 @@ def steps(directory: epath.PathLike) -> list[int]:
 
 
 def latest_step(directory: epath.PathLike) -> int | None:
-    """The newest usable step, or None. Raises as `steps`."""
-    usable = (step for step in reversed(numbered(directory)) if _is_usable(epath.Path(directory) / str(step)))
-    return next(usable, None)
+    """The newest usable step, or None. A newer one that was written to its end and is damaged is named in the log.
+
+    Raises: as `steps`.
+    """
+    directory, damaged = epath.Path(directory), list[int]()
+    for step in reversed(numbered(directory)):
+        if _is_usable(directory / str(step)):
+            for newer in damaged:
+                _name_damaged(directory, newer, step)
+            return step
+        damaged += [step] if is_finished(directory / str(step)) else []
+    return None
+
+
+@functools.cache
+def _name_damaged(directory: epath.Path, step: int, taken: int) -> None:
+    """Once in a process, which may ask for the latest step often."""
+    _log.warning("%s: step %d is damaged, or was copied in part: step %d is taken", directory, step, taken)
 
 
 def best_step(directory: epath.PathLike) -> int:

@@ -232,8 +232,10 @@ def located(path: str, root: epath.Path | None, listings: Listings) -> str | Non
 
 def _is_file(place: str, listings: Listings) -> bool:
     """In a bucket three requests answer this of one file, and one that of a thousand."""
+    if not files.is_bucket(place):
+        return os.path.isfile(place)
     path = epath.Path(place)
-    if not files.is_bucket(place) or not path.suffix:  # a listing does not tell a folder from a file
+    if not path.suffix:  # a listing does not tell a folder from a file
         return files.is_file(place)
     if path.parent not in listings:
         listings[path.parent] = frozenset(entry.name for entry in files.listed(path.parent))
@@ -241,15 +243,29 @@ def _is_file(place: str, listings: Listings) -> bool:
 
 
 def _is_below(place: str, root: epath.Path) -> bool:
-    return os.path.realpath(place).startswith(resolved(root).rstrip("/") + "/")
+    folder, _, name = place.rpartition("/")
+    real = os.path.realpath(place) if os.path.islink(place) else f"{_real_folder(folder or '.')}/{name}"
+    return real.startswith(resolved(root).rstrip("/") + "/")
+
+
+@functools.lru_cache(4096)
+def _real_folder(folder: str) -> str:
+    """A folder without links; records come by the thousand from the same ones."""
+    return os.path.realpath(folder)
 
 
 def _spellings(root: epath.Path | None, path: str) -> Iterator[str]:
     """The path as written, then with é as one character and as two: what `images.open_image` tries."""
-    folder = "" if root is None else os.fspath(root).rstrip("/") + "/"
+    folder = _prefix(root)
     yield folder + path
     if not path.isascii():
         yield from (folder + unicodedata.normalize(form, path) for form in ("NFC", "NFD"))
+
+
+@functools.cache
+def _prefix(root: epath.Path | None) -> str:
+    """What stands before a path; epath takes longer to say it than a file takes to be found."""
+    return "" if root is None else os.fspath(root).rstrip("/") + "/"
 
 
 def check_pictures(conversation: Conversation, root: epath.Path | None) -> list[Problem]:

@@ -12,7 +12,7 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from llava_jax import cli, distributed, errors
+from llava_jax import cli, errors
 from llava_jax import config as configs
 
 
@@ -24,7 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int:
     options = _parser().parse_args(argv)
     mesh = configs.Mesh(**{f.name: vars(options)[f"mesh.{f.name}"] for f in dataclasses.fields(configs.Mesh)})
-    from llava_jax.doctor import session  # takes seconds
+    from llava_jax import distributed  # it brings jax, which takes seconds
+    from llava_jax.doctor import session
 
     try:
         return session.examine(mesh, options.workdir, options.json)

@@ -29,7 +29,7 @@ def on_base(tmp_path, path="../base", patterns=(".*",)):
     return base, write(tmp_path / "run", MOVED, step=9, base=(entry,))
 
 
-def test_the_latest_step_is_the_newest_whole_one(tmp_path):
+def test_the_latest_step_is_the_newest_whole_one_and_a_damaged_one_is_named(tmp_path, caplog):
     assert store.latest_step(tmp_path / "none") is None
     for step in (2, 10):
         write(tmp_path, BASE, step)
@@ -38,7 +38,10 @@ def test_the_latest_step_is_the_newest_whole_one(tmp_path):
     (tmp_path / "12" / "params" / "llm.norm.scale" / ".zarray").unlink()  # half deleted
     shutil.copytree(tmp_path / "10", tmp_path / "13.orbax-checkpoint-tmp")
     assert store.steps(tmp_path) == [2, 10]
-    assert store.latest_step(tmp_path) == 10
+    assert store.latest_step(tmp_path) == store.latest_step(tmp_path) == 10
+    assert [record.message.partition(": ")[2] for record in caplog.records] == [
+        f"step {step} is damaged, or was copied in part: step 10 is taken" for step in (12, 11)
+    ]  # fmt: skip
     with pytest.raises(UnusableCheckpoint, match="no usable step 11; usable are 2, 10"):
         store.load_params(tmp_path, step=11)
     with pytest.raises(UnusableCheckpoint, match="no usable checkpoint step|no model.json"):
