@@ -33,7 +33,7 @@ from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.distributed import Stop
-from llava_jax.errors import DataError, UsageError
+from llava_jax.errors import DataError, UnusableCheckpoint, UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
@@ -307,6 +307,9 @@ def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tupl
     saved = manager.restore(checkpoints, program.state.params, rest)
     if saved is None:
         return None
+    if (step := int(saved.state["step"])) != saved.step:
+        place = checkpoints.directory / str(saved.step)
+        raise UnusableCheckpoint(f"{place} holds the state after step {step}: call it {step} again, or move it away")
     pipeline.restore(dict(saved.data))
     frozen = init.read(checkpoints.directory, params.flatten(program.frozen), saved.step)
     if distributed.index() == 0:
