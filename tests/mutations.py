@@ -7,8 +7,10 @@ as before, or ends with one line of ours; anything else is a fault: facts that d
 import contextlib
 import functools
 import io
+import itertools
 import logging
 import random
+import re
 import shutil
 import traceback
 from collections.abc import Callable, Iterator
@@ -128,22 +130,30 @@ def tried(read: Callable[[Path], Any], tree: Path, wanted: Any, older: Any = Non
     return Outcome("named", said.getvalue()) if is_named else Outcome("equal")
 
 
+def cases(trees: dict[str, Path], rng: random.Random) -> Iterator[tuple[str, Path, str]]:
+    """(tree, file, operation) without end. Kinds of files come by turns: most files are pieces of arrays."""
+    kinds: dict[str, list[tuple[str, Path]]] = {}
+    for name, tree in trees.items():
+        for path in files_of(tree):
+            kinds.setdefault(re.sub("[0-9a-f]{8,}|[0-9]+", "#", path.name), []).append((name, path))
+    operations = list[str]()
+    for kind in itertools.cycle(sorted(kinds)):
+        operations = operations or rng.sample(OPERATIONS, len(OPERATIONS))
+        yield *rng.choice(kinds[kind]), operations.pop()
+
+
 def run(
     trees: dict[str, Path], read: Callable[[str, Path], Any], count: int, seed: int, folder: Path,
     older: Callable[[str, Path], Any] = lambda name, tree: None,
 ) -> Iterator[tuple[str, Outcome]]:  # fmt: skip
-    """(what was damaged, what came of it) of `count` mutations of copies of the trees, all cases in a random order."""
+    """(what was damaged, what came of it) of `count` mutations of copies of the trees."""
     rng, wanted, before = random.Random(seed), dict[str, Any](), dict[str, Any]()
     for name, tree in trees.items():
         place = folder / f"{name.replace('/', '-')}-as-it-was"
         shutil.copytree(tree, place)
         wanted[name], before[name] = read(name, place), older(name, place)
         shutil.rmtree(place)
-    cases = [(name, path, operation) for name, tree in trees.items() for path in files_of(tree)
-             for operation in OPERATIONS]  # fmt: skip
-    rng.shuffle(cases)
-    for number in range(count):
-        name, path, operation = cases[number % len(cases)]
+    for number, (name, path, operation) in enumerate(itertools.islice(cases(trees, rng), count)):
         place = folder / f"mutation-{number}"  # a place of its own: what is said once of a place is said of each
         shutil.copytree(trees[name], place)
         damage(place / path, operation, [trees[name] / other for other in files_of(trees[name])], rng)

@@ -68,7 +68,9 @@ def open_checkpoints(directory: epath.PathLike, keep: int) -> Checkpoints:
     directory = store.absolute(directory)
     agreed("workdir", lambda: _prepare(directory) if distributed.index() == 0 else None)
     kept = set[int]()
-    options = ocp.CheckpointManagerOptions(preservation_policy=_Preserved(keep, kept), create=False)
+    # Orbax's file of times and metrics in each step is not read: nothing here needs it, and damage to it would raise.
+    options = ocp.CheckpointManagerOptions(preservation_policy=_Preserved(keep, kept), create=False,
+                                           lightweight_initialize=True)  # fmt: skip
 
     def listed() -> ocp.CheckpointManager:  # once, as it may wait for all processes (gcsfs repeats its requests anyway)
         return files.retried(lambda: ocp.CheckpointManager(directory, options=options), directory, secs=0.0)

@@ -29,7 +29,7 @@ def read(step: epath.Path) -> tuple[dict[str, Any], dict[str, Any]] | None:
     path = step / ITEM / _FILE
     try:
         content = read_json(path)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
     if not isinstance(content, dict) or set(content) != {"data", "sums", "crc32"}:
         raise UnusableCheckpoint(f"{path}: no item of a training step; copy the step again, or use another")

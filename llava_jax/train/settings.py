@@ -11,7 +11,7 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, files, typed
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import record, store
 from llava_jax.errors import UsageError
 
 FILE = "config.json"
@@ -50,10 +50,11 @@ def write(workdir: epath.Path, config: configs.Config) -> None:
 
 
 def _fault(workdir: epath.Path, config: configs.Config) -> str:
-    if not store.numbered(workdir):
+    steps = store.numbered(workdir)
+    if not steps:
         return ""
     path = workdir / FILE
-    if not files.exists(path):
+    if not files.exists(path) and not any(files.exists(workdir / str(step) / record.ITEM) for step in steps):
         return f"--workdir {workdir} holds a checkpoint that no training run wrote: name another directory"
     before = _read(path)
     if before is None:
@@ -85,17 +86,22 @@ def _start_key(config: configs.Config) -> str:
 
 
 def _read(path: epath.Path) -> dict[str, Any] | None:
-    """The settings of a file; None where it is damaged: it is then set aside, as it must not stop a good run."""
+    """The settings of a file; None where it is gone, or damaged and set aside: it must not stop a good run."""
+    taken = "the settings of this command are taken for those of the run"
     try:
         settings = json.loads(files.read(path))
         if isinstance(settings, dict):
             return settings
         fault = f"JSON of type {type(settings).__name__}"
+    except FileNotFoundError:
+        print(f"{path} is gone: {taken}", file=sys.stderr, flush=True)
+        return None
+    except IsADirectoryError:
+        fault = "it is a directory"
     except (ValueError, RecursionError) as error:
         fault = str(error)
     place = files.set_aside(path)
-    print(f"{path} is damaged ({fault}): it is now called {place.name}, and the settings of this command are taken for "
-          "those of the run", file=sys.stderr, flush=True)  # fmt: skip
+    print(f"{path} is damaged ({fault}): it is now called {place.name}, and {taken}", file=sys.stderr, flush=True)
     return None
 
 

@@ -27,7 +27,7 @@ from llava_jax.data.datasets import of_dataset
 from llava_jax.data.feed import Feed
 from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
-from llava_jax.errors import UsageError
+from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
@@ -354,6 +354,9 @@ def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tupl
     saved = manager.restore(checkpoints, program.state.params, rest)
     if saved is None:
         return None
+    if (step := int(saved.state["step"])) != saved.step:
+        place = checkpoints.directory / str(saved.step)
+        raise UnusableCheckpoint(f"{place} holds the state after step {step}: call it {step} again, or move it away")
     pipeline.restore(dict(saved.data))
     frozen = init.read(checkpoints.directory, params.flatten(program.frozen), saved.step)
     if distributed.index() == 0:

@@ -59,8 +59,10 @@ def _read(directory: epath.PathLike, data: str) -> tuple[Row, ...]:
         path = epath.Path(directory) / best.FILE
         print(f"{path} is damaged: it is now called {files.set_aside(path).name}, and the losses of "
               f"{metrics.VALIDATION} are taken", file=sys.stderr, flush=True)  # fmt: skip
-        rows = metrics.read(directory, metrics.VALIDATION)
-        return tuple((row["step"], row["loss"]) for row in rows if isinstance(row.get("loss"), float))
+        logged = metrics.read(directory, metrics.VALIDATION)
+        rows = tuple((row["step"], row["loss"]) for row in logged if isinstance(row.get("loss"), float))
+        best.write(directory, Losses(data, rows))
+        return rows
     if losses.rows and losses.data != data:
         print(f"{best.FILE}: the records that validate are others than before, so the losses before are not compared",
               file=sys.stderr, flush=True)  # fmt: skip

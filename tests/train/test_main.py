@@ -266,6 +266,39 @@ def test_a_bad_picture_ends_the_run_with_its_record(run, tmp_path, capsys):
     assert "r3" in capsys.readouterr().err
 
 
+# {a state of the workdir: (what is done to it, exit code, words that are said)}
+STATES = {
+    "a directory whose name is no number": (lambda run: (run / "²").mkdir(), 0, "goes on after step 12"),
+    "a file that is called as a step": (lambda run: (run / "99").write_text("x"), 0, "step 99 is damaged"),
+    "settings that are gone": (lambda run: (run / "config.json").unlink(), 0, "config.json is gone: the settings of"),
+    "Orbax's own file, damaged": (lambda run: (run / "12" / "_CHECKPOINT_METADATA").write_text("[]"), 0, "goes on"),
+    "a step under another name": (lambda run: (run / "12").rename(run / "20"), 66, "20 holds the state after step 12"),
+    "no model.json": (lambda run: (run / "model.json").unlink(), 66, "no model.json here"),
+    "no tokenizer": (lambda run: shutil.rmtree(run / "tokenizer"), 66, "tokenizer: missing; copy the checkpoint"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_a_workdir_in_an_odd_state_goes_on_or_is_refused_in_one_line(copied, capsys, state):
+    config, workdir = copied
+    change, code, words = STATES[state]
+    before = losses(workdir)
+    change(workdir)
+    assert train(config, workdir) == code and losses(workdir) == before
+    said = capsys.readouterr()
+    assert words in said.out + said.err
+    assert [line.startswith("error: ") for line in said.err.splitlines()].count(True) == (code > 0)
+
+
+@pytest.mark.parametrize("name, words", [
+    ("config.py", "File exists"), ("config.py/out", "Not a directory"), ("w" * 300, "File name too long")
+])  # fmt: skip
+def test_a_workdir_that_cannot_be_is_refused_in_one_line(run, capsys, name, words):
+    assert train(run, run.parent / name) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and words in line
+
+
 def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(copied, capsys):
     config, workdir = copied
     before = losses(workdir)
