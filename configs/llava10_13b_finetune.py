@@ -1,13 +1,13 @@
-"""LLaVA-1.0 13B, stage 2 of the paper: projection and language model move, on the 157,712 conversations.
+"""LLaVA-1.0 13B, stage 2 of the paper: projection and language model are trained on 157,712 conversations.
 
     python -m llava_jax.train --config configs/llava10_13b_finetune.py --workdir runs/llava10_13b_finetune
 
 Data: llava_instruct_150k.json of liuhaotian/LLaVA-Instruct-150K and the pictures of COCO train2017.
-Numbers: Liu et al. 2023, Visual Instruction Tuning, section 5, and the README of haotian-liu/LLaVA@bfcdfe0: rate
-  2e-5, 32 = 8 devices x 4 samples, 3 epochs, the "###" template. 14,787 steps, 444 of them warm-up.
+Numbers: Liu et al. 2023, Visual Instruction Tuning, section 5, and the README of haotian-liu/LLaVA@bfcdfe0:
+  learning rate 2e-5, batch 32 = 8 devices x 4 samples, 3 epochs, the "###" template. 14,787 steps, 444 of them warm-up.
   (scripts/finetune_full_schedule.sh of July 2023 takes 128 samples: --config.data.batch_samples=128, 3,699 steps.)
 Differs from LLaVA: no <im_start>/<im_end> around the picture; see llava10_13b_pretrain.
-Expected: LLaVA-Bench (COCO) 85.1 relative to GPT-4 (abstract). The authors took 10 hours on 8 A100-80.
+Expected: LLaVA-Bench (COCO) 85.1 relative to GPT-4 (the authors; abstract). They took 10 hours on 8 A100-80.
 """
 
 from ml_collections import ConfigDict

@@ -1,15 +1,15 @@
-"""LLaVA-1.0 13B, stage 1 of the paper: only the linear projection moves, on 595,375 captions of CC3M.
+"""LLaVA-1.0 13B, stage 1 of the paper: only the linear projection is trained, on 595,375 captions of CC3M.
 
     python -m llava_jax.convert assemble checkpoints/llava10_13b_base --vision clip-vit-large-patch14 \
-        --llm vicuna-13b-v0 --projector-type linear --legacy true    (the only tokenizer rule of its time)
+        --llm vicuna-13b-v0 --projector-type linear --legacy true    (transformers' only behaviour at its time)
     python -m llava_jax.train --config configs/llava10_13b_pretrain.py --workdir runs/llava10_13b_pretrain
 
 Data: liuhaotian/LLaVA-CC3M-Pretrain-595K (chat.json: each caption answers one of 11 requests to describe).
-Numbers: Liu et al. 2023, Visual Instruction Tuning, section 5, and the README of haotian-liu/LLaVA@bfcdfe0: rate
-  2e-3, 128 = 8 devices x 16 samples, one epoch, the "###" template. 4,652 steps, 140 of them warm-up.
-Differs from LLaVA: no <im_start>/<im_end> around the picture. The first release trained these two rows beside the
-  projection for chat and left them out for ScienceQA ("no_im_token"); every later recipe leaves them out. So one
-  projection serves both fine-tunes.
+Numbers: Liu et al. 2023, Visual Instruction Tuning, section 5, and the README of haotian-liu/LLaVA@bfcdfe0:
+  learning rate 2e-3, batch 128 = 8 devices x 16 samples, one epoch, the "###" template. 4,652 steps, 140 of warm-up.
+Differs from LLaVA: no <im_start>/<im_end> around the picture. The first release trained these two
+  embeddings with the projection for chat and left them out for ScienceQA ("no_im_token"); every later recipe leaves
+  them out. So one projection serves both fine-tunes.
 Expected: a training loss near 2. The authors took 4 hours on 8 A100-80.
 """
 

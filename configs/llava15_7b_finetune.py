@@ -1,4 +1,4 @@
-"""LLaVA-1.5 7B, stage 2: projector and language model move, on the 665,298 records of the mixture.
+"""LLaVA-1.5 7B, stage 2: projector and language model are trained on the 665,298 records of the mixture.
 
     python -m llava_jax.train --config configs/llava15_7b_finetune.py --workdir runs/llava15_7b_finetune
 

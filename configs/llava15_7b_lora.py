@@ -1,12 +1,12 @@
-"""LLaVA-1.5 7B, stage 2 with LoRA: adapters of the language model and the whole projector move.
+"""LLaVA-1.5 7B, stage 2 with LoRA: adapters of the language model and the whole projector are trained.
 
     python -m llava_jax.train --config configs/llava15_7b_lora.py --workdir runs/llava15_7b_lora
 
-Data and start as llava15_7b_finetune. Beside the frozen model in bfloat16 it needs memory for 319,815,680 weights of
-adapters and 20,979,712 of the projector; --config.model.frozen_dtype=int8 halves the frozen language model.
+Data and start as llava15_7b_finetune. Besides the frozen model in bfloat16, 319,815,680 adapter parameters and
+20,979,712 of the projector are held in float32; --config.model.frozen_dtype=int8 halves the frozen language model.
 After it: `python -m llava_jax.convert merge runs/llava15_7b_lora OUT`, or
 `python -m llava_jax.convert export --format peft runs/llava15_7b_lora DST` (for vLLM with --split-projector).
-To train an adapter on, imported or of an earlier run: name its directory in model.base and drop the row of
+To continue training an adapter, imported or of an earlier run: set model.base to its directory and remove the row of
 `init` for ".*/lora_.*".
 Numbers: haotian-liu/LLaVA scripts/v1_5/finetune_lora.sh: rank 128, alpha 256, adapters at 2e-4, projector at 2e-5,
   dropout 0.05 (the default of llava/train/train.py), the rest as in finetune.sh.

@@ -1,17 +1,17 @@
-"""LLaVA-1.5 7B, LoRA on packed rows: llava15_7b_lora, without padding that would be half of the work.
+"""LLaVA-1.5 7B, LoRA on packed rows: llava15_7b_lora, without the padding that is over half of its positions.
 
     python -m llava_jax.train --config configs/llava15_7b_lora_packed.py --workdir runs/llava15_7b_lora_packed
 
 It differs from llava15_7b_lora in the batch, and in starting from llava15_7b_pretrain_packed: rows of 4,096 positions
 hold four to five samples each, so that two rows on each of 16 chips make 150 samples a step (the reference: 128).
-What it takes says
+Memory and time:
 
     python -m llava_jax.plan --config configs/llava15_7b_lora_packed.py --topology v5e:4x4
 
-On other slices choose rows_per_chip for a like number of samples.
+On other slices choose rows_per_chip for a similar number of samples a step.
 Numbers: those of llava15_7b_lora; rows_per_group and images_per_group fill 99 % of positions and 88 % of the
   image slots (tests/data/test_planner.py).
-Expected: as llava15_7b_lora; the steps of an epoch depend on the slice, and train says them at its start.
+Expected: as llava15_7b_lora; the steps of an epoch depend on the slice; train prints them when it starts.
 """
 
 from ml_collections import ConfigDict

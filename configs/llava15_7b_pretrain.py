@@ -1,4 +1,4 @@
-"""LLaVA-1.5 7B, stage 1: only the projector moves, on 558,128 captions.
+"""LLaVA-1.5 7B, stage 1: only the projector is trained, on 558,128 captions.
 
     python -m llava_jax.convert assemble checkpoints/llava15_7b_base --vision clip-vit-large-patch14-336 \
         --llm vicuna-7b-v1.5 --projector-type mlp2x_gelu

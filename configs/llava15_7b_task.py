@@ -6,13 +6,14 @@
     python -m llava_jax.train --config configs/llava15_7b_task.py --workdir runs/task \
         --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
 
-Any imported LLaVA-1.5 will do (`--config.model.base=DIR`): sizes, template and tokenizer are its own.
+Any imported LLaVA-1.5 will do (`--config.model.base=DIR`): sizes and tokenizer are the checkpoint's own, the
+template is prompt.template (v1).
 Numbers: haotian-liu/LLaVA scripts/v1_5/finetune_task.sh. Differs from LLaVA: the loss is the mean over all supervised
   tokens of a step, which does not depend on how many devices share it.
-With fewer than some 10,000 records, take smaller steps and more epochs: 50 want --config.data.batch_samples=8
-  --config.train.epochs=8, 1,000 want 32 and 2; train says so where a run would be too short.
-Expected: the loss on the training data falls within the first epoch; judge by records that are not trained on, not by
-  it: --config.data.hold_out=0.02 --config.train.eval_every=50, or --config.data.validation.0.path=FILE.
+With fewer than some 10,000 records, use a smaller batch and more epochs: 50 want --config.data.batch_samples=8
+  --config.train.epochs=8, 1,000 want 32 and 2; train warns where a run would have too few updates.
+Expected: the training loss falls within the first epoch; judge by the loss of held-out records:
+  --config.data.hold_out=0.02 --config.train.eval_every=50, or --config.data.validation.0.path=FILE.
 """
 
 from ml_collections import ConfigDict

@@ -3,9 +3,9 @@
     python -m llava_jax.train --config configs/llava15_7b_task_lora.py --workdir runs/task \
         --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
 
-Data, start and size of a step as llava15_7b_task. Beside the frozen model in bfloat16 it needs memory for 319,815,680
-weights of adapters and 20,979,712 of the projector; --config.model.frozen_dtype=int8 halves the frozen language model,
---config.lora.rank=16 --config.lora.alpha=32 makes the adapters an eighth.
+Data, starting weights and batch size are those of llava15_7b_task. Besides the frozen model in bfloat16, 319,815,680
+adapter parameters and 20,979,712 of the projector are held in float32; --config.model.frozen_dtype=int8 halves the
+frozen language model, --config.lora.rank=16 --config.lora.alpha=32 makes the adapters an eighth.
 After it: `python -m llava_jax.convert merge runs/task OUT`, or `convert export --format peft runs/task DST`.
 Numbers: haotian-liu/LLaVA scripts/v1_5/finetune_task_lora.sh: rank 128, alpha 256, adapters at 2e-4, projector at 2e-5,
   dropout 0.05 (the default of llava/train/train.py), the rest as in finetune_task.sh.

@@ -1,18 +1,18 @@
 """LLaMA 3.1 8B and SigLIP so400m at 384 pixels, stage 1: the projector is trained, on packed rows of captions.
 
-    python -m llava_jax.convert assemble checkpoints/llava_llama3_8b_siglip_base --vision siglip-so400m-patch14-384 \\
+    python -m llava_jax.convert assemble checkpoints/llava_llama3_8b_siglip_base --vision siglip-so400m-patch14-384 \
       --llm Llama-3.1-8B-Instruct --template llama_3
-    python -m llava_jax.train --config configs/llava_llama3_8b_siglip_pretrain.py \\
+    python -m llava_jax.train --config configs/llava_llama3_8b_siglip_pretrain.py \
       --workdir runs/llava_llama3_8b_siglip_pretrain
 
 A picture is 729 features: a row of 4,096 positions holds five captions with theirs, so that three rows on each of 16
-chips make 240 samples a step. What it takes says
+chips make 240 samples a step. Memory and time:
 
     python -m llava_jax.plan --config configs/llava_llama3_8b_siglip_pretrain.py --topology v5e:4x4
 
 Numbers: LLaVA-MORE's, aimagelab/LLaVA-MORE scripts/llava-more/release_1/07_pretrain_siglip.sh@7156baf: 1e-3, one epoch
   of LCS-558K, warm-up 0.03, pictures cropped to a square.
-Expected: nothing is published for this stage alone; the steps of an epoch depend on the slice, and train says them.
+Expected: nothing is published for this stage alone; the steps of an epoch depend on the slice; train prints them.
 """
 
 from ml_collections import ConfigDict

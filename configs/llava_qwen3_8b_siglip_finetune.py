@@ -1,10 +1,10 @@
-"""Qwen3 8B and SigLIP so400m at 384 pixels, stage 2: projector and language model learn, and the tower, slowly.
+"""Qwen3 8B and SigLIP so400m at 384 pixels, stage 2: projector, language model and tower (at 2e-6) are trained.
 
-    python -m llava_jax.train --config configs/llava_qwen3_8b_siglip_finetune.py \\
+    python -m llava_jax.train --config configs/llava_qwen3_8b_siglip_finetune.py \
       --workdir runs/llava_qwen3_8b_siglip_finetune
 
 It starts from stage 1's projector in runs/llava_qwen3_8b_siglip_pretrain. Rows of 4,096 positions hold three to
-four samples each; two rows on each of 16 chips make about 110 samples a step. What it takes says
+four samples each; two rows on each of 16 chips make about 110 samples a step. Memory and time:
 
     python -m llava_jax.plan --config configs/llava_qwen3_8b_siglip_finetune.py --topology v5e:4x4
 

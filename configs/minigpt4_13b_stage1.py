@@ -5,13 +5,13 @@
     python -m llava_jax.train --config configs/minigpt4_13b_stage1.py --workdir runs/minigpt4_13b_stage1
 
 Sources are directories of img2dataset's tar shards. The paper mixes LAION to Conceptual Captions and SBU 115 : 14, the
-proportion of their sizes; of n pairs and m, it is data.sources.0.weight = 115 / 14 * m / n that mixes them so.
+proportion of their sizes; of n pairs and m, data.sources.0.weight = 115 / 14 * m / n mixes them so.
 Numbers: Vision-CAIR/MiniGPT-4 train_configs/minigpt4_stage1_pretrain.yaml @ d94738a: 4 x 5,000 steps of 4 x 64 samples,
   answers of 32 tokens at most (1 + 32 + 32 positions), the mean of each device's mean loss, no clipping.
 Differs from MiniGPT-4: a batch holds both sources, theirs one at a time; bfloat16 instead of float16 with loss scaling;
-  the "\\n" that ends a caption is learned after every caption that is not cut, as there.
-Expected: 20,000 steps, 5,000 of warm-up; the rate falls from 9.998e-5 to 9.707e-5 where that ends. 3,937,280
-  parameters move. The authors took 10 hours on 4 A100-80.
+  the "\\n" that ends a caption is supervised after every caption that is not cut, as there.
+Expected: 20,000 steps, 5,000 of warm-up; the learning rate falls from 9.998e-5 to 9.707e-5 where that ends. 3,937,280
+  parameters are trained. The authors took 10 hours on 4 A100-80.
 """
 
 from ml_collections import ConfigDict

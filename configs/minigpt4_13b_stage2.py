@@ -1,4 +1,4 @@
-"""MiniGPT-4 13B, stage 2: the same linear layer on about 3,500 curated descriptions, asked for in four ways.
+"""MiniGPT-4 13B, stage 2: the same linear layer on about 3,500 curated descriptions, with four instructions.
 
     python -m llava_jax.data prepare cc-sbu-align --from data/cc_sbu_align --out data
     python -m llava_jax.train --config configs/minigpt4_13b_stage2.py --workdir runs/minigpt4_13b_stage2
@@ -8,10 +8,10 @@ make of your pictures: describe (--checkpoint runs/minigpt4_13b_stage1 --templat
 export, all with --out data/cc_sbu_align.
 Numbers: Vision-CAIR/MiniGPT-4 train_configs/minigpt4_stage2_finetune.yaml @ d94738a: 5 x 200 steps of 12 samples on one
   device, answers of 160 tokens at most, no clipping. The paper says 400 steps; that file, and its schedule, say 1,000.
-Differs from MiniGPT-4: the way of asking is drawn for each sample, theirs for each batch; bfloat16 for float16; a row
+Differs from MiniGPT-4: the instruction is drawn for each sample, theirs for each batch; bfloat16 for float16; a row
   has 256 positions, so the longest descriptions keep a little more than 160 tokens.
-Expected: 1,000 steps, 200 of warm-up; the rate falls from 2.986e-5 to 2.809e-5 where that ends. The authors took 7
-  minutes for 400 steps on one A100.
+Expected: 1,000 steps, 200 of warm-up; the learning rate falls from 2.986e-5 to 2.809e-5 where that ends. The
+  authors took 7 minutes for 400 steps on one A100.
 """
 
 from ml_collections import ConfigDict

@@ -5,7 +5,7 @@
     python -m llava_jax.train --config configs/minigpt4_7b_stage1.py --workdir runs/minigpt4_7b_stage1
 
 Numbers: as of the 13B; the authors released a 7B later, trained with the same files.
-Expected: 20,000 steps, 5,000 of warm-up; 3,149,824 parameters move.
+Expected: 20,000 steps, 5,000 of warm-up; 3,149,824 parameters are trained.
 """
 
 from ml_collections import ConfigDict

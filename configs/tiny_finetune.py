@@ -1,4 +1,4 @@
-"""Stage 2 of a tiny model, from what tiny_pretrain wrote: projector and language model move, the tower does not.
+"""Stage 2 of a tiny model, from what tiny_pretrain wrote: projector and language model are trained, the tower is not.
 
     python -m llava_jax.train --config configs/tiny_finetune.py --workdir runs/tiny_finetune \
         --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures

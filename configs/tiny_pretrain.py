@@ -4,8 +4,8 @@
         --config.data.sources.0.path=my.json --config.data.sources.0.images=my_pictures
 
 Numbers: models/presets.py `tiny` with the tokenizer of the tests; the rest is chosen to end within a minute on a CPU.
-Expected: 20 steps, of which the first uses rate 0. The loss starts near ln(960) = 6.9 and hardly falls: a language
-  model of random weights stands still behind the projector. Nothing is learned here; `python -m llava_jax.demo` learns.
+Expected: 20 steps, the first with learning rate 0. The loss starts near ln(960) = 6.9 and hardly falls: the language
+  model is random and frozen. This only tests the pipeline; `python -m llava_jax.demo` trains something that answers.
 """
 
 from ml_collections import ConfigDict

@@ -14,6 +14,7 @@ import pytest
 
 from llava_jax import cli
 from llava_jax.evaluate import __main__ as evaluate
+from llava_jax.known_names import KNOWN_NAMES
 
 ROOT = Path(__file__).parents[1]
 SERVER = "--base-url http://127.0.0.1:9/v1 --model m"
@@ -173,13 +174,14 @@ def test_names_that_are_repeated_for_quick_parsing_are_those_of_their_modules():
 
 
 COMMANDS = ("evaluate", "datagen", "convert", "data", "plan", "demo")
-FENCES = re.compile(r"```(?:sh|bash|console)?\n(.*?)```", re.DOTALL)
+FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def documented():
     """(command, words) of every line of README.md and launch/README.md that starts one of COMMANDS."""
     for path in (ROOT / "README.md", ROOT / "launch" / "README.md"):
-        for block in FENCES.findall(path.read_text(encoding="utf-8")):
+        blocks = [block for language, block in FENCES.findall(path.read_text(encoding="utf-8")) if language == "sh"]
+        for block in blocks:
             for line in block.replace("\\\n", " ").splitlines():
                 found = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)
                 if found and found[1] in COMMANDS:
@@ -226,3 +228,13 @@ def test_the_datagen_command_of_the_readme_runs_as_far_as_its_files(tmp_path, mo
         words[words.index("--base-url") + 1] = server.url
         assert main(words) == 0
     assert len(json.loads((tmp_path / "data" / "mine" / "conversation.json").read_text())) == 1
+
+
+def test_the_glossary_of_the_readme_is_what_the_commands_answer():
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Glossary")[1].split("\n## ")[0]
+    rows = [[[word.partition("=")[0] for word in re.findall(r"`([^`]+)`", cell)] for cell in line.split("|")[1:3]]
+            for line in section.splitlines() if line.startswith("| `")]  # fmt: skip
+    assert len(rows) > 20
+    for here, elsewhere in rows:
+        for name in elsewhere:
+            assert any(key in KNOWN_NAMES[name] for key in here), (name, here)
