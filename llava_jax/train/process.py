@@ -43,7 +43,7 @@ def run(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> in
         if not trainer.fit(sigterm):
             return errors.PREEMPTED
         if distributed.index() == 0:
-            print(f"done after {trainer.program.steps} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} "
+            print(f"done after {trainer.step} steps. Chat: python -m llava_jax.chat --checkpoint {workdir} "
                   f"--image FILE | benchmarks: python -m llava_jax.evaluate answer --checkpoint {workdir} --help | "
                   f"export: python -m llava_jax.convert export --format hf {workdir} DST", flush=True)  # fmt: skip
         return errors.DONE
