@@ -117,7 +117,7 @@ def _samples(config: configs.Config, options: argparse.Namespace, step_samples: 
         return options.samples
     if config.train.steps:
         return round(config.train.steps * step_samples)
-    if not all(files.exists(source.path) for source in config.data.sources):
+    if not config.data.sources or not all(files.exists(source.path) for source in config.data.sources):
         return None
     return round(epochs * sum(len(open_source(s.path, None, s.name)) * s.weight for s in config.data.sources))
 

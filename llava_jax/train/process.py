@@ -48,7 +48,7 @@ def run(config: configs.Config, workdir: epath.PathLike, sigterm: Sigterm) -> in
         return errors.DONE
 
 
-def _conclude(step: int | None, workdir: epath.Path, keeps_best: bool) -> None:
+def _conclude(step: int, workdir: epath.Path, keeps_best: bool) -> None:
     found = best.lowest(best.read(workdir).rows) if keeps_best else None
     lowest = f", of which {found[0]} is the best (validation loss {found[1]:.4f}): --step best" if found else ""
     print(f"done after {step} steps{lowest}. Chat: python -m llava_jax.chat --checkpoint {workdir} --image FILE | "

@@ -1,4 +1,4 @@
-"""The settings that a workdir's checkpoints were trained with, and which of them a resume may change."""
+"""The settings and the model that a workdir's checkpoints were trained with, and which settings a resume may change."""
 
 import dataclasses
 import json
@@ -10,9 +10,12 @@ from typing import Any
 from etils import epath
 
 from llava_jax import config as configs
-from llava_jax import distributed, files, typed
+from llava_jax import distributed, files, params, typed
+from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import record, store
 from llava_jax.errors import UsageError
+from llava_jax.models import presets
+from llava_jax.models.presets import LlavaConfig
 
 FILE = "config.json"
 # Keys that may change between two starts of one run: they change no number that is trained. On another mesh sums are
@@ -41,6 +44,19 @@ def check(workdir: epath.Path, config: configs.Config) -> None:
     """
     fault = _fault(workdir, config) if distributed.index() == 0 else ""
     if fault := distributed.exchange("settings", fault)[0]:
+        raise UsageError(fault)
+
+
+def check_model(workdir: epath.Path, sizes: LlavaConfig, tokenizer_files: Mapping[str, bytes]) -> None:
+    """Compares the model and its tokenizer with those of the workdir's checkpoints, on process 0 for all.
+
+    `model.base` may have moved, but it must be what it was.
+
+    Raises:
+      UsageError: on all processes; one of them is another.
+    """
+    fault = _model_fault(workdir, sizes, tokenizer_files) if distributed.index() == 0 else ""
+    if fault := distributed.exchange("model", fault)[0]:
         raise UsageError(fault)
 
 
@@ -76,6 +92,19 @@ def _fault(workdir: epath.Path, config: configs.Config) -> str:
         f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or begin "
         f"anew from its weights: --workdir NEW --config.{_start_key(config)}={workdir}"
         f"{length if any(one.startswith(LENGTH) for one in changed) else ''}"
+    )
+
+
+def _model_fault(workdir: epath.Path, sizes: LlavaConfig, tokenizer_files: Mapping[str, bytes]) -> str:
+    if not store.numbered(workdir):
+        return ""
+    before = params.flatten(presets.config_to_json(presets.config_from_json(dict(cards.read_card(workdir).model))))
+    changed = typed.difference(before, params.flatten(presets.config_to_json(sizes)))
+    if cards.read_tokenizer_files(workdir) != dict(tokenizer_files):
+        changed.append(f"the files of {workdir / cards.TOKENIZER}")
+    return "" if not changed else (
+        f"--workdir {workdir} holds a run of another model ({'; '.join(changed)}): model.base, model.preset and "
+        "prompt.tokenizer may lie elsewhere than before, but must be what they were"
     )
 
 

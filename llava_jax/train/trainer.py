@@ -20,7 +20,7 @@ from etils import epath
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, params, sharding, typed
 from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import lock, manager, store
+from llava_jax.checkpoint import lock, manager
 from llava_jax.checkpoint.card import Card, PromptCard
 from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.data.datasets import of_dataset
@@ -59,7 +59,6 @@ class Trainer:
 
     Attributes:
       config: what the run is told.
-      workdir: its directory.
     """
 
     def __init__(
@@ -83,12 +82,16 @@ class Trainer:
         if dataset is not None:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=()))
         self.config = config
-        self.workdir = epath.Path(tempfile.mkdtemp(prefix="llava_jax_") if workdir is None else workdir)
-        self._dataset, self._loss, self._user_hooks = dataset, loss, tuple(hooks)
+        self._dataset, self._loss, self._user_hooks, self._workdir = dataset, loss, tuple(hooks), workdir
         self._stop = Stop()
         self._held: tuple[State, Any] | None = None  # the state and the frozen parameters, but for while `fit` has them
         self._checkpoints: Checkpoints | None = None  # of a `fit` that is under way
         self._warnings = list[str]()
+
+    @functools.cached_property
+    def workdir(self) -> epath.Path:
+        """The run's directory."""
+        return epath.Path(tempfile.mkdtemp(prefix="llava_jax_") if self._workdir is None else self._workdir)
 
     @functools.cached_property
     def program(self) -> Program:
@@ -97,6 +100,11 @@ class Trainer:
         No array is made. Where the config says epochs, the records are opened, whose number decides the steps.
         """
         return programs.build(self.config, self._sizes, self._steps, loss=self._loss)
+
+    @property
+    def step(self) -> int:
+        """Updates that the weights have had which `evaluate` takes."""
+        return int(self._current()[0].step)
 
     @functools.cached_property
     def _sizes(self) -> LlavaConfig:
@@ -118,11 +126,6 @@ class Trainer:
     def _steps(self) -> int:
         train = self.config.train
         return train.steps or self._feed.steps_of(train.epochs or 0)
-
-    @property
-    def step(self) -> int | None:
-        """Updates behind the weights that `evaluate` takes; None before `fit`."""
-        return None if self._held is None else int(self._held[0].step)
 
     def fit(self, sigterm: Sigterm | None = None) -> bool:
         """Trains to the last step, from the newest checkpoint of `workdir` or from the beginning.
@@ -180,10 +183,7 @@ class Trainer:
             if not sources:
                 raise UsageError("no records are held out: give `evaluate` a dataset, or the config data.hold_out or "
                                  "data.validation")  # fmt: skip
-            if self._held is None:
-                with self._opened():
-                    pass
-            state, frozen = self._held
+            state, frozen = self._current()
             held_out = inputs.held_out_feed(self.config, self._format, sources, self.workdir)
             return loop.validate(self.program, state.params, frozen, held_out, self._stop)
 
@@ -205,6 +205,12 @@ class Trainer:
             manager.save(checkpoints, Saved(step, state.params, rest, self._feed.state(step)))
             manager.wait(checkpoints)
         return self.workdir
+
+    def _current(self) -> tuple[State, Any]:
+        if self._held is None:
+            with self._opened():
+                pass
+        return self._held
 
     @contextlib.contextmanager
     def _together(self) -> Iterator[contextlib.ExitStack]:
@@ -228,7 +234,7 @@ class Trainer:
             _introduce(program, self._feed, self.workdir)
             self._warn_before()
             settings.check(self.workdir, self.config)
-            _check_model(self.workdir, program, format)
+            settings.check_model(self.workdir, self._sizes, format.tokenizer.files())
             checkpoints = manager.open_checkpoints(self.workdir, self.config.checkpoint.keep)
             stack.push(_closing(functools.partial(manager.close, checkpoints)))
             self._held = _restore(program, checkpoints, self._feed)
@@ -327,26 +333,6 @@ def _counted(tree: Mapping[str, Any]) -> str:
     """"21,000,000 (projector 20,979,712, ...)"."""
     parts = ", ".join(f"{name} {params.count(part):,}" for name, part in tree.items())
     return f"{params.count(tree):,} ({parts})" if parts else "0"
-
-
-def _check_model(workdir: epath.Path, program: Program, format: Format) -> None:
-    """Refuses to resume with another model or tokenizer: `model.base` may have moved, but it must be what it was."""
-    fault = _model_fault(workdir, program, format) if distributed.index() == 0 else ""
-    if fault := distributed.exchange("model", fault)[0]:
-        raise UsageError(fault)
-
-
-def _model_fault(workdir: epath.Path, program: Program, format: Format) -> str:
-    if not store.numbered(workdir):
-        return ""
-    before = params.flatten(presets.config_to_json(presets.config_from_json(dict(cards.read_card(workdir).model))))
-    changed = typed.difference(before, params.flatten(presets.config_to_json(program.model.config)))
-    if cards.read_tokenizer_files(workdir) != dict(format.tokenizer.files()):
-        changed.append(f"the files of {workdir / cards.TOKENIZER}")
-    return "" if not changed else (
-        f"--workdir {workdir} holds a run of another model ({'; '.join(changed)}): model.base, model.preset and "
-        "prompt.tokenizer may lie elsewhere than before, but must be what they were"
-    )
 
 
 def _restore(program: Program, checkpoints: Checkpoints, pipeline: Feed) -> tuple[State, Any] | None:

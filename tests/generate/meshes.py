@@ -45,7 +45,8 @@ def ids(replies: list[Reply]) -> list[list[int]]:
 def bits(speaks: Assistant, company: list[Conversation], slot: int) -> list[np.ndarray]:
     """All that a batch says of one row: its ids, and its keys and values."""
     runner, shape = speaks._engine(), speaks._shape(company[slot], NEW)
-    requests = [speaks._request(one, NEW, engine.Sampling(), None) for one in company]
+    examples = [speaks.encode(one, reply=True) for one in company]
+    requests = [speaks._request(example, NEW, engine.Sampling()) for example in examples]
     state, first = runner.start(speaks.params, requests, shape)
     state, more = runner.advance(speaks.params, state, [False] * len(company))
     return [first[slot], more[slot], *(np.asarray(leaf)[slot] for leaf in jax.tree.leaves(state.cache))]

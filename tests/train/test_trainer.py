@@ -4,7 +4,10 @@ import asyncio
 import dataclasses
 import json
 import logging
+import os
 import signal
+import subprocess
+import sys
 import threading
 
 import jax
@@ -19,6 +22,7 @@ from llava_jax.checkpoint import store
 from llava_jax.errors import DataError, UsageError
 from llava_jax.train import metrics
 from tests.train import tiny
+from tests.train.forks import free_port
 
 PACKED = {"data.layout": "packed", "data.rows_per_chip": 2, "data.rows_per_group": 2, "data.row_tokens": 200,
           "data.images_per_group": 6}  # fmt: skip
@@ -267,5 +271,28 @@ def test_a_run_that_has_lost_its_directory_writes_nothing_more(folder, tmp_path)
 def test_a_program_is_there_before_any_run_and_a_run_without_a_directory_gets_one(folder):
     trainer = Trainer(settings(folder, **{"train.steps": "none", "train.epochs": 2}))
     assert trainer.program.steps == 6 and trainer.program.batch.tokens.shape == (4, 96)
-    assert trainer.workdir.exists() and store.latest_step(trainer.workdir) is None
-    assert store.latest_step(trainer.save()) == 0
+    assert store.latest_step(trainer.save()) == trainer.step == 0
+
+
+SCRIPT = """
+import sys
+from llava_jax import Hook, Trainer, config, distributed
+trainer = Trainer(config.load(sys.argv[1], {"train.steps": 8}), hooks=[Hook(5, lambda *_: stop())], workdir=sys.argv[2])
+stop = trainer.stop if distributed.index() == 1 else lambda: None
+ended = [trainer.fit(), trainer.fit()]
+print(ended, trainer.step, trainer.evaluate())
+"""
+
+
+@pytest.mark.slow
+def test_one_of_two_processes_stops_both_and_the_same_trainers_go_on(folder, tmp_path, compiled):
+    settings = compiled | {"LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+                           "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "PYTHONPATH": str(tiny.ROOT)}
+    words = [sys.executable, "-c", SCRIPT, str(folder / "config.py"), str(tmp_path / "out")]
+    both = [subprocess.Popen(words, env=os.environ | settings | {"JAX_PROCESS_ID": str(i)}, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for i in range(2)]  # fmt: skip
+    said = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    last = [out.splitlines()[-1] for out, _ in said]
+    assert last[0] == last[1] and last[0].startswith("[False, True] 8 ")
+    assert "goes on after step " in said[0][0] and len(losses(tmp_path / "out")) == 8
