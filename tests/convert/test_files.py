@@ -6,6 +6,7 @@ import zipfile
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file, save_file
 
 from llava_jax.convert import files, torch_zip
@@ -169,3 +170,11 @@ def test_an_index_must_fit_its_shards_and_stay_in_its_directory(tmp_path):
             files.open_tensors(tmp_path)
     with pytest.raises(FileNotFoundError, match="no weights here"):
         files.open_tensors(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_json_that_is_none_is_refused_by_its_file(tmp_path, name):
+    for text in ("", "{", "\0", "[" * 100_000, '{"a": ' * 50_000):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UnusableCheckpoint, match=name):
+            files.read_json(epath.Path(tmp_path / name)) if name == "config.json" else files.open_tensors(tmp_path)

@@ -1,14 +1,16 @@
 """The command, in this process: what it leaves on disk, how it goes on, and how it refuses."""
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 
 import jax
 import numpy as np
 import pytest
 
-from llava_jax import params
+from llava_jax import files, params
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
 from llava_jax.models import presets
@@ -297,6 +299,15 @@ def test_a_workdir_that_cannot_be_is_refused_in_one_line(run, capsys, name, word
     assert train(run, run.parent / name) == 64
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ") and words in line
+
+
+def test_a_workdir_on_a_disk_that_is_read_only_is_refused_in_one_line(run, tmp_path, monkeypatch, capsys):
+    def refuses(path):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), os.fspath(path))
+
+    monkeypatch.setattr(files, "make_directory", refuses)
+    assert train(run, tmp_path / "out") == 64
+    assert capsys.readouterr().err == f"error: [Errno 30] Read-only file system: '{tmp_path / 'out'}'\n"
 
 
 def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(copied, capsys):
