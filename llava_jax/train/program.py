@@ -24,7 +24,6 @@ from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.models.vit import NEVER_RUN
 from llava_jax.train import flops
 from llava_jax.train import loss as losses
 from llava_jax.train import optimizer as optimizers
@@ -156,9 +155,6 @@ def _trainable(rates: Mapping[str, configs.Rate], shapes: Mapping[str, Any]) -> 
     for name, rate in trainable_rates.items():
         if name.rpartition("/")[2] in lora.CONSTANTS:
             raise UsageError(f"table `rates`: {name} is a constant (alpha / rank), never trained: give it None")
-        if name.startswith(NEVER_RUN):
-            raise UsageError(f'table `rates`: {name} never runs, so nothing trains it: put ("vision/tail/.*", None) '
-                             "before the row that gives it a rate")  # fmt: skip
         if isinstance(rate, tuple) and flat[name].shape[:1] != (len(rate),):
             raise UsageError(
                 f"table `rates`: {name} of shape {flat[name].shape} has {len(rate)} rates; a tuple wants one for "
