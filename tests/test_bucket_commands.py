@@ -118,17 +118,17 @@ def test_answers_that_are_in_the_bucket_at_a_kill_are_not_asked_again(roots, buc
     settings = answer.Settings(max_new_tokens=4)
     heard = []
 
-    def speak(jobs):
+    def respond(jobs):
         for place, job in enumerate(jobs):
             if len(heard) == 2:
                 raise KeyboardInterrupt
             heard.append(job.question.id)
-            yield place, answer.Said("7", "stop")
+            yield place, answer.Response("7", "stop")
 
     monkeypatch.setattr(answer, "FLUSH_SECS", -1.0)  # each answer
     for _ in range(2):
         try:
-            answer.run(asked, speak, f"{bucket}/a.jsonl", "m", "run", settings)
+            answer.run(asked, respond, f"{bucket}/a.jsonl", "m", "run", settings)
         except KeyboardInterrupt:
             heard.append("killed")
     assert heard == ["0", "1", "killed", "2"]

@@ -153,16 +153,18 @@ def original_decoder(content: Mapping[str, Any], where: str) -> Decoder:
       UnusableCheckpoint: names the key.
     """
     unread.refuse_original(content, where)
-    classes = {part.original[0]: part for part in registry.decoders().values()}
-    said = content.get("architectures") or [next(iter(classes))]
-    if len(said) != 1 or said[0] not in classes:
+    decoders = registry.decoders().values()
+    classes = {part.original[0]: part for part in decoders}
+    # Files of the first LLaVA say "llava" or their decoder's own type.
+    types = {name: part for part in decoders for name in (part.original[1], f"llava_{part.kind}", part.kind)}
+    said, kind = content.get("architectures"), content.get("model_type") or "llava"
+    if said and (len(said) != 1 or said[0] not in classes):
         raise UnusableCheckpoint(f"{where}: architectures {said}; wanted one of {', '.join(classes)}")
-    part = classes[said[0]]
-    kind = content.get("model_type")
-    if kind not in (None, "llava", part.kind, f"llava_{part.kind}", part.original[1]):
-        raise UnusableCheckpoint(f"{where}: model_type is {kind!r} of a {classes[said[0]].original[0]}; wanted "
-                                 f"{part.original[1]!r}")  # fmt: skip
-    return part
+    if kind not in types:
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted one of {', '.join(types)}")
+    if said and kind != "llava" and types[kind] is not classes[said[0]]:
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}, architectures name a {said[0]}; want one model's")
+    return classes[said[0]] if said else types[kind]
 
 
 def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tensors: TensorFiles) -> LlavaConfig:

@@ -49,8 +49,8 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     (["export", "--format", "hf", "none", "DST"], 66, "there is no such checkpoint"),
     (["export", "--format", "gguf", "none", "DST"], 64, "invalid choice"),
     (["inspect", "none"], 66, "there is no such checkpoint"),
-    (["verify", "none", "--step", "x"], 64, "invalid int"),
-    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "no CLIP vision tower here"),
+    (["verify", "none", "--step", "x"], 64, "want the number of a step, or best"),
+    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "model_type is 'llava'; wanted a vision tower"),
     (["paint"], 64, "invalid choice"),
     ([], 64, "required"),
 ])  # fmt: skip

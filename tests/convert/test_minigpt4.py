@@ -235,7 +235,7 @@ def _four_layers(folder, change):
     (["--vision", "EVA", "--connector", "EVA"], 66, "no Q-Former of BLIP-2 here"),
     (["--vision", "BLIP2", "--connector", "BLIP2"], 66, "no EVA ViT here"),
     (["--vision", "EVA", "--connector", "BLIP2", "--select-layer", "-2"], 64, "every block runs; leave it out"),
-    (["--vision", "CLIP", "--image-size", "448"], 64, "is a CLIP"),
+    (["--vision", "CLIP", "--image-size", "450"], 64, "image_size=450: want a multiple of patch_size=14"),
     (["--vision", "EVA", "--connector", "BLIP2", "--projector-type", "perceiver"], 64, "a Q-Former, which"),
     (["--vision", "EVA", "--projector", "PROJ"], 66, "llama_proj.weight has shape (48, 64), wanted (48, 352)"),
 ])  # fmt: skip
