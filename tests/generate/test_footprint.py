@@ -73,7 +73,7 @@ def test_sixteen_requests_to_the_real_models_fit(preset, topology):
     here = devices(topology)
     held = weights(model, sharding.mesh_of_copies(len(here), here))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(held))
-    mesh = placement.choose_mesh(size, row, 16, here, chip.hbm_bytes)
+    mesh = placement.choose_mesh(size, row, 16, here, float(chip.hbm_bytes))
     found = footprint(model, mesh, 16, Shape(1024, 1536, 1))
     peaks = ", ".join(f"{name} {value / chips.GIB:.2f} GiB" for name, value in found._asdict().items())
     print(f"\n{preset}, 16 requests on {topology}, {dict(mesh.shape)}: {peaks} a chip")

@@ -67,5 +67,9 @@ def test_every_public_name_is_there_and_has_a_docstring():
         assert getattr(llava_jax, name).__doc__, name
     with pytest.raises(AttributeError, match="has no attribute 'Trainr'; it has Config, Conversation, "):
         _ = llava_jax.Trainr
+
+
+def test_setup_reads_the_version_where_the_package_has_it():
+    pytest.importorskip("setuptools")  # new environments have none
     setup = subprocess.run([sys.executable, "setup.py", "--version"], cwd=tiny.ROOT, capture_output=True, text=True)
     assert setup.stdout.split()[-1] == llava_jax.__version__, setup.stderr
