@@ -77,8 +77,6 @@ class Trainer:
           UsageError: `log.wandb` wants a package that is missing, or processes share devices and nobody said so.
         """
         distributed.join()
-        if distributed.index() == 0:  # it alone logs
-            metrics.check(config.log)
         if dataset is not None:
             config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=()))
         self.config = config
@@ -87,6 +85,9 @@ class Trainer:
         self._held: tuple[State, Any] | None = None  # the state and the frozen parameters, but for while `fit` has them
         self._checkpoints: Checkpoints | None = None  # of a `fit` that is under way
         self._warnings = list[str]()
+        with self._together():
+            if distributed.index() == 0:  # it alone logs
+                metrics.check(config.log)
 
     @functools.cached_property
     def workdir(self) -> epath.Path:
