@@ -4,9 +4,11 @@
       --workdir runs/llava_llama3_8b_siglip_finetune
 
 It starts from stage 1's projector in runs/llava_llama3_8b_siglip_pretrain. Rows of 4,096 positions hold three to
-four samples each; two rows on each of 16 chips make about 110 samples a step. Memory and time:
+four samples each; two rows on each of 16 chips, or one on each of 32, make 110 to 130 samples a step. Two rows need
+more than a v5e's 16 GB (17.75 GiB); memory and time of one:
 
-    python -m llava_jax.plan --config configs/llava_llama3_8b_siglip_finetune.py --topology v5e:4x4
+    python -m llava_jax.plan --config configs/llava_llama3_8b_siglip_finetune.py --topology v5e:4x8 \
+      --config.data.rows_per_chip=1 --config.data.rows_per_group=1 --config.data.images_per_group=5
 
 Data: those of llava15_7b_finetune.
 Numbers: LLaVA-MORE's, aimagelab/LLaVA-MORE scripts/llava-more/release_1/08_finetuning_siglip.sh@7156baf: 2e-5, one

@@ -4,9 +4,11 @@
       --workdir runs/llava_qwen3_8b_siglip_finetune
 
 It starts from stage 1's projector in runs/llava_qwen3_8b_siglip_pretrain. Rows of 4,096 positions hold three to
-four samples each; two rows on each of 16 chips make about 110 samples a step. Memory and time:
+four samples each; two rows on each of 16 chips, or four on each of 8, make 110 to 130 samples a step. Two rows
+need more than a v5e's 16 GB, as with Qwen2.5; memory and time of four:
 
-    python -m llava_jax.plan --config configs/llava_qwen3_8b_siglip_finetune.py --topology v5e:4x4
+    python -m llava_jax.plan --config configs/llava_qwen3_8b_siglip_finetune.py --topology v5p:2x2x2 \
+      --config.data.rows_per_chip=4
 
 Data: those of llava15_7b_finetune.
 Numbers: ours: those of llava_qwen25_7b_siglip_finetune. Nobody has published a LLaVA on Qwen3 with its numbers.
