@@ -1,8 +1,8 @@
 """The command `python -m llava_jax.convert`: weights of others in, weights for others out.
 
-import SRC DST [--vision CLIP_DIR]                     a LLaVA of Hugging Face or of the original code, or a BLIP-2
+import SRC DST [--vision TOWER_DIR]                    a LLaVA of Hugging Face or of the original code, or a BLIP-2
 import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code
-assemble DST --vision CLIP_DIR --llm LLAMA_DIR         a fresh LLaVA of its parts
+assemble DST --vision TOWER_DIR --llm LLM_DIR          a fresh LLaVA of its parts
 assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4
 assemble DST --vision eva_vit_g.pth --image-size 448 --projector minigptv2.pth --llm LLAMA_DIR    a MiniGPT-v2
 export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
@@ -84,19 +84,19 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("import", help="a LLaVA directory into a checkpoint")
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
-    verb.add_argument("--vision", metavar="CLIP_DIR", help="the tower of a LLaVA in the original format")
+    verb.add_argument("--vision", metavar="TOWER_DIR", help="the tower of a LLaVA in the original format")
     verb.add_argument("--base", metavar="CHECKPOINT", help="of a LoRA adapter: the imported model it was trained on")
     _add_prompt(verb)
-    verb = verbs.add_parser("assemble", help="a fresh LLaVA or MiniGPT-4 of a tower, a LLaMA and a connector")
+    verb = verbs.add_parser("assemble", help="a fresh LLaVA or MiniGPT-4 of tower, language model, connector")
     verb.add_argument("destination", metavar="DST")
-    verb.add_argument("--vision", metavar="TOWER", required=True, help="a CLIP directory, eva_vit_g.pth, or a BLIP-2")
-    verb.add_argument("--llm", metavar="LLAMA_DIR", required=True)
+    verb.add_argument("--vision", metavar="TOWER", required=True, help="a CLIP or SigLIP directory, eva_vit_g.pth, a BLIP-2")
+    verb.add_argument("--llm", metavar="LLM_DIR", required=True, help="a LLaMA, Mistral, Qwen2 or Qwen3 directory")
     projector = verb.add_mutually_exclusive_group()
     projector.add_argument("--projector", metavar="FILE", help="mm_projector.bin, safetensors, or MiniGPT-4's .pth")
     projector.add_argument("--projector-type", help="a new one: linear, mlp2x_gelu, qformer, perceiver, ...")
     verb.add_argument("--connector", metavar="BLIP2", help="a Q-Former: blip2_pretrained_*.pth, or a BLIP-2 directory")
-    verb.add_argument("--select-layer", type=int, help="hidden state of a CLIP, from the end; default -2")
-    verb.add_argument("--image-size", type=int, help="of an EVA: pixels a side, its positions are interpolated")
+    verb.add_argument("--select-layer", type=int, help="hidden state of a CLIP or SigLIP, from the end; default -2")
+    verb.add_argument("--image-size", type=int, help="pixels a side, to which the tower's positions are interpolated")
     verb.add_argument("--seed", type=int, default=0, help="of the new projector")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
