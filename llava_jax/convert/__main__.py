@@ -89,7 +89,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_prompt(verb)
     verb = verbs.add_parser("assemble", help="a fresh LLaVA or MiniGPT-4 of tower, language model, connector")
     verb.add_argument("destination", metavar="DST")
-    verb.add_argument("--vision", metavar="TOWER", required=True, help="a CLIP or SigLIP directory, eva_vit_g.pth, a BLIP-2")
+    verb.add_argument("--vision", metavar="TOWER", required=True,
+                      help="a CLIP or SigLIP directory, eva_vit_g.pth, or a BLIP-2")  # fmt: skip
     verb.add_argument("--llm", metavar="LLM_DIR", required=True, help="a LLaMA, Mistral, Qwen2 or Qwen3 directory")
     projector = verb.add_mutually_exclusive_group()
     projector.add_argument("--projector", metavar="FILE", help="mm_projector.bin, safetensors, or MiniGPT-4's .pth")
