@@ -166,7 +166,7 @@ def test_words_that_describe_no_tiles_are_refused(changes, message):
 def test_grids_belong_to_anyres_and_a_newline_to_the_model():
     with pytest.raises(UsageError, match='prompt.grids=.2x2. with prompt.image_mode="pad"'):
         anyres.tiling("pad", {"grids": "2x2"})
-    with pytest.raises(UsageError, match="set model.image_newline=True"):
+    with pytest.raises(UsageError, match="`convert assemble --newline` makes a base with one"):
         anyres.check(V16, False, 4)
     with pytest.raises(UsageError, match="5 features a tile are no square"):
         anyres.check(V16, True, 5)
