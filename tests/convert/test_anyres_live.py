@@ -15,6 +15,7 @@ from llava_jax import params
 from llava_jax.batch import Corners, lay_images
 from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing, llava, table
+from llava_jax.convert.files import TensorFiles
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
@@ -219,7 +220,9 @@ def worst_gradient(theirs, gradients, config):
     return found
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name.startswith("onevision") else pytest.mark.slow) for name in KINDS]
+)
 def test_an_export_answers_questions_about_pictures_with_our_ids(tmp_path, name):
     kind, rng, some = KINDS[name], np.random.default_rng(1), set()
     there_and_back(tmp_path, kind, loud=4)
@@ -237,3 +240,93 @@ def test_an_export_answers_questions_about_pictures_with_our_ids(tmp_path, name)
         assert found[0, inputs["input_ids"].shape[1] :].tolist()[: len(ours)] == list(ours)
         some.add(ours)
     assert len(some) > 1  # the pictures are seen
+
+
+def in_layout(tensors, layout):
+    """Tensors that transformers 5 saved, under the names of another layout."""
+    hub = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in tensors.items()}
+    found = tiny.renamed(hub, layout)
+    return {name.replace("image_newline", "model.image_newline") if layout == "original" else name: one
+            for name, one in found.items()}  # fmt: skip
+
+
+def leaves_of(folder):
+    return params.flatten(reader.load_params(folder, put=lambda name, leaf: leaf))
+
+
+def same(one, two):
+    assert one.keys() == two.keys()
+    for name, leaf in one.items():
+        assert leaf.dtype == two[name].dtype, name
+        np.testing.assert_array_equal(leaf.view("u1"), two[name].view("u1"), err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", KINDS)
+def test_what_was_imported_goes_out_and_in_again_bit_for_bit(tmp_path, name, dtype):
+    made_by_transformers(tmp_path / "in", KINDS[name], dtype)
+    importing.import_checkpoint(tmp_path / "in", tmp_path / "one")
+    wanted, leaves = model_json.read(tmp_path / "one"), leaves_of(tmp_path / "one")
+    for format in ("hf", "llava"):
+        exporting.export(format, tmp_path / "one", tmp_path / f"llava-{format}")
+        importing.import_checkpoint(tmp_path / f"llava-{format}", tmp_path / f"from {format}")
+        found = model_json.read(tmp_path / f"from {format}")
+        assert (found.model, found.prompt) == (wanted.model, wanted.prompt)
+        same(leaves_of(tmp_path / f"from {format}"), leaves)
+    theirs, ours = (json.loads((tmp_path / place / "config.json").read_text()) for place in ("in", "llava-hf"))
+    for key in ("architectures", "model_type", "image_grid_pinpoints", "vision_aspect_ratio", "vision_feature_layer",
+                "vision_feature_select_strategy"):  # fmt: skip
+        assert theirs.get(key) == ours.get(key), key
+
+
+@pytest.mark.parametrize("layout", ["hub", "new4", "new5"])
+def test_every_layout_of_names_is_read_alike(tmp_path, layout):
+    place = tmp_path / "in"
+    made_by_transformers(place, KINDS["onevision_siglip_qwen2"])  # in the layout leg5
+    importing.import_checkpoint(place, tmp_path / "one")
+    tensors = in_layout(load_file(place / "model.safetensors"), layout)
+    save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    importing.import_checkpoint(place, tmp_path / "two")
+    assert model_json.read(tmp_path / "two").source["layout"] == layout
+    same(leaves_of(tmp_path / "one"), leaves_of(tmp_path / "two"))
+
+
+CLIP_336 = transformers.CLIPVisionConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24,
+                                         num_attention_heads=16, image_size=336, patch_size=14)  # fmt: skip
+VICUNA = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+          "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
+          "rms_norm_eps": 1e-5}  # fmt: skip
+QWEN2 = {"rms_norm_eps": 1e-6, "rope_theta": 1e6, "max_position_embeddings": 32768}
+PUBLISHED = {  # preset -> the decoder's config.json, as far as it decides names and shapes; tower: OneVision's default
+    "llava16_7b": ("LlavaNext", transformers.LlamaConfig, VICUNA),
+    "llava16_13b": ("LlavaNext", transformers.LlamaConfig, VICUNA | {
+        "hidden_size": 5120, "intermediate_size": 13824, "num_hidden_layers": 40, "num_attention_heads": 40,
+        "num_key_value_heads": 40}),
+    "llava16_mistral_7b": ("LlavaNext", transformers.MistralConfig, VICUNA | {
+        "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 32768, "rope_theta": 1e6,
+        "sliding_window": None}),
+    "llava_onevision_05b": ("LlavaOnevision", transformers.Qwen2Config, QWEN2 | {
+        "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True}),
+    "llava_onevision_7b": ("LlavaOnevision", transformers.Qwen2Config, QWEN2 | {
+        "vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28,
+        "num_attention_heads": 28, "num_key_value_heads": 4}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_preset_has_the_names_and_shapes_of_transformers_model(name):
+    kind, text, sizes = PUBLISHED[name]
+    vision = {"vision_config": CLIP_336} if kind == "LlavaNext" else {}
+    config = getattr(transformers, f"{kind}Config")(text_config=text(**sizes), **vision)
+    with torch.device("meta"):
+        theirs = getattr(transformers, f"{kind}ForConditionalGeneration")(config)
+    ours = presets.get(name)
+    found = table.entries(params.flatten(abstract_params(ours)), llava.rows(llava.NEW5, ours),
+                          llava.first_layers(ours), "test")  # fmt: skip
+    assert {one: entry.their_shape for entry in found for one in entry.theirs} == {
+        one: tuple(tensor.shape) for one, tensor in theirs.named_parameters()
+    }
+    stored = TensorFiles("theirs", {})
+    stored.specs = {} if ours.llm.tie_embeddings else {llava.NEW5.head: None}
+    assert llava.read_hub_config(config.to_dict(), "theirs", llava.NEW5, stored) == ours
