@@ -5,19 +5,20 @@ import json
 from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import templates
+from llava_jax.prompt import anyres, templates
 
 _HUB = """# {name}
 
 A LLaVA exported by llava_jax: {model}.
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 ```
 
-Images: {images}. Use the PIL image processor (`backend="pil"`) for the very pixels of training.
+Images: {images}. The PIL image processor makes the very pixels of training:
+`processor.image_processor = AutoImageProcessor.from_pretrained("{name}", backend="pil")`.
 {pictures}
 {ending}
 {prompt}
@@ -73,7 +74,7 @@ Build the token ids with `llava_jax.prompt`, or write the prompt by hand as the 
 
 _ORIGINAL = """# {name}
 
-A LLaVA exported by llava_jax in the format of the original code (haotian-liu/LLaVA): {model}.
+A LLaVA exported by llava_jax in the format of the original code ({code}): {model}.
 
 Conversation template: `{template}`. Images: {images}.
 
@@ -130,8 +131,12 @@ def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str 
             "The vision tower lies in `vision_tower/`. `mm_vision_tower` in config.json holds its absolute path, the "
             "only form that the original code takes: change it when this directory moves."
         )
-    images = _IMAGES[prompt.image_mode]
-    return _ORIGINAL.format(name=name, model=_model(config), template=prompt.template, images=images, tower=where)
+    tiles = anyres.tiling(prompt.image_mode, prompt.tiling)
+    newer = tiles is not None and (tiles.max_tiles > 0 or not tiles.several)
+    return _ORIGINAL.format(
+        name=name, model=_model(config), template=prompt.template, images=_IMAGES[prompt.image_mode], tower=where,
+        code="LLaVA-VL/LLaVA-NeXT" if newer else "haotian-liu/LLaVA",
+    )  # fmt: skip
 
 
 def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:
