@@ -72,7 +72,7 @@ def test_what_stands_in_a_record_is_trained_on_refused_or_told():
             continue
         accepted += 1
         assert SIGN in str(result.conversation), raw
-    assert accepted > 80
+    assert accepted > 50
 
 
 def test_validate_and_training_refuse_the_same_of_them(folder, v1, tmp_path):
