@@ -91,11 +91,17 @@ def absolute(directory: epath.PathLike) -> epath.Path:
 
 
 def places(directory: epath.PathLike, base: Base) -> list[epath.Path]:
-    """Where a base of the checkpoint at `directory` may lie, the likeliest first."""
-    scheme, mark, inside = str(absolute(directory)).rpartition("://")
-    relative = posixpath.normpath(posixpath.join(inside, base.path))  # a bucket resolves no ".."
-    near = base.path if is_bucket(base.path) or os.path.isabs(base.path) else f"{scheme}{mark}{relative}"
-    return [epath.Path(place) for place in dict.fromkeys((near, base.origin)) if place]
+    """Where a base of the checkpoint at `directory` may lie, the likeliest first; a link leads to where it points."""
+    here = str(absolute(directory))
+    homes = [here] if is_bucket(here) else [here, os.path.realpath(here)]
+    near = [base.path] if is_bucket(base.path) or os.path.isabs(base.path) else [_beside(home, base) for home in homes]
+    return [epath.Path(place) for place in dict.fromkeys((*near, base.origin)) if place]
+
+
+def _beside(home: str, base: Base) -> str:
+    """A relative path from a directory; a bucket resolves no ".."."""
+    scheme, mark, inside = home.rpartition("://")
+    return f"{scheme}{mark}{posixpath.normpath(posixpath.join(inside, base.path))}"
 
 
 def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[str, bytes]) -> None:
