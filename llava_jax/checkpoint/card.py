@@ -196,14 +196,18 @@ def missing(directory: epath.PathLike) -> str:
     if exists(directory):
         return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; name a directory that `convert` or "
                 "`train` wrote (a run has its model.json once it has begun to train)")  # fmt: skip
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        name = directory.name
-        hub = (f"; if it is a model on Hugging Face: `hf download {directory} --local-dir {name}`, then "
-               f"`python -m llava_jax.convert import {name} DST`")  # fmt: skip
-    else:
-        hub = ""
+    hub = download(directory)
+    hub = hub and f"{hub}, then `python -m llava_jax.convert import {directory.name} DST`"
     return (f"{directory}: there is no such checkpoint. `convert import` and `convert assemble` write them from "
             f"downloaded weights, `train --workdir` those of a stage that you train{hub}")  # fmt: skip
+
+
+def download(directory: epath.PathLike) -> str:
+    """"; if it is a model on Hugging Face: `hf download ...`" for what could be the name of one; else ""."""
+    name = os.fspath(directory)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or exists(name):
+        return ""
+    return f"; if it is a model on Hugging Face: `hf download {name} --local-dir {name.partition('/')[2]}`"
 
 
 def _check_tokenizer(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, bytes]:

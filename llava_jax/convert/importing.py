@@ -60,6 +60,8 @@ def import_checkpoint(
       ValueError: `destination` exists, or an option is wrong.
     """
     directory = epath.Path(source)
+    if files.exists(directory / cards.FILE):
+        raise UnusableCheckpoint(f"{directory} is a checkpoint of llava_jax already ({cards.FILE}): it needs no import")
     content = read_json(directory / "config.json")
     try:
         config, parts, layout = _read(directory, content, vision)
