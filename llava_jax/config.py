@@ -23,7 +23,7 @@ Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: 
 
 @dataclass(frozen=True)
 class Model:
-    preset: str = ""  # a name of models.presets; "": what the card of `base` says
+    preset: str = ""  # a name of models.presets; "": what the metadata of `base` says
     base: str = ""  # checkpoint directory of the starting weights; "": random
     start: str = ""  # checkpoint directory that for part of the model: stage 1's, or an imported projector
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute and frozen weights; trainable ones are float32
@@ -34,7 +34,11 @@ class Model:
 @dataclass(frozen=True)
 class Prompt:
     template: str = "v1"
-    image_mode: Literal["square", "pad", "squash"] = "pad"
+    image_mode: Literal["square", "pad", "squash", "anyres"] = "pad"
+    grids: str = ""  # of anyres: columns x rows of tiles, such as "1x2 2x1 2x2 3x1 1x3"; the first of equals is taken
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"  # of anyres: the tiles' features in order
+    max_tiles: int = 0  # of anyres: features of more tiles are resized to so many ("anyres_max_9"); 0: never
+    several: Literal["anyres", "pad"] = "anyres"  # of anyres: what several pictures of a conversation are, each
     image_start_end: bool = False
     legacy: bool | None = None  # the SentencePiece prefix rule; None: what the tokenizer's own files say
     tokenizer: str = ""  # directory or file; "": the one in `model.base`

@@ -1,6 +1,6 @@
 """Their weights into our checkpoint: a whole LLaVA or BLIP-2, or one put together from its parts.
 
-Leaves are read and written one at a time, and the directory gets its name when all are there.
+Tensors are read and written one at a time, and the directory gets its name when all are there.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files, params
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import llava, minigpt4, processor, table, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
@@ -60,8 +59,8 @@ def import_checkpoint(
       ValueError: `destination` exists, or an option is wrong.
     """
     directory = epath.Path(source)
-    if files.exists(directory / cards.FILE):
-        raise UnusableCheckpoint(f"{directory} is a checkpoint of llava_jax already ({cards.FILE}): it needs no import")
+    if files.exists(directory / model_json.FILE):
+        raise UnusableCheckpoint(f"{directory} is a llava_jax checkpoint already ({model_json.FILE}): it needs no import")
     content = read_json(directory / "config.json")
     try:
         config, parts, layout = _read(directory, content, vision)
@@ -165,12 +164,12 @@ def assemble(
 
 def _assembled_prompt(
     options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: epath.Path, template: str
-) -> cards.PromptCard:
+) -> model_json.PromptMetadata:
     mode, legacy = "pad", options.legacy
     if is_eva:
         template = minigpt4.V2_TEMPLATE if adapted else minigpt4.TEMPLATES.get(kind, template)
         mode, legacy = "squash", minigpt4.legacy(llm) if legacy is None else legacy
-    return cards.PromptCard(options.template or template, legacy, options.image_mode or mode, False)
+    return model_json.PromptMetadata(options.template or template, legacy, options.image_mode or mode, False)
 
 
 def _tower(
@@ -276,17 +275,20 @@ def _original(
 
 
 def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
-    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word."""
+    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word. A config.json beside it, as
+    stage 1 of the original code and `export --format projector` leave one, names connectors that are no mere layers."""
     first = next(iter(tensors.specs), "")
     prefix, mark, _ = first.partition("mm_projector.")
     if not mark:
         raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's or llama_proj's")
     layout = llava.ORIGINAL._replace(projector=prefix + mark)
-    return llava.projector_kind(list(tensors.specs), layout.projector, {}), layout
+    beside = tensors.path.parent / "config.json"
+    content = read_json(beside) if files.is_file(beside) else {}
+    return llava.projector_kind(list(tensors.specs), layout.projector, content), layout
 
 
 def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:
-    """All leaves that are in no file."""
+    """All parameters that are in no file."""
     read = tuple(start for part in parts for start in part.leaves)
     fresh = {}
     if "projector/" not in read:
@@ -341,7 +343,7 @@ def _seen(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
 
 def _prompt(
     directory: epath.Path, content: Mapping[str, Any], options: PromptOptions, decoder: Decoder
-) -> cards.PromptCard:
+) -> model_json.PromptMetadata:
     """Options first, then what an export of ours kept, then what the format itself says."""
     kept = content.get(OURS) or {}
     if minigpt4.is_hub(content):
@@ -355,7 +357,7 @@ def _prompt(
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", decoder.template)
-    return cards.PromptCard(template, options.legacy, mode, marks)
+    return model_json.PromptMetadata(template, options.legacy, mode, marks)
 
 
 def _write(
@@ -363,12 +365,12 @@ def _write(
     config: LlavaConfig,
     parts: Sequence[Part],
     fresh: Mapping[str, np.ndarray],
-    prompt: cards.PromptCard,
+    prompt: model_json.PromptMetadata,
     words_directory: epath.Path,
     origin: Mapping[str, Any],
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
-    """Checks that everything fits, then writes the checkpoint. A leaf is of the first part that can hold it."""
+    """Checks that everything fits, then writes the checkpoint. A parameter is of the first part that can hold it."""
     words = tokenizer.load(words_directory, prompt.legacy)
     ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:
@@ -385,12 +387,12 @@ def _write(
         dtypes |= table.check(found, part.tensors, (*llava.ignored(config), *part.ignored))
         sources += [(entry, part.tensors) for entry in found]
     dtypes |= {name: leaf.dtype for name, leaf in fresh.items()}
-    store.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))
+    reader.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))
     source = {**origin, "dtypes": {name: str(dtype) for name, dtype in sorted(dtypes.items())}}
     prompt = dataclasses.replace(prompt, legacy=words.legacy)
-    with store.staged(destination) as partial:
-        with store.LeafWriter(partial / "0" / store.PARAMS) as writer:
+    with reader.staged(destination) as partial:
+        with reader.TensorWriter(partial / "0" / reader.PARAMS) as writer:
             table.write_leaves(writer, sources)
             for name, leaf in fresh.items():
                 writer.write(name, leaf)
-        cards.write_card(partial, cards.Card(config_to_json(config), prompt, (), source), words.files())
+        model_json.write(partial, model_json.Metadata(config_to_json(config), prompt, (), source), words.files())

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import llava, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
@@ -93,7 +93,7 @@ def read_hub(content: Mapping[str, Any], where: str, tensors: TensorFiles, ln_ep
 
 
 def hub_part(config: LlavaConfig, tensors: TensorFiles) -> Part:
-    """All leaves of a model out of a Hugging Face directory."""
+    """All parameters of a model out of a Hugging Face directory."""
     return Part(("",), views.with_split_biases(tensors), hub_rows(config))
 
 
@@ -224,7 +224,7 @@ def hub_config_json(
     if not isinstance(config.vision, EvaConfig) or not isinstance(config.resampler, QFormerConfig):
         raise UsageError(
             f"the Hugging Face format has no model with the connector {config.projector!r} on this tower; only EVA "
-            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu"
+            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu. `convert merge` writes a whole checkpoint of our own"
         )
     return {
         "architectures": [HUB_CLASS],
@@ -257,7 +257,7 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 def _want(path: epath.Path, what: str) -> None:
     if not files.exists(path):
-        raise MissingWeights(f"{path}: no such file or directory; wanted {what}{cards.download(path)}")
+        raise MissingWeights(f"{path}: no such file or directory; wanted {what}{model_json.download(path)}")
 
 
 def _open_hub(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:

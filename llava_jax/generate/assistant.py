@@ -16,10 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax import params
-from llava_jax.batch import Example
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import sharded, store
-from llava_jax.checkpoint.leaves import Leaves
+from llava_jax.batch import Example, alone, lay_images
+from llava_jax.checkpoint import model_json, reader, sharded
+from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement
 from llava_jax.generate.engine import Engine, Request, Shape
@@ -27,9 +26,9 @@ from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.models.vit import NEVER_RUN
+from llava_jax.models.names import NEVER_RUN
+from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt import conversation as questions
-from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode, pictures
 
@@ -90,7 +89,7 @@ class Assistant:
 
     @classmethod
     def open(
-        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: store.Step = None,
+        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: reader.Step = None,
         template: str | None = None, mesh: Mesh | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
@@ -102,28 +101,29 @@ class Assistant:
           mesh: as for the class.
 
         Raises:
-          UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its card.
+          UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its metadata.
           ValueError, FileNotFoundError: an unknown template or dtype, a damaged tokenizer.
         """
-        card = cards.read_card(directory)
-        config = presets.config_from_json(dict(card.model))
+        metadata = model_json.read(directory)
+        config = presets.config_from_json(dict(metadata.model))
         kind = _dtype(dtype)
-        words = tokenizer.load(epath.Path(directory) / cards.TOKENIZER, legacy=card.prompt.legacy)
-        chosen = templates.get(template or card.prompt.template)
-        ending.check(chosen, words, str(directory), card.prompt.image_start_end)
+        words = tokenizer.load(epath.Path(directory) / model_json.TOKENIZER, legacy=metadata.prompt.legacy)
+        chosen = templates.get(template or metadata.prompt.template)
+        ending.check(chosen, words, str(directory), metadata.prompt.image_start_end)
         format = Format(
             chosen, words, config.vision.image_size, config.image_features,
-            card.prompt.image_mode, card.prompt.image_start_end, config.vision.mean, config.vision.resample,
+            metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
+            anyres.tiling(metadata.prompt.image_mode, metadata.prompt.tiling),
         )  # fmt: skip
-        places = store.places(directory, step)
-        specs = {name: leaves.spec(name) for name, leaves in places.items() if not name.startswith(NEVER_RUN)}
+        sources = reader.sources(directory, step)
+        specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
         shapes = _names(lora.add_found(abstract_params(config), specs))
-        store.check_specs(specs, shapes, str(directory))
+        reader.check_specs(specs, shapes, str(directory))
         model = Llava(config, kind)
         held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
                 for name, x in shapes.items()}  # fmt: skip
         mesh = mesh or placement.mesh_for(model, held, slots)
-        return cls(model, _read(places, held, mesh), format, slots, mesh)
+        return cls(model, _read(sources, held, mesh), format, slots, mesh)
 
     def generate(
         self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
@@ -211,7 +211,10 @@ class Assistant:
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        pixels = np.stack(pictures(images, self.format, image_root))
+        if self.format.tiling:
+            raise UsageError("image_features: the features of a tiled picture are not of one shape; want `encode` and "
+                             "`logps`, or a model without tiles")  # fmt: skip
+        pixels = np.stack([picture.tiles[0] for picture in pictures(images, self.format, image_root)])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
         return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
 
@@ -291,7 +294,7 @@ class Assistant:
         example = encode(conversation, self.format, reply=True, open_images=False)
         limit = self.model.config.llm.usable_positions
         try:
-            return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
+            return engine.shape_of(len(example.tokens), example.tiles, max_new_tokens, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
@@ -301,17 +304,17 @@ class Assistant:
             raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
         try:
             limit = self.model.config.llm.usable_positions
-            return engine.shape_to_read(len(example.tokens), len(example.image_spans), limit)
+            return engine.shape_to_read(len(example.tokens), example.tiles, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
     def _request(self, example: Example, max_new_tokens: int, sampling: Sampling) -> Request:
         image_slots = np.full(len(example.tokens), -1, np.int32)
-        for i, (start, length) in enumerate(example.image_spans):
-            image_slots[start : start + length] = i * length + np.arange(length)
+        corners = alone(image_slots) if self.format.resizes else None
+        lay_images(example, image_slots, corners, 0, engine.pictures(example.tiles))
         side = self.format.image_size
         pixels = np.stack(example.images) if example.images else np.zeros((0, side, side, 3), np.uint8)
-        return Request(example.tokens, image_slots, pixels, max_new_tokens, sampling)
+        return Request(example.tokens, image_slots, pixels, max_new_tokens, sampling, corners)
 
     def _answer(
         self, requests: Sequence[Request], shape: Shape, on_piece: Callable[[str], None] | None = None
@@ -367,13 +370,15 @@ def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversa
     return prompt
 
 
-def _read(places: Mapping[str, Leaves], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, Any]:
+def _read(
+    sources: Mapping[str, Tensors], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+) -> dict[str, Any]:
     """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
     structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
     put = functools.partial(placement.put, mesh=mesh)
     if placement.spans_processes(mesh):
-        return params.unflatten(sharded.load_checked(places, structs, put))
-    return params.unflatten(sharded.load(places, structs, put, whole=tuple(structs))[0])
+        return params.unflatten(sharded.load_checked(sources, structs, put))
+    return params.unflatten(sharded.load(sources, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

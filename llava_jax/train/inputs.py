@@ -9,7 +9,7 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import params, sharding, typed
-from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import model_json
 from llava_jax.data.datasets import of_dataset
 from llava_jax.data.feed import Feed
 from llava_jax.data.packed import Packed
@@ -18,7 +18,7 @@ from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.errors import DataError, UsageError
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
 from llava_jax.train import program as programs
 
@@ -36,7 +36,7 @@ def model_config(model: configs.Model) -> LlavaConfig:
         if not model.preset:
             raise UsageError("model.preset and model.base are both empty: name one of them")
         return presets.get(model.preset)
-    held = presets.config_from_json(dict(cards.read_card(model.base).model))
+    held = presets.config_from_json(dict(model_json.read(model.base).model))
     if model.preset and presets.get(model.preset) != held:
         wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
         raise UsageError(
@@ -59,17 +59,25 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
     programs.check(config, sizes)  # before rows are planned, which an absurd length makes endless
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
-    place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
+    place = config.prompt.tokenizer or epath.Path(config.model.base) / model_json.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
     rows = sizes.llm.vocab + sizes.llm.added_tokens
     if words.size > rows:
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
     ending.check(template, words, str(place), config.prompt.image_start_end)
+    tiling = _tiling(config.prompt)
+    anyres.check(tiling, sizes.image_newline, sizes.image_features)
     return Format(
         template, words, sizes.vision.image_size, sizes.image_features, config.prompt.image_mode,
         config.prompt.image_start_end, sizes.vision.mean, sizes.vision.resample,
+        tiling,
     )  # fmt: skip
+
+
+def _tiling(prompt: configs.Prompt) -> anyres.Tiling | None:
+    words = {"grids": prompt.grids, "merge": prompt.merge, "max_tiles": prompt.max_tiles, "several": prompt.several}
+    return anyres.tiling(prompt.image_mode, words)
 
 
 def open_sources(config: configs.Config, dataset: Any) -> tuple[list[Source], list[Source]]:

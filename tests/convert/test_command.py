@@ -35,13 +35,13 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     assert code == 64 and error.count("\n") == 1 and "exists already and is not overwritten" in error
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "out", "whole", "clip", "llm", "new"}
     code, _, error = run(capsys, "import", ours, tmp_path / "twice")
-    assert code == 66 and "is a checkpoint of llava_jax already (model.json): it needs no import" in error
+    assert code == 66 and "is a llava_jax checkpoint already (model.json): it needs no import" in error
     leaf = next((tmp_path / "whole" / "0" / "params" / "vision.cls").glob("[0-9]*"))
     content = bytearray(leaf.read_bytes())
     content[3] ^= 4
     leaf.write_bytes(content)
     code, _, error = run(capsys, "verify", tmp_path / "whole")
-    assert code == 66 and error.count("\n") == 1 and "leaf vision/cls is damaged" in error
+    assert code == 66 and error.count("\n") == 1 and "parameter vision/cls is damaged" in error
 
 
 @pytest.mark.parametrize("arguments, code, message", [
@@ -70,7 +70,7 @@ def test_a_full_disk_in_the_middle_leaves_nothing(tmp_path, capsys, hub, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importing.cards, "write_card", full)
+    monkeypatch.setattr(importing.model_json, "write", full)
     code, _, error = run(capsys, "import", hub, tmp_path / "dst")
     assert code == 66 and error == "convert import: [Errno 28] No space left on device\n"
     assert not list(tmp_path.iterdir())
