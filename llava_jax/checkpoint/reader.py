@@ -26,8 +26,8 @@ from llava_jax.errors import UnusableCheckpoint
 
 __all__ = [
     "PARAMS", "TensorWriter", "Step", "absolute", "best_step", "check_specs", "fingerprint", "holding", "is_finished",
-    "latest_step", "newest_step", "tensor_specs", "load_params", "number", "numbered", "own_tensors", "own_specs", "sources",
-    "read_tensor", "staged", "steps",
+    "latest_step", "newest_step", "tensor_specs", "load_params", "number", "numbered", "own_tensors", "own_specs",
+    "sources", "read_tensor", "staged", "steps",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)

@@ -60,7 +60,7 @@ def import_checkpoint(
     """
     directory = epath.Path(source)
     if files.exists(directory / model_json.FILE):
-        raise UnusableCheckpoint(f"{directory} is a llava_jax checkpoint already ({model_json.FILE}): it needs no import")
+        raise UnusableCheckpoint(f"{directory} is a llava_jax checkpoint already ({model_json.FILE}): import nothing")
     content = read_json(directory / "config.json")
     try:
         config, parts, layout = _read(directory, content, vision)

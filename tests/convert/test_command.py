@@ -35,7 +35,7 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     assert code == 64 and error.count("\n") == 1 and "exists already and is not overwritten" in error
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "out", "whole", "clip", "llm", "new"}
     code, _, error = run(capsys, "import", ours, tmp_path / "twice")
-    assert code == 66 and "is a llava_jax checkpoint already (model.json): it needs no import" in error
+    assert code == 66 and "is a llava_jax checkpoint already (model.json): import nothing" in error
     leaf = next((tmp_path / "whole" / "0" / "params" / "vision.cls").glob("[0-9]*"))
     content = bytearray(leaf.read_bytes())
     content[3] ^= 4
