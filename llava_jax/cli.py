@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from llava_jax import errors, known_names
 from llava_jax.errors import UsageError
-from llava_jax.files import is_bucket
+from llava_jax.files import is_bucket, other_store
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
 # Earlier names of options, and names that people bring from elsewhere -> ours.
@@ -148,6 +148,15 @@ def step(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
+def _scheme(error: KeyError | ImportError) -> str:
+    """How the paths begin that etils cannot read, of a store that it does not know or whose client is missing; "" where
+    the exception says something else."""
+    if isinstance(error, KeyError):
+        return str(error.args[0]) if re.fullmatch(r"\('[a-zA-Z][a-zA-Z0-9+.-]*://',\)", str(error.args)) else ""
+    clients = {"gcsfs": "gs://", "s3fs": "s3://", "adlfs": "az://", "fsspec": "gs://"}
+    return next((scheme for package, scheme in clients.items() if package in str(error)), "")
+
+
 def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
     """The exit code of a command. An exception of `errors` is one line that begins with `name`; others go through.
 
@@ -164,9 +173,13 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
     except KeyboardInterrupt:
         print(f"{name}: {interrupted}", file=sys.stderr)
         return INTERRUPTED
-    except ImportError as error:
-        if not any(package in str(error) for package in ("gcsfs", "fsspec")):
+    except (KeyError, ImportError) as error:
+        scheme = _scheme(error)
+        if not scheme:
             raise
+        if scheme != "gs://":
+            print(f"{name}: {other_store(scheme)}", file=sys.stderr)
+            return errors.USAGE
         print(f'{name}: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name '
               "a path on a disk", file=sys.stderr)  # fmt: skip
         return errors.USAGE

@@ -7,9 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from llava_jax import __main__ as commands
-from llava_jax import cli
+from llava_jax import cli, files
 from llava_jax.errors import DataError, UsageError
 
 
@@ -85,6 +86,18 @@ def test_errors_of_ours_end_with_their_code_and_others_with_a_traceback(capsys):
     assert cli.run("tool", fail) == 65 and capsys.readouterr().err == "tool: a.json: bad\n"
     with pytest.raises(argparse.ArgumentTypeError):
         cli.run("tool", lambda: (_ for _ in ()).throw(argparse.ArgumentTypeError("fault")))
+
+
+@pytest.mark.parametrize("url", ["https://huggingface.co/org/name", "s3://bucket/x", "az://bucket/x", "ftp://x"])
+def test_a_url_in_the_place_of_a_path_is_one_line(url, capsys):
+    scheme = url.partition("/")[0] + "//"
+    reads = (lambda: epath.Path(url).read_text(), lambda: files.read(url), lambda: files.exists(url))
+    for read in reads:
+        assert cli.run("tool", read) == 64
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"tool: a path that begins with {scheme}: want a path on a disk" in line and "hf download" in line
+    with pytest.raises(KeyError):
+        cli.run("tool", lambda: {}["https://x"])
 
 
 def test_the_settings_of_a_config_are_taken_out_of_a_command():

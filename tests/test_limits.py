@@ -32,7 +32,7 @@ data.row_tokens 0 -5 1e9 1000000000 none ²
 data.rows_per_chip -1 1000000000
 data.rows_per_group 0 2 1000000000
 data.images_per_group 0 -1 1000000000
-data.skip_budget -0.1 1.01 nan inf
+data.skip_budget -0.1 1 1.01 nan inf
 data.threads 0 100000
 data.lengths 64 (64,)
 data.layout ragged
@@ -82,7 +82,7 @@ profile -1 1000000
 ACCEPTED = """
 data.batch_samples 128
 data.images_per_group 10
-data.skip_budget 0 1
+data.skip_budget 0 0.5 0.999
 data.threads 1 64
 data.sources.0.weight 0.5 10
 train.lr 0 1e-3 1

@@ -15,6 +15,7 @@ import safetensors
 from etils import epath
 
 from llava_jax import files, streams
+from llava_jax.checkpoint.model_json import download
 from llava_jax.convert import torch_zip
 from llava_jax.errors import MissingWeights, UnusableCheckpoint
 
@@ -161,7 +162,7 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(files.read(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise MissingWeights(f"{path} is missing; wanted a copy of the whole directory") from None
+        raise MissingWeights(f"{path} is missing; want a copy of the whole directory{download(path.parent)}") from None
     except (ValueError, RecursionError) as error:
         raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):

@@ -59,6 +59,8 @@ def import_checkpoint(
       ValueError: `destination` exists, or an option is wrong.
     """
     directory = epath.Path(source)
+    if files.exists(directory / model_json.FILE):
+        raise UnusableCheckpoint(f"{directory} is a llava_jax checkpoint already ({model_json.FILE}): import nothing")
     content = read_json(directory / "config.json")
     try:
         config, parts, layout = _read(directory, content, vision)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import llava, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
@@ -256,7 +257,7 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 def _want(path: epath.Path, what: str) -> None:
     if not files.exists(path):
-        raise MissingWeights(f"{path}: no such file or directory; wanted {what}")
+        raise MissingWeights(f"{path}: no such file or directory; wanted {what}{model_json.download(path)}")
 
 
 def _open_hub(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:

@@ -22,7 +22,7 @@ from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
 from llava_jax.train import program as programs
 
-ALL_BUT_ONE = 1 - 1e-9  # a skip budget
+ALL_BUT_ONE = 0.999999  # a skip budget
 
 
 def model_config(model: configs.Model) -> LlavaConfig:

@@ -65,6 +65,9 @@ def after(row: Mapping[str, Any], model: DecoderConfig, warmup: int) -> list[str
         return ["a batch has no supervised tokens, so its loss is 0: see `python -m llava_jax.data show RECORDS`"]
     if row["loss"] == 0:
         return ["the loss is exactly 0: are the answers in the prompt, or the targets all one token?"]
+    if row["grad_norm"] == 0:
+        return ["the gradient of a step is exactly 0: nothing in its records reaches a parameter that `rates` trains. "
+                "Text without a picture teaches a projector nothing, and a tower's last block may never run"]
     chance = math.log(model.vocab)
     if row["step"] == warmup + SETTLED and row["loss"] >= chance:
         return [f"the loss after the warm-up is {row['loss']:.2f}, no better than guessing among {model.vocab:,} words "

@@ -72,6 +72,16 @@ def test_verify_is_not_content_with_what_it_cannot_compare(half, tmp_path):
     assert reports.verify(tmp_path / "whole").endswith("all as they were written")
 
 
+def test_verify_is_not_content_with_an_older_step_than_the_damaged_newest(half, tmp_path):
+    shutil.copytree(half[1], tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours" / "0", tmp_path / "ours" / "5")
+    assert reports.verify(tmp_path / "ours").endswith("all as they were written")
+    (tmp_path / "ours" / "5" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(UnusableCheckpoint, match="step 5 is damaged, .*--step 0"):
+        reports.verify(tmp_path / "ours")
+    assert reports.verify(tmp_path / "ours", 0).endswith("all as they were written")
+
+
 def test_leaves_are_theirs_transposed_and_stacked(half):
     hub, ours = half
     leaves = loaded(ours)

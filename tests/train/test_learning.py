@@ -8,7 +8,7 @@ from llava_jax.models import presets
 from llava_jax.train import learning
 
 LLM = presets.get("tiny").llm
-ROW = {"step": 13, "loss": 1.5, "tokens": 20}
+ROW = {"step": 13, "loss": 1.5, "tokens": 20, "grad_norm": 0.1}
 
 
 def config(steps=None, loss="token_mean", accumulate=1, group_samples=16, **data):
@@ -65,6 +65,7 @@ def test_the_remedy_is_a_config_whose_run_says_nothing_more(kind, samples, parts
     [
         ({"tokens": 0, "loss": 0.0}, "no supervised tokens"),
         ({"loss": 0.0}, "exactly 0"),
+        ({"grad_norm": 0.0}, "the gradient of a step is exactly 0"),
         ({"loss": 6.9}, "no better than guessing among 960 words"),
     ],
 )

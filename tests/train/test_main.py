@@ -315,7 +315,10 @@ def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(cop
     assert train(config, workdir, **{"train.steps": 15}) == 64
     error = capsys.readouterr().err
     assert "train.steps: 12 -> 15" in error and "--config.train.lengthen=true" in error
-    assert f"--workdir NEW --config.model.base={workdir}" in error
+    option = f"--config.model.base={workdir}"
+    assert f"--workdir NEW {option}. " in error
+    assert main(["--config", str(config), "--workdir", f"{workdir}-new", option]) == 0
+    capsys.readouterr()
     assert train(config, workdir, **{"train.steps": 15, "train.lengthen": "true"}) == 0
     assert "goes on after step 12" in capsys.readouterr().out
     assert list(losses(workdir)) == list(range(1, 16)) and before.items() <= losses(workdir).items()
