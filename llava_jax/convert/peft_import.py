@@ -14,7 +14,7 @@ from etils import epath
 from llava_jax import files
 from llava_jax.checkpoint import card as cards
 from llava_jax.checkpoint import store
-from llava_jax.convert import llava, table
+from llava_jax.convert import llava, table, unread
 from llava_jax.convert.files import TensorFiles, open_files, read_json
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.convert.peft import CONFIG, PREFIX, PROMPT
@@ -253,7 +253,8 @@ def _whole(found: Iterable[Tensor]) -> list[Entry]:
 
 def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> cards.PromptCard:
     """Options first, then what the adapter's directory says, then the base."""
-    kept = read_json(directory / PROMPT) if files.is_file(directory / PROMPT) else {}
+    file = directory / PROMPT
+    kept = unread.kept(read_json(file) if files.is_file(file) else {}, str(file))
     content = read_json(directory / "config.json") if files.is_file(directory / "config.json") else {}
     if llava.is_original(content):
         kept["image_mode"] = "pad" if content.get("image_aspect_ratio") == "pad" else "square"

@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, through
 from llava_jax.models.names import PATCH, SAME, Row, linear, norm
-from llava_jax.models.parts import TowerConfig, check
+from llava_jax.models.parts import Content, TowerConfig, check, check_choice, check_numbers
 from llava_jax.models.remat import remat
 
 NEVER_RUN = "vision/tail/"  # beginning of the parameters after the selected hidden state, kept for a round trip
@@ -162,6 +163,16 @@ def first_layers(config: VisionConfig) -> dict[str, int]:
 
 # What every tower's config.json has.
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
+
+
+def check_json(values: Content, where: str) -> None:
+    """Raises UnusableCheckpoint unless a config.json, filled with its kind's defaults, is of a tower that runs here."""
+    check_numbers(values, SIZES, "layer_norm_eps", where)
+    check_choice(values, "num_channels", (3,), where)
+    check_choice(values, "hidden_act", ACTIVATIONS, where)
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width % heads:
+        raise UnusableCheckpoint(f"{where}: hidden_size is {width}; wanted a multiple of num_attention_heads={heads}")
 
 
 def sizes_of(values: Any) -> dict[str, Any]:
