@@ -250,7 +250,7 @@ def _original(
     if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
-    known = name in hub and layout.vision + hub[name][0].mark in tensors.specs
+    known = name in list(hub) and layout.vision + hub[name][0].mark in tensors.specs
     if vision is None and not known:
         raise UsageError(
             f"{directory}: its vision tower {name!r} is not in it; download that model and give it as --vision"

@@ -102,7 +102,7 @@ def read_sizes(values: Content, where: str) -> dict[str, Any]:
     return {
         "vocab": values["vocab_size"], "width": values["hidden_size"], "mlp_width": values["intermediate_size"],
         "layers": values["num_hidden_layers"], "heads": heads, "kv_heads": kv_heads, "head_width": head_width,
-        "eps": values["rms_norm_eps"],
+        "eps": float(values["rms_norm_eps"]),
         "rope_theta": theta, "rope_scaling": scaling, "max_positions": values["max_position_embeddings"],
         "tie_embeddings": values["tie_word_embeddings"],
     }  # fmt: skip

@@ -27,8 +27,8 @@ ACTIVATIONS = {
 class VisionConfig(TowerConfig):
     """A tower whose features are one of its hidden states; names as in transformers' CLIPVisionConfig.
 
-    select_layer: index into the hidden states (0 is the first block's input, k the output of block k, negative from
-      the end); blocks after it never run. LLaVA takes -2, without the norm after the last block.
+    select_layer: index into the hidden states (k is the output of block k, from 1; negative from the end); blocks
+      after it never run. LLaVA takes -2, without the norm after the last block.
     """
 
     act: str = "quick_gelu"
@@ -37,8 +37,8 @@ class VisionConfig(TowerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.act in ACTIVATIONS, "act", self.act, " or ".join(ACTIVATIONS))
-        check(-self.layers - 1 <= self.select_layer <= self.layers, "select_layer", self.select_layer,
-              f"between {-self.layers - 1} and {self.layers}")  # fmt: skip
+        check(1 <= self.run_layers <= self.layers, "select_layer", self.select_layer,
+              f"between 1 and {self.layers}, or from the end between -{self.layers} and -1")  # fmt: skip
 
     @property
     def run_layers(self) -> int:
@@ -180,7 +180,7 @@ def sizes_of(values: Any) -> dict[str, Any]:
     return {
         "image_size": values["image_size"], "patch_size": values["patch_size"], "width": values["hidden_size"],
         "mlp_width": values["intermediate_size"], "layers": values["num_hidden_layers"],
-        "heads": values["num_attention_heads"], "eps": values["layer_norm_eps"],
+        "heads": values["num_attention_heads"], "eps": float(values["layer_norm_eps"]),
     }  # fmt: skip
 
 

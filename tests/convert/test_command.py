@@ -50,7 +50,7 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     (["export", "--format", "gguf", "none", "DST"], 64, "invalid choice"),
     (["inspect", "none"], 66, "there is no such checkpoint"),
     (["verify", "none", "--step", "x"], 64, "want the number of a step, or best"),
-    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "model_type is 'llava'; wanted a vision tower"),
+    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "tower's model_type is 'llava'; wanted one of clip"),
     (["paint"], 64, "invalid choice"),
     ([], 64, "required"),
 ])  # fmt: skip
