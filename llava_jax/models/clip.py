@@ -76,7 +76,7 @@ def read_config(content: Content, where: str, select_layer: int, select_feature:
     if kind not in _TYPES:
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted {_TYPES[0]}")
     values = {**_DEFAULTS, **inner}
-    vit.check_json(values, where)
+    vit.check_json(values, where, select_layer)
     return VisionConfig(
         **vit.sizes_of(values), act=values["hidden_act"], select_layer=select_layer, select_feature=select_feature
     )

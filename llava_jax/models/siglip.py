@@ -92,7 +92,7 @@ def read_config(content: Content, where: str, select_layer: int, select_feature:
     kind = values.get("model_type", _TYPES[0])
     if kind not in _TYPES:
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted {_TYPES[0]}")
-    vit.check_json(values, where)
+    vit.check_json(values, where, select_layer)
     check_choice(values, "vision_use_head", (True, False), where)
     return SiglipConfig(
         **vit.sizes_of(values), act=values["hidden_act"], select_layer=select_layer, select_feature=select_feature,

@@ -27,8 +27,8 @@ ACTIVATIONS = {
 class VisionConfig(TowerConfig):
     """A tower whose features are one of its hidden states; names as in transformers' CLIPVisionConfig.
 
-    select_layer: index into the hidden states (k is the output of block k, from 1; negative from the end); blocks
-      after it never run. LLaVA takes -2, without the norm after the last block.
+    select_layer: index into the hidden states (0 is the first block's input, k the output of block k, negative from
+      the end); blocks after it never run. LLaVA takes -2, without the norm after the last block.
     """
 
     act: str = "quick_gelu"
@@ -37,8 +37,8 @@ class VisionConfig(TowerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check(self.act in ACTIVATIONS, "act", self.act, " or ".join(ACTIVATIONS))
-        check(1 <= self.run_layers <= self.layers, "select_layer", self.select_layer,
-              f"between 1 and {self.layers}, or from the end between -{self.layers} and -1")  # fmt: skip
+        check(-self.layers - 1 <= self.select_layer <= self.layers, "select_layer", self.select_layer,
+              f"between {-self.layers - 1} and {self.layers}")  # fmt: skip
 
     @property
     def run_layers(self) -> int:
@@ -165,7 +165,7 @@ def first_layers(config: VisionConfig) -> dict[str, int]:
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
-def check_json(values: Content, where: str) -> None:
+def check_json(values: Content, where: str, select_layer: int = -1) -> None:
     """Raises UnusableCheckpoint unless a config.json, filled with its kind's defaults, is of a tower that runs here."""
     check_numbers(values, SIZES, "layer_norm_eps", where)
     check_choice(values, "num_channels", (3,), where)
@@ -173,6 +173,12 @@ def check_json(values: Content, where: str) -> None:
     width, heads = values["hidden_size"], values["num_attention_heads"]
     if width % heads:
         raise UnusableCheckpoint(f"{where}: hidden_size is {width}; wanted a multiple of num_attention_heads={heads}")
+    layers = values["num_hidden_layers"]
+    if not 1 <= (select_layer if select_layer >= 0 else layers + 1 + select_layer) <= layers:
+        raise UnusableCheckpoint(
+            f"{where}: hidden state {select_layer} is wanted of {layers} layers; wanted one after a block: "
+            f"1 to {layers}, or -{layers} to -1"
+        )
 
 
 def sizes_of(values: Any) -> dict[str, Any]:

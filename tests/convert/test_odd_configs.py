@@ -116,7 +116,7 @@ PARTS = {
 TOP = [
     ({"model_type": ["llava"]}, "model_type is ['llava']; wanted 'llava'"),
     ({"vision_feature_layer": True}, "vision_feature_layer True; wanted"),
-    ({"vision_feature_layer": 0}, "vision_config: model config select_layer=0: want between 1 and 3"),
+    ({"vision_feature_layer": 0}, "vision_config: hidden state 0 is wanted of 3 layers; wanted one after"),
     ({"vision_feature_select_strategy": ["full"]}, "vision_feature_select_strategy ['full']"),
     ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes'; wanted true or false"),
     ({"text_config": tiny.TEXT_CONFIG | {"tie_word_embeddings": [1]}}, "tie_word_embeddings is [1]; wanted true"),
@@ -175,7 +175,7 @@ def test_an_image_processor_that_is_no_object_is_refused(tmp_path):
 def test_parts_to_assemble_say_which_of_them_is_another_model(tmp_path):
     vision, llm = tiny.write_clip(tmp_path / "clip"), tiny.write_llama(tmp_path / "llm")
     for select_layer in (0, -4, 99):
-        with pytest.raises(UnusableCheckpoint, match=f"config.json: model config select_layer={select_layer}:"):
+        with pytest.raises(UnusableCheckpoint, match=f"config.json: hidden state {select_layer} is wanted of 3 layers"):
             assemble(tmp_path / "out", vision, llm, select_layer=select_layer)
     tiny.write_json(vision / "config.json", {"model_type": "siglip2", "vision_config": tiny.VISION_CONFIG})
     with pytest.raises(UnusableCheckpoint, match=r"the vision tower's model_type is 'siglip2' \(a SigLIP2 NaFlex"):
