@@ -1,5 +1,7 @@
 """Parts of a user's own, defined in `own_parts` without an edit in the package, in every command."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,6 +14,7 @@ from llava_jax.convert.__main__ import main as convert
 from llava_jax.errors import UsageError
 from llava_jax.models import presets, registry
 from llava_jax.models.llava import abstract_params
+from llava_jax.models.parts import DecoderConfig
 from llava_jax.prompt import tokenizer
 from llava_jax.train import metrics
 from llava_jax.train.__main__ import main as train
@@ -92,8 +95,14 @@ def test_adapters_reach_all_their_kernels_and_are_merged(base, tmp_path):
 
 def test_a_part_that_exists_is_not_registered_again_and_an_unknown_kind_says_how_to_add_one(base, monkeypatch):
     for part in (registry.tower("clip"), registry.decoder("qwen3"), registry.connector("linear")):
-        with pytest.raises(UsageError, match="there is a .* already; want another name"):
+        with pytest.raises(UsageError, match="there is a .* already; want its own"):
             registry.register(part)
+    with pytest.raises(UsageError, match="of the name or the config of 'clip_2' already"):
+        registry.register(replace(registry.tower("clip"), kind="clip_2"))
+    with pytest.raises(UsageError, match="'clip'; want a Tower, a Decoder or a Connector"):
+        registry.register("clip")
+    with pytest.raises(UsageError, match="no part has a DecoderConfig; there are llama"):
+        registry.decoder_of(DecoderConfig(8, 8, 8, 1, 1, 1, 8))
     data = presets.config_to_json(presets.get("tiny"))
     with pytest.raises(UsageError, match=r"llm.kind='lama': want one of llama.*mean 'llama'.*llava_jax.register"):
         presets.config_from_json(data | {"llm": data["llm"] | {"kind": "lama"}})

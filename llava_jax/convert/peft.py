@@ -193,7 +193,9 @@ def _target_modules(modules: Sequence[Module]) -> str:
     """A regular expression: peft takes a list by suffixes, and CLIP has a q_proj too."""
     layers: dict[str, list[str]] = {}
     for module in modules:
-        start, number, end = re.fullmatch(r"(.*\.layers\.)?(?:(\d+)\.)?(.*)", module.suffix).groups("")  # type: ignore
+        match = re.match(r"(.*\.layers\.)?(?:(\d+)\.)?(.*)", module.suffix)
+        assert match is not None  # every part may be empty
+        start, number, end = match.groups("")
         layers.setdefault(f"{re.escape(start)}{{}}{re.escape(end)}", []).append(number)
     parts = [form.format(rf"(?:{'|'.join(found)})\." if found != [""] else "") for form, found in layers.items()]
     return rf"(?:.*\.)?(?:{'|'.join(parts)})"

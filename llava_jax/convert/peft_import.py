@@ -22,8 +22,7 @@ from llava_jax.convert.source import Source, adapted, open_source
 from llava_jax.convert.table import Entry
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
-from llava_jax.models.names import LINEAR
-from llava_jax.models.vit import NEVER_RUN
+from llava_jax.models.names import LINEAR, NEVER_RUN
 from llava_jax.prompt import ending, templates
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")

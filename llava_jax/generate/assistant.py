@@ -27,7 +27,7 @@ from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.models.vit import NEVER_RUN
+from llava_jax.models.names import NEVER_RUN
 from llava_jax.prompt import conversation as questions
 from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation

@@ -9,6 +9,7 @@ from llava_jax import params
 from llava_jax.generate import placement
 from llava_jax.generate.engine import Engine, Shape
 from llava_jax.models.llava import Llava, abstract_params
+from llava_jax.models.names import NEVER_RUN
 
 
 class Footprint(NamedTuple):
@@ -35,7 +36,7 @@ def weights(model: Llava, mesh: Mesh) -> dict[str, Any]:
     def placed(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
         return placement.abstract(name, shape, model.dtype, mesh)
 
-    names = {n: x for n, x in params.flatten(abstract_params(model.config)).items() if not n.startswith("vision/tail/")}
+    names = {n: x for n, x in params.flatten(abstract_params(model.config)).items() if not n.startswith(NEVER_RUN)}
     return params.unflatten({
         name: (placed(name, x.shape[1:]),) * x.shape[0] if name.startswith(placement.PARTS) else placed(name, x.shape)
         for name, x in names.items()

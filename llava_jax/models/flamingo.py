@@ -199,6 +199,7 @@ PERCEIVER = Connector(
     features=lambda config: config.resampler.outputs, resampler=PerceiverConfig, resampler_module=Perceiver,
 )  # fmt: skip
 FLAMINGO = Connector(  # 1 position: that of the image's mark, an ordinary token
-    name="flamingo_xattn", shown="flamingo_xattn", module=mlp.Projector, rows=mlp.rows,
+    name="flamingo_xattn", shown="flamingo_xattn", module=mlp.Identity, rows=lambda projector, prefix: [],
     features=lambda config: 1, resampler=PerceiverConfig, resampler_module=Perceiver, check=_check_gated, gated=True,
 )  # fmt: skip
+PARTS = (PERCEIVER, FLAMINGO)

@@ -195,7 +195,7 @@ def _scaling_json(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     own = _ROPE if scaling.kind == "llama3" else {}
-    values = {theirs: getattr(scaling, ours) for ours, theirs in own.items()}
+    values = {theirs: vars(scaling)[ours] for ours, theirs in own.items()}
     return {"rope_type": scaling.kind, "factor": scaling.factor} | values
 
 

@@ -17,13 +17,14 @@ from flax import traverse_util
 from jaxtyping import Array, Float, Int8
 
 from llava_jax.errors import UsageError
+from llava_jax.models.names import NEVER_RUN
 
 A, B, SCALE = LEAVES = ("lora_a", "lora_b", "lora_scale")
 KERNEL, KERNEL_SCALE = "kernel", "kernel_scale"
 CONSTANTS = (SCALE, KERNEL_SCALE)  # leaves that never move, and stay float32 whatever the others are
 
 # Kernels that no Dense multiplies with, or that never run.
-_WITHOUT = re.compile(r"llm/head/kernel|vision/patch/kernel|vision/tail/.*")
+_WITHOUT = re.compile(rf"llm/head/kernel|vision/patch/kernel|{NEVER_RUN}.*")
 _INT8 = re.compile(r"llm/blocks/\w+/kernel")
 
 

@@ -21,9 +21,9 @@ _SHUFFLE = r"pixel_shuffle([2-9])_(?=linear$|mlp)"
 
 
 def layers(projector: str) -> int:
-    """Linear layers of a connector's name: identity and flamingo_xattn 0, mlp{n}x_gelu n, all others 1."""
+    """Linear layers of a connector's name: mlp{n}x_gelu n, all others 1."""
     match = re.search(r"mlp(\d+)x_gelu$", projector)
-    return int(match[1]) if match else int(projector not in ("identity", "flamingo_xattn"))
+    return int(match[1]) if match else 1
 
 
 class Projector(nn.Module):
@@ -46,6 +46,14 @@ class Projector(nn.Module):
             init = _uniform(x.shape[-1])
             name = str(2 * layer)
             x = Dense(self.features, True, self.dtype, self.lora_dropout, init, init, name=name)(x)
+        return x
+
+
+class Identity(Projector):
+    """Features as they come, of no parameters."""
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
         return x
 
 
@@ -101,8 +109,12 @@ def _check_shuffled(config: Any) -> None:
 
 
 PLAIN = Connector(
-    name=r"linear|identity|mlp[1-9]\d*x_gelu", shown="linear, mlp2x_gelu (any number of layers), identity",
-    module=Projector, features=lambda config: config.vision.features, rows=rows,
+    name=r"linear|mlp[1-9]\d*x_gelu", shown="linear, mlp2x_gelu (any number of layers)", module=Projector, rows=rows,
+    features=lambda config: config.vision.features,
+)  # fmt: skip
+IDENTITY = Connector(
+    name="identity", shown="identity", module=Identity, rows=lambda projector, prefix: [],
+    features=lambda config: config.vision.features,
 )  # fmt: skip
 CONCAT4 = Connector(
     name="concat4_linear", shown="concat4_linear", module=Concatenated, rows=rows,
@@ -113,3 +125,4 @@ PIXEL_SHUFFLE = Connector(
     module=PixelShuffled, rows=rows, check=_check_shuffled,
     features=lambda config: config.vision.patches // shuffled(config.projector) ** 2,
 )  # fmt: skip
+PARTS = (PLAIN, IDENTITY, CONCAT4, PIXEL_SHUFFLE)

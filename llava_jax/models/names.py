@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+NEVER_RUN = "vision/tail/"  # beginning of the parameters after the selected hidden state, kept for a round trip
+
 
 class Axes(NamedTuple):
     """How their axes become ours: `ours = theirs.transpose(order)`; empty is the same order.

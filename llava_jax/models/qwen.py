@@ -1,5 +1,6 @@
 """Qwen2 and 2.5 (biases of queries, keys and values) and Qwen3 (norms of queries and keys), dense models."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -39,20 +40,6 @@ def rows2(prefix: str, head: str) -> list[Row]:
     return [*llama.rows(prefix, head), bias]
 
 
-def read_config2(content: Content, where: str) -> Qwen2Config:
-    """A Qwen2's config from config.json or LLaVA's `text_config`. Raises UnusableCheckpoint where it is another."""
-    values = {**_DEFAULTS, **content}
-    check_fixed(values, {"hidden_act": "silu"}, where, "Qwen2")
-    llama.refuse_window(values, where, "Qwen2")
-    return Qwen2Config(**llama.read_sizes(values, where))
-
-
-def config_json2(config: Qwen2Config, vocab: int, dtype: str) -> dict[str, Any]:
-    """A decoder's keys of a transformers 4 config, every field written out."""
-    content = llama.config_json(config, vocab, dtype) | {"model_type": "qwen2", "use_sliding_window": False}
-    return {key: value for key, value in content.items() if key not in ("attention_bias", "mlp_bias")}
-
-
 @dataclass(frozen=True)
 class Qwen3Config(DecoderConfig):
     """A Qwen3 decoder."""
@@ -77,18 +64,24 @@ def rows3(prefix: str, head: str) -> list[Row]:
     return [*llama.rows(prefix, head), norms]
 
 
-def read_config3(content: Content, where: str) -> Qwen3Config:
-    """A Qwen3's config from config.json or LLaVA's `text_config`. Raises UnusableCheckpoint where it is another."""
-    values = {**_DEFAULTS, "head_dim": 128, **content}
-    check_fixed(values, {"hidden_act": "silu", "attention_bias": False}, where, "Qwen3")
-    llama.refuse_window(values, where, "Qwen3")
-    return Qwen3Config(**llama.read_sizes(values, where))
+def _reader(config: type[DecoderConfig], model: str, own: Content, fixed: Content) -> Callable[..., DecoderConfig]:
+    def read_config(content: Content, where: str) -> DecoderConfig:
+        """The config of config.json or LLaVA's `text_config`. Raises UnusableCheckpoint where it is another."""
+        values = {**_DEFAULTS, **own, **content}
+        check_fixed(values, {"hidden_act": "silu", **fixed}, where, model)
+        llama.refuse_window(values, where, model)
+        return config(**llama.read_sizes(values, where))
+
+    return read_config
 
 
-def config_json3(config: Qwen3Config, vocab: int, dtype: str) -> dict[str, Any]:
-    """A decoder's keys of a transformers 4 config, every field written out."""
-    content = llama.config_json(config, vocab, dtype) | {"model_type": "qwen3", "use_sliding_window": False}
-    return {key: value for key, value in content.items() if key != "mlp_bias"}
+def _writer(kind: str, unwritten: Sequence[str]) -> Callable[..., dict[str, Any]]:
+    def config_json(config: DecoderConfig, vocab: int, dtype: str) -> dict[str, Any]:
+        """A decoder's keys of a transformers 4 config, every field written out."""
+        content = llama.config_json(config, vocab, dtype) | {"model_type": kind, "use_sliding_window": False}
+        return {key: value for key, value in content.items() if key not in unwritten}
+
+    return config_json
 
 
 # Source: config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B.
@@ -102,12 +95,15 @@ QWEN3_8B = Qwen3Config(
 )  # fmt: skip
 
 QWEN2 = Decoder(
-    kind="qwen2", label="a Qwen2", config=Qwen2Config, module=Qwen2, rows=rows2, read_config=read_config2,
-    config_json=config_json2, hub_class="Qwen2ForCausalLM", original=("LlavaQwenForCausalLM", "llava_qwen"),
+    kind="qwen2", label="a Qwen2", config=Qwen2Config, module=Qwen2, rows=rows2,
+    read_config=_reader(Qwen2Config, "Qwen2", {}, {}), config_json=_writer("qwen2", ("attention_bias", "mlp_bias")),
+    hub_class="Qwen2ForCausalLM", original=("LlavaQwenForCausalLM", "llava_qwen"),
     template="qwen",
 )  # fmt: skip
 QWEN3 = Decoder(
-    kind="qwen3", label="a Qwen3", config=Qwen3Config, module=Qwen3, rows=rows3, read_config=read_config3,
-    config_json=config_json3, hub_class="Qwen3ForCausalLM", original=("LlavaQwen3ForCausalLM", "llava_qwen3"),
-    template="qwen_3",
+    kind="qwen3", label="a Qwen3", config=Qwen3Config, module=Qwen3, rows=rows3,
+    read_config=_reader(Qwen3Config, "Qwen3", {"head_dim": 128}, {"attention_bias": False}),
+    config_json=_writer("qwen3", ("mlp_bias",)), hub_class="Qwen3ForCausalLM",
+    original=("LlavaQwen3ForCausalLM", "llava_qwen3"), template="qwen_3",
 )  # fmt: skip
+PARTS = (QWEN2, QWEN3)

@@ -13,11 +13,8 @@ from llava_jax.models.parts import Connector, Decoder, DecoderConfig, Tower, Tow
 VARIABLE = "LLAVA_JAX_PARTS"  # an environment variable: modules, with commas, that register parts when imported
 
 _towers = {part.kind: part for part in (clip.PART, siglip.PART, eva.PART)}
-_decoders = {part.kind: part for part in (llama.PART, mistral.PART, qwen.QWEN2, qwen.QWEN3)}
-_connectors = {
-    part.name: part
-    for part in (mlp.PLAIN, mlp.CONCAT4, mlp.PIXEL_SHUFFLE, qformer.PART, flamingo.PERCEIVER, flamingo.FLAMINGO)
-}
+_decoders = {part.kind: part for part in (llama.PART, mistral.PART, *qwen.PARTS)}
+_connectors = {part.name: part for part in (*mlp.PARTS, qformer.PART, *flamingo.PARTS)}
 _imported = set[str]()
 
 
@@ -25,14 +22,19 @@ def register(part: Tower | Decoder | Connector) -> None:
     """Adds a part, so that models may have it.
 
     Raises:
-      UsageError: there is one of that kind, or a connector whose names it would hide.
+      UsageError: `part` is no such record, or there is one of that kind or config, or a connector whose names it
+        would hide.
     """
-    table, key = {
-        Tower: lambda: (_towers, part.kind), Decoder: lambda: (_decoders, part.kind),
-        Connector: lambda: (_connectors, part.name),
-    }[type(part)]()  # fmt: skip
-    if key in table or (table is _connectors and any(re.fullmatch(known, key) for known in table)):
-        raise UsageError(f"register: there is a {type(part).__name__.lower()} {key!r} already; want another name")
+    table = {Tower: _towers, Decoder: _decoders, Connector: _connectors}.get(type(part))
+    if table is None:
+        raise UsageError(f"register: {part!r}; want a Tower, a Decoder or a Connector of llava_jax.models.parts")
+    word = type(part).__name__.lower()
+    if isinstance(part, Connector):
+        key, taken = part.name, any(re.fullmatch(name, part.name) for name in _connectors)
+    else:
+        key, taken = part.kind, any(other.config is part.config for other in table.values())
+    if taken or key in table:
+        raise UsageError(f"register: there is a {word} of the name or the config of {key!r} already; want its own")
     table[key] = part
 
 
@@ -59,13 +61,13 @@ def decoder(kind: Any) -> Decoder:
 
 
 def tower_of(config: TowerConfig) -> Tower:
-    """The part that has such a config."""
-    return next(part for part in towers().values() if part.config is type(config))
+    """The part that has such a config. Raises UsageError where there is none."""
+    return _of_config(towers(), config)
 
 
 def decoder_of(config: DecoderConfig) -> Decoder:
-    """The part that has such a config."""
-    return next(part for part in decoders().values() if part.config is type(config))
+    """The part that has such a config. Raises UsageError where there is none."""
+    return _of_config(decoders(), config)
 
 
 def connector(projector: str) -> Connector:
@@ -80,6 +82,13 @@ def connector(projector: str) -> Connector:
         shown = ", ".join(part.shown for part in _connectors.values())
         raise UsageError(f"unknown projector {projector!r}: there are {shown}{_own()}")
     return found[0]
+
+
+def _of_config(parts: dict[str, Any], config: Any) -> Any:
+    for part in parts.values():
+        if part.config is type(config):
+            return part
+    raise UsageError(f"model config: no part has a {type(config).__name__}; there are {', '.join(parts)}{_own()}")
 
 
 def _of(parts: dict[str, Any], kind: Any, name: str) -> Any:

@@ -15,7 +15,6 @@ from llava_jax.models.names import PATCH, SAME, Row, linear, norm
 from llava_jax.models.parts import Content, TowerConfig, check, check_choice, check_numbers
 from llava_jax.models.remat import remat
 
-NEVER_RUN = "vision/tail/"  # beginning of the parameters after the selected hidden state, kept for a round trip
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
     "gelu": lambda x: nn.gelu(x, approximate=False),

@@ -26,7 +26,8 @@ OK = json.dumps(GOOD).encode()
 
 def http(status=b"200 OK", body=OK, head=b"", length=None):
     length = len(body) if length is None else length
-    return b"HTTP/1.1 %s\r\n%sContent-Length: %d\r\n\r\n%s" % (status, head, length, body)
+    # The server closes after each answer. One that does not say so may be asked again on a connection that is gone.
+    return b"HTTP/1.1 %s\r\n%sConnection: close\r\nContent-Length: %d\r\n\r\n%s" % (status, head, length, body)
 
 
 def answer(**changes):
