@@ -14,8 +14,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from llava_jax import chips, sharding
+from llava_jax import chips, files, sharding
 from llava_jax import config as configs
+from llava_jax.checkpoint import card as cards
 from llava_jax.chips import Chip
 from llava_jax.errors import UsageError
 from llava_jax.models import presets
@@ -123,17 +124,20 @@ def find_place(mesh: configs.Mesh, topology: str) -> Place:
 
 
 def model_of(config: configs.Config) -> LlavaConfig:
-    """The sizes of the model, from the config alone.
+    """The sizes of the model, by the config's preset, else by the model.json of its base; no array is opened.
 
     Raises:
-      ValueError: the config takes them from a checkpoint.
+      UsageError: neither is there. UnusableCheckpoint: the base's model.json is damaged.
     """
-    if not config.model.preset:
-        raise UsageError(
-            "model.preset is empty, and plan opens no checkpoint: add --config.model.preset=NAME with one of "
-            f"{', '.join(presets.PRESETS)}"
-        )
-    return presets.get(config.model.preset)
+    preset, base = config.model.preset, config.model.base
+    if preset:
+        return presets.get(preset)
+    if base and files.exists(f"{base}/{cards.FILE}"):
+        return presets.config_from_json(dict(cards.read_card(base).model))
+    raise UsageError(
+        f"model.preset is empty, and model.base={base!r} has no {cards.FILE} here: add --config.model.preset=NAME with "
+        f"one of {', '.join(presets.PRESETS)}, or name a base that is here"
+    )
 
 
 def build(config: configs.Config, place: Place) -> Program:
