@@ -68,8 +68,8 @@ def test_they_train_resume_answer_and_go_out_and_in_again(base, tmp_path, capsys
     answers = []
     for directory in (tmp_path / "out", tmp_path / "again"):
         if directory.name == "again":
-            exporting.export("llava", tmp_path / "out", tmp_path / "llava-own")
-            importing.import_checkpoint(tmp_path / "llava-own", directory)
+            exporting.export("llava", tmp_path / "out", tmp_path / "llava-parallel")
+            importing.import_checkpoint(tmp_path / "llava-parallel", directory)
         capsys.readouterr()
         question = ["--image", picture, "--prompt", "What is it?", "--max-new-tokens", "8"]
         assert chat(["--checkpoint", str(directory), *question]) == 0

@@ -110,6 +110,7 @@ def test_a_checkpoint_of_transformers_is_imported_trained_exported_and_answers_t
     assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     assistant, rng = Assistant.open(tmp_path / "run"), np.random.default_rng(1)
+    answers = set()
     wordless = list(range(assistant.format.tokenizer.size, SIZES["vocab_size"]))
     for i in range(4):
         picture, question = Image.fromarray(rng.integers(0, 256, (30 + i, 50, 3), np.uint8)), f"What is {i}?"
@@ -119,3 +120,5 @@ def test_a_checkpoint_of_transformers_is_imported_trained_exported_and_answers_t
                                                tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
         found = theirs.eval().generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=wordless)
         assert found[0, inputs["input_ids"].shape[1] :].tolist()[: len(ours)] == list(ours), question
+        answers.add(tuple(ours))
+    assert len(answers) > 1  # the pictures are seen
