@@ -23,7 +23,7 @@ Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: 
 
 @dataclass(frozen=True)
 class Model:
-    preset: str = ""  # a name of models.presets; "": what the card of `base` says
+    preset: str = ""  # a name of models.presets; "": what the metadata of `base` says
     base: str = ""  # checkpoint directory of the starting weights; "": random
     start: str = ""  # checkpoint directory that for part of the model: stage 1's, or an imported projector
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute and frozen weights; trainable ones are float32

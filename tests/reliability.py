@@ -22,7 +22,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.train import metrics
 from tests import buckets
 from tests.train import forks, tiny
@@ -80,7 +80,7 @@ class Loop:
         if [row["step"] for row in metrics.read(workdir, metrics.VALIDATION)] != list(range(20, STEPS + 1, 20)):
             raise Wrong(f"{workdir}: validations {metrics.read(workdir, metrics.VALIDATION)}")
         aside = [str(path) for path in files.listed(workdir) if path.name.endswith(".corrupt")]
-        steps = [epath.Path(workdir) / str(step) for step in store.numbered(workdir)]
+        steps = [epath.Path(workdir) / str(step) for step in reader.numbered(workdir)]
         aside += [str(step) for step in steps if files.exists(step / "corrupt.txt")]
         if aside:
             raise Wrong(f"{workdir}: {aside} set aside")
@@ -89,7 +89,7 @@ class Loop:
 
     def kill(self, workdir: str) -> bool:
         """Starts or goes on with a run and kills it at a random moment; whether it came to its end before that."""
-        before = store.latest_step(workdir) or 0
+        before = reader.latest_step(workdir) or 0
         job = self.start(workdir)
         self.goes_on(job, workdir, before)
         if all(process.poll() for process in job):
@@ -129,8 +129,8 @@ class Loop:
         went_on = re.search(r"goes on after step (\d+)", (job[0].folder / "out").read_text())
         if went_on and int(went_on[1]) != before:
             raise Wrong(f"{workdir}: step {before} was whole, it went on from {went_on[1]}")
-        if (store.latest_step(workdir) or 0) < before:
-            raise Wrong(f"{workdir}: step {before} was whole, now the newest is {store.latest_step(workdir)}")
+        if (reader.latest_step(workdir) or 0) < before:
+            raise Wrong(f"{workdir}: step {before} was whole, now the newest is {reader.latest_step(workdir)}")
 
 
 def rows(workdir: str) -> list[tuple[int, float]]:

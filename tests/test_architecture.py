@@ -41,7 +41,7 @@ PACKAGES = {
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
              "data/sources"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
-    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/card"),
+    "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/model_json"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),
     "demo": ("batch", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train", "generate",
              "evaluate", "convert", "chat"),

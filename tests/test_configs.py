@@ -45,7 +45,7 @@ def load(name):
 
 
 def shapes(config):
-    """Abstract parameters of a config's model; one that takes its base's card is taken for LLaVA-1.5 7B."""
+    """Abstract parameters of a config's model; one that takes its base's metadata is taken for LLaVA-1.5 7B."""
     plain = abstract_params(presets.get(config.model.preset or "llava15_7b"))
     return params.flatten(lora.add(plain, program.adapters(config.lora, plain)))
 

@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import reports
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.generate.assistant import Assistant
@@ -95,8 +94,8 @@ def resumed(made, name, tree):
     print(said.getvalue(), file=sys.stderr)
     losses = {row["step"]: row["loss"] for row in metrics.read(tree) if row["step"] > 4}
     validated = {row["step"]: row["loss"] for row in metrics.read(tree, metrics.VALIDATION) if row["step"] > 4}
-    facts = cards.read_card(tree), cards.read_tokenizer_files(tree), store.steps(tree)[-1], store.best_step(tree)
-    return losses, validated, facts, digest(store.load_params(tree))
+    facts = model_json.read(tree), model_json.read_tokenizer_files(tree), reader.steps(tree)[-1], reader.best_step(tree)
+    return losses, validated, facts, digest(reader.load_params(tree))
 
 
 def tallied(outcomes):

@@ -9,8 +9,7 @@ import pytest
 from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.chat import main as chat
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.errors import UsageError
@@ -42,17 +41,18 @@ def base(tmp_path_factory):
                        max_positions=256),
     )  # fmt: skip
     rng, place = np.random.default_rng(0), folder / "base"
-    with store.LeafWriter(place / "0" / store.PARAMS) as writer:
+    with reader.TensorWriter(place / "0" / reader.PARAMS) as writer:
         for name, leaf in params.flatten(abstract_params(model)).items():
             writer.write(name, rng.normal(name.endswith("scale"), 0.2, leaf.shape).astype(np.float32))
-    card = cards.Card(presets.config_to_json(model), cards.PromptCard("v1", True, "square", False))
-    cards.write_card(place, card, tokenizer.load(tiny.TOKENIZER, legacy=True).files())
+    prompt = model_json.PromptMetadata("v1", True, "square", False)
+    metadata = model_json.Metadata(presets.config_to_json(model), prompt)
+    model_json.write(place, metadata, tokenizer.load(tiny.TOKENIZER, legacy=True).files())
     run.write_text(run.read_text().replace(str(folder / "run" / "base"), str(place)))
     return run, place
 
 
 def flat(directory):
-    return params.flatten(store.load_params(directory, put=lambda name, leaf: leaf))
+    return params.flatten(reader.load_params(directory, put=lambda name, leaf: leaf))
 
 
 def test_they_train_resume_answer_and_go_out_and_in_again(base, tmp_path, capsys, monkeypatch):
@@ -92,7 +92,7 @@ def test_adapters_reach_all_their_kernels_and_are_merged(base, tmp_path):
     adapted = tmp_path / "lora.py"
     adapted.write_text(text)
     assert train(["--config", str(adapted), "--workdir", str(tmp_path / "out"), "--config.train.steps=2"]) == 0
-    kernels = {name for name in store.own_specs(tmp_path / "out") if name.endswith("lora_a")}
+    kernels = {name for name in reader.own_specs(tmp_path / "out") if name.endswith("lora_a")}
     assert {"llm/blocks/q/lora_a", "llm/blocks/down/lora_a"} <= kernels
     assert convert(["merge", str(tmp_path / "out"), str(tmp_path / "merged")]) == 0
     assert not any("lora" in name for name in flat(tmp_path / "merged"))
@@ -131,8 +131,6 @@ def test_a_part_that_exists_is_not_registered_again_and_an_unknown_kind_says_how
             registry.register(part)
     with pytest.raises(UsageError, match="of the name or the config of 'clip_2' already"):
         registry.register(replace(registry.tower("clip"), kind="clip_2"))
-    with pytest.raises(UsageError, match="'clip'; want a Tower, a Decoder or a Connector"):
-        registry.register("clip")
     with pytest.raises(UsageError, match="no part has a DecoderConfig; there are llama"):
         registry.decoder_of(DecoderConfig(8, 8, 8, 1, 1, 1, 8))
     data = presets.config_to_json(presets.get("tiny"))

@@ -1,1 +1,1 @@
-"""Checkpoints: a directory that describes itself (`card`), its leaves (`store`), and training's saves (`manager`)."""
+"""Checkpoints: a directory that describes itself (`model_json`), its parameters (`reader`), saves (`manager`)."""

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint.card import read_json
+from llava_jax.checkpoint.model_json import read_json
 from llava_jax.errors import UnusableCheckpoint
 
 FILE = "best.json"

@@ -1,6 +1,6 @@
 """Training's own saves: `DIR/STEP/{params, state, data}`, written by Orbax while training goes on.
 
-params: the trainable leaves; state: optimizer and step; data: where the pipeline stood, and fingerprints of every
+params: the trainable parameters; state: optimizer and step; data: where the pipeline stood, and fingerprints of every
 array. Orbax survives a kill at any moment, but it lists half-deleted steps, restores flipped bits without a word
 and gives up at the first damaged step: what is here makes a restart find the newest step that is whole.
 
@@ -18,9 +18,9 @@ import orbax.checkpoint as ocp
 from etils import epath
 
 from llava_jax import distributed, files, params
-from llava_jax.checkpoint import record, sharded, store, sums
-from llava_jax.checkpoint.leaves import COMMIT, Leaves, open_leaves
+from llava_jax.checkpoint import reader, record, sharded, sums
 from llava_jax.checkpoint.sharded import agreed
+from llava_jax.checkpoint.tensors import COMMIT, Tensors, open_tensors
 from llava_jax.errors import SaveFailed, Unreachable, UnusableCheckpoint
 
 _TEMPORARY = ".orbax-checkpoint-tmp"
@@ -65,7 +65,7 @@ def open_checkpoints(directory: epath.PathLike, keep: int) -> Checkpoints:
     Raises:
       Unreachable, UsageError: as `files.retried`, on all processes.
     """
-    directory = store.absolute(directory)
+    directory = reader.absolute(directory)
     agreed("workdir", lambda: _prepare(directory) if distributed.index() == 0 else None)
     kept = set[int]()
     # Orbax's file of times and metrics in each step is not read: nothing here needs it, and damage to it would raise.
@@ -96,9 +96,9 @@ def _prepare(directory: epath.Path) -> None:
     for entry in entries:
         if _TEMPORARY in entry.name:
             files.delete(entry)
-    for step in store.numbered(directory):
+    for step in reader.numbered(directory):
         folder = directory / str(step)
-        if not store.is_finished(folder) and not files.exists(folder / _MARK):
+        if not reader.is_finished(folder) and not files.exists(folder / _MARK):
             files.delete(folder)
 
 
@@ -136,7 +136,7 @@ def save(checkpoints: Checkpoints, saved: Saved) -> None:
 
 def _delete_old(step: epath.Path) -> None:
     """Deletes what was set aside under the name of a step that is now saved."""
-    if distributed.index() == 0 and not store.is_finished(step):
+    if distributed.index() == 0 and not reader.is_finished(step):
         files.delete(step)
 
 
@@ -191,7 +191,7 @@ class _Found(NamedTuple):
     fault: str
     data: Mapping[str, Any] = {}
     arrays: Mapping[str, Any] = {}
-    places: Mapping[str, Mapping[str, Leaves]] = {}
+    places: Mapping[str, Mapping[str, Tensors]] = {}
     parts: Mapping[str, sharded.Parts] = {}
 
 
@@ -200,8 +200,8 @@ def _candidates(checkpoints: Checkpoints) -> list[int]:
     directory = checkpoints.directory
 
     def finished() -> list[int]:
-        numbers = store.numbered(directory) if distributed.index() == 0 else []
-        return [step for step in numbers if store.is_finished(directory / str(step))]
+        numbers = reader.numbered(directory) if distributed.index() == 0 else []
+        return [step for step in numbers if reader.is_finished(directory / str(step))]
 
     return distributed.exchange("steps", agreed("list", finished))[0]
 
@@ -219,10 +219,10 @@ def _read(checkpoints: Checkpoints, step: int, trainable: Mapping[str, Any], sta
         for item, tree in (("params", trainable), ("state", state)):
             prefix = f"{item}/"
             own = {name.removeprefix(prefix): value for name, value in written.items() if name.startswith(prefix)}
-            leaves, wanted = open_leaves(folder / item, own), _names(tree)
+            leaves, wanted = open_tensors(folder / item, own), _names(tree)
             places[item] = dict.fromkeys(leaves.names, leaves)
             specs = {name: leaves.spec(name) for name in leaves.names}
-            store.check_specs(specs, wanted, str(leaves.folder), dtypes=True)
+            reader.check_specs(specs, wanted, str(leaves.folder), dtypes=True)
             flat, parts[item] = sharded.load(places[item], wanted)
             arrays[item] = jax.tree.unflatten(jax.tree.structure(tree), [flat[name] for name in wanted])
     except UnusableCheckpoint as error:
@@ -242,7 +242,7 @@ def _fault(found: _Found) -> str:
 
 
 def _names(tree: Any) -> dict[str, Any]:
-    """{name: leaf} in the tree's own order; a name is the path to the leaf, "opt_state/0/mu/projector/0/kernel"."""
+    """{name: parameter} in the tree's own order; a name is its path, "opt_state/0/mu/projector/0/kernel"."""
     paths = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in paths}
 
@@ -281,7 +281,7 @@ def _failed(checkpoints: Checkpoints, error: Exception) -> SaveFailed | Unreacha
     checkpoints.manager.reload()
     return SaveFailed(
         f"{directory}: a checkpoint could not be written ({words}); whole steps there: "
-        f"{store.steps(directory) or 'none'}. Is the disk full, and may this account write there?"
+        f"{reader.steps(directory) or 'none'}. Is the disk full, and may this account write there?"
     )
 
 

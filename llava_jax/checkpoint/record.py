@@ -7,7 +7,7 @@ from typing import Any
 
 from etils import epath
 
-from llava_jax.checkpoint.card import read_json
+from llava_jax.checkpoint.model_json import read_json
 from llava_jax.errors import UnusableCheckpoint
 
 ITEM = "data"

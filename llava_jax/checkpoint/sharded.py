@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 import jax
 
 from llava_jax import distributed, errors
-from llava_jax.checkpoint import leaves as reading
-from llava_jax.checkpoint.leaves import Box, Leaves, Read, Request
+from llava_jax.checkpoint import tensors as tensor_files
+from llava_jax.checkpoint.tensors import Box, Read, Request, Tensors
 from llava_jax.errors import Unreachable, UnusableCheckpoint, UsageError
 
 T = TypeVar("T")
@@ -27,7 +27,7 @@ def put(read: Read, struct: Any) -> jax.Array:
 
 
 def load(
-    places: Mapping[str, Leaves],
+    places: Mapping[str, Tensors],
     wanted: Mapping[str, Any],
     put: Callable[[Read, Any], Any] = put,
     whole: Sequence[str] = (),
@@ -51,11 +51,11 @@ def load(
         if read.sums:
             parts[read.name] = [[box, sums] for box, sums in read.sums.items()]
 
-    reading.read([Request(places[name], name, boxes[name]) for name in wanted], use)
+    tensor_files.read([Request(places[name], name, boxes[name]) for name in wanted], use)
     return arrays, parts
 
 
-def difference(places: Mapping[str, Leaves], everywhere: Sequence[Parts]) -> str:
+def difference(places: Mapping[str, Tensors], everywhere: Sequence[Parts]) -> str:
     """Which array differs from its checksum, given the parts that each process read; "" where none does."""
     for name in dict.fromkeys(name for parts in everywhere for name in parts):
         found: dict[str, Any] = {}
@@ -63,13 +63,13 @@ def difference(places: Mapping[str, Leaves], everywhere: Sequence[Parts]) -> str
             if found.setdefault(str(box), tuple(sums)) != tuple(sums):
                 return f"{name} was not read alike by all processes"
         leaves = places[name]
-        if not reading.matches(leaves.checksums[name], leaves.spec(name).dtype, found.values()):
+        if not tensor_files.matches(leaves.checksums[name], leaves.spec(name).dtype, found.values()):
             return f"{name} differs from its checksum"
     return ""
 
 
 def load_checked(
-    places: Mapping[str, Leaves],
+    places: Mapping[str, Tensors],
     wanted: Mapping[str, Any],
     put: Callable[[Read, Any], Any] = put,
     whole: Sequence[str] = (),
@@ -111,4 +111,4 @@ def _boxes(struct: Any) -> list[Box]:
     """The parts of an array that the devices of this process hold, each once."""
     shape = tuple(struct.shape)
     indices = struct.sharding.addressable_devices_indices_map(shape).values()
-    return list(dict.fromkeys(reading.box_of(index, shape) for index in indices))
+    return list(dict.fromkeys(tensor_files.box_of(index, shape) for index in indices))

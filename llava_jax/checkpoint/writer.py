@@ -17,7 +17,7 @@ from etils import epath
 
 from llava_jax import files, lifecycle
 from llava_jax.checkpoint import sums
-from llava_jax.checkpoint.leaves import CHECKSUMS, COMMIT, METADATA, kvstore
+from llava_jax.checkpoint.tensors import CHECKSUMS, COMMIT, METADATA, kvstore
 from llava_jax.errors import UsageError
 
 # A chunk is one file. The last two axes are those that meshes cut: a process that holds a part of them reads little
@@ -33,14 +33,14 @@ _DTYPES = {
 }  # fmt: skip
 
 
-class LeafWriter:
-    """Writes parameters to `path` (`DIR/STEP/params`) leaf by leaf; readers see it when `close` has succeeded.
+class TensorWriter:
+    """Writes parameters to `path` (`DIR/STEP/params`) tensor by tensor; readers see it when `close` has succeeded.
 
-    with LeafWriter(directory / "0" / "params") as writer:
+    with TensorWriter(directory / "0" / "params") as writer:
         writer.write("llm/norm/scale", scale)
 
     On a disk the directory is renamed at the end. In a bucket, where a rename is a copy, objects have their final names
-    from the start, and Orbax's commit file is the last. Memory: nothing beside the caller's leaf but a row of chunks.
+    from the start, and Orbax's commit file is the last. Memory: the caller's parameter and a row of chunks.
     """
 
     def __init__(self, path: epath.PathLike):
@@ -55,17 +55,17 @@ class LeafWriter:
         self._checksums: dict[str, list[Any]] = {}
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one leaf in its own dtype.
+        """Writes one parameter in its own dtype.
 
         Raises:
-          UsageError: a second leaf of that name, an empty one, or a dtype that is not stored.
+          UsageError: a second parameter of that name, an empty one, or a dtype that is not stored.
         """
         if name in self._checksums:
-            raise UsageError(f"leaf {name} is written twice")
+            raise UsageError(f"parameter {name} is written twice")
         if array.dtype.name not in _DTYPES:
-            raise UsageError(f"leaf {name} has dtype {array.dtype}; wanted one of {', '.join(_DTYPES)}")
+            raise UsageError(f"parameter {name} has dtype {array.dtype}; wanted one of {', '.join(_DTYPES)}")
         if array.size == 0:
-            raise UsageError(f"leaf {name} has shape {array.shape}, which is empty; leave it out")
+            raise UsageError(f"parameter {name} has shape {array.shape}, which is empty; leave it out")
         keys = name.split("/")
         chunk = _chunk_shape(array.shape, array.dtype.itemsize)
         metadata = {
@@ -89,7 +89,7 @@ class LeafWriter:
     def close(self) -> None:
         """Writes the tree's metadata and the checksums, then makes the directory visible to readers."""
         if not self._checksums:
-            raise UsageError(f"{self._path}: no leaf was written")
+            raise UsageError(f"{self._path}: no parameter was written")
         tree = {"tree_metadata": self._metadata, "use_ocdbt": False, "use_zarr3": False}
         tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
         files.write_whole(self._partial / CHECKSUMS, json.dumps(self._checksums, indent=1).encode())
@@ -104,7 +104,7 @@ class LeafWriter:
         """Deletes what was written so far."""
         files.delete(self._partial)
 
-    def __enter__(self) -> "LeafWriter":
+    def __enter__(self) -> "TensorWriter":
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:

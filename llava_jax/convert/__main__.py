@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)
-    for name, text in (("inspect", "what a checkpoint is"), ("verify", "whether every leaf is as it was written")):
+    for name, text in (("inspect", "what a checkpoint is"), ("verify", "whether every parameter is as it was written")):
         verb = verbs.add_parser(name, help=text)
         verb.add_argument("source", metavar="DIR")
         _add_step(verb)

@@ -1,6 +1,6 @@
 """Our checkpoint into the files of others: the Hugging Face layout, the original code's, or the projector alone.
 
-A leaf is read whole, taken apart and written as it comes; leaves that a checkpoint takes from its base are read
+A parameter is read whole, taken apart and written as it comes; those that a checkpoint takes from its base are read
 there, in the base's own dtype.
 """
 
@@ -13,8 +13,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import (
     chat_template,
     llava,
@@ -43,7 +42,7 @@ def export(
     format: str,
     source: epath.PathLike,
     destination: epath.PathLike,
-    step: store.Step = None,
+    step: reader.Step = None,
     dtype: str | None = None,
     split_projector: bool = False,
 ) -> None:
@@ -81,20 +80,20 @@ def export(
             for name, spec in opened.specs.items()
         })  # fmt: skip
     write = _export_split if split_projector else formats[format]
-    with store.staged(final) as partial:
+    with reader.staged(final) as partial:
         write(opened if write in _WITH_ADAPTERS else merge_adapters(opened), partial, final)
 
 
 def _export_peft(source: Source, partial: epath.Path, final: epath.Path) -> None:
     peft.write(source, peft.adapter_of(source), partial, final.name, _base_name(source))
-    write_json(partial / peft.PROMPT, _kept(source.card.prompt))
+    write_json(partial / peft.PROMPT, _kept(source.metadata.prompt))
 
 
 def _base_name(source: Source) -> str | None:
     """What a frozen decoder was imported from, for a reader of the adapter; nothing is decided by it."""
-    for path in (path for base in source.card.base for path in cards.places(source.directory, base)):
-        if files.exists(path / cards.FILE) and "imported_from" in cards.read_card(path).source:
-            return str(cards.read_card(path).source["imported_from"])
+    for path in (path for base in source.metadata.base for path in model_json.candidates(source.directory, base)):
+        if files.exists(path / model_json.FILE) and "imported_from" in model_json.read(path).source:
+            return str(model_json.read(path).source["imported_from"])
     return None
 
 
@@ -104,8 +103,8 @@ def _export_split(source: Source, partial: epath.Path, final: epath.Path) -> Non
     files.make_directory(partial / "base")
     _export_hf(merge_adapters(source, rest), partial / "base", final / "base")
     files.make_directory(partial / "adapter")
-    peft.write(source, adapter, partial / "adapter", f"{final.name}/adapter", str(store.absolute(final / "base")))
-    write_json(partial / "adapter" / peft.PROMPT, _kept(source.card.prompt))
+    peft.write(source, adapter, partial / "adapter", f"{final.name}/adapter", str(reader.absolute(final / "base")))
+    write_json(partial / "adapter" / peft.PROMPT, _kept(source.metadata.prompt))
 
 
 class Vocabulary(NamedTuple):
@@ -120,7 +119,7 @@ class Vocabulary(NamedTuple):
 
 def _vocabulary(source: Source) -> Vocabulary:
     """The tokenizer with a token for the image, and as many rows as that takes."""
-    words = tokenizer_files.with_image_token(source.directory / cards.TOKENIZER, source.card.prompt.legacy)
+    words = tokenizer_files.with_image_token(source.directory / model_json.TOKENIZER, source.metadata.prompt.legacy)
     llm = source.config.llm
     rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
@@ -130,13 +129,13 @@ def _vocabulary(source: Source) -> Vocabulary:
 
 def _generation(source: Source, pad_id: int) -> dict[str, Any]:
     """generation_config.json: an answer ends where one of training ends."""
-    ids, texts = ending.of(templates.get(source.card.prompt.template), source.words)
+    ids, texts = ending.of(templates.get(source.metadata.prompt.template), source.words)
     ends = {"eos_token_id": ids[0] if len(ids) == 1 else list(ids)} | ({"stop_strings": list(texts)} if texts else {})
     return {"bos_token_id": source.words.bos_id, "pad_token_id": pad_id} | ends
 
 
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
-    config, prompt = source.config, source.card.prompt
+    config, prompt = source.config, source.metadata.prompt
     words, rows, image_id, pad_id, ends = _vocabulary(source)
     dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config), "")
     content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
@@ -156,7 +155,7 @@ def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
 
 def _export_blip2(source: Source, partial: epath.Path, final: epath.Path) -> None:
     """A Blip2ForConditionalGeneration with a LLaMA."""
-    config, prompt = source.config, source.card.prompt
+    config, prompt = source.config, source.metadata.prompt
     words, rows, image_id, pad_id, ends = _vocabulary(source)
     content = minigpt4.hub_config_json(config, rows, "float32", image_id, pad_id, ends)  # refuses before it writes
     if prompt.image_mode != "squash":
@@ -218,7 +217,7 @@ def _check_name(final: epath.Path, config: LlavaConfig) -> None:
 
 
 def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> None:
-    config, prompt = source.config, source.card.prompt
+    config, prompt = source.config, source.metadata.prompt
     _check_name(final, config)
     if prompt.image_mode == "squash":
         raise UsageError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
@@ -231,7 +230,7 @@ def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> Non
         _write_side_tower(source, partial / SIDE_TOWER)
     else:
         dtype = _write_tensors(source, partial, rows, table_rows, "")
-    name = tower or str(store.absolute(final / SIDE_TOWER))
+    name = tower or str(reader.absolute(final / SIDE_TOWER))
     content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
     ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
     pad = {"pad_token_id": words.ids.get(words.pad, 0)}
@@ -258,12 +257,12 @@ def _export_projector(source: Source, partial: epath.Path, final: epath.Path) ->
     dtype = str(next(iter(leaves.values())).dtype)
     vocab = config.llm.vocab + config.llm.added_tokens
     name = _hub_tower(config) or SIDE_TOWER
-    content = llava.original_config_json(config, vocab, dtype, name, False, source.card.prompt)
-    write_json(partial / "config.json", content | {OURS: _kept(source.card.prompt)})
+    content = llava.original_config_json(config, vocab, dtype, name, False, source.metadata.prompt)
+    write_json(partial / "config.json", content | {OURS: _kept(source.metadata.prompt)})
 
 
 def _write_tensors(source: Source, partial: epath.Path, vocab: int, rows: Sequence[table.Row], *leaves: str) -> str:
-    """Writes the shards of the leaves that begin with one of `leaves`; returns the dtype of most of the bytes."""
+    """Writes the shards of the parameters that begin with one of `leaves`; returns the dtype of most of the bytes."""
     specs = _exported_specs(source, vocab)
     specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
     found = table.entries(specs, rows, llava.first_layers(source.config), "conversion")
@@ -294,21 +293,21 @@ def _exported_specs(source: Source, vocab: int) -> dict[str, Spec]:
 def _tensors(
     source: Source, found: Sequence[table.Entry], specs: Mapping[str, Spec]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors in the order of `found`, one of our leaves in memory."""
+    """Their tensors in the order of `found`, one of our parameters in memory."""
     progress = table.Progress("exports", "leaves", [table.nbytes(specs[entry.ours]) for entry in found])
     for entry in found:
-        # No name for the leaf here: it would live on while the next one is read.
+        # No name for the parameter here: it would live on while the next one is read.
         yield from table.their_tensors(entry, _exported_leaf(source, entry.ours, specs[entry.ours]))
         progress.add(table.nbytes(specs[entry.ours]))
 
 
 def _exported_leaf(source: Source, name: str, spec: Spec) -> np.ndarray:
-    """The leaf; one of the vocabulary with its added rows, and cut or filled to the exported number of rows."""
+    """The parameter; one of the vocabulary with its added rows, and cut or filled to the exported number of rows."""
     leaf = source.read(name)
     if name not in _VOCABULARY:
         return leaf
     added, axis = _VOCABULARY[name]
-    parts = [leaf] + ([source.read(added)] if added in source.places else [])
+    parts = [leaf] + ([source.read(added)] if added in source.tensors else [])
     return fit_axis([part.astype(spec.dtype, copy=False) for part in parts], axis, spec.shape[axis])
 
 
@@ -347,7 +346,7 @@ def _fetched(tower: TowerConfig) -> dict[str, Any]:
     return {name: value for name, value in vars(tower).items() if name not in ("select_layer", "select_feature")}
 
 
-def _kept(prompt: cards.PromptCard) -> dict[str, Any]:
+def _kept(prompt: model_json.PromptMetadata) -> dict[str, Any]:
     """What the formats have no key for; a later `convert import` reads it, others pass over it."""
     return {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
 

@@ -221,7 +221,7 @@ def write_safetensors(
                 name, array = next(tensors)
                 assert (name, array.shape, array.dtype) == (wanted, *spec), (name, array.shape, array.dtype, wanted)
                 file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                del array  # it may be a view that keeps the whole leaf while the next one is read
+                del array  # it may be a view that keeps the whole parameter while the next one is read
 
     files.retried(write, path, secs=0.0)  # once: the tensors come once; what a bucket raises becomes a line
 

@@ -1,6 +1,6 @@
 """Their weights into our checkpoint: a whole LLaVA or BLIP-2, or one put together from its parts.
 
-Leaves are read and written one at a time, and the directory gets its name when all are there.
+Tensors are read and written one at a time, and the directory gets its name when all are there.
 """
 
 import dataclasses
@@ -13,8 +13,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files, params
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import llava, minigpt4, processor, table, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
@@ -165,12 +164,12 @@ def assemble(
 
 def _assembled_prompt(
     options: PromptOptions, kind: str, is_eva: bool, adapted: bool, llm: epath.Path, template: str
-) -> cards.PromptCard:
+) -> model_json.PromptMetadata:
     mode, legacy = "pad", options.legacy
     if is_eva:
         template = minigpt4.V2_TEMPLATE if adapted else minigpt4.TEMPLATES.get(kind, template)
         mode, legacy = "squash", minigpt4.legacy(llm) if legacy is None else legacy
-    return cards.PromptCard(options.template or template, legacy, options.image_mode or mode, False)
+    return model_json.PromptMetadata(options.template or template, legacy, options.image_mode or mode, False)
 
 
 def _tower(
@@ -281,7 +280,7 @@ def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
 
 
 def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:
-    """All leaves that are in no file."""
+    """All parameters that are in no file."""
     read = tuple(start for part in parts for start in part.leaves)
     fresh = {}
     if "projector/" not in read:
@@ -336,7 +335,7 @@ def _seen(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
 
 def _prompt(
     directory: epath.Path, content: Mapping[str, Any], options: PromptOptions, decoder: Decoder
-) -> cards.PromptCard:
+) -> model_json.PromptMetadata:
     """Options first, then what an export of ours kept, then what the format itself says."""
     kept = unread.kept(content.get(OURS), f"{directory / 'config.json'}: {OURS}")
     if minigpt4.is_hub(content):
@@ -350,7 +349,7 @@ def _prompt(
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", decoder.template)
-    return cards.PromptCard(template, options.legacy, mode, marks)
+    return model_json.PromptMetadata(template, options.legacy, mode, marks)
 
 
 def _write(
@@ -358,12 +357,12 @@ def _write(
     config: LlavaConfig,
     parts: Sequence[Part],
     fresh: Mapping[str, np.ndarray],
-    prompt: cards.PromptCard,
+    prompt: model_json.PromptMetadata,
     words_directory: epath.Path,
     origin: Mapping[str, Any],
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
-    """Checks that everything fits, then writes the checkpoint. A leaf is of the first part that can hold it."""
+    """Checks that everything fits, then writes the checkpoint. A parameter is of the first part that can hold it."""
     words = tokenizer.load(words_directory, prompt.legacy)
     ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:
@@ -380,12 +379,12 @@ def _write(
         dtypes |= table.check(found, part.tensors, (*llava.ignored(config), *part.ignored))
         sources += [(entry, part.tensors) for entry in found]
     dtypes |= {name: leaf.dtype for name, leaf in fresh.items()}
-    store.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))
+    reader.check_specs({entry.ours: leaves[entry.ours] for entry, _ in sources} | dict(fresh), leaves, str(destination))
     source = {**origin, "dtypes": {name: str(dtype) for name, dtype in sorted(dtypes.items())}}
     prompt = dataclasses.replace(prompt, legacy=words.legacy)
-    with store.staged(destination) as partial:
-        with store.LeafWriter(partial / "0" / store.PARAMS) as writer:
+    with reader.staged(destination) as partial:
+        with reader.TensorWriter(partial / "0" / reader.PARAMS) as writer:
             table.write_leaves(writer, sources)
             for name, leaf in fresh.items():
                 writer.write(name, leaf)
-        cards.write_card(partial, cards.Card(config_to_json(config), prompt, (), source), words.files())
+        model_json.write(partial, model_json.Metadata(config_to_json(config), prompt, (), source), words.files())

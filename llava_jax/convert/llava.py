@@ -276,7 +276,7 @@ def original_config_json(config: LlavaConfig, vocab: int, dtype: str, tower: str
     Args:
       tower: `mm_vision_tower`, what the original code fetches the tower by.
       in_file: the tower's weights lie among the tensors; the original code reads them only when told so.
-      prompt: the checkpoint's `PromptCard`.
+      prompt: the checkpoint's `PromptMetadata`.
     """
     decoder = registry.decoder_of(config.llm)
     return {

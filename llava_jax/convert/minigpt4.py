@@ -91,7 +91,7 @@ def read_hub(content: Mapping[str, Any], where: str, tensors: TensorFiles, ln_ep
 
 
 def hub_part(config: LlavaConfig, tensors: TensorFiles) -> Part:
-    """All leaves of a model out of a Hugging Face directory."""
+    """All parameters of a model out of a Hugging Face directory."""
     return Part(("",), views.with_split_biases(tensors), hub_rows(config))
 
 

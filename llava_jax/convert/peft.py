@@ -30,7 +30,7 @@ PARTS = {"A": lora.A, "B": lora.B}
 
 
 class Adapter(NamedTuple):
-    """What goes into an adapter's directory: adapters of `kernels`, and the leaves `saved` whole."""
+    """What goes into an adapter's directory: adapters of `kernels`, and the parameters `saved` whole."""
 
     kernels: tuple[str, ...]
     saved: tuple[str, ...]
@@ -61,15 +61,16 @@ def adapter_of(source: Source) -> Adapter:
       ValueError: it has no adapters, or has learned what this form does not hold.
     """
     kernels = _kernels(source)
-    own = {name for name, leaves in source.places.items() if leaves.folder.parent.parent == source.directory}
+    own = {name for name, leaves in source.tensors.items() if leaves.folder.parent.parent == source.directory}
     moved = sorted(name for name in own if lora.kernel_of(name) is None)
     others = [name for name in moved if not name.startswith("projector/")]
     if moved and any(kernel.startswith("projector/") for kernel in kernels):
         others = moved
     if others:
         raise UsageError(
-            f"{source.directory}: {others[0]} moved too ({len(others)} such leaves), and a PEFT adapter holds adapters "
-            "and a projector without one; use --split-projector, whose base has all the rest, or --format hf"
+            f"{source.directory}: {others[0]} was trained too ({len(others)} such parameters), and a PEFT adapter "
+            "holds adapters and a projector without one; use --split-projector, whose base has all the rest, or "
+            "--format hf"
         )
     return Adapter(tuple(kernels), tuple(n for n in source.specs if n.startswith("projector/")) if moved else ())
 

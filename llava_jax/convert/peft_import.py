@@ -12,8 +12,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import llava, table, unread
 from llava_jax.convert.files import TensorFiles, open_files, read_json
 from llava_jax.convert.importing import PromptOptions
@@ -43,8 +42,8 @@ class Tensor(NamedTuple):
 
     Attributes:
       module: the path of the linear layer it belongs to.
-      part: "A" or "B" of an adapter; "" for a leaf that was saved whole.
-      entry: our leaf (for an adapter its kernel).
+      part: "A" or "B" of an adapter; "" for a parameter that was saved whole.
+      entry: our parameter (for an adapter its kernel).
       index: place in our stack.
     """
 
@@ -83,19 +82,19 @@ def import_adapter(
     tensors = open_files(directory, [_weights(directory), *_existing(directory, OTHER_WEIGHTS)])
     found = _find(tensors, _known(opened), config)
     adapters = {t.entry.ours: [o for o in found if o.part and o.entry == t.entry] for t in found if t.part}
-    step = store.latest_step(base)
+    step = reader.latest_step(base)
     assert step is not None
-    rest = cards.Base(str(store.absolute(base)), step, store.fingerprint(base, step), (".*",))
+    rest = model_json.Base(str(reader.absolute(base)), step, reader.fingerprint(base, step), (".*",))
     origin = {"imported_from": str(directory), "layout": "peft", "left_out": len(tensors.specs) - len(found)}
-    card = cards.Card(opened.card.model, _prompt(directory, opened, options), (rest,), origin)
-    with store.staged(destination) as partial:
-        with store.LeafWriter(partial / "0" / store.PARAMS) as writer:
+    metadata = model_json.Metadata(opened.metadata.model, _prompt(directory, opened, options), (rest,), origin)
+    with reader.staged(destination) as partial:
+        with reader.TensorWriter(partial / "0" / reader.PARAMS) as writer:
             for kernel, parts in adapters.items():
                 for leaf, stack in _stacks(opened.specs[kernel].shape, parts, tensors, config):
                     writer.write(lora.beside(kernel, leaf), stack)
             for entry in _whole(found):
-                writer.write(entry.ours, table.read_leaf(entry, tensors))
-        cards.write_card(partial, card, cards.read_tokenizer_files(base))
+                writer.write(entry.ours, table.read_tensor(entry, tensors))
+        model_json.write(partial, metadata, model_json.read_tokenizer_files(base))
 
 
 def _read_config(directory: epath.Path) -> dict[str, Any]:
@@ -125,7 +124,7 @@ def _existing(directory: epath.Path, names: Iterable[str]) -> list[epath.Path]:
 
 
 def _known(source: Source) -> dict[str, tuple[Entry, tuple[int, ...]]]:
-    """{their name in any layout: (our leaf, place in its stack)}."""
+    """{their name in any layout: (our parameter, place in its stack)}."""
     leaves = {name: spec for name, spec in source.specs.items() if not name.endswith("/added")}
     found: dict[str, tuple[Entry, tuple[int, ...]]] = {}
     for layout in (llava.NEW4, llava.NEW5, llava.HUB, llava.LEG5, llava.ORIGINAL):
@@ -221,7 +220,7 @@ def _scale(module: str, config: Mapping[str, Any]) -> float:
 def _stacks(
     shape: tuple[int, ...], parts: Iterable[Tensor], tensors: TensorFiles, config: Mapping[str, Any]
 ) -> list[tuple[str, np.ndarray]]:
-    """The three leaves beside a kernel of `shape`."""
+    """The three parameters beside a kernel of `shape`."""
     *stack, inputs, outputs = shape
     parts = list(parts)
     rank = max(_of(tensor.module, config, "r", "rank_pattern") for tensor in parts)
@@ -239,7 +238,7 @@ def _stacks(
 
 
 def _whole(found: Iterable[Tensor]) -> list[Entry]:
-    """The leaves that were saved whole, by the names that they have in this file."""
+    """The parameters that were saved whole, by the names that they have in this file."""
     saved: dict[str, list[Tensor]] = {}
     for tensor in found:
         if not tensor.part:
@@ -250,7 +249,7 @@ def _whole(found: Iterable[Tensor]) -> list[Entry]:
     ]
 
 
-def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> cards.PromptCard:
+def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> model_json.PromptMetadata:
     """Options first, then what the adapter's directory says, then the base."""
     file = directory / PROMPT
     kept = unread.kept(read_json(file) if files.is_file(file) else {}, str(file))
@@ -258,8 +257,8 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> card
     if llava.is_original(content):
         kept["image_mode"] = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
         kept["image_start_end"] = bool(content.get("mm_use_im_start_end", False))
-    said = base.card.prompt
-    prompt = cards.PromptCard(
+    said = base.metadata.prompt
+    prompt = model_json.PromptMetadata(
         options.template or kept.get("template", said.template),
         said.legacy if options.legacy is None else options.legacy,
         options.image_mode or kept.get("image_mode", said.image_mode),

@@ -2,7 +2,7 @@
 
 import json
 
-from llava_jax.checkpoint.card import PromptCard
+from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import templates
@@ -108,7 +108,7 @@ _IMAGES = {
 }
 
 
-def hub(config: LlavaConfig, prompt: PromptCard, name: str, chat: bool) -> str:
+def hub(config: LlavaConfig, prompt: PromptMetadata, name: str, chat: bool) -> str:
     """README.md of the Hugging Face format; chat: there is a chat template."""
     reason = "with marks around images" if prompt.image_start_end else "has parts that"
     text = _CHAT if chat else _NO_CHAT
@@ -119,7 +119,7 @@ def hub(config: LlavaConfig, prompt: PromptCard, name: str, chat: bool) -> str:
     )  # fmt: skip
 
 
-def blip2(config: LlavaConfig, prompt: PromptCard, name: str) -> str:
+def blip2(config: LlavaConfig, prompt: PromptMetadata, name: str) -> str:
     """README.md of a BLIP-2 directory."""
     return _BLIP2.format(
         name=name, model=_model(config), images=_IMAGES[prompt.image_mode], queries=config.image_features,
@@ -127,7 +127,7 @@ def blip2(config: LlavaConfig, prompt: PromptCard, name: str) -> str:
     )  # fmt: skip
 
 
-def original(config: LlavaConfig, prompt: PromptCard, name: str, tower: str | None) -> str:
+def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str | None) -> str:
     """README.md of the original format; tower: its name on the hub, None where it lies in a directory beside."""
     where = f"The vision tower's weights are in the files; its sizes come from `{tower}`."
     if tower is None:

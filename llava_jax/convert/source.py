@@ -1,4 +1,4 @@
-"""A checkpoint of ours, opened to be read leaf by leaf: as it lies on the disk, or with its adapters merged."""
+"""A checkpoint of ours, opened to be read tensor by tensor: as it lies on the disk, or with its adapters merged."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
@@ -8,9 +8,8 @@ import numpy as np
 from etils import epath
 
 from llava_jax import params
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
-from llava_jax.checkpoint.leaves import Leaves
+from llava_jax.checkpoint import model_json, reader
+from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import abstract_params
@@ -19,29 +18,29 @@ from llava_jax.prompt import tokenizer
 
 
 class Source(NamedTuple):
-    """An opened checkpoint: its card, config, tokenizer, and where each leaf lies with its shape and dtype.
+    """An opened checkpoint: its metadata, config, tokenizer, and where each parameter lies with its shape and dtype.
 
     Attributes:
-      specs: the leaves that it shows.
+      specs: the parameters that it shows.
       merged: kernels that are read with their adapters added.
     """
 
     directory: epath.Path
-    card: cards.Card
+    metadata: model_json.Metadata
     config: LlavaConfig
     words: tokenizer.Tokenizer
-    places: dict[str, Leaves]
+    tensors: dict[str, Tensors]
     specs: dict[str, jax.ShapeDtypeStruct]
     merged: frozenset[str] = frozenset()
 
     def read(self, name: str) -> np.ndarray:
-        """A leaf, in the dtype of its spec."""
-        leaf, dtype = self.places[name].read(name), self.specs[name].dtype
+        """A parameter, in the dtype of its spec."""
+        leaf, dtype = self.tensors[name].read(name), self.specs[name].dtype
         if name not in self.merged and leaf.dtype == dtype:
             return leaf
         with np.errstate(over="ignore"):
             if name in self.merged:
-                a, b, scale = (self.places[n].read(n) for n in (lora.beside(name, part) for part in lora.LEAVES))
+                a, b, scale = (self.tensors[n].read(n) for n in (lora.beside(name, part) for part in lora.LEAVES))
                 cast = lora.merged(leaf, a, b, scale, dtype)
             else:
                 cast = leaf.astype(dtype)
@@ -51,20 +50,20 @@ class Source(NamedTuple):
         return cast
 
 
-def open_source(directory: epath.PathLike, step: store.Step = None) -> Source:
-    """Opens a checkpoint and checks that its leaves are the model's and its adapters'.
+def open_source(directory: epath.PathLike, step: reader.Step = None) -> Source:
+    """Opens a checkpoint and checks that its parameters are the model's and its adapters'.
 
     Raises:
       UnusableCheckpoint: they are not, or a base is gone or changed.
     """
     directory = epath.Path(directory)
-    card = cards.read_card(directory)
-    config = config_from_json(dict(card.model))
-    places = store.places(directory, step)
-    specs = {name: leaves.spec(name) for name, leaves in places.items()}
-    store.check_specs(specs, params.flatten(lora.add_found(abstract_params(config), specs)), str(directory))
-    words = tokenizer.load(directory / cards.TOKENIZER, card.prompt.legacy)
-    return Source(directory, card, config, words, places, specs)
+    metadata = model_json.read(directory)
+    config = config_from_json(dict(metadata.model))
+    tensors = reader.sources(directory, step)
+    specs = {name: leaves.spec(name) for name, leaves in tensors.items()}
+    reader.check_specs(specs, params.flatten(lora.add_found(abstract_params(config), specs)), str(directory))
+    words = tokenizer.load(directory / model_json.TOKENIZER, metadata.prompt.legacy)
+    return Source(directory, metadata, config, words, tensors, specs)
 
 
 def adapted(source: Source) -> list[str]:

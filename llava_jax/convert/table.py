@@ -1,4 +1,4 @@
-"""One table of names, read both ways: which of their tensors make each of our leaves, and with which axes.
+"""One table of names, read both ways: which of their tensors make each of our parameters, and with which axes.
 
 Rows are those of `models.names`, which the parts of a model hold. Import checks that every tensor of theirs is used
 exactly once and has the shape and dtype that the model asks for; export walks the same entries backwards.
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from llava_jax import params
-from llava_jax.checkpoint.store import LeafWriter
+from llava_jax.checkpoint.reader import TensorWriter
 from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.names import Axes, Row
@@ -26,7 +26,7 @@ _LAYER = re.compile(r"\{layer(?:\*(\d+))?\}")
 
 
 class Part(NamedTuple):
-    """Some leaves, the files that hold them and the table between the two.
+    """Some parameters, the files that hold them and the table between the two.
 
     Attributes:
       leaves: beginnings of our names; "" is all.
@@ -40,7 +40,7 @@ class Part(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """One of our leaves and what it is made of.
+    """One of our parameters and what it is made of.
 
     Attributes:
       shape: ours.
@@ -60,7 +60,7 @@ class Entry(NamedTuple):
 
 
 def entries(leaves: Mapping[str, Any], rows: Sequence[Row], first_layer: Mapping[str, int], what: str) -> list[Entry]:
-    """What every leaf is made of.
+    """What every parameter is made of.
 
     Args:
       leaves: {our name: anything with a shape}.
@@ -124,8 +124,8 @@ def _faults(name: str, spec: Spec, entry: Entry) -> list[str]:
     return []
 
 
-def read_leaf(entry: Entry, tensors: TensorFiles) -> np.ndarray:
-    """Our leaf in their dtype. Memory: the leaf and one of their tensors."""
+def read_tensor(entry: Entry, tensors: TensorFiles) -> np.ndarray:
+    """Our parameter in their dtype. Memory: the parameter and one of their tensors."""
     if not entry.stacked:
         return entry.axes.ours(tensors.read(entry.theirs[0]))
     stack = np.empty(entry.shape, tensors.specs[entry.theirs[0]].dtype)
@@ -135,17 +135,17 @@ def read_leaf(entry: Entry, tensors: TensorFiles) -> np.ndarray:
 
 
 def their_tensors(entry: Entry, leaf: np.ndarray) -> Iterator[tuple[str, np.ndarray]]:
-    """Their (name, tensor) of one of our leaves, in the order of `entry.theirs`."""
+    """Their (name, tensor) of one of our parameters, in the order of `entry.theirs`."""
     for layer, name in enumerate(entry.theirs):
         yield name, entry.axes.theirs(leaf[layer] if entry.stacked else leaf)
 
 
-def write_leaves(writer: LeafWriter, sources: Sequence[tuple[Entry, TensorFiles]]) -> None:
-    """Reads and writes every leaf, one in memory at a time."""
+def write_leaves(writer: TensorWriter, sources: Sequence[tuple[Entry, TensorFiles]]) -> None:
+    """Reads and writes every parameter, one in memory at a time."""
     sizes = [sum(nbytes(tensors.specs[name]) for name in entry.theirs) for entry, tensors in sources]
     progress = Progress("imports", "leaves", sizes)
     for (entry, tensors), size in zip(sources, sizes):
-        writer.write(entry.ours, read_leaf(entry, tensors))
+        writer.write(entry.ours, read_tensor(entry, tensors))
         progress.add(size)
 
 

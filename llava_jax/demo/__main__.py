@@ -1,7 +1,7 @@
 """`python -m llava_jax.demo [--family minigpt4] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
 
 The first tells LLaVA's story, or MiniGPT-4's, in miniature: a drawn world, base models that can talk about it but not
-see, the two stages of training and what is lost without them, an exam on pictures never seen, and an export for
+see, the two stages of training and what is lost without them, a test set on pictures never seen, and an export for
 transformers. It ends with a table and writes DIR/demo.json and DIR/report.html. The second trains the base models anew.
 """
 
@@ -50,7 +50,7 @@ def _demo(words: list[str]) -> int:
     print(report.table(outcome))
     name, turns = outcome.chat
     picture = workdir / story.WORLD / name
-    print(f"\nA talk with stage 2 about {picture}:")
+    print(f"\nA conversation with stage 2 about {picture}:")
     print("\n".join(f"  {role}: {text}" for role, text in turns))
     print(f"\nIn {outcome.secs:.0f} s. Open {workdir}/report.html, or go on talking:\n"
           f"  python -m llava_jax.chat --checkpoint {workdir}/stage2 --image {picture}")

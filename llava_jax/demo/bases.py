@@ -24,7 +24,7 @@ from jaxtyping import Array, Float
 
 from llava_jax import config, params
 from llava_jax.batch import Batch
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.convert import files, importing, minigpt4, processor, table, views
 from llava_jax.data.packing import padded
 from llava_jax.demo import clip, records, words
@@ -113,7 +113,7 @@ def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int |
                     "data.sources.0.images": work / "world", "train.seed": seed}  # fmt: skip
         settings |= {} if steps is None else {"train.steps": steps}
         Trainer(config.load(BLIP2_CONFIG, settings), workdir=work / "run").fit()
-        _write_blip2(place, params.flatten(store.load_params(work / "run", _of_blip2(first))))
+        _write_blip2(place, params.flatten(reader.load_params(work / "run", _of_blip2(first))))
 
 
 def _of_blip2(names: Iterable[str]) -> list[str]:

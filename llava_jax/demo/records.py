@@ -1,4 +1,4 @@
-"""The world on disk: pictures as JPEG files, captions and instructions as LLaVA JSON, and the questions of the exam."""
+"""The world on disk: pictures as JPEG files, captions and instructions as LLaVA JSON, and the test sets' questions."""
 
 import json
 from pathlib import Path
@@ -27,7 +27,7 @@ class Sizes(NamedTuple):
 SIZES = Sizes(train=3000, heldout=400, unseen=200, heldout_per_kind=100, unseen_per_kind=50)
 
 
-class Exam(NamedTuple):
+class TestSet(NamedTuple):
     """Questions about pictures that no training record shows. pictures: paths relative to the world's folder."""
 
     pictures: tuple[str, ...]
@@ -35,8 +35,8 @@ class Exam(NamedTuple):
     questions: tuple[Question, ...]
 
 
-def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, Exam]:
-    """Draws a world into `directory`: the three JSON files, their pictures, and the exams "heldout" and "unseen"."""
+def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, TestSet]:
+    """Draws a world into `directory`: three JSON files, their pictures, and the test sets "heldout" and "unseen"."""
     rng = np.random.default_rng([seed, 3])
     scenes = [world.random_scene(rng, "train") for _ in range(sizes.train)]
     pictures = _draw(directory, "train", scenes, rng)
@@ -52,15 +52,15 @@ def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, Exam]:
     _write_json(directory / FINETUNE, dialogues)
     _write_json(directory / FINETUNE_BLIND, [{**record, "image": BLANK} for record in dialogues])
     return {
-        "heldout": _exam(directory, "heldout", sizes.heldout, sizes.heldout_per_kind, rng),
-        "unseen": _exam(directory, "unseen", sizes.unseen, sizes.unseen_per_kind, rng),
+        "heldout": _test_set(directory, "heldout", sizes.heldout, sizes.heldout_per_kind, rng),
+        "unseen": _test_set(directory, "unseen", sizes.unseen, sizes.unseen_per_kind, rng),
     }
 
 
-def _exam(directory: Path, part: str, pictures: int, per_kind: int, rng: np.random.Generator) -> Exam:
+def _test_set(directory: Path, part: str, pictures: int, per_kind: int, rng: np.random.Generator) -> TestSet:
     scenes = [world.random_scene(rng, part) for _ in range(pictures)]
     questions = world.balanced_questions(scenes, per_kind, rng)
-    return Exam(tuple(_draw(directory, part, scenes, rng)), tuple(scenes), tuple(questions))
+    return TestSet(tuple(_draw(directory, part, scenes, rng)), tuple(scenes), tuple(questions))
 
 
 def _draw(directory: Path, part: str, scenes: list[Scene], rng: np.random.Generator) -> list[str]:

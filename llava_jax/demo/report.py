@@ -23,23 +23,23 @@ th:first-child, td:first-child { text-align: left } .cards { display: flex; flex
 
 
 def numbers(outcome: Outcome) -> dict[str, Any]:
-    """The table: each run's share of exact answers on held-out pictures, on unseen pairs, and by kind; and secs."""
+    """The table: each run's share of exact answers on held-out pictures, the compositional split, and by kind; secs."""
     names = [run.name for run in outcome.family.examined]
     heldout = {name: round(outcome.results[name]["heldout"].score, 4) for name in names}
-    by_exam = {
-        exam: {name: {kind: round(share, 4) for kind, share in outcome.results[name][exam].by_kind.items()}
+    by_set = {
+        test_set: {name: {kind: round(share, 4) for kind, share in outcome.results[name][test_set].by_kind.items()}
                for name in names}
-        for exam in outcome.exams
+        for test_set in outcome.test_sets
     }  # fmt: skip
     unseen = {name: round(outcome.results[name]["unseen"].score, 4) for name in names}
-    questions = {name: len(exam.questions) for name, exam in outcome.exams.items()}
-    return {**heldout, "unseen": unseen, "by_kind": by_exam["heldout"], "unseen_by_kind": by_exam["unseen"],
+    questions = {name: len(test_set.questions) for name, test_set in outcome.test_sets.items()}
+    return {**heldout, "unseen": unseen, "by_kind": by_set["heldout"], "unseen_by_kind": by_set["unseen"],
             "questions": questions, "secs": round(outcome.secs, 1)}  # fmt: skip
 
 
 def table(outcome: Outcome) -> str:
     """Exact answers in percent, one line a run, and what came out other than expected."""
-    head = ["exact answers in %", "all", *world.KINDS, "unseen pairs"]
+    head = ["exact answers in %", "all", *world.KINDS, "compositional split"]
     rows = _rows(outcome)
     width = max(len(label) for label, _ in rows)
     lines = [f"{head[0]:<{width}}  " + "  ".join(f"{word:>8}" for word in head[1:])]
@@ -51,10 +51,10 @@ def table(outcome: Outcome) -> str:
 
 
 def verdicts(outcome: Outcome) -> list[str]:
-    """A line on the size of the exams, and one for each comparison that came out other than the paper's."""
-    exam, unseen = outcome.exams["heldout"], outcome.exams["unseen"]
-    lines = [f"{len(exam.questions)} questions about {len(exam.scenes)} pictures never seen; unseen pairs: "
-             f"{len(unseen.questions)} about pictures with a thing whose colour and shape no picture had together"]
+    """A line on the size of the test sets, and one for each comparison that came out other than the paper's."""
+    test_set, unseen = outcome.test_sets["heldout"], outcome.test_sets["unseen"]
+    lines = [f"{len(test_set.questions)} questions about {len(test_set.scenes)} pictures never seen; compositional "
+             f"split: {len(unseen.questions)} about pictures with a thing whose colour and shape never came together"]
     best = outcome.results[BEST]["heldout"].score
     for run in outcome.family.examined:
         score = outcome.results[run.name]["heldout"].score
@@ -73,7 +73,7 @@ def _rows(outcome: Outcome) -> list[tuple[str, list[float]]]:
 
 def page(outcome: Outcome, pictures: Path) -> str:
     """The whole report as one HTML file without links to others."""
-    head = "".join(f"<th>{word}" for word in ("exact answers in %", "all", *world.KINDS, "unseen pairs"))
+    head = "".join(f"<th>{word}" for word in ("exact answers in %", "all", *world.KINDS, "compositional split"))
     body = "".join(
         f"<tr><td>{label}" + "".join(f"<td>{100 * cell:.1f}" for cell in cells) for label, cells in _rows(outcome)
     )
@@ -88,24 +88,24 @@ def page(outcome: Outcome, pictures: Path) -> str:
 <table><tr>{head}{body}</table>{notes}
 <h2>Learning</h2>{curves}
 <h2>Questions about pictures never seen, answered after stage 2</h2><div class="cards">{_cards(outcome, pictures)}</div>
-<h2>A talk</h2><div class="card"><img src="{_data(pictures / picture)}"></div>{talk}
+<h2>A conversation</h2><div class="card"><img src="{_data(pictures / picture)}"></div>{talk}
 """
 
 
 def _cards(outcome: Outcome, pictures: Path) -> str:
-    """The first questions of the exam that are about different pictures, kinds in turn: chosen before any answer."""
-    exam, answers = outcome.exams["heldout"], outcome.results["stage2"]["heldout"].answers
-    by_kind = {kind: [i for i, q in enumerate(exam.questions) if q.turn.kind == kind] for kind in world.KINDS}
+    """The first questions of the test set about different pictures, kinds in turn: chosen before any answer."""
+    test_set, answers = outcome.test_sets["heldout"], outcome.results["stage2"]["heldout"].answers
+    by_kind = {kind: [i for i, q in enumerate(test_set.questions) if q.turn.kind == kind] for kind in world.KINDS}
     cards, used = [], set[int]()
     for number in range(SHOWN):
         kind = world.KINDS[number % len(world.KINDS)]
-        fresh = [i for i in by_kind[kind] if exam.questions[i].picture not in used]
+        fresh = [i for i in by_kind[kind] if test_set.questions[i].picture not in used]
         index = (fresh or by_kind[kind])[0]
-        used.add(exam.questions[index].picture)
-        turn, answer = exam.questions[index].turn, answers[index]
+        used.add(test_set.questions[index].picture)
+        turn, answer = test_set.questions[index].turn, answers[index]
         mark = "right" if answer == turn.answer else "wrong"
         cards.append(
-            f'<div class="card"><img src="{_data(pictures / exam.pictures[exam.questions[index].picture])}">'
+            f'<div class="card"><img src="{_data(pictures / test_set.pictures[test_set.questions[index].picture])}">'
             f"<br>{html.escape(turn.question)}<br>truth: {html.escape(turn.answer)}"
             f'<br><span class="{mark}">answer: {html.escape(answer)}</span></div>'
         )

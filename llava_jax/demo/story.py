@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 from llava_jax import config as configs
 from llava_jax.convert import exporting, importing
-from llava_jax.demo import bases, exam, records
-from llava_jax.demo.exam import Result
-from llava_jax.demo.records import Exam, Sizes
+from llava_jax.demo import bases, records, test_set
+from llava_jax.demo.records import Sizes, TestSet
+from llava_jax.demo.test_set import Result
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.train import metrics
@@ -33,7 +33,7 @@ class Run(NamedTuple):
     config: str
     start: str
     data: str
-    label: str = ""  # none: no exam is taken
+    label: str = ""  # none: of no row of the table
 
     @property
     def blind(self) -> bool:
@@ -73,7 +73,7 @@ FAMILIES = {
             Run("stage1_last_layer", "stage 1 on the tower's last layer", "stage1.py", BASE_LAST_LAYER,
                 records.PRETRAIN),
             Run("stage2_last_layer", "stage 2 on the tower's last layer", "stage2.py", "stage1_last_layer",
-                records.FINETUNE, "last layer instead of before-last"),
+                records.FINETUNE, "last layer instead of penultimate"),
         ),
         "A tiny CLIP and a tiny LLaMA that has only ever read, joined in LLaVA's two stages",
     ),
@@ -93,10 +93,10 @@ FAMILIES = {
 
 
 class Outcome(NamedTuple):
-    """What a demo found. results: {run: {exam: Result}}; losses: {run: loss at every step}; chat: (who, text)."""
+    """What a demo found. results: {run: {test_set: Result}}; losses: {run: loss at every step}; chat: (who, text)."""
 
     family: Family
-    exams: dict[str, Exam]
+    test_sets: dict[str, TestSet]
     results: dict[str, dict[str, Result]]
     losses: dict[str, list[float]]
     chat: tuple[str, list[tuple[str, str]]]
@@ -113,7 +113,7 @@ def tell(
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     _say(start, "draws the world")
-    exams = records.write(workdir / WORLD, seed, sizes)
+    test_sets = records.write(workdir / WORLD, seed, sizes)
     _say(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
         importing.assemble(workdir / name, **parts, seed=seed)
@@ -122,15 +122,15 @@ def tell(
         _say(start, f"trains {run.name}, {run.title}")
         _train(workdir, run, seed, steps)
         if run.label:
-            assistant = exam.open_assistant(workdir / run.name)
-            taken = {name: exam.take(assistant, one, workdir / WORLD, run.blind) for name, one in exams.items()}
+            assistant = test_set.open_assistant(workdir / run.name)
+            taken = {name: test_set.take(assistant, one, workdir / WORLD, run.blind) for name, one in test_sets.items()}
             results[run.name] = taken
             _say(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in taken.items()))
     _say(start, "exports stage 2 for transformers")
     exporting.export("hf", workdir / "stage2", workdir / EXPORT)
-    chat = _chat(workdir, exams["heldout"])
+    chat = _chat(workdir, test_sets["heldout"])
     losses = {run.name: _losses(workdir / run.name) for run in family.runs}
-    return Outcome(family, exams, results, losses, chat, time.monotonic() - start)
+    return Outcome(family, test_sets, results, losses, chat, time.monotonic() - start)
 
 
 def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> None:
@@ -144,19 +144,19 @@ def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> N
         Trainer(configs.load(CONFIGS / run.config, settings), workdir=workdir / run.name).fit()
 
 
-def _chat(workdir: Path, exam_: Exam) -> tuple[str, list[tuple[str, str]]]:
-    """A talk of three turns about the first held-out picture with three things, each answer part of the next prompt."""
-    picture = next(i for i, scene in enumerate(exam_.scenes) if sum(thing is not None for thing in scene) == 3)
-    shape = next(thing for thing in exam_.scenes[picture] if thing)
+def _chat(workdir: Path, held_out: TestSet) -> tuple[str, list[tuple[str, str]]]:
+    """Three turns about the first held-out picture with three things, each answer part of the next prompt."""
+    picture = next(i for i, scene in enumerate(held_out.scenes) if sum(thing is not None for thing in scene) == 3)
+    shape = next(thing for thing in held_out.scenes[picture] if thing)
     assistant = Assistant.open(workdir / "stage2")
     asked = ("<image>\nDescribe the picture.", f"Where is the {shape}?", "How many shapes are there?")
     turns: tuple[Turn, ...] = ()
     for question in asked:
         turns += (Turn("user", question),)
-        conversation = Conversation(turns, (exam_.pictures[picture],))
-        reply = assistant.reply(conversation, exam.ANSWER_TOKENS, image_root=workdir / WORLD)
+        conversation = Conversation(turns, (held_out.pictures[picture],))
+        reply = assistant.reply(conversation, test_set.ANSWER_TOKENS, image_root=workdir / WORLD)
         turns += (Turn("assistant", reply.text),)
-    return exam_.pictures[picture], [(turn.role, turn.text.removeprefix("<image>\n")) for turn in turns]
+    return held_out.pictures[picture], [(turn.role, turn.text.removeprefix("<image>\n")) for turn in turns]
 
 
 def _losses(run: Path) -> list[float]:

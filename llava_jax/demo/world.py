@@ -237,7 +237,7 @@ def _feature(scene: Scene, there: bool, rng: np.random.Generator) -> str:
 
 
 class Question(NamedTuple):
-    """A question of an exam: the picture's number, what is asked and what is right."""
+    """A question of a test set: the picture's number, what is asked and what is right."""
 
     picture: int
     turn: Turn

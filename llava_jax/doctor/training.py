@@ -22,7 +22,7 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, errors, lifecycle
-from llava_jax.checkpoint import manager, store, sums
+from llava_jax.checkpoint import manager, reader, sums
 from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.distributed import Stop
 from llava_jax.doctor import report
@@ -86,7 +86,7 @@ def _check(found: Machine) -> Iterator[Line]:
         return
     player = _player(trial)
     killed = _written_losses(workdir) if has_child else _end_in_the_middle(player, workdir)
-    saved = store.latest_step(workdir)
+    saved = reader.latest_step(workdir)
     resumed = _preempt(player, workdir)
     again = _follow(player, workdir)
     undisturbed = _from_begin(player, resumed.last, again.last)
@@ -140,7 +140,7 @@ def _kill_child(trial: Trial, workdir: epath.Path) -> str:
         child = subprocess.Popen(words, env=environment, stdout=output, stderr=subprocess.STDOUT)
         try:
             end = time.monotonic() + CHILD_SECS
-            while child.poll() is None and time.monotonic() < end and store.latest_step(workdir) is None:
+            while child.poll() is None and time.monotonic() < end and reader.latest_step(workdir) is None:
                 time.sleep(0.1)
             time.sleep(0.2)  # into the steps after it, or into the next save
         finally:
@@ -148,7 +148,7 @@ def _kill_child(trial: Trial, workdir: epath.Path) -> str:
             code = child.wait()
         output.seek(0)
         last = "; ".join(output.read().splitlines()[-3:])
-    if code != -signal.SIGKILL or store.latest_step(workdir) is None:
+    if code != -signal.SIGKILL or reader.latest_step(workdir) is None:
         return f"`train` in a process of its own saves nothing in {CHILD_SECS:.0f} s (exit code {code}): {last}"
     return ""
 

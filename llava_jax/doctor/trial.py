@@ -15,9 +15,8 @@ import numpy as np
 
 from llava_jax import config as configs
 from llava_jax import params, sharding
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import Card, PromptCard
+from llava_jax.checkpoint import model_json, reader
+from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
 from llava_jax.config import Config
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import Source, open_source
@@ -50,13 +49,13 @@ def write_files(folder: Path) -> None:
     """Writes a checkpoint, records and their pictures; the same bytes on every process."""
     rng = np.random.default_rng(0)
     # Drawn by numpy: JAX's own first values compile for many seconds.
-    with store.LeafWriter(folder / BASE / "0" / store.PARAMS) as writer:
+    with reader.TensorWriter(folder / BASE / "0" / reader.PARAMS) as writer:
         for name, leaf in params.flatten(abstract_params(MODEL)).items():
             mean = 1.0 if name.endswith("scale") else 0.0
             writer.write(name, rng.normal(mean, 0.1, leaf.shape).astype(np.float32))
     words = tokenizer.load(Path(str(resources.files("llava_jax.demo"))) / "assets" / "llama")
-    card = Card(presets.config_to_json(MODEL), PromptCard("v1", words.legacy, "square", False))
-    cards.write_card(folder / BASE, card, words.files())
+    metadata = Metadata(presets.config_to_json(MODEL), PromptMetadata("v1", words.legacy, "square", False))
+    model_json.write(folder / BASE, metadata, words.files())
     records = []
     for number in range(RECORDS):
         colour, word = rng.integers(0, 256, 3, dtype=np.uint8), _WORDS[number % len(_WORDS)]
@@ -79,7 +78,7 @@ def open_trial(sizes: configs.Mesh, devices: int, platform: str, folder: Path) -
     config = configs.load(CONFIG, settings)
     if platform == "gpu":  # without it, sums of an embedding's gradient are taken in another order each time
         config = dataclasses.replace(config, compiler_options=(("xla_gpu_deterministic_ops", True),))
-    words = tokenizer.load(folder / BASE / cards.TOKENIZER, config.prompt.legacy)
+    words = tokenizer.load(folder / BASE / model_json.TOKENIZER, config.prompt.legacy)
     format = Format(templates.get(config.prompt.template), words, MODEL.vision.image_size, MODEL.image_features,
                     config.prompt.image_mode)  # fmt: skip
     program = programs.build(config, MODEL, config.train.steps or 0, sharding.make_mesh(dataclasses.asdict(sizes)))

@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 GRIDS = {
     "scienceqa": (
-        Row("best", "layer before last, reasons first, both stages", 90.92),
+        Row("best", "penultimate layer, reasons first, both stages", 90.92),
         Row("last_layer", "the tower's last layer", 89.96, base="last_layer"),
         Row("answer_first", "the answer first", 89.77, format=ANSWER_FIRST),
         Row("without_stage1", "no stage 1", 85.81, stage1=False),

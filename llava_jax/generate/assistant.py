@@ -17,9 +17,8 @@ from jax.sharding import Mesh
 
 from llava_jax import params
 from llava_jax.batch import Example
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import sharded, store
-from llava_jax.checkpoint.leaves import Leaves
+from llava_jax.checkpoint import model_json, reader, sharded
+from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement
 from llava_jax.generate.engine import Engine, Request, Shape
@@ -90,7 +89,7 @@ class Assistant:
 
     @classmethod
     def open(
-        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: store.Step = None,
+        cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: reader.Step = None,
         template: str | None = None, mesh: Mesh | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
@@ -102,28 +101,28 @@ class Assistant:
           mesh: as for the class.
 
         Raises:
-          UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its card.
+          UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its metadata.
           ValueError, FileNotFoundError: an unknown template or dtype, a damaged tokenizer.
         """
-        card = cards.read_card(directory)
-        config = presets.config_from_json(dict(card.model))
+        metadata = model_json.read(directory)
+        config = presets.config_from_json(dict(metadata.model))
         kind = _dtype(dtype)
-        words = tokenizer.load(epath.Path(directory) / cards.TOKENIZER, legacy=card.prompt.legacy)
-        chosen = templates.get(template or card.prompt.template)
-        ending.check(chosen, words, str(directory), card.prompt.image_start_end)
+        words = tokenizer.load(epath.Path(directory) / model_json.TOKENIZER, legacy=metadata.prompt.legacy)
+        chosen = templates.get(template or metadata.prompt.template)
+        ending.check(chosen, words, str(directory), metadata.prompt.image_start_end)
         format = Format(
             chosen, words, config.vision.image_size, config.image_features,
-            card.prompt.image_mode, card.prompt.image_start_end, config.vision.mean, config.vision.resample,
+            metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
         )  # fmt: skip
-        places = store.places(directory, step)
-        specs = {name: leaves.spec(name) for name, leaves in places.items() if not name.startswith(NEVER_RUN)}
+        sources = reader.sources(directory, step)
+        specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
         shapes = _names(lora.add_found(abstract_params(config), specs))
-        store.check_specs(specs, shapes, str(directory))
+        reader.check_specs(specs, shapes, str(directory))
         model = Llava(config, kind)
         held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
                 for name, x in shapes.items()}  # fmt: skip
         mesh = mesh or placement.mesh_for(model, held, slots)
-        return cls(model, _read(places, held, mesh), format, slots, mesh)
+        return cls(model, _read(sources, held, mesh), format, slots, mesh)
 
     def generate(
         self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
@@ -367,13 +366,15 @@ def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversa
     return prompt
 
 
-def _read(places: Mapping[str, Leaves], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None) -> dict[str, Any]:
+def _read(
+    sources: Mapping[str, Tensors], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+) -> dict[str, Any]:
     """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
     structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
     put = functools.partial(placement.put, mesh=mesh)
     if placement.spans_processes(mesh):
-        return params.unflatten(sharded.load_checked(places, structs, put))
-    return params.unflatten(sharded.load(places, structs, put, whole=tuple(structs))[0])
+        return params.unflatten(sharded.load_checked(sources, structs, put))
+    return params.unflatten(sharded.load(sources, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 
 from llava_jax import distributed, sharding
 from llava_jax import params as names
-from llava_jax.checkpoint.leaves import Read
+from llava_jax.checkpoint.tensors import Read
 from llava_jax.errors import UsageError
 from llava_jax.models.llava import Llava
 from llava_jax.models.parts import DecoderConfig

@@ -98,12 +98,12 @@ def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.C
 
 def _check_words(config: configs.Config) -> None:
     """Refuses a template that the tokenizer cannot write, where that is on this machine."""
-    from llava_jax.checkpoint import card as cards
+    from llava_jax.checkpoint import model_json
     from llava_jax.prompt import ending, templates, tokenizer
 
     prompt, base = config.prompt, config.model.base
     template = templates.get(prompt.template)
-    place = prompt.tokenizer or (f"{base}/{cards.TOKENIZER}" if base else "")
+    place = prompt.tokenizer or (f"{base}/{model_json.TOKENIZER}" if base else "")
     if place and files.exists(place):
         ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
 

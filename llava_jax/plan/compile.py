@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from llava_jax import chips, files, sharding
 from llava_jax import config as configs
-from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import model_json
 from llava_jax.chips import Chip
 from llava_jax.errors import UsageError
 from llava_jax.models import presets
@@ -132,10 +132,10 @@ def model_of(config: configs.Config) -> LlavaConfig:
     preset, base = config.model.preset, config.model.base
     if preset:
         return presets.get(preset)
-    if base and files.exists(f"{base}/{cards.FILE}"):
-        return presets.config_from_json(dict(cards.read_card(base).model))
+    if base and files.exists(f"{base}/{model_json.FILE}"):
+        return presets.config_from_json(dict(model_json.read(base).model))
     raise UsageError(
-        f"model.preset is empty, and model.base={base!r} has no {cards.FILE} here: add --config.model.preset=NAME with "
+        f"model.preset is empty, and model.base={base!r} has no {model_json.FILE} here: add --config.model.preset=NAME with "
         f"one of {', '.join(presets.PRESETS)}, or name a base that is here"
     )
 

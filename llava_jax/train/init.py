@@ -1,4 +1,4 @@
-"""Where every leaf's first value comes from: the `init` table, read one leaf at a time onto the devices."""
+"""Where every parameter's first value comes from: the `init` table, read one parameter at a time onto the devices."""
 
 import functools
 import logging
@@ -12,10 +12,10 @@ from etils import epath
 from jax.experimental import multihost_utils
 
 from llava_jax import distributed, files, params
-from llava_jax.checkpoint import lock, sharded, store
-from llava_jax.checkpoint.card import Base
-from llava_jax.checkpoint.leaves import Read
+from llava_jax.checkpoint import lock, reader, sharded
+from llava_jax.checkpoint.model_json import Base
 from llava_jax.checkpoint.sharded import agreed
+from llava_jax.checkpoint.tensors import Read
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import init_params
@@ -27,33 +27,33 @@ _log = logging.getLogger(__name__)
 
 
 def resolve(program: Program, table: Sequence[tuple[str, str]], workdir: epath.PathLike, seed: int) -> dict[str, str]:
-    """{name: checkpoint directory or "random"} for every leaf of the model.
+    """{name: checkpoint directory or "random"} for every parameter of the model.
 
-    A checkpoint holds only what is trained and names its bases for the rest, so frozen leaves that begin at random (an
+    A checkpoint holds only what is trained and names its bases for the rest, so frozen ones that begin at random (an
     adapter's scale too) are written once, to `workdir/random`, which is then their directory.
 
     Raises:
       UsageError: a name without a row, a row without a name, adapters that would be lost or scaled otherwise, or a
         directory that another run still writes to.
-      UnusableCheckpoint: a directory of the table lacks a leaf or has it in another shape; names both.
+      UnusableCheckpoint: a directory of the table lacks a parameter or has it in another shape; names both.
     """
     frozen = _stored(program.frozen)
     wanted = params.flatten(program.state.params) | frozen
-    rows = [(pattern, value if value == RANDOM else str(store.absolute(value))) for pattern, value in table]
+    rows = [(pattern, value if value == RANDOM else str(reader.absolute(value))) for pattern, value in table]
     sources = params.lookup(wanted, rows, "init", every_row=True)
     for directory, names in _by_directory(sources).items():
         agreed("start", functools.partial(_refuse_unfinished, directory))
-        _log.info("begins with step %s of %s: %d parameters", store.latest_step(directory), directory, len(names))
-        found = store.leaf_specs(directory)
+        _log.info("begins with step %s of %s: %d parameters", reader.latest_step(directory), directory, len(names))
+        found = reader.tensor_specs(directory)
         _refuse_missing_adapters(directory, found, names)
         held = {name: found[name] for name in names if name in found}
-        store.check_specs(held, {name: wanted[name] for name in names}, f"table `init`: checkpoint {directory}")
+        reader.check_specs(held, {name: wanted[name] for name in names}, f"table `init`: checkpoint {directory}")
         _refuse_lost_adapters(directory, found, sources)
         _refuse_other_scales(program, directory, names)
     adrift = {name: frozen[name] for name in frozen if sources[name] == RANDOM}
     if not adrift:
         return sources
-    kept = str(store.absolute(epath.Path(workdir) / RANDOM))
+    kept = str(reader.absolute(epath.Path(workdir) / RANDOM))
     _keep_random(program, adrift, epath.Path(kept), seed)
     return sources | dict.fromkeys(adrift, kept)
 
@@ -89,7 +89,7 @@ def _refuse_lost_adapters(directory: str, found: Mapping[str, Any], sources: Map
 
 def _refuse_other_scales(program: Program, directory: str, names: Sequence[str]) -> None:
     scales = [name for name in names if name.endswith("/" + lora.SCALE)]
-    for name, leaves in (store.holding(directory, scales) if scales else {}).items():
+    for name, leaves in (reader.holding(directory, scales) if scales else {}).items():
         rank, alpha = program.adapters[str(lora.kernel_of(name))]
         held = leaves.read(name)
         if not np.array_equal(held, np.full_like(held, alpha / rank)):
@@ -101,12 +101,12 @@ def _refuse_other_scales(program: Program, directory: str, names: Sequence[str])
 
 
 def bases(program: Program, sources: Mapping[str, str]) -> tuple[Base, ...]:
-    """The checkpoints that a card names for the frozen leaves."""
+    """The checkpoints that metadata names for the frozen parameters."""
     found = []
     for directory, names in _by_directory({name: sources[name] for name in _stored(program.frozen)}).items():
-        step = store.latest_step(directory)
+        step = reader.latest_step(directory)
         assert step is not None, directory
-        found.append(Base(directory, step, store.fingerprint(directory, step), tuple(map(re.escape, names))))
+        found.append(Base(directory, step, reader.fingerprint(directory, step), tuple(map(re.escape, names))))
     return tuple(found)
 
 
@@ -124,7 +124,7 @@ def state(program: Program, sources: Mapping[str, str], seed: int) -> State:
 
 
 def frozen(program: Program, sources: Mapping[str, str]) -> dict[str, Any]:
-    """The frozen leaves of a run that begins."""
+    """The frozen parameters of a run that begins."""
     wanted = params.flatten(program.frozen)
     flat: dict[str, Any] = {}
     for directory, names in _by_directory({name: sources[name] for name in _stored(program.frozen)}).items():
@@ -135,14 +135,14 @@ def frozen(program: Program, sources: Mapping[str, str]) -> dict[str, Any]:
 def read(
     directory: epath.PathLike, wanted: Mapping[str, Any], step: int | None = None, names: Iterable[str] | None = None
 ) -> dict[str, Any]:
-    """Leaves of a checkpoint or of its bases, on the devices, with the dtypes and shardings of the structs in `wanted`.
+    """Tensors of a checkpoint or of its bases, on the devices, with dtypes and shardings of the structs in `wanted`.
 
     Each process reads the parts that its devices hold; all compare what all have read with the checksums. A kernel that
     is wanted in int8 is made so here, of the whole kernel, and its columns' scales come with it. The host's peak is one
-    leaf (or several small ones, see `checkpoint.leaves`), and its copy where the dtype changes.
+    parameter (or several small ones, see `checkpoint.tensors`), and its copy where the dtype changes.
 
     Args:
-      names: the leaves to read, of those in `wanted`; None is all.
+      names: the parameters to read, of those in `wanted`; None is all.
 
     Raises:
       UnusableCheckpoint, Unreachable, UsageError: on all processes, where one cannot read its part.
@@ -160,7 +160,7 @@ def read(
     names = [name for name in (wanted if names is None else names) if not name.endswith("/" + lora.KERNEL_SCALE)]
     if not names:
         return {}
-    places = agreed("places", lambda: store.holding(directory, names, step))
+    places = agreed("places", lambda: reader.holding(directory, names, step))
     whole = [name for name in names if wanted[name].dtype == np.int8]
     flat = sharded.load_checked(places, {name: wanted[name] for name in names}, put, whole)
     return params.unflatten(flat | scales)
@@ -171,13 +171,13 @@ def _put(array: np.ndarray, struct: Any) -> jax.Array:
 
 
 def _stored(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """The leaves that a checkpoint can hold: scales of int8 columns are made while kernels are read."""
+    """The parameters that a checkpoint can hold: scales of int8 columns are made while kernels are read."""
     flat = params.flatten(tree)
     return {name: leaf for name, leaf in flat.items() if not name.endswith("/" + lora.KERNEL_SCALE)}
 
 
 def _random(program: Program, chosen: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """Leaves as the model's own initialisers draw them; a leaf's value does not depend on which others are drawn."""
+    """Tensors as the model's own initialisers draw them; a value does not depend on which others are drawn."""
     structs = params.unflatten(chosen)
 
     def draw(key: jax.Array) -> dict[str, Any]:
@@ -207,11 +207,11 @@ def _keep_random(program: Program, chosen: Mapping[str, Any], directory: epath.P
             return
         # Left by a start that ended before its first checkpoint, perhaps with another seed, alpha or dtype.
         files.delete(directory / "0")
-        with store.LeafWriter(directory / "0" / store.PARAMS) as writer:
+        with reader.TensorWriter(directory / "0" / reader.PARAMS) as writer:
             for name, leaf in drawn.items():
                 writer.write(name, np.asarray(leaf))
 
-    agreed("random leaves", write)
+    agreed("random parameters", write)
 
 
 def _by_directory(sources: Mapping[str, str]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import params, sharding, typed
-from llava_jax.checkpoint import card as cards
+from llava_jax.checkpoint import model_json
 from llava_jax.data.datasets import of_dataset
 from llava_jax.data.feed import Feed
 from llava_jax.data.packed import Packed
@@ -36,7 +36,7 @@ def model_config(model: configs.Model) -> LlavaConfig:
         if not model.preset:
             raise UsageError("model.preset and model.base are both empty: name one of them")
         return presets.get(model.preset)
-    held = presets.config_from_json(dict(cards.read_card(model.base).model))
+    held = presets.config_from_json(dict(model_json.read(model.base).model))
     if model.preset and presets.get(model.preset) != held:
         wanted, found = (params.flatten(presets.config_to_json(c)) for c in (presets.get(model.preset), held))
         raise UsageError(
@@ -59,7 +59,7 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
     programs.check(config, sizes)  # before rows are planned, which an absurd length makes endless
     if not config.prompt.tokenizer and not config.model.base:
         raise UsageError("prompt.tokenizer and model.base are both empty: name a tokenizer, or a checkpoint with one")
-    place = config.prompt.tokenizer or epath.Path(config.model.base) / cards.TOKENIZER
+    place = config.prompt.tokenizer or epath.Path(config.model.base) / model_json.TOKENIZER
     words = tokenizer.load(place, config.prompt.legacy)
     rows = sizes.llm.vocab + sizes.llm.added_tokens
     if words.size > rows:

@@ -77,7 +77,7 @@ def _scale_by_rates(rates: Mapping[str, config.Rate], shares: np.ndarray) -> opt
 
 
 def _as_array(rate: config.Rate, dims: int) -> np.ndarray:
-    """A rate as float32 that broadcasts against a leaf; None in a tuple is a layer that stays where it is."""
+    """A rate as float32 that broadcasts against a parameter; None in a tuple is a layer that stays where it is."""
     values = np.asarray([r or 0.0 for r in rate] if isinstance(rate, tuple) else rate, np.float32)
     return values.reshape(values.shape + (1,) * (dims - 1)) if values.ndim else values
 

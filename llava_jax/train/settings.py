@@ -11,8 +11,7 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, files, params, typed
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import record, store
+from llava_jax.checkpoint import model_json, reader, record
 from llava_jax.errors import UsageError
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
@@ -66,7 +65,7 @@ def write(workdir: epath.Path, config: configs.Config) -> None:
 
 
 def _fault(workdir: epath.Path, config: configs.Config) -> str:
-    steps = store.numbered(workdir)
+    steps = reader.numbered(workdir)
     if not steps:
         return ""
     path = workdir / FILE
@@ -96,12 +95,12 @@ def _fault(workdir: epath.Path, config: configs.Config) -> str:
 
 
 def _model_fault(workdir: epath.Path, sizes: LlavaConfig, tokenizer_files: Mapping[str, bytes]) -> str:
-    if not store.numbered(workdir):
+    if not reader.numbered(workdir):
         return ""
-    before = params.flatten(presets.config_to_json(presets.config_from_json(dict(cards.read_card(workdir).model))))
+    before = params.flatten(presets.config_to_json(presets.config_from_json(dict(model_json.read(workdir).model))))
     changed = typed.difference(before, params.flatten(presets.config_to_json(sizes)))
-    if cards.read_tokenizer_files(workdir) != dict(tokenizer_files):
-        changed.append(f"the files of {workdir / cards.TOKENIZER}")
+    if model_json.read_tokenizer_files(workdir) != dict(tokenizer_files):
+        changed.append(f"the files of {workdir / model_json.TOKENIZER}")
     return "" if not changed else (
         f"--workdir {workdir} holds a run of another model ({'; '.join(changed)}): model.base, model.preset and "
         "prompt.tokenizer may lie elsewhere than before, but must be what they were"

@@ -103,7 +103,7 @@ def weighted_loss(
 def _accumulate(
     gradient: Callable[..., tuple[Array, Any]], trainable: Any, batch: Batch, weights: Array, parts: int
 ) -> tuple[Array, Any]:
-    """Loss and gradient, summed over micro-batches one after another; buffers exist for trainable leaves only."""
+    """Loss and gradient, summed over micro-batches one after another; buffers exist for trainable parameters only."""
     if parts == 1:
         loss, found = gradient(trainable, batch, weights, jnp.int32(0))
         return loss, sharding.constrain_parameters(found)

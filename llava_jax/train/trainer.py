@@ -19,10 +19,9 @@ from etils import epath
 
 from llava_jax import config as configs
 from llava_jax import distributed, errors, files, params, sharding, typed
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import lock, manager
-from llava_jax.checkpoint.card import Card, PromptCard
+from llava_jax.checkpoint import lock, manager, model_json
 from llava_jax.checkpoint.manager import Checkpoints, Saved
+from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
 from llava_jax.data.datasets import of_dataset
 from llava_jax.data.feed import Feed
 from llava_jax.data.sources import Source
@@ -355,10 +354,10 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
     """First values, and the files that make the directory describe itself."""
     sources = init.resolve(program, config.init, workdir, config.train.seed)
     if distributed.index() == 0:
-        prompt = PromptCard(config.prompt.template, format.tokenizer.legacy, config.prompt.image_mode,
+        prompt = PromptMetadata(config.prompt.template, format.tokenizer.legacy, config.prompt.image_mode,
                             config.prompt.image_start_end)  # fmt: skip
-        card = Card(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
-        cards.write_card(workdir, card, format.tokenizer.files())
+        metadata = Metadata(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
+        model_json.write(workdir, metadata, format.tokenizer.files())
         settings.write(workdir, config)
     return init.state(program, sources, config.train.seed), init.frozen(program, sources)
 

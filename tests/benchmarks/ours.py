@@ -11,7 +11,7 @@ import numpy as np
 from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.batch import Batch, Example
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.data.packing import packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
@@ -44,7 +44,7 @@ def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
         init=((".*", "random"),), model=configs.Model(dtype="float32", remat="save_dots"), compiler_options=OPTIONS,
     )  # fmt: skip
     program = programs.build(config, sizes.model, config.train.steps)
-    loaded = store.load_params(folder / same.OURS, put=lambda name, leaf: jnp.asarray(leaf))
+    loaded = reader.load_params(folder / same.OURS, put=lambda name, leaf: jnp.asarray(leaf))
     moving, frozen = params.split(loaded, params.flatten(program.state.params))
     state = State(jnp.int32(0), moving, program.optimizer.init(moving))
     state, frozen = jax.device_put((state, frozen), jax.tree.map(lambda x: x.sharding, (program.state, program.frozen)))

@@ -10,8 +10,8 @@ import numpy as np
 
 from llava_jax import params
 from llava_jax.batch import Example
-from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import Card, PromptCard, write_card
+from llava_jax.checkpoint import reader
+from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
 from llava_jax.data.packing import cut
 from llava_jax.data.sources import open_source
 from llava_jax.models import presets
@@ -69,13 +69,13 @@ def write(folder: Path, sizes: Sizes) -> None:
     from llava_jax.convert import exporting  # brings jax in, which the other side is better without
 
     rng = np.random.default_rng(0)
-    with store.LeafWriter(folder / OURS / "0" / store.PARAMS) as writer:
+    with reader.TensorWriter(folder / OURS / "0" / reader.PARAMS) as writer:
         for name, leaf in params.flatten(abstract_params(sizes.model)).items():
             center = 1.0 if name.endswith("scale") else 0.0
             writer.write(name, rng.normal(center, 0.02, leaf.shape).astype(np.float32))
     words = tokenizer.load(TOKENIZER, legacy=False)
-    card = Card(presets.config_to_json(sizes.model), PromptCard("v1", False, "pad", False))
-    write_card(folder / OURS, card, words.files())
+    metadata = Metadata(presets.config_to_json(sizes.model), PromptMetadata("v1", False, "pad", False))
+    write(folder / OURS, metadata, words.files())
     exporting.export("hf", folder / OURS, folder / THEIRS)
     _write_records(folder, sizes, rng)
     examples = _examples(folder, sizes, rng)

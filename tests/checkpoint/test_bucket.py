@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 
 from llava_jax import files
-from llava_jax.checkpoint import manager, store
+from llava_jax.checkpoint import manager, reader
 from llava_jax.errors import Unreachable, UnusableCheckpoint, UsageError
 from tests import buckets
 from tests.checkpoint.test_manager import content, restore, structs, write
@@ -42,22 +42,22 @@ def test_saves_in_a_bucket_come_back_and_are_read_with_their_checksums(bucket):
     run = epath.Path(bucket) / "run"
     assert restore(run) is None
     write(run, [1, 2, 3])
-    assert store.steps(run) == [2, 3] and [entry.name for entry in files.listed(run)] == ["2", "3"]
+    assert reader.steps(run) == [2, 3] and [entry.name for entry in files.listed(run)] == ["2", "3"]
     jax.tree.map(np.testing.assert_array_equal, restore(run), content(3))
-    jax.tree.map(np.testing.assert_array_equal, store.load_params(run), content(3).params)
+    jax.tree.map(np.testing.assert_array_equal, reader.load_params(run), content(3).params)
     _flip(run, 3)
     with pytest.raises(UnusableCheckpoint, match="projector/0/kernel is damaged"):
-        store.load_params(run)
+        reader.load_params(run)
 
 
 def test_orbax_and_we_agree_on_what_is_finished(bucket):
     run = epath.Path(bucket) / "run"
     write(run, [1])
     for step, finished in ((run / "1", True), (run / "2", False)):
-        assert store.is_finished(step) == manager.ocp.utils.is_checkpoint_finalized(step) == finished
+        assert reader.is_finished(step) == manager.ocp.utils.is_checkpoint_finalized(step) == finished
     files.delete(run / "1" / "commit_success.txt")
-    assert not store.is_finished(run / "1") and not manager.ocp.utils.is_checkpoint_finalized(run / "1")
-    assert store.steps(run) == []
+    assert not reader.is_finished(run / "1") and not manager.ocp.utils.is_checkpoint_finalized(run / "1")
+    assert reader.steps(run) == []
 
 
 def test_a_damaged_step_of_a_bucket_is_marked_passed_over_and_written_anew(bucket, capsys):
@@ -100,7 +100,7 @@ def test_a_save_that_is_killed_in_a_bucket_loses_nothing_and_leaves_nothing(buck
     with buckets.faults(bucket_proxy, plan):
         process.wait(timeout=120)
     assert killed.is_set() and process.returncode
-    assert files.exists(run / "1000") and store.steps(run) == list(first)
+    assert files.exists(run / "1000") and reader.steps(run) == list(first)
     saved = restore(run)
     assert (saved and saved.step) == (first[0] if first else None)
     assert [entry.name for entry in files.listed(run)] == [str(step) for step in first]
@@ -122,7 +122,7 @@ def test_a_bucket_that_fails_now_and_then_costs_only_time(bucket, bucket_proxy):
     with buckets.faults(bucket_proxy, _every(20, 503)):
         write(run, [1])
         jax.tree.map(np.testing.assert_array_equal, restore(run), content(1))
-    assert [entry.name for entry in files.listed(run)] == ["1"] and store.steps(run) == [1]
+    assert [entry.name for entry in files.listed(run)] == ["1"] and reader.steps(run) == [1]
 
 
 def test_a_step_that_cannot_be_reached_is_left_alone(bucket, bucket_proxy, monkeypatch):
@@ -130,7 +130,7 @@ def test_a_step_that_cannot_be_reached_is_left_alone(bucket, bucket_proxy, monke
     write(run, [1, 2])
     checkpoints = manager.open_checkpoints(run, 2)
     monkeypatch.setattr(files, "RETRY_SECS", 0.5)
-    monkeypatch.setattr(manager.sharded.reading, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
+    monkeypatch.setattr(manager.sharded.tensor_files, "_RETRIES", {"max_retries": 1, "initial_delay": "10ms"})
     arrays = "ocdbt.process_0%2Fd%2F"
     for status, error in ((503, Unreachable), (403, UsageError)):
         with buckets.faults(bucket_proxy, lambda method, path, status=status: status if arrays in path else None):
@@ -151,34 +151,34 @@ def test_a_bucket_that_does_not_exist_or_refuses_is_one_line_before_any_work(buc
 def test_a_tree_that_is_written_leaf_by_leaf_appears_with_its_last_object(bucket, bucket_proxy):
     run = epath.Path(bucket) / "run"
     leaf = np.arange(6, dtype=np.float32)
-    with pytest.raises(RuntimeError), store.LeafWriter(run / "0" / "params") as writer:
+    with pytest.raises(RuntimeError), reader.TensorWriter(run / "0" / "params") as writer:
         writer.write("a", leaf)
         raise RuntimeError
     assert files.listed(run) == []
-    killed = store.LeafWriter(run / "0" / "params")
+    killed = reader.TensorWriter(run / "0" / "params")
     killed.write("old", leaf)
-    assert store.steps(run) == []
+    assert reader.steps(run) == []
     bucket_proxy.requests.clear()
-    with store.LeafWriter(run / "0" / "params") as writer:  # what was left is deleted
+    with reader.TensorWriter(run / "0" / "params") as writer:  # what was left is deleted
         writer.write("a", leaf)
     assert not [request for request in bucket_proxy.requests if "rewriteTo" in request.path]  # nothing is copied
-    assert store.steps(run) == [0] and store.own_leaves(run).names == ("a",)
+    assert reader.steps(run) == [0] and reader.own_tensors(run).names == ("a",)
     assert manager.ocp.utils.is_checkpoint_finalized(run / "0")
     with pytest.raises(UsageError, match="exists already"):
-        store.LeafWriter(run / "0" / "params")
+        reader.TensorWriter(run / "0" / "params")
 
 
 def test_a_staged_directory_of_a_bucket_is_complete_without_its_mark(bucket):
     place = epath.Path(bucket) / "export"
-    with pytest.raises(RuntimeError), store.staged(place) as partial:
+    with pytest.raises(RuntimeError), reader.staged(place) as partial:
         files.write_whole(partial / "a", b"1")
         raise RuntimeError
     assert not files.exists(place)
     files.write_whole(place / ".partial", b"killed here")
     files.write_whole(place / "old", b"1")
-    with store.staged(place) as partial:
+    with reader.staged(place) as partial:
         files.write_whole(partial / "a", b"1")
     assert [entry.name for entry in files.listed(place)] == ["a"]
     with pytest.raises(UsageError, match="exists already"):
-        with store.staged(place):
+        with reader.staged(place):
             raise AssertionError

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from llava_jax.checkpoint import card, manager, store
+from llava_jax.checkpoint import manager, model_json, reader
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import presets
 from tests.golden.make_format1 import BASE, MOVED, PATH, PROMPT, STATE, WORDS
@@ -32,10 +32,10 @@ def _restore(folder):
 
 @pytest.mark.parametrize("name", ["run", "sealed"])
 def test_a_run_of_format_1_is_read_resumed_and_saved_again(old, name):
-    found = card.read_card(old / name)
+    found = model_json.read(old / name)
     assert found.prompt == PROMPT and presets.config_from_json(dict(found.model)) == presets.get("tiny")
-    assert card.read_tokenizer_files(old / name) == WORDS
-    loaded = store.load_params(old / name)
+    assert model_json.read_tokenizer_files(old / name) == WORDS
+    loaded = reader.load_params(old / name)
     np.testing.assert_array_equal(loaded["llm"]["norm"]["scale"], BASE["llm/norm/scale"])
     np.testing.assert_array_equal(loaded["projector"]["0"]["bias"], MOVED["projector"]["0"]["bias"])
     saved = _restore(old / name)
@@ -44,9 +44,9 @@ def test_a_run_of_format_1_is_read_resumed_and_saved_again(old, name):
     checkpoints = manager.open_checkpoints(old / name, 2)
     manager.save(checkpoints, saved._replace(step=4))
     manager.close(checkpoints)
-    assert store.steps(old / name) == [3, 4]
-    card.write_card(old / name, found, WORDS)  # as `merge` and the next stage do
-    assert card.read_card(old / name).base[0].path == "../base"
+    assert reader.steps(old / name) == [3, 4]
+    model_json.write(old / name, found, WORDS)  # as `merge` and the next stage do
+    assert model_json.read(old / name).base[0].path == "../base"
     assert json.loads((old / name / "model.json").read_text())["format"] == 2
 
 
@@ -55,7 +55,7 @@ def test_damage_of_format_1_is_noticed_too(old):
     before = array.read_bytes()
     array.write_bytes(before[:-1] + b"\x7f")
     with pytest.raises(UnusableCheckpoint, match="llm/norm/scale is damaged: .*CRC-32"):
-        store.load_params(old / "run")
+        reader.load_params(old / "run")
     array.write_bytes(before)
     files = [path for path in (old / "run" / "3" / "params").rglob("*") if path.is_file() and path.parent.name == "d"]
     values = MOVED["projector"]["0"]["bias"].tobytes()
@@ -64,14 +64,14 @@ def test_damage_of_format_1_is_noticed_too(old):
         content = path.read_bytes()
         path.write_bytes(content[:-40] + bytes([content[-40] ^ 1]) + content[-39:])
         try:
-            assert store.load_params(old / "run")["projector"]["0"]["bias"].tobytes() == values
+            assert reader.load_params(old / "run")["projector"]["0"]["bias"].tobytes() == values
         except UnusableCheckpoint:
             flipped += 1
         path.write_bytes(content)
     assert flipped
     (old / "base" / "0" / "params" / "_CHECKSUMS").write_text(json.dumps({name: 1 for name in BASE}))
     with pytest.raises(UnusableCheckpoint, match="has changed"):
-        store.leaf_specs(old / "run")
+        reader.tensor_specs(old / "run")
 
 
 def test_keys_of_format_2_are_unknown_to_format_1(old):
@@ -79,5 +79,5 @@ def test_keys_of_format_2_are_unknown_to_format_1(old):
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"checksum": "x"}))
     with pytest.raises(UnusableCheckpoint, match=r"unknown keys \['checksum'\]"):
-        card.read_card(old / "run")
+        model_json.read(old / "run")
     assert set(content) == {"base", "family", "format", "model", "prompt", "source"}

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from llava_jax.checkpoint import manager, store
+from llava_jax.checkpoint import manager, reader
 from llava_jax.checkpoint.manager import Saved
 from llava_jax.errors import SaveFailed, UnusableCheckpoint
 
@@ -69,14 +69,14 @@ def test_one_step_stays_however_old_it_is_until_another_takes_its_place(tmp_path
             manager.keep_also(checkpoints, step)
             manager.wait(checkpoints)
             # The one before stays until the next save.
-            assert store.numbered(tmp_path) == ([2] if step == 2 else [2, 4])
+            assert reader.numbered(tmp_path) == ([2] if step == 2 else [2, 4])
     manager.close(checkpoints)
-    assert store.numbered(tmp_path) == [4, 6]
+    assert reader.numbered(tmp_path) == [4, 6]
 
 
 def test_the_trainable_leaves_are_read_by_the_checkpoint_store_too(tmp_path):
     write(tmp_path, [3])
-    found = store.load_params(tmp_path, step=3)
+    found = reader.load_params(tmp_path, step=3)
     jax.tree.map(np.testing.assert_array_equal, found, content(3).params)
 
 
@@ -87,7 +87,7 @@ def test_a_step_of_a_run_that_still_trains_is_refused_by_readers_when_a_bit_flip
     manager.wait(checkpoints)
     flip(largest(tmp_path / "3" / name))
     with pytest.raises(UnusableCheckpoint, match="projector/0/kernel is damaged|data.metadata|step"):
-        store.load_params(tmp_path)
+        reader.load_params(tmp_path)
     manager.close(checkpoints)
 
 

@@ -9,8 +9,8 @@ from etils import epath
 from jax.sharding import AbstractMesh, AxisType
 
 from llava_jax import params, sharding
-from llava_jax.checkpoint import leaves, sharded, store
-from llava_jax.checkpoint.leaves import Request
+from llava_jax.checkpoint import reader, sharded, tensors
+from llava_jax.checkpoint.tensors import Request
 from llava_jax.errors import UnusableCheckpoint
 
 MODEL = {
@@ -26,7 +26,7 @@ def _arrays():
 
 
 def _write(folder, arrays):
-    with store.LeafWriter(folder / "0" / "params") as writer:
+    with reader.TensorWriter(folder / "0" / "params") as writer:
         for name, array in arrays.items():
             writer.write(name, array)
 
@@ -49,13 +49,13 @@ def _boxes(number, of):
 def test_processes_together_read_hardly_more_than_the_model_from_a_bucket(bucket, bucket_proxy, of):
     run, arrays = epath.Path(bucket) / "base", _arrays()
     _write(run, arrays)
-    opened = store.own_leaves(run)
+    opened = reader.own_tensors(run)
     bucket_proxy.requests.clear()
     everywhere = []
     for number in range(of):
         boxes = _boxes(number, of)
         parts = {}
-        for read in leaves.read([Request(opened, name, [box]) for name, box in boxes.items()], lambda read: read):
+        for read in tensors.read([Request(opened, name, [box]) for name, box in boxes.items()], lambda read: read):
             index = tuple(slice(*bounds) for bounds in boxes[read.name])
             np.testing.assert_array_equal(read.take(index), arrays[read.name][index])
             parts[read.name] = [[box, found] for box, found in read.sums.items()]
@@ -75,12 +75,12 @@ def test_boxes_in_one_chunk_are_read_together_and_each_chunk_once(bucket, bucket
     array = np.arange(64 * 2048, dtype=np.float32).reshape(1, 64, 2048).repeat(4, 0)  # 2 MiB, in 4 x 4 chunks
     run = epath.Path(bucket) / "base"
     _write(run, {"x": array})
-    opened = store.own_leaves(run)
+    opened = reader.own_tensors(run)
     size = array.nbytes
     for rows, fraction in (((0, 4, 8, 12), 0.25), ((0, 4, 48, 60), 0.5)):
         boxes = [((0, 4), (row, row + 4), (0, 2048)) for row in rows]
         bucket_proxy.requests.clear()
-        (read,) = leaves.read([Request(opened, "x", boxes)], lambda read: read)
+        (read,) = tensors.read([Request(opened, "x", boxes)], lambda read: read)
         sent = sum(request.sent_bytes for request in bucket_proxy.requests)
         assert sent <= 1.02 * fraction * size, f"{sent / size:.2f}"
         assert set(read.sums) == set(boxes)
@@ -90,26 +90,26 @@ def test_boxes_in_one_chunk_are_read_together_and_each_chunk_once(bucket, bucket
 
 
 def test_reading_large_arrays_takes_the_memory_of_one_and_a_few_pieces(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaves, "AHEAD_BYTES", 2**20)
+    monkeypatch.setattr(tensors, "AHEAD_BYTES", 2**20)
     array = np.ones((64, 2**18), np.float32)  # 64 MiB
     _write(tmp_path, {"x": array, "y": array})
-    opened = store.own_leaves(tmp_path)
+    opened = reader.own_tensors(tmp_path)
     opened.spec("x")
     tracemalloc.start()
-    assert leaves.read([Request(opened, name) for name in "xy"], lambda read: read.whole().nbytes) == [2**26, 2**26]
+    assert tensors.read([Request(opened, name) for name in "xy"], lambda read: read.whole().nbytes) == [2**26, 2**26]
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 1.5 * array.nbytes, f"{peak / array.nbytes:.2f} arrays"
 
 
 def test_only_as_many_arrays_are_held_as_the_bound_allows(tmp_path, monkeypatch):
-    monkeypatch.setattr(leaves, "AHEAD_BYTES", 3 * 2**20)
+    monkeypatch.setattr(tensors, "AHEAD_BYTES", 3 * 2**20)
     arrays = {f"x{i}": np.full((4, 2**16), i, np.float32) for i in range(12)}  # 1 MiB each
     _write(tmp_path, arrays)
-    opened = store.own_leaves(tmp_path)
+    opened = reader.own_tensors(tmp_path)
     opened.spec("x0")
     tracemalloc.start()
-    leaves.read(
+    tensors.read(
         [Request(opened, name) for name in arrays],
         lambda read: np.testing.assert_array_equal(read.whole(), arrays[read.name]),
     )
@@ -125,11 +125,11 @@ def test_a_damaged_part_is_found_by_the_sums_of_all_parts(tmp_path):
     data = bytearray(file.read_bytes())
     data[1000] ^= 8
     file.write_bytes(data)
-    opened = store.own_leaves(tmp_path)
+    opened = reader.own_tensors(tmp_path)
     everywhere = []
     for number in range(4):
         box = ((0, 4), (16 * number, 16 * number + 16), (0, 2048))
-        (read,) = leaves.read([Request(opened, "x", [box])], lambda read: read)
+        (read,) = tensors.read([Request(opened, "x", [box])], lambda read: read)
         everywhere.append({"x": [[list(map(list, box)), list(read.sums[box])]]})
     assert sharded.difference({"x": opened}, everywhere) == "x differs from its checksum"
     with pytest.raises(UnusableCheckpoint, match="x is damaged"):

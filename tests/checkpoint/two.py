@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from llava_jax import distributed, sharding
-from llava_jax.checkpoint import leaves, manager, sharded, store
+from llava_jax.checkpoint import manager, reader, sharded, tensors
 from llava_jax.checkpoint.manager import Saved
 from llava_jax.errors import Unreachable, UnusableCheckpoint
 from llava_jax.train import init
@@ -71,16 +71,16 @@ def _fail_once(error: Exception) -> None:
 def _flipped(folder: Path) -> None:
     """A value changes in the half that process 1 reads, and its file stays readable."""
     if distributed.index() == 0:
-        opened = store.own_leaves(folder, 2)
+        opened = reader.own_tensors(folder, 2)
         spec = opened.store("w").spec().to_json() | {"open": True}
-        writable = leaves.tensorstore.open(spec, write=True, read=True).result()
+        writable = tensors.tensorstore.open(spec, write=True, read=True).result()
         writable[1, 63, 31].write(np.float32(-1)).result()
 
 
 def _base(folder: Path, struct: object, values: np.ndarray) -> None:
-    """A checkpoint of `LeafWriter` is read by halves; with a value changed in one of them by neither."""
+    """A checkpoint of `TensorWriter` is read by halves; with a value changed in one of them by neither."""
     if distributed.index() == 0:
-        with store.LeafWriter(folder / "0" / "params") as writer:
+        with reader.TensorWriter(folder / "0" / "params") as writer:
             writer.write("llm/w", values)
     distributed.exchange("the base is written", True)
     read = init.read(folder, {"llm/w": struct})["llm"]["w"]

@@ -10,7 +10,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.models import lora
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import config_from_json
@@ -34,26 +34,26 @@ def write_run(folder: Path, base: Path, start: str = "", rank: int = RANK, proje
       start: the beginning of the kernels that have adapters.
     """
     rng = np.random.default_rng(7)
-    shapes = store.leaf_specs(base)
+    shapes = reader.tensor_specs(base)
     kernels = [name for name in lora.targets(shapes) if name.startswith(start)]
     flat = params.flatten(lora.add(params.unflatten(shapes), {name: (rank, ALPHA) for name in kernels}))
     added = {name: struct.shape for name, struct in flat.items() if lora.kernel_of(name)}
-    with store.LeafWriter(folder / "random" / "0" / "params") as writer:
+    with reader.TensorWriter(folder / "random" / "0" / "params") as writer:
         for name, shape in added.items():
             if name.endswith(lora.SCALE):
                 writer.write(name, np.full(shape, ALPHA / rank, np.float32))
-    with store.LeafWriter(folder / "12" / "params") as writer:
+    with reader.TensorWriter(folder / "12" / "params") as writer:
         own = {name: shape for name, shape in added.items() if not name.endswith(lora.SCALE)}
         own |= {name: s.shape for name, s in shapes.items() if projector and name.startswith("projector/")}
         for name, shape in own.items():
             writer.write(name, (0.2 * rng.standard_normal(shape)).astype(np.float32))
     bases = tuple(
-        card.Base(str(place), 0, store.fingerprint(place), (pattern,))
+        model_json.Base(str(place), 0, reader.fingerprint(place), (pattern,))
         for place, pattern in ((folder / "random", ".*/lora_scale"), (base, ".*"))
     )
-    of_base = card.read_card(base)
-    prompt = card.PromptCard("llava_v1", of_base.prompt.legacy, "square", False)
-    card.write_card(folder, card.Card(of_base.model, prompt, bases), card.read_tokenizer_files(base))
+    of_base = model_json.read(base)
+    prompt = model_json.PromptMetadata("llava_v1", of_base.prompt.legacy, "square", False)
+    model_json.write(folder, model_json.Metadata(of_base.model, prompt, bases), model_json.read_tokenizer_files(base))
     return folder
 
 
@@ -80,8 +80,8 @@ def write_peft(folder: Path, content: dict[str, np.ndarray], **config: Any) -> P
 
 def logits(directory: Path, merged: bool = False) -> np.ndarray:
     """Of `IDS` and `PIXELS`, by our own model from a checkpoint's leaves, float32."""
-    config = config_from_json(dict(card.read_card(directory).model))
-    tree = store.load_params(directory, dtype=np.float32)
+    config = config_from_json(dict(model_json.read(directory).model))
+    tree = reader.load_params(directory, dtype=np.float32)
     tree = lora.merge(tree) if merged else tree
     place = np.flatnonzero(IDS[0] == 960)
     slots = np.full(IDS.shape, -1, np.int32)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import config_from_json
@@ -37,11 +37,11 @@ def made(tmp_path_factory):
 
 def test_the_imported_model_has_the_logits_of_transformers(made):
     model, folder = made
-    config = config_from_json(dict(card.read_card(folder / "ours").model))
+    config = config_from_json(dict(model_json.read(folder / "ours").model))
     assert config == CONFIG
     batch = golden.inputs(CONFIG, seed=3)
     wanted = blip2.expected(model, batch, CONFIG)["logits"]
-    tree = store.load_params(folder / "ours", put=lambda name, leaf: jnp.asarray(leaf))
+    tree = reader.load_params(folder / "ours", put=lambda name, leaf: jnp.asarray(leaf))
     fields = [jnp.asarray(batch[name]) for name in ("tokens", "positions", "segments", "image_slots", "pixels")]
 
     @jax.jit

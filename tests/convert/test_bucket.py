@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from llava_jax import files
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.convert import torch_zip
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.files import Spec, open_tensors, write_shards
@@ -107,6 +107,6 @@ def test_what_is_in_a_bucket_already_is_not_overwritten(sources, bucket, capsys)
     assert main(["import", str(hub), f"{bucket}/ours"]) == 0
     assert main(["import", str(hub), f"{bucket}/ours"]) == 64
     assert "exists already and is not overwritten" in capsys.readouterr().err
-    assert store.steps(f"{bucket}/ours") == [0]
+    assert reader.steps(f"{bucket}/ours") == [0]
     assert main(["import", f"{bucket}/gone", f"{bucket}/new"]) == 66
     assert f"{bucket}/gone/config.json is missing" in capsys.readouterr().err and not files.listed(f"{bucket}/new")

@@ -39,7 +39,7 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     content[3] ^= 4
     leaf.write_bytes(content)
     code, _, error = run(capsys, "verify", tmp_path / "whole")
-    assert code == 66 and error.count("\n") == 1 and "leaf vision/cls is damaged" in error
+    assert code == 66 and error.count("\n") == 1 and "parameter vision/cls is damaged" in error
 
 
 @pytest.mark.parametrize("arguments, code, message", [
@@ -65,7 +65,7 @@ def test_a_full_disk_in_the_middle_leaves_nothing(tmp_path, capsys, hub, monkeyp
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(importing.cards, "write_card", full)
+    monkeypatch.setattr(importing.model_json, "write", full)
     code, _, error = run(capsys, "import", hub, tmp_path / "dst")
     assert code == 66 and error == "convert import: [Errno 28] No space left on device\n"
     assert not list(tmp_path.iterdir())

@@ -7,7 +7,7 @@ import tracemalloc
 import numpy as np
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import config_to_json, get
@@ -29,12 +29,12 @@ def test_export_and_import_hold_one_stacked_leaf_and_one_tensor(tmp_path):
     llm = dataclasses.replace(small.llm, width=384, mlp_width=768, layers=8, heads=4, kv_heads=4, head_width=96)
     config = dataclasses.replace(small, llm=llm)
     specs = params.flatten(abstract_params(config))
-    with store.LeafWriter(tmp_path / "ours" / "0" / "params") as writer:
+    with reader.TensorWriter(tmp_path / "ours" / "0" / "params") as writer:
         for name, spec in specs.items():
             writer.write(name, np.ones(spec.shape, np.float32))
-    prompt = card.PromptCard("v1", False, "pad", False)
+    prompt = model_json.PromptMetadata("v1", False, "pad", False)
     words = tokenizer.load(tiny.TOKENIZER, legacy=False).files()
-    card.write_card(tmp_path / "ours", card.Card(config_to_json(config), prompt), words)
+    model_json.write(tmp_path / "ours", model_json.Metadata(config_to_json(config), prompt), words)
     sizes = {name: 4 * math.prod(spec.shape) for name, spec in specs.items()}
     leaf, theirs = sizes["llm/blocks/gate/kernel"], 384 * 1024 * 4  # a stack; the vocabulary's 1,024 rows
     assert leaf == max(sizes.values()) and sum(sizes.values()) > 5 * leaf

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, files, importing, minigpt4, table, views
 from llava_jax.convert.__main__ import main
 from llava_jax.errors import UnusableCheckpoint
@@ -68,7 +68,7 @@ def _card(tower):
 
 def test_the_released_files_become_one_checkpoint_without_the_last_block(released, assembled):
     vision, connector, projector, _ = (read_all(path) for path in released)
-    leaves, found = loaded(assembled), card.read_card(assembled)
+    leaves, found = loaded(assembled), model_json.read(assembled)
     config = config_from_json(dict(found.model))
     assert config == config_from_json(_card(config.vision)) and config.vision.layers == 3 and config.vision.heads == 1
     assert (found.prompt.template, found.prompt.image_mode) == ("minigpt4_chat", "squash")
@@ -93,7 +93,7 @@ def test_a_hub_directory_goes_in_and_out_and_in_again_bit_for_bit(tmp_path, dtyp
     assert same(read_all(tmp_path / "out"), hub)
     importing.import_checkpoint(tmp_path / "out", tmp_path / "again")
     assert same(loaded(tmp_path / "again"), first)
-    one, two = (card.read_card(tmp_path / name) for name in ("ours", "again"))
+    one, two = (model_json.read(tmp_path / name) for name in ("ours", "again"))
     assert (one.model, one.prompt) == (two.model, two.prompt)
     assert (one.prompt.template, one.prompt.image_mode) == ("minigpt4_chat", "squash")
 
@@ -103,7 +103,7 @@ def test_an_export_keeps_the_original_eps_for_our_own_import(tmp_path, assembled
     content = json.loads((tmp_path / "out" / "config.json").read_text())
     assert content["vision_config"]["layer_norm_eps"] == 1e-6 and content["num_query_tokens"] == 5
     importing.import_checkpoint(tmp_path / "out", tmp_path / "again")
-    config = config_from_json(dict(card.read_card(tmp_path / "again").model))
+    config = config_from_json(dict(model_json.read(tmp_path / "again").model))
     assert (config.ln_vision_eps, config.vision.eps) == (1e-5, 1e-6)
 
 
@@ -146,7 +146,7 @@ def v2(request, tmp_path_factory, released):
 
 def test_without_a_q_former_four_tokens_are_joined_and_adapters_come_along(v2):
     file, place = v2
-    found = card.read_card(place)
+    found = model_json.read(place)
     config = config_from_json(dict(found.model))
     assert (config.projector, config.vision.select_feature, config.image_features) == ("concat4_linear", "patch", 4)
     # The older way of cutting words, whatever the LLaMA's files say (here: the newer): the original knows no other.
@@ -329,5 +329,5 @@ def test_what_other_formats_cannot_hold_is_refused(tmp_path, assembled):
     importing.assemble(tmp_path / "perceiver", clip, llm, projector_type="perceiver")
     with pytest.raises(ValueError, match="no model with the connector 'perceiver' on this tower"):
         exporting.export("hf", tmp_path / "perceiver", tmp_path / "out")
-    assert not (tmp_path / "out").exists() and store.latest_step(tmp_path / "perceiver") == 0
+    assert not (tmp_path / "out").exists() and reader.latest_step(tmp_path / "perceiver") == 0
     assert files.open_tensors(clip).specs

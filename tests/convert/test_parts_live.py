@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing, llava, table
 from llava_jax.convert.files import open_tensors
 from llava_jax.convert.importing import PromptOptions
@@ -80,8 +80,8 @@ def made_by_transformers(folder, decoder, tower, dtype="float32", loud=1):
 
 
 def read(directory):
-    config = config_from_json(dict(card.read_card(directory).model))
-    return config, store.load_params(directory, put=lambda name, leaf: jnp.asarray(leaf))
+    config = config_from_json(dict(model_json.read(directory).model))
+    return config, reader.load_params(directory, put=lambda name, leaf: jnp.asarray(leaf))
 
 
 def close(ours, theirs, what):
@@ -152,8 +152,8 @@ def test_what_was_imported_goes_out_and_in_again_bit_for_bit(tmp_path, decoder, 
     for format, place in formats.items():
         exporting.export(format, tmp_path / "one", place)
         importing.import_checkpoint(place, tmp_path / f"from {format}")
-        assert card.read_card(tmp_path / f"from {format}").model == card.read_card(tmp_path / "one").model
-        one, two = (dict(store.load_params(path, put=lambda name, leaf: leaf))
+        assert model_json.read(tmp_path / f"from {format}").model == model_json.read(tmp_path / "one").model
+        one, two = (dict(reader.load_params(path, put=lambda name, leaf: leaf))
                     for path in (tmp_path / "one", tmp_path / f"from {format}"))  # fmt: skip
         for name, leaf in params.flatten(one).items():
             np.testing.assert_array_equal(leaf.view("u1"), params.flatten(two)[name].view("u1"))

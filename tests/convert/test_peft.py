@@ -8,7 +8,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing, peft_import, reports, torch_zip
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.importing import UNSAID, PromptOptions
@@ -45,7 +45,7 @@ def written(folder):
 
 
 def leaves(directory):
-    return params.flatten(store.load_params(directory))
+    return params.flatten(reader.load_params(directory))
 
 
 @pytest.mark.parametrize("prefix", [NEW, OLD, ORIGINAL], ids=["new", "old", "plain"])
@@ -58,7 +58,7 @@ def test_every_naming_comes_in_the_same_and_goes_out_as_the_new_one(tmp_path, ba
         np.testing.assert_array_equal(found["llm/blocks/up/lora_b"][layer], theirs[f"{name}B.weight"].T)
     np.testing.assert_array_equal(found[f"{Q}/lora_scale"], np.full(tiny.LAYERS, ALPHA / RANK, np.float32))
     assert found[f"{Q}/kernel"].tobytes() == leaves(base)[f"{Q}/kernel"].tobytes()
-    assert set(store.own_specs(ours)) == {name for name in found if lora.kernel_of(name)}
+    assert set(reader.own_specs(ours)) == {name for name in found if lora.kernel_of(name)}
     exporting.export("peft", ours, tmp_path / "out")
     again, config = written(tmp_path / "out")
     assert set(again) == set(theirs) and all(again[name].tobytes() == theirs[name].tobytes() for name in theirs)
@@ -76,10 +76,10 @@ def test_our_run_goes_out_and_in_bit_for_bit(tmp_path, base, run, dtype):
     peft_import.import_adapter(tmp_path / "out", tmp_path / "again", base, UNSAID)
     one, two = leaves(run), leaves(tmp_path / "again")
     assert set(one) == set(two)
-    for name in store.own_specs(tmp_path / "again"):
+    for name in reader.own_specs(tmp_path / "again"):
         wanted = one[name] if name.endswith(lora.SCALE) else one[name].astype(tiny.DTYPES[dtype])
         assert two[name].dtype == wanted.dtype and two[name].tobytes() == wanted.tobytes(), name
-    assert card.read_card(tmp_path / "again").prompt == card.read_card(run).prompt  # not those of the base
+    assert model_json.read(tmp_path / "again").prompt == model_json.read(run).prompt  # not those of the base
 
 
 def test_an_original_lora_directory_brings_its_projector_and_its_settings(tmp_path, base):
@@ -95,7 +95,7 @@ def test_an_original_lora_directory_brings_its_projector_and_its_settings(tmp_pa
     found = leaves(tmp_path / "ours")
     assert found[f"{Q}/lora_a"].dtype == np.float16
     np.testing.assert_array_equal(found["projector/2/kernel"], projector["model.mm_projector.2.weight"].T)
-    prompt = card.read_card(tmp_path / "ours").prompt
+    prompt = model_json.read(tmp_path / "ours").prompt
     assert (prompt.template, prompt.image_mode) == ("llava_v1", "square")
 
 
@@ -135,8 +135,8 @@ def test_merged_and_unmerged_give_the_same_logits(tmp_path, base):
     whole = adapters.write_run(tmp_path / "run", base)
     ours, plain = adapters.logits(whole), adapters.logits(base)
     reports.merge(whole, tmp_path / "merged")
-    assert set(store.own_specs(tmp_path / "merged")) == set(store.leaf_specs(base))
-    assert card.read_card(tmp_path / "merged").base == ()
+    assert set(reader.own_specs(tmp_path / "merged")) == set(reader.tensor_specs(base))
+    assert model_json.read(tmp_path / "merged").base == ()
     assert np.abs(adapters.logits(tmp_path / "merged") - ours).max() <= 1e-5 * np.abs(ours).max()
     assert np.abs(plain - ours).max() > 0.1 * np.abs(ours).max()
 
@@ -184,9 +184,9 @@ def test_split_projector_gives_what_vllm_takes(tmp_path, base, run):
 
 
 def test_a_run_that_moved_can_be_read_where_it_lies_now(tmp_path, base):
-    """Its scales lie in its own `random`, which its card names relative to itself."""
+    """Its scales lie in its own `random`, which its metadata names relative to itself."""
     whole = adapters.write_run(tmp_path / "run", base, Q)
-    assert card.read_card(whole).base[0].path == "random" and card.read_card(whole).base[1].origin == str(base)
+    assert model_json.read(whole).base[0].path == "random" and model_json.read(whole).base[1].origin == str(base)
     before = leaves(whole)
     shutil.move(whole, tmp_path / "elsewhere")
     after = leaves(tmp_path / "elsewhere")
@@ -196,11 +196,11 @@ def test_a_run_that_moved_can_be_read_where_it_lies_now(tmp_path, base):
 def test_what_else_moved_wants_another_form(tmp_path, base, run):
     ours = shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(ours / "12")
-    with store.LeafWriter(ours / "12" / "params") as writer:
+    with reader.TensorWriter(ours / "12" / "params") as writer:
         for name, leaf in leaves(run).items():
-            if name in store.own_specs(run) or name == "llm/norm/scale":
+            if name in reader.own_specs(run) or name == "llm/norm/scale":
                 writer.write(name, leaf)
-    with pytest.raises(ValueError, match="llm/norm/scale moved too .*use --split-projector, whose base has"):
+    with pytest.raises(ValueError, match="llm/norm/scale was trained too .*use --split-projector, whose base has"):
         exporting.export("peft", ours, tmp_path / "out")
     with pytest.raises(ValueError, match="no adapters in it, so there is nothing for --format peft"):
         exporting.export("peft", base, tmp_path / "out")
@@ -249,7 +249,7 @@ def test_adapters_of_blocks_that_never_run_stay_behind(tmp_path, base):
             content[name] = np.ones(shape, np.float32)
     ours = imported(tmp_path, base, content)
     assert leaves(ours)["vision/blocks/q/lora_a"].any(axis=(1, 2)).tolist() == [False, True]
-    assert card.read_card(ours).source["left_out"] == 2
+    assert model_json.read(ours).source["left_out"] == 2
 
 
 def test_the_base_is_the_users_to_name(tmp_path, base, run, capsys):
@@ -268,5 +268,5 @@ def test_the_base_is_the_users_to_name(tmp_path, base, run, capsys):
 
 def test_the_prompt_is_the_options_then_the_adapters_then_the_bases(tmp_path, base):
     ours = imported(tmp_path, base, adapters.tensors(NEW), PromptOptions("v1_mmtag", "squash", None))
-    said = card.read_card(ours).prompt
+    said = model_json.read(ours).prompt
     assert (said.template, said.image_mode) == ("v1_mmtag", "squash")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from llava_jax.checkpoint import card
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import exporting, importing, peft_import
 from llava_jax.convert.importing import UNSAID
 from llava_jax.models.presets import config_from_json
@@ -48,7 +48,7 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp("peft")
     importing.import_checkpoint(tiny.write_hub(folder / "hub", tiny.hub_tensors()), folder / "base")
     exporting.export("hf", folder / "base", folder / "model")
-    vision = config_from_json(dict(card.read_card(folder / "base").model)).vision
+    vision = config_from_json(dict(model_json.read(folder / "base").model)).vision
     pixels = np.asarray(normalise(jnp.asarray(adapters.PIXELS)[None], vision)).transpose(0, 3, 1, 2)
     np.savez(folder / "inputs.npz", ids=adapters.IDS, pixels=pixels)
     adapters.write_run(folder / "text", folder / "base", "llm/")

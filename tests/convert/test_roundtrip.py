@@ -10,7 +10,7 @@ from etils import epath
 from safetensors.numpy import load_file
 
 from llava_jax import params
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, files, importing, readme, reports
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint, UsageError
@@ -35,7 +35,7 @@ def read_all(directory):
 
 
 def loaded(directory):
-    return params.flatten(store.load_params(directory))
+    return params.flatten(reader.load_params(directory))
 
 
 @pytest.fixture(scope="module")
@@ -60,15 +60,15 @@ def test_import_export_import_is_bit_exact_in_every_layout_and_dtype(tmp_path, l
     assert same(read_all(tmp_path / "out"), hub)
     importing.import_checkpoint(tmp_path / "out", tmp_path / "again")
     assert same(loaded(tmp_path / "again"), first)
-    one, two = (card.read_card(tmp_path / name) for name in ("ours", "again"))
+    one, two = (model_json.read(tmp_path / name) for name in ("ours", "again"))
     assert (one.model, one.prompt, one.source["layout"]) == (two.model, two.prompt, layout)
-    assert reports.verify(tmp_path / "again").endswith("leaves read, all as they were written")
+    assert reports.verify(tmp_path / "again").endswith("tensors read, all as they were written")
 
 
 def test_verify_is_not_content_with_what_it_cannot_compare(half, tmp_path):
     shutil.copytree(half[1], tmp_path / "ours")
     (tmp_path / "ours" / "0" / "params" / "_CHECKSUMS").unlink()
-    with pytest.raises(UnusableCheckpoint, match="leaves have no checksum, such as .*convert merge"):
+    with pytest.raises(UnusableCheckpoint, match="tensors have no checksum, such as .*convert merge"):
         reports.verify(tmp_path / "ours")
     reports.merge(tmp_path / "ours", tmp_path / "whole")
     assert reports.verify(tmp_path / "whole").endswith("all as they were written")
@@ -98,7 +98,7 @@ def test_any_selected_layer_comes_back(tmp_path, select_layer, runs):
     hub = tiny.hub_tensors(vocab=1024)
     tiny.write_hub(tmp_path / "in", hub, vocab=1024, vision_feature_layer=select_layer)
     importing.import_checkpoint(tmp_path / "in", tmp_path / "ours")
-    leaves = store.leaf_specs(tmp_path / "ours")
+    leaves = reader.tensor_specs(tmp_path / "ours")
     assert leaves["vision/blocks/q/kernel"].shape[0] == runs
     assert ("vision/tail/blocks/q/kernel" in leaves) == (runs < 3)
     exporting.export("hf", tmp_path / "ours", tmp_path / "out")
@@ -155,7 +155,7 @@ def test_the_original_format_is_read_with_its_tower_from_a_clip_directory(tmp_pa
     assert same(read_all(tmp_path / "llava-out"), tensors)
     importing.import_checkpoint(tmp_path / "llava-out", tmp_path / "again")  # finds the tower beside
     assert same(loaded(tmp_path / "again"), leaves)
-    assert card.read_card(tmp_path / "again").prompt == card.PromptCard("v1", False, "pad", False)
+    assert model_json.read(tmp_path / "again").prompt == model_json.PromptMetadata("v1", False, "pad", False)
 
 
 def test_a_tower_among_the_original_files_is_preferred_to_the_clip_directory(tmp_path):
@@ -167,7 +167,7 @@ def test_a_tower_among_the_original_files_is_preferred_to_the_clip_directory(tmp
 
 
 def test_a_tower_that_the_hub_has_goes_into_the_original_files_themselves(tmp_path, half, monkeypatch):
-    config = config_from_json(dict(card.read_card(half[1]).model))
+    config = config_from_json(dict(model_json.read(half[1]).model))
     monkeypatch.setitem(clip.PART.hub, "openai/tiny", config.vision)
     exporting.export("llava", half[1], tmp_path / "llava-out")
     assert same(read_all(tmp_path / "llava-out"), tiny.renamed(half[0], "original"))
@@ -203,7 +203,7 @@ def test_the_original_format_has_a_name_that_the_original_code_tells_the_decoder
     ("llava_qwen3_8b_siglip", "google/siglip-so400m-patch14-384", "Only llava_jax reads it"),
 ])  # fmt: skip
 def test_a_readme_of_the_original_format_says_which_code_reads_it(preset, tower, words):
-    text = readme.original(presets.get(preset), card.PromptCard("v1", None, "pad", False), "llava-x", tower)
+    text = readme.original(presets.get(preset), model_json.PromptMetadata("v1", None, "pad", False), "llava-x", tower)
     assert words in text
 
 
@@ -212,7 +212,7 @@ def test_a_linear_projector_goes_through_the_original_format(tmp_path):
     tensors = {n.replace("mm_projector.0.", "mm_projector."): t for n, t in tensors.items()}
     tiny.write_original(tmp_path / "in", tensors, mm_projector_type="linear")
     importing.import_checkpoint(tmp_path / "in", tmp_path / "ours", tiny.write_clip(tmp_path / "clip"))
-    assert config_from_json(dict(card.read_card(tmp_path / "ours").model)).projector == "linear"
+    assert config_from_json(dict(model_json.read(tmp_path / "ours").model)).projector == "linear"
     exporting.export("llava", tmp_path / "ours", tmp_path / "llava-out")
     importing.import_checkpoint(tmp_path / "llava-out", tmp_path / "again")
     assert same(loaded(tmp_path / "again"), loaded(tmp_path / "ours"))
@@ -230,14 +230,14 @@ def test_assemble_joins_a_tower_a_decoder_and_a_projector(tmp_path):
             bound = fan_in**-0.5
             assert leaf.dtype == np.float32 and 0.9 * bound < np.abs(leaf).max() <= bound
     assert leaves["llm/embed/table"].dtype == np.float16
-    assert card.read_card(tmp_path / "a").prompt == card.PromptCard("v1", False, "pad", False)
+    assert model_json.read(tmp_path / "a").prompt == model_json.PromptMetadata("v1", False, "pad", False)
     exporting.export("projector", tmp_path / "a", tmp_path / "projector")
     file, options = tmp_path / "projector" / "mm_projector.bin", PromptOptions("llava_v0", "square", True)
     importing.assemble(tmp_path / "b", vision, llm, projector=file, seed=9, options=options)
     assert same(loaded(tmp_path / "b"), leaves)
-    assert card.read_card(tmp_path / "b").prompt == card.PromptCard("llava_v0", True, "square", False)
+    assert model_json.read(tmp_path / "b").prompt == model_json.PromptMetadata("llava_v0", True, "square", False)
     importing.assemble(tmp_path / "c", vision, llm, projector_type="linear", select_layer=-1)
-    specs = store.leaf_specs(tmp_path / "c")
+    specs = reader.tensor_specs(tmp_path / "c")
     assert "projector/2/bias" not in specs and specs["vision/blocks/q/kernel"].shape[0] == 3
 
 
@@ -246,7 +246,7 @@ def test_tied_embeddings_have_no_output_matrix_either_way(tmp_path):
     hub.pop(HEAD)
     tiny.write_hub(tmp_path / "in", hub, vocab=1024, tie_word_embeddings=True)
     importing.import_checkpoint(tmp_path / "in", tmp_path / "ours")
-    assert "llm/head/kernel" not in store.leaf_specs(tmp_path / "ours")
+    assert "llm/head/kernel" not in reader.tensor_specs(tmp_path / "ours")
     exporting.export("hf", tmp_path / "ours", tmp_path / "out")
     assert same(read_all(tmp_path / "out"), hub)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["text_config"]["tie_word_embeddings"] is True
@@ -255,15 +255,15 @@ def test_tied_embeddings_have_no_output_matrix_either_way(tmp_path):
 def stage_one(tmp_path, half):
     """A checkpoint that holds only a projector and takes the rest from `base`, a copy of `half`."""
     shutil.copytree(half[1], tmp_path / "base")
-    below = card.read_card(tmp_path / "base")
-    base = card.Base("../base", 0, store.fingerprint(tmp_path / "base"), (".*",))
+    below = model_json.read(tmp_path / "base")
+    base = model_json.Base("../base", 0, reader.fingerprint(tmp_path / "base"), (".*",))
     shapes = {"0/kernel": (32, 48), "0/bias": (48,), "2/kernel": (48, 48), "2/bias": (48,)}
     moved = {f"projector/{name}": np.full(shape, 0.1, np.float32) for name, shape in shapes.items()}
-    with store.LeafWriter(tmp_path / "run" / "20" / "params") as writer:
+    with reader.TensorWriter(tmp_path / "run" / "20" / "params") as writer:
         for name, leaf in moved.items():
             writer.write(name, leaf)
-    words = card.read_tokenizer_files(tmp_path / "base")
-    card.write_card(tmp_path / "run", card.Card(below.model, below.prompt, (base,)), words)
+    words = model_json.read_tokenizer_files(tmp_path / "base")
+    model_json.write(tmp_path / "run", model_json.Metadata(below.model, below.prompt, (base,)), words)
     return moved
 
 
@@ -285,7 +285,7 @@ def test_merge_writes_a_checkpoint_that_needs_no_base(tmp_path, half):
     whole = loaded(tmp_path / "run")
     shutil.rmtree(tmp_path / "base")
     assert same(loaded(tmp_path / "whole"), whole)
-    assert card.read_card(tmp_path / "whole").base == () and store.steps(tmp_path / "whole") == [20]
+    assert model_json.read(tmp_path / "whole").base == () and reader.steps(tmp_path / "whole") == [20]
     with pytest.raises(UnusableCheckpoint, match="is not there .*Put it back"):
         exporting.export("hf", tmp_path / "run", tmp_path / "out")
     assert not list(tmp_path.glob("*out*"))
@@ -293,16 +293,16 @@ def test_merge_writes_a_checkpoint_that_needs_no_base(tmp_path, half):
 
 def test_added_rows_of_the_vocabulary_are_joined_to_the_others(tmp_path, half):
     shutil.copytree(half[1], tmp_path / "ours")
-    opened = card.read_card(tmp_path / "ours")
+    opened = model_json.read(tmp_path / "ours")
     model = {**opened.model, "llm": {**opened.model["llm"], "added_tokens": 2}}
     words = tokenizer.load(tmp_path / "ours" / "tokenizer", added=("<im_start>", "<im_end>"))
-    base = card.Base("../ours", 0, store.fingerprint(tmp_path / "ours"), (".*",))
+    base = model_json.Base("../ours", 0, reader.fingerprint(tmp_path / "ours"), (".*",))
     added = {"llm/embed/added": np.full((2, 48), 2.0, np.float32), "llm/head/added": np.full((48, 2), 3.0, np.float32)}
-    with store.LeafWriter(tmp_path / "run" / "1" / "params") as writer:
+    with reader.TensorWriter(tmp_path / "run" / "1" / "params") as writer:
         for name, leaf in added.items():
             writer.write(name, leaf)
-    prompt = card.PromptCard("v1", False, "pad", True)
-    card.write_card(tmp_path / "run", card.Card(model, prompt, (base,)), words.files())
+    prompt = model_json.PromptMetadata("v1", False, "pad", True)
+    model_json.write(tmp_path / "run", model_json.Metadata(model, prompt, (base,)), words.files())
     for name, directory, rows in (("hf", "hf", 1024), ("llava", "llava-x", 962)):
         exporting.export(name, tmp_path / "run", tmp_path / directory)
         out = read_all(tmp_path / directory)

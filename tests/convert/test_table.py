@@ -10,7 +10,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from llava_jax import params
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.convert import files, llava, table
 from llava_jax.convert.files import TensorFiles, open_tensors
 from llava_jax.errors import UnusableCheckpoint
@@ -90,7 +90,7 @@ def test_import_holds_one_stacked_leaf_and_one_tensor_of_theirs(tmp_path):
     entries = table.entries(leaves, llama.rows("model.", "lm_head.weight"), {}, "conversion")
     opened = open_tensors(tmp_path)
     tracemalloc.start()
-    with store.LeafWriter(tmp_path / "params") as writer:
+    with reader.TensorWriter(tmp_path / "params") as writer:
         table.write_leaves(writer, [(entry, opened) for entry in entries])
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -114,7 +114,7 @@ def test_a_leaf_and_its_tensors_are_inverse_for_every_row():
         leaf = rng.standard_normal(entry.shape).astype(np.float32)
         tensors = dict(table.their_tensors(entry, leaf))
         assert {tensor.shape for tensor in tensors.values()} == {entry.their_shape}
-        np.testing.assert_array_equal(table.read_leaf(entry, Memory(tensors)), leaf)
+        np.testing.assert_array_equal(table.read_tensor(entry, Memory(tensors)), leaf)
 
 
 def test_defaults_that_config_files_leave_out_are_those_of_transformers():

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from llava_jax.checkpoint import card
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import chat_template, processor, readme, tokenizer_files
 from llava_jax.data import records
 from llava_jax.errors import UnusableCheckpoint
@@ -89,7 +89,7 @@ def messages(turns, images, system):
 @pytest.mark.parametrize("name", sorted(set(templates.TEMPLATES) - {*RENDERED, *MODELS}))
 def test_a_template_that_jinja_cannot_say_is_left_out_and_the_readme_says_so(name):
     assert chat_template.render(templates.get(name), words(False).tokenizer) is None
-    prompt = card.PromptCard(name, False, "pad", False)
+    prompt = model_json.PromptMetadata(name, False, "pad", False)
     text = readme.hub(get("tiny"), prompt, "DIR", False)
     assert "there is no chat template" in text and f"`{name}`" in text
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
@@ -81,7 +81,7 @@ def write_source(folder, system):
 
 
 def flat(directory):
-    return params.flatten(store.load_params(directory, put=lambda name, leaf: leaf))
+    return params.flatten(reader.load_params(directory, put=lambda name, leaf: leaf))
 
 
 @pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS if n != QUICK)])

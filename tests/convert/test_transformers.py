@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax.checkpoint import card, store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import exporting, importing, processor
 from llava_jax.models.llava import Llava
 from llava_jax.models.presets import config_from_json, get
@@ -71,9 +71,9 @@ def run_script(python, folder):
 
 def our_run(folder):
     """(ids with one -200, pixels, logits, greedy ids) of the imported checkpoint, by our own code."""
-    opened = card.read_card(folder / "ours")
+    opened = model_json.read(folder / "ours")
     config = config_from_json(dict(opened.model))
-    params = store.load_params(folder / "ours", put=lambda name, leaf: jnp.asarray(leaf))
+    params = reader.load_params(folder / "ours", put=lambda name, leaf: jnp.asarray(leaf))
     words = tokenizer.load(folder / "ours" / "tokenizer")
     form = encode.Format(templates.get("v1"), words, config.vision.image_size, config.vision.features, "pad")
     turns = (Turn("user", f"<image>\n{QUESTION}"), Turn("assistant", "A small one."), Turn("user", "Which colour?"))
@@ -143,7 +143,7 @@ def test_parts_made_by_transformers_are_assembled(tmp_path):
         {f"model.mm_projector.{n}": t for n, t in projector().state_dict().items()}, tmp_path / "mm_projector.bin"
     )
     importing.assemble(tmp_path / "ours", tmp_path / "clip", tmp_path / "llm", tmp_path / "mm_projector.bin")
-    specs = store.leaf_specs(tmp_path / "ours")
+    specs = reader.tensor_specs(tmp_path / "ours")
     assert [str(specs[name].dtype) for name in ("vision/cls", "llm/norm/scale", "projector/2/bias")] == [
         "float16", "bfloat16", "float32"
     ]  # fmt: skip

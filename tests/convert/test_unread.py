@@ -8,7 +8,7 @@ import sys
 import pytest
 from safetensors.numpy import load_file
 
-from llava_jax.checkpoint import card
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import exporting, importing, peft_import, unread
 from llava_jax.convert.__main__ import main
 from llava_jax.errors import UnusableCheckpoint, UsageError
@@ -171,7 +171,7 @@ def test_an_adapter_of_our_own_export_has_a_remedy_that_works(tmp_path, hub):
     assert str(error.value).endswith(remedy)
     assert main(["import", name, str(tmp_path / "DST")]) == 0
     assert main(["import", str(made), str(tmp_path / "ours"), "--base", str(tmp_path / "DST")]) == 0
-    assert config_from_json(dict(card.read_card(tmp_path / "ours").model)).llm.vocab == len(head)
+    assert config_from_json(dict(model_json.read(tmp_path / "ours").model)).llm.vocab == len(head)
 
 
 @pytest.mark.parametrize("template, ends, texts", [

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.convert import importing
 from llava_jax.convert.files import open_tensors
 from llava_jax.data.packing import padded
@@ -86,8 +86,8 @@ def base_scores(checkpoint, per_kind: int) -> dict[str, float]:
     examples = [words.dialogue(world.scan(scenes[q.picture]), [q.turn], format) for q in questions]
     batch, lost = padded(examples, bases.ROW_TOKENS, 1, 1)
     assert lost == 0
-    names = [name for name in store.leaf_specs(checkpoint) if name.startswith("llm/")]
-    tree = store.load_params(checkpoint, names)
+    names = [name for name in reader.tensor_specs(checkpoint) if name.startswith("llm/")]
+    tree = reader.load_params(checkpoint, names)
     best = np.asarray(_most_likely(jax.tree.map(lambda leaf: leaf.astype(np.float32), tree["llm"]), batch))
     right = ((best == batch.targets) | (batch.weights == 0)).all(axis=1)
     kinds = np.array([question.turn.kind for question in questions])
@@ -110,7 +110,7 @@ def test_bases_are_trained_into_a_new_directory_and_read_like_real_weights(tmp_p
         place = tmp_path / "bases" / tower
         connector = place if tower == "blip2" else None
         importing.assemble(tmp_path / tower, place, tmp_path / "bases" / "llama", connector=connector)
-        assert store.latest_step(tmp_path / tower) == 0
+        assert reader.latest_step(tmp_path / tower) == 0
     assert "eva: step 2/2" in capsys.readouterr().out
     specs = open_tensors(tmp_path / "bases" / "blip2").specs
     assert specs.keys() == open_tensors(bases.ASSETS / "blip2").specs.keys()

@@ -1,4 +1,4 @@
-"""The world on disk: what the training reads, and that no exam shows or asks what training showed."""
+"""The world on disk: what the training reads, and that no test set shows or asks what training showed."""
 
 import json
 
@@ -38,13 +38,13 @@ def test_the_blind_records_differ_in_nothing_but_the_picture(written):
 
 
 def test_no_exam_is_about_a_scene_or_a_picture_of_training(written):
-    folder, exams = written
+    folder, test_sets = written
     captions = {record["conversations"][1]["value"] for record in json.loads((folder / records.PRETRAIN).read_text())}
     files = {record["image"] for record in json.loads((folder / records.FINETUNE).read_text())}
-    for name, exam in exams.items():
-        assert {world.part(scene) for scene in exam.scenes} == {name}
-        assert not captions & {world.caption(scene) for scene in exam.scenes}
-        assert not files & set(exam.pictures)
+    for name, test_set in test_sets.items():
+        assert {world.part(scene) for scene in test_set.scenes} == {name}
+        assert not captions & {world.caption(scene) for scene in test_set.scenes}
+        assert not files & set(test_set.pictures)
 
 
 def test_no_training_text_names_an_unseen_pair_that_it_shows(written):
@@ -55,13 +55,13 @@ def test_no_training_text_names_an_unseen_pair_that_it_shows(written):
 
 
 def test_an_exam_asks_each_kind_equally_often_about_its_own_pictures(written):
-    _, exams = written
+    _, test_sets = written
     for name, per_kind in (("heldout", SIZES.heldout_per_kind), ("unseen", SIZES.unseen_per_kind)):
-        kinds = [question.turn.kind for question in exams[name].questions]
+        kinds = [question.turn.kind for question in test_sets[name].questions]
         assert all(per_kind <= kinds.count(kind) < per_kind + 5 for kind in world.KINDS)
         rng = np.random.default_rng(0)
-        for picture, turn in exams[name].questions:
-            scene = exams[name].scenes[picture]
+        for picture, turn in test_sets[name].questions:
+            scene = test_sets[name].scenes[picture]
             if turn.kind in ("count", "describe"):
                 assert turn == world.ask(turn.kind, scene, rng)
 

@@ -5,23 +5,23 @@ import json
 import pytest
 
 from llava_jax.demo import records, report, story, world
-from llava_jax.demo.exam import Result
 from llava_jax.demo.story import Outcome
+from llava_jax.demo.test_set import Result
 
 LLAVA = story.FAMILIES["llava"]
 SCORES = {"blind": 0.25, "stage1": 0.4, "stage2": 0.9, "stage2_without_stage1": 0.7, "stage2_last_layer": 0.8}
 
 
 def outcome(folder, scores: dict[str, float]) -> Outcome:
-    exams = records.write(folder, seed=0, sizes=records.Sizes(4, 40, 40, 4, 2))
+    test_sets = records.write(folder, seed=0, sizes=records.Sizes(4, 40, 40, 4, 2))
     results = {
-        name: {part: Result(score, dict.fromkeys(world.KINDS, score), ("red <b>",) * len(exam.questions))
-               for part, exam in exams.items()}
+        name: {part: Result(score, dict.fromkeys(world.KINDS, score), ("red <b>",) * len(test_set.questions))
+               for part, test_set in test_sets.items()}
         for name, score in scores.items()
     }  # fmt: skip
     losses = {run.name: [2.0, 1.0, 0.5] for run in LLAVA.runs}
-    talk = (exams["heldout"].pictures[0], [("user", "Describe the picture."), ("assistant", "a red circle")])
-    return Outcome(LLAVA, exams, results, losses, talk, 100.04)
+    chat = (test_sets["heldout"].pictures[0], [("user", "Describe the picture."), ("assistant", "a red circle")])
+    return Outcome(LLAVA, test_sets, results, losses, chat, 100.04)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +46,7 @@ def test_the_table_has_a_line_for_each_run_and_no_complaint(fine):
 
 def test_a_comparison_that_comes_out_the_other_way_is_said(tmp_path):
     text = report.table(outcome(tmp_path, {**SCORES, "stage2_last_layer": 0.95}))
-    assert "Not as in the paper: last layer instead of before-last reaches 95.0, stage 2 90.0" in text
+    assert "Not as in the paper: last layer instead of penultimate reaches 95.0, stage 2 90.0" in text
 
 
 def test_the_page_stands_alone(fine):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.demo import __main__ as command
 from llava_jax.demo import story, world
 
@@ -58,7 +58,7 @@ def test_minigpt4_learns_to_see_by_its_linear_layer_alone(tmp_path):
     assert numbers["stage2"] >= numbers["blind"] + 0.35
     assert numbers["stage2"] > numbers["stage1"] > numbers["blind"]
     for run in story.FAMILIES["minigpt4"].runs:
-        assert set(store.own_specs(tmp_path / run.name)) == {"projector/0/kernel", "projector/0/bias"}
+        assert set(reader.own_specs(tmp_path / run.name)) == {"projector/0/kernel", "projector/0/bias"}
     exported = json.loads((tmp_path / story.EXPORT / "config.json").read_text())
     assert exported["architectures"] == ["Blip2ForConditionalGeneration"]
     assert "MiniGPT-4" in (tmp_path / "report.html").read_text()

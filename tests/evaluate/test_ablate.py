@@ -43,7 +43,7 @@ def test_differences_are_against_the_first_row_and_the_papers_stand_beside():
     lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in ablate.table(done).splitlines()]
     assert lines[0] == ["", "Avg", "paper"]
     assert lines[2:] == [
-        ["layer before last, reasons first, both stages", "60.00", "90.92"],
+        ["penultimate layer, reasons first, both stages", "60.00", "90.92"],
         ["the tower's last layer", "50.00 (-10.00)", "89.96 (-0.96)"],
         ["the answer first", "55.50 (-4.50)", "89.77 (-1.15)"],
     ]

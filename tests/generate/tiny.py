@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 
 from llava_jax import params as names
-from llava_jax.checkpoint.card import Card, PromptCard, write_card
-from llava_jax.checkpoint.store import LeafWriter
+from llava_jax.checkpoint import model_json
+from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
+from llava_jax.checkpoint.reader import TensorWriter
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
@@ -48,9 +49,9 @@ def assistant(slots: int = 4) -> Assistant:
 
 def save(directory: Path, step: int = 3, leaves: Any = None) -> Path:
     """The same assistant as a checkpoint."""
-    card = Card(presets.config_to_json(CONFIG), PromptCard("v1", False, "pad", False))
-    write_card(directory, card, wording(templates.get("v1")).tokenizer.files())
-    with LeafWriter(directory / str(step) / "params") as writer:
+    metadata = Metadata(presets.config_to_json(CONFIG), PromptMetadata("v1", False, "pad", False))
+    model_json.write(directory, metadata, wording(templates.get("v1")).tokenizer.files())
+    with TensorWriter(directory / str(step) / "params") as writer:
         for name, leaf in names.flatten(weights() if leaves is None else leaves).items():
             writer.write(name, np.asarray(leaf))
     return directory

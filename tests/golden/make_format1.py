@@ -15,11 +15,11 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 
-from llava_jax.checkpoint import card, manager, store
+from llava_jax.checkpoint import manager, model_json, reader
 from llava_jax.models import presets
 
 PATH = Path(__file__).with_name("format1.zip")
-PROMPT = card.PromptCard("v1", False, "pad", False)
+PROMPT = model_json.PromptMetadata("v1", False, "pad", False)
 WORDS = {"tokenizer.model": b"pieces", "tokenizer_config.json": b"{}"}
 BASE = {"llm/norm/scale": np.arange(48, dtype=np.float16), "projector/0/bias": np.zeros(48, np.float16)}
 MOVED = {"projector": {"0": {"bias": np.arange(48, dtype=np.float32)}}}
@@ -30,13 +30,13 @@ def main() -> None:
     model = presets.config_to_json(presets.get("tiny"))
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
-        with store.LeafWriter("base/0/params") as writer:
+        with reader.TensorWriter("base/0/params") as writer:
             for name, leaf in BASE.items():
                 writer.write(name, leaf)
-        card.write_card("base", card.Card(model, PROMPT), WORDS)
+        model_json.write("base", model_json.Metadata(model, PROMPT), WORDS)
         for name in ("run", "sealed"):
-            base = card.Base("../base", 0, store.fingerprint("base"), ("llm/.*",))
-            card.write_card(name, card.Card(model, PROMPT, (base,)), WORDS)
+            base = model_json.Base("../base", 0, reader.fingerprint("base"), ("llm/.*",))
+            model_json.write(name, model_json.Metadata(model, PROMPT, (base,)), WORDS)
             checkpoints = manager.open_checkpoints(name, 2)
             arrays = {"projector": {"0": {"bias": jnp.asarray(MOVED["projector"]["0"]["bias"])}}}
             state = {key: jnp.asarray(value) for key, value in STATE.items()}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from llava_jax import chat
-from llava_jax.checkpoint import best, store
+from llava_jax.checkpoint import best, reader
 from llava_jax.checkpoint.best import Losses
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.errors import UnusableCheckpoint
@@ -59,9 +59,9 @@ def validations(workdir):
 def same(workdir, whole):
     """Whether a run came to what the other came to: rows, steps, the best and all its weights."""
     assert losses(workdir) == losses(whole) and validations(workdir) == validations(whole)
-    assert best.read(workdir) == best.read(whole) and store.numbered(workdir) == [BEST, 10, END]
+    assert best.read(workdir) == best.read(whole) and reader.numbered(workdir) == [BEST, 10, END]
     for step in (BEST, END):
-        jax.tree.map(np.testing.assert_array_equal, *(store.load_params(one, step=step) for one in (workdir, whole)))
+        jax.tree.map(np.testing.assert_array_equal, *(reader.load_params(one, step=step) for one in (workdir, whole)))
 
 
 def test_the_best_step_is_kept_beside_the_newest_and_the_run_ends_when_nothing_gets_better(config, place, capsys):
@@ -69,7 +69,7 @@ def test_the_best_step_is_kept_beside_the_newest_and_the_run_ends_when_nothing_g
     lines = capsys.readouterr().out.splitlines()
     found = validations(place / "out")
     assert min(found, key=found.get) == BEST and max(found) == END == max(losses(place / "out"))
-    assert store.numbered(place / "out") == [BEST, 10, END] and store.latest_step(place / "out") == END
+    assert reader.numbered(place / "out") == [BEST, 10, END] and reader.latest_step(place / "out") == END
     assert WHY in lines and "step 8: validation loss 5.7656, the lowest so far: it is kept" in lines
     assert lines[-1].startswith("done after 14 steps, of which 8 is the best (validation loss 5.7656): --step best.")
     assert train(config, place / "out", **CHANGES) == 0  # it is over
@@ -78,10 +78,10 @@ def test_the_best_step_is_kept_beside_the_newest_and_the_run_ends_when_nothing_g
 
 
 def test_every_command_reads_the_best_step_and_says_where_there_is_none(whole, tmp_path, capsys):
-    wanted = store.load_params(whole, step=BEST)
-    jax.tree.map(np.testing.assert_array_equal, store.load_params(whole, step="best"), wanted)
+    wanted = reader.load_params(whole, step=BEST)
+    jax.tree.map(np.testing.assert_array_equal, reader.load_params(whole, step="best"), wanted)
     assert convert(["merge", str(whole), str(tmp_path / "merged"), "--step", "best"]) == 0
-    assert store.steps(tmp_path / "merged") == [BEST]
+    assert reader.steps(tmp_path / "merged") == [BEST]
     opened = Assistant.open(whole, step="best")
     np.testing.assert_array_equal(opened.params["projector"]["0"]["kernel"], wanted["projector"]["0"]["kernel"])
     capsys.readouterr()
@@ -141,7 +141,7 @@ def test_two_processes_end_at_the_same_step_also_after_one_was_killed(config, wh
         process.wait()
     ended = finish(forks.job(2, 1, config, tmp_path / "out", *words, **compiled))
     assert WHY in ended[0].out and WHY not in ended[1].out
-    assert store.numbered(tmp_path / "out") == [BEST, 10, END] and store.best_step(tmp_path / "out") == BEST
+    assert reader.numbered(tmp_path / "out") == [BEST, 10, END] and reader.best_step(tmp_path / "out") == BEST
     assert validations(tmp_path / "out") == pytest.approx(validations(whole), rel=1e-3)
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_file_of_losses_is_set_aside_and_those_of_the_log_are_taken(co
     path, damaged = workdir / best.FILE, (whole / best.FILE).read_text().replace("[8, 5.7", "[8, 9.7")
     path.write_text(damaged if content is None else content)
     with pytest.raises(UnusableCheckpoint, match="best.json: (not valid JSON|no validation losses|differs from its)"):
-        store.best_step(workdir)
+        reader.best_step(workdir)
     assert train(config, workdir, **CHANGES) == 0
     said = capsys.readouterr()
     assert "best.json is damaged: it is now called best.json.damaged" in said.err and WHY in said.out
@@ -164,7 +164,7 @@ def test_losses_of_other_records_are_not_compared(config, whole, tmp_path, capsy
     said = capsys.readouterr()
     assert "the records that validate are others than before" in said.err and "goes on after step 14" in said.out
     assert [step for step, _ in best.read(workdir).rows] == [16, 18, 20, 22, 24]
-    assert store.best_step(workdir) > END
+    assert reader.best_step(workdir) > END
 
 
 def test_the_lowest_loss_is_the_first_of_equals_and_never_one_that_is_no_number(tmp_path):

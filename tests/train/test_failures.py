@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.train import metrics
 from tests.train import tiny
 from tests.train.forks import finish
@@ -85,7 +85,7 @@ def test_sigterm_to_one_of_two_saves_the_same_step_on_both_and_the_same_command_
     both[1].signal(signal.SIGTERM)
     one, two = finish(both, 75)
     assert "preempted and saved" in one.out and "SIGTERM: stops after this step and saves" in two.err
-    assert store.latest_step(tmp_path / "out") == len(metrics.read(tmp_path / "out")) < 40
+    assert reader.latest_step(tmp_path / "out") == len(metrics.read(tmp_path / "out")) < 40
     finish(forks.job(2, 1, config, tmp_path / "out", *words, **compiled))
     losses = [[row["loss"] for row in metrics.read(tmp_path / name)] for name in ("out", "whole")]
     assert losses[0] == losses[1] and len(losses[0]) == 40

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import llava_jax
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.train import metrics
 from tests.train import tiny
 
@@ -47,7 +47,7 @@ def test_every_block_of_the_readme_runs_in_order(tmp_path, monkeypatch, capsys, 
     assert len(printed) == 4 and all(printed)
     held_out = float(printed[1].splitlines()[-1])
     assert 0 < held_out < metrics.read("runs/task")[0]["loss"]
-    assert store.latest_step("runs/task") == store.latest_step("runs/photos") == 12
+    assert reader.latest_step("runs/task") == reader.latest_step("runs/photos") == 12
     scores, loss = re.search(r"\[(.*)\] (\S+)$", printed[3].splitlines()[0]).groups()
     assert all(float(score) < 0 for score in scores.split(", ")) and float(loss) > 0
     assert printed[3].rstrip().endswith("(1, 4, 48)")

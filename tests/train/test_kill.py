@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from tests.train import tiny
 
 SETTINGS = ("--config.train.steps=150", "--config.checkpoint.every=10", "--config.log.every=50")
@@ -56,7 +56,7 @@ def finish_and_compare(config, folder, wanted, compiled):
     code, output = finish(tiny.start(config, folder, *SETTINGS, **compiled))
     assert code == 0, output
     assert losses(folder) == wanted and len(wanted) == 150
-    assert not list(folder.glob("*.corrupt")) and store.latest_step(folder) == 150
+    assert not list(folder.glob("*.corrupt")) and reader.latest_step(folder) == 150
 
 
 def test_killed_three_times_it_gives_the_same_losses(reference, tmp_path, compiled):
@@ -91,7 +91,7 @@ def test_sigterm_saves_exits_75_and_the_same_command_goes_on(reference, tmp_path
     code, output = finish(process)
     assert code == 75 and "preempted and saved" in output
     done = losses(tmp_path / "out")
-    assert store.latest_step(tmp_path / "out") == len(done) < 150 and len(done) % 10  # not a step it would save anyway
+    assert reader.latest_step(tmp_path / "out") == len(done) < 150 and len(done) % 10  # not a step it would save anyway
     assert finish(tiny.start(config, tmp_path / "out", *SETTINGS, **compiled))[0] == 0
     assert losses(tmp_path / "out") == wanted
 
@@ -116,7 +116,7 @@ def test_sigterm_to_one_of_two_processes_saves_one_step_in_both(reference, tmp_p
     processes[1].send_signal(signal.SIGTERM)
     ended = [finish(process) for process in processes]
     assert [code for code, _ in ended] == [75, 75], ended
-    assert store.latest_step(tmp_path / "out") == len(losses(tmp_path / "out")) < 150
+    assert reader.latest_step(tmp_path / "out") == len(losses(tmp_path / "out")) < 150
     assert [finish(process)[0] for process in pair(tmp_path / "out")] == [0, 0]
     assert losses(tmp_path / "out") == losses(tmp_path / "whole")
     assert all(losses(tmp_path / "out")[step] == pytest.approx(loss, rel=1e-3) for step, loss in wanted.items())

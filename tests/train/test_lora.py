@@ -13,8 +13,7 @@ from PIL import Image
 from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.batch import Batch
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import reports
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import lora, presets
@@ -100,16 +99,17 @@ def finished(tmp_path_factory, compiled):
 
 def test_a_checkpoint_holds_adapters_and_projector_and_its_scales_travel_with_it(finished, tmp_path):
     config, workdir = finished
-    own = set(store.own_specs(workdir))
+    own = set(reader.own_specs(workdir))
     adapters = {lora.beside(kernel, leaf) for kernel in DECODER for leaf in (lora.A, lora.B)}
     model = set(params.flatten(abstract_params(presets.get("tiny"))))
     assert own == adapters | {name for name in model if name.startswith("projector/")}
-    assert set(store.leaf_specs(workdir)) == model | adapters | {lora.beside(kernel, lora.SCALE) for kernel in DECODER}
-    assert {base.path for base in cards.read_card(workdir).base} == {"random", "../run/base"}
+    scales = {lora.beside(kernel, lora.SCALE) for kernel in DECODER}
+    assert set(reader.tensor_specs(workdir)) == model | adapters | scales
+    assert {base.path for base in model_json.read(workdir).base} == {"random", "../run/base"}
     moved = shutil.copytree(workdir, tmp_path / "moved")
     shutil.move(workdir / "random", tmp_path / "away")  # so that nothing of the old place is read
     try:
-        np.testing.assert_array_equal(store.read_leaf(moved, None, "llm/blocks/q/lora_scale"), np.full(3, 1.5, "f4"))
+        np.testing.assert_array_equal(reader.read_tensor(moved, None, "llm/blocks/q/lora_scale"), np.full(3, 1.5, "f4"))
     finally:
         shutil.move(tmp_path / "away", workdir / "random")
 
@@ -179,7 +179,7 @@ def test_int8_weights_are_frozen_and_the_adapters_learn_on_them(base, tmp_path):
     built = build(base, frozen_dtype="int8", rates=((".*/lora_[ab]", 1e-2), (".*", None)))
     _, state, frozen = begin(built, tmp_path)
     leaves = flat(frozen)
-    plain = params.flatten(store.load_params(base))
+    plain = params.flatten(reader.load_params(base))
     assert {name for name, leaf in leaves.items() if leaf.dtype == np.int8} == set(DECODER)
     for name in DECODER:
         wide = leaves[name] * leaves[lora.beside(name, lora.KERNEL_SCALE)][:, None]
@@ -202,7 +202,8 @@ def test_an_int8_run_goes_on_as_if_it_had_not_stopped(run, tmp_path):
     shutil.rmtree(tmp_path / "out" / "12")
     assert train(config, tmp_path / "out", **{"model.frozen_dtype": "int8"}) == 0
     assert losses(tmp_path / "out") == before
-    assert store.leaf_specs(tmp_path / "out")["llm/blocks/q/kernel"].dtype == np.float32  # on disk nothing is rounded
+    kernel = reader.tensor_specs(tmp_path / "out")["llm/blocks/q/kernel"]
+    assert kernel.dtype == np.float32  # on disk nothing is rounded
 
 
 def test_bfloat16_programs_keep_scales_and_moving_leaves_in_float32(base):
@@ -217,7 +218,7 @@ def test_bfloat16_programs_keep_scales_and_moving_leaves_in_float32(base):
 def test_frozen_random_kernels_become_int8_only_when_they_are_read(base, tmp_path):
     built = build(base, frozen_dtype="int8", places=(("llm/.*", "random"),))
     sources, _, frozen = begin(built, tmp_path)
-    assert store.leaf_specs(tmp_path / "random")["llm/blocks/q/kernel"].dtype == np.float32
+    assert reader.tensor_specs(tmp_path / "random")["llm/blocks/q/kernel"].dtype == np.float32
     assert frozen["llm"]["blocks"]["q"]["kernel"].dtype == jnp.int8
 
 
@@ -230,7 +231,7 @@ def test_a_start_that_saved_nothing_leaves_nothing_behind(base, tmp_path):
 def test_adapters_are_trained_on_from_where_they_lie(finished, tmp_path):
     _, workdir = finished
     sources, state, frozen = begin(build(workdir, places=()), tmp_path)
-    held = params.flatten(store.load_params(workdir))
+    held = params.flatten(reader.load_params(workdir))
     np.testing.assert_array_equal(flat(state.params)["llm/blocks/up/lora_b"], held["llm/blocks/up/lora_b"])
     assert set(sources.values()) == {str(workdir)} and not (tmp_path / "random").exists()
 
@@ -251,7 +252,7 @@ def test_a_start_that_would_change_the_model_in_silence_is_refused(finished, tmp
 
 def test_a_base_without_adapters_is_told_from_one_with(base, tmp_path):
     config, program = build(base, places=())
-    with pytest.raises(cards.UnusableCheckpoint, match='has no llm/blocks/down/lora_a; .* "random"'):
+    with pytest.raises(model_json.UnusableCheckpoint, match='has no llm/blocks/down/lora_a; .* "random"'):
         init.resolve(program, config.init, tmp_path, 0)
 
 

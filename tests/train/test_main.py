@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 
 from llava_jax import files, params
-from llava_jax.checkpoint import card as cards
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.train import metrics
@@ -52,18 +51,18 @@ def copied(finished, tmp_path):
 
 def test_a_run_leaves_a_checkpoint_that_describes_itself(finished):
     config, workdir = finished
-    card, names = cards.read_card(workdir), set(params.flatten(abstract_params(presets.get("tiny"))))
-    assert presets.config_from_json(dict(card.model)) == presets.get("tiny")
-    assert card.prompt == cards.PromptCard("v1", True, "square", False)
-    assert cards.read_tokenizer_files(workdir) == cards.read_tokenizer_files(config.parent / "base")
-    assert set(store.own_specs(workdir)) == {name for name in names if name.startswith("projector/")}
-    assert set(store.leaf_specs(workdir)) == names
-    assert store.steps(workdir) == [9, 12] and list(losses(workdir)) == list(range(1, 13))
+    metadata, names = model_json.read(workdir), set(params.flatten(abstract_params(presets.get("tiny"))))
+    assert presets.config_from_json(dict(metadata.model)) == presets.get("tiny")
+    assert metadata.prompt == model_json.PromptMetadata("v1", True, "square", False)
+    assert model_json.read_tokenizer_files(workdir) == model_json.read_tokenizer_files(config.parent / "base")
+    assert set(reader.own_specs(workdir)) == {name for name in names if name.startswith("projector/")}
+    assert set(reader.tensor_specs(workdir)) == names
+    assert reader.steps(workdir) == [9, 12] and list(losses(workdir)) == list(range(1, 13))
 
 
 def test_frozen_leaves_take_no_bytes_in_a_checkpoint(finished):
     """Weights and two moments of what moves, and files' own overhead; the frozen model would be 0.8 MB."""
-    trainable_rates = 4 * sum(spec.size for spec in store.own_specs(finished[1]).values())
+    trainable_rates = 4 * sum(spec.size for spec in reader.own_specs(finished[1]).values())
     assert 3 * trainable_rates < disk_bytes(finished[1] / "12") < 3 * trainable_rates + 120_000 < 4 * 199_472
 
 
@@ -90,7 +89,7 @@ def test_going_on_repeats_the_losses_bit_for_bit(copied):
     before = losses(workdir)
     shutil.rmtree(workdir / "12")
     assert train(config, workdir) == 0
-    assert losses(workdir) == before and store.steps(workdir) == [9, 12]
+    assert losses(workdir) == before and reader.steps(workdir) == [9, 12]
 
 
 def test_a_damaged_last_step_costs_only_itself(copied, capsys):
@@ -114,15 +113,15 @@ def test_a_base_that_is_another_model_is_refused_and_one_that_lies_elsewhere_is_
     """`model.base` may change on resume, as a base may move; another tokenizer would teach other ids in silence."""
     config, workdir = copied
     other, moved = (shutil.copytree(config.parent / "base", tmp_path / name) for name in ("other", "moved"))
-    card = cards.read_card(other)
-    model = {**card.model, "llm": {**card.model["llm"], "rope_theta": 5e5}}
-    cards.write_card(other, dataclasses.replace(card, model=model), cards.read_tokenizer_files(other))
+    metadata = model_json.read(other)
+    model = {**metadata.model, "llm": {**metadata.model["llm"], "rope_theta": 5e5}}
+    model_json.write(other, dataclasses.replace(metadata, model=model), model_json.read_tokenizer_files(other))
     assert train(config, workdir, **{"model.base": other}) == 64
     assert "llm/rope_theta: 10000.0 -> 500000.0" in capsys.readouterr().err
-    files = cards.read_tokenizer_files(moved)
+    files = model_json.read_tokenizer_files(moved)
     assert train(config, workdir, **{"model.base": moved}) == 0
     files["tokenizer_config.json"] = files["tokenizer_config.json"].replace(b"true", b"false", 1)
-    cards.write_card(moved, cards.read_card(moved), files)
+    model_json.write(moved, model_json.read(moved), files)
     assert train(config, workdir, **{"model.base": moved}) == 64
     assert "tokenizer" in capsys.readouterr().err
 
@@ -157,10 +156,10 @@ def test_frozen_leaves_that_begin_at_random_are_kept_where_every_reader_finds_th
     text = run.read_text().replace("config.init = (", 'config.init = (("vision/cls|projector/0/bias", "random"), ')
     run.write_text(text)
     assert train(run, tmp_path / "out") == 0
-    whole, base = (params.flatten(store.load_params(folder)) for folder in (tmp_path / "out", run.parent / "base"))
+    whole, base = (params.flatten(reader.load_params(folder)) for folder in (tmp_path / "out", run.parent / "base"))
     different = {name for name, leaf in whole.items() if not np.array_equal(leaf, base[name])}
     assert different == {"vision/cls", *(name for name in whole if name.startswith("projector/"))}
-    assert set(store.own_specs(tmp_path / "out" / "random")) == {"vision/cls"}
+    assert set(reader.own_specs(tmp_path / "out" / "random")) == {"vision/cls"}
 
 
 def test_stage_2_begins_with_stage_1s_projector_and_moves_the_decoder(finished, tmp_path):
@@ -170,12 +169,12 @@ def test_stage_2_begins_with_stage_1s_projector_and_moves_the_decoder(finished, 
     second.write_text(text)
     changes = {"model.base": stage_1, "train.steps": 2, "train.warmup_ratio": 0.5, "checkpoint.every": 1}
     assert train(second, tmp_path / "out", **changes) == 0
-    after, before = (store.load_params(folder) for folder in (tmp_path / "out", stage_1))
-    first = store.load_params(tmp_path / "out", step=1)  # the first update is at rate 0
+    after, before = (reader.load_params(folder) for folder in (tmp_path / "out", stage_1))
+    first = reader.load_params(tmp_path / "out", step=1)  # the first update is at rate 0
     jax.tree.map(np.testing.assert_array_equal, first, before)
     same = {name.split("/")[0] for name, leaf in params.flatten(after).items()
             if np.array_equal(leaf, params.flatten(before)[name])}  # fmt: skip
-    assert same == {"vision"} and set(store.own_specs(tmp_path / "out")) == {
+    assert same == {"vision"} and set(reader.own_specs(tmp_path / "out")) == {
         name for name in params.flatten(before) if not name.startswith("vision/")
     }  # fmt: skip
 
@@ -203,7 +202,7 @@ def test_records_that_are_held_out_are_evaluated_and_not_trained_on(run, tmp_pat
 
 
 def test_a_leaf_that_a_checkpoint_of_init_lacks_is_named_with_the_checkpoint(run, tmp_path, capsys):
-    with store.LeafWriter(tmp_path / "half" / "0" / "params") as writer:
+    with reader.TensorWriter(tmp_path / "half" / "0" / "params") as writer:
         writer.write("projector/0/kernel", np.zeros((32, 40), np.float32))
         writer.write("projector/0/bias", np.zeros(48, np.float32))
     row = '("projector/.*", config.model.get_ref("start")), '
@@ -255,11 +254,11 @@ def test_compiled_code_is_kept_in_a_private_directory_only(tmp_path, monkeypatch
 
 
 def test_a_directory_with_a_checkpoint_of_another_kind_is_left_alone(run, tmp_path, capsys):
-    with store.LeafWriter(tmp_path / "imported" / "0" / "params") as writer:
+    with reader.TensorWriter(tmp_path / "imported" / "0" / "params") as writer:
         writer.write("a", np.zeros(1, np.float32))
     assert train(run, tmp_path / "imported") == 64
     assert "no training run wrote" in capsys.readouterr().err
-    assert store.steps(tmp_path / "imported") == [0]
+    assert reader.steps(tmp_path / "imported") == [0]
 
 
 def test_a_bad_picture_ends_the_run_with_its_record(run, tmp_path, capsys):

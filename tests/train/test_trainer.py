@@ -18,7 +18,7 @@ from PIL import Image
 import llava_jax
 from llava_jax import Conversation, Hook, Trainer, Turn
 from llava_jax import config as configs
-from llava_jax.checkpoint import store
+from llava_jax.checkpoint import reader
 from llava_jax.errors import DataError, UsageError
 from llava_jax.train import metrics
 from tests.train import tiny
@@ -90,12 +90,12 @@ def test_a_data_set_that_is_an_object_trains_as_its_file_and_is_resumed_after_a_
     squares = Squares(folder, "path" if layout == "packed" else "object")
     with pytest.raises(Killed):
         Trainer(config, squares, hooks=[Hook(4, killed)], workdir=tmp_path).fit()
-    assert store.latest_step(tmp_path) == 3 and losses(tmp_path) == whole[layout][:4]
+    assert reader.latest_step(tmp_path) == 3 and losses(tmp_path) == whole[layout][:4]
     trainer = Trainer(config, squares, hooks=[Hook(5, lambda *_: trainer.stop())], workdir=tmp_path)
     assert not trainer.fit()
-    assert store.latest_step(tmp_path) == len(losses(tmp_path)) == 5
+    assert reader.latest_step(tmp_path) == len(losses(tmp_path)) == 5
     assert trainer.fit()  # the same trainer goes on, too
-    assert losses(tmp_path) == whole[layout] and store.latest_step(tmp_path) == 8
+    assert losses(tmp_path) == whole[layout] and reader.latest_step(tmp_path) == 8
     assert "data.sources.0.path" not in json.loads((tmp_path / "config.json").read_text())
 
 
@@ -206,7 +206,7 @@ def test_two_runs_at_once_know_nothing_of_each_other(folder, whole, tmp_path):
     finally:
         go_on.set()
         thread.join()
-    assert ended == [False] and len(losses(tmp_path / "here")) == store.latest_step(tmp_path / "here") < 8
+    assert ended == [False] and len(losses(tmp_path / "here")) == reader.latest_step(tmp_path / "here") < 8
     assert here.fit() and losses(tmp_path / "here") == losses(tmp_path / "other") == whole["padded"]
 
 
@@ -247,12 +247,12 @@ def test_save_in_a_hook_writes_the_state_of_its_step(folder, whole, tmp_path):
     def save(step, state, stop):
         if step == 4:
             assert trainer.save() == trainer.workdir
-            saved.append((store.latest_step(tmp_path), int(state.step)))
+            saved.append((reader.latest_step(tmp_path), int(state.step)))
 
     trainer = Trainer(settings(folder), hooks=[Hook(2, save), Hook(5, killed)], workdir=tmp_path)
     with pytest.raises(Killed):
         trainer.fit()
-    assert saved == [(4, 4)] and store.latest_step(tmp_path) == 4
+    assert saved == [(4, 4)] and reader.latest_step(tmp_path) == 4
     assert Trainer(settings(folder), workdir=tmp_path).fit() and losses(tmp_path) == whole["padded"]
 
 
@@ -264,14 +264,14 @@ def test_a_run_that_has_lost_its_directory_writes_nothing_more(folder, tmp_path)
     trainer = Trainer(settings(folder), hooks=[Hook(2, lose)], workdir=tmp_path)
     with pytest.raises(UsageError, match="has taken over this directory"):
         trainer.fit()
-    assert store.latest_step(tmp_path) == 3
-    assert Trainer(settings(folder), workdir=tmp_path).fit() and store.latest_step(tmp_path) == 8
+    assert reader.latest_step(tmp_path) == 3
+    assert Trainer(settings(folder), workdir=tmp_path).fit() and reader.latest_step(tmp_path) == 8
 
 
 def test_a_program_is_there_before_any_run_and_a_run_without_a_directory_gets_one(folder):
     trainer = Trainer(settings(folder, **{"train.steps": "none", "train.epochs": 2}))
     assert trainer.program.steps == 6 and trainer.program.batch.tokens.shape == (4, 96)
-    assert store.latest_step(trainer.save()) == trainer.step == 0
+    assert reader.latest_step(trainer.save()) == trainer.step == 0
 
 
 SCRIPT = """

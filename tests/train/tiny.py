@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from llava_jax import params
-from llava_jax.checkpoint import store
-from llava_jax.checkpoint.card import Card, PromptCard, write_card
+from llava_jax.checkpoint import model_json, reader
+from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
 from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
@@ -47,11 +47,11 @@ def write_base(folder: Path, seed: int = 0) -> None:
     """A whole checkpoint of the preset "tiny", drawn by numpy: JAX's random numbers compile for many seconds."""
     rng = np.random.default_rng(seed)
     model = presets.get("tiny")
-    with store.LeafWriter(folder / "0" / store.PARAMS) as writer:
+    with reader.TensorWriter(folder / "0" / reader.PARAMS) as writer:
         for name, leaf in params.flatten(abstract_params(model)).items():
             writer.write(name, rng.normal(1.0 if name.endswith("scale") else 0.0, 0.1, leaf.shape).astype(np.float32))
-    card = Card(presets.config_to_json(model), PromptCard("v1", True, "square", False))
-    write_card(folder, card, tokenizer.load(TOKENIZER, legacy=True).files())
+    metadata = Metadata(presets.config_to_json(model), PromptMetadata("v1", True, "square", False))
+    model_json.write(folder, metadata, tokenizer.load(TOKENIZER, legacy=True).files())
 
 
 def write_run(folder: Path) -> Path:

@@ -1,4 +1,4 @@
-"""One leaf at a time in Orbax's layout: an ordinary Orbax restore reads it, and damage is noticed."""
+"""One parameter at a time in Orbax's layout: an ordinary Orbax restore reads it, and damage is noticed."""
 
 import json
 import tracemalloc
@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from llava_jax import params
-from llava_jax.checkpoint import leaves, store, writer
+from llava_jax.checkpoint import reader, tensors, writer
 from llava_jax.errors import UnusableCheckpoint
 
 LEAVES = {
@@ -23,7 +23,7 @@ LEAVES = {
 
 
 def write(folder, named=LEAVES):
-    with store.LeafWriter(folder) as open_writer:
+    with reader.TensorWriter(folder) as open_writer:
         for name, leaf in named.items():
             open_writer.write(name, leaf)
     return folder
@@ -37,7 +37,7 @@ def same(one: np.ndarray, two: np.ndarray) -> bool:
 def test_every_leaf_comes_back_bit_for_bit_whatever_the_chunks(tmp_path, monkeypatch, chunk_bytes, uncut_bytes):
     monkeypatch.setattr(writer, "CHUNK_BYTES", chunk_bytes)
     monkeypatch.setattr(writer, "UNCUT_BYTES", uncut_bytes)
-    opened = leaves.open_leaves(epath.Path(write(tmp_path / "params")))
+    opened = tensors.open_tensors(epath.Path(write(tmp_path / "params")))
     assert set(opened.names) == set(LEAVES)
     for name, leaf in LEAVES.items():
         assert same(opened.read(name), leaf)
@@ -47,7 +47,7 @@ def test_every_leaf_comes_back_bit_for_bit_whatever_the_chunks(tmp_path, monkeyp
 
 def test_a_leaf_that_is_no_contiguous_array_is_written_as_it_looks(tmp_path):
     leaf = np.arange(12, dtype=np.float32).reshape(3, 4).T[::2]
-    assert same(leaves.open_leaves(epath.Path(write(tmp_path / "params", {"x": leaf}))).read("x"), leaf)
+    assert same(tensors.open_tensors(epath.Path(write(tmp_path / "params", {"x": leaf}))).read("x"), leaf)
 
 
 def test_orbax_restores_the_tree_with_its_own_handlers(tmp_path):
@@ -70,10 +70,10 @@ def test_what_orbax_saved_is_read_in_all_its_array_layouts(tmp_path, ocdbt, zarr
     tree = params.unflatten({name: jax.numpy.asarray(leaf) for name, leaf in LEAVES.items()})
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
     ocp.Checkpointer(handler).save(tmp_path / "5" / "params", args=ocp.args.PyTreeSave(tree))
-    assert store.steps(tmp_path) == [5]
+    assert reader.steps(tmp_path) == [5]
     for name, leaf in LEAVES.items():
-        assert same(store.read_leaf(tmp_path, 5, name), leaf)
-    assert store.own_leaves(tmp_path).checksums == {}
+        assert same(reader.read_tensor(tmp_path, 5, name), leaf)
+    assert reader.own_tensors(tmp_path).checksums == {}
 
 
 def test_a_flipped_bit_a_lost_chunk_and_a_cut_file_are_all_noticed(tmp_path):
@@ -89,16 +89,16 @@ def test_a_flipped_bit_a_lost_chunk_and_a_cut_file_are_all_noticed(tmp_path):
         else:
             file.write_bytes(content if damage == "flip" else content[:-3])
         with pytest.raises(UnusableCheckpoint, match="a/kernel is damaged"):
-            leaves.open_leaves(epath.Path(folder)).read("a/kernel")
+            tensors.open_tensors(epath.Path(folder)).read("a/kernel")
 
 
 def test_nothing_half_written_is_taken_for_a_checkpoint(tmp_path):
-    killed = store.LeafWriter(tmp_path / "0" / "params")
+    killed = reader.TensorWriter(tmp_path / "0" / "params")
     killed.write("a", np.ones(3, np.float32))
-    assert store.latest_step(tmp_path) is None  # killed here
+    assert reader.latest_step(tmp_path) is None  # killed here
     write(tmp_path / "0" / "params", {"b": np.ones(2, np.float32)})  # the next run starts over
-    assert store.own_leaves(tmp_path).names == ("b",)
-    with pytest.raises(RuntimeError), store.LeafWriter(tmp_path / "1" / "params") as cut_off:
+    assert reader.own_tensors(tmp_path).names == ("b",)
+    with pytest.raises(RuntimeError), reader.TensorWriter(tmp_path / "1" / "params") as cut_off:
         cut_off.write("a", np.ones(3, np.float32))
         raise RuntimeError
     assert not list((tmp_path / "1").iterdir())
@@ -106,13 +106,13 @@ def test_nothing_half_written_is_taken_for_a_checkpoint(tmp_path):
 
 def test_writing_refuses_what_it_cannot_give_back(tmp_path):
     with pytest.raises(ValueError, match="exists already"):
-        store.LeafWriter(tmp_path)
-    with pytest.raises(ValueError, match="no leaf was written"):
+        reader.TensorWriter(tmp_path)
+    with pytest.raises(ValueError, match="no parameter was written"):
         write(tmp_path / "none", {})
     for name, leaf, message in [("x", np.zeros((2, 0)), "empty"), ("x", np.array(["a"]), "dtype")]:
         with pytest.raises(ValueError, match=message):
             write(tmp_path / "params", {name: leaf})
-    twice = store.LeafWriter(tmp_path / "twice")
+    twice = reader.TensorWriter(tmp_path / "twice")
     twice.write("x", np.ones(1))
     with pytest.raises(ValueError, match="x is written twice"):
         twice.write("x", np.ones(1))
@@ -121,7 +121,7 @@ def test_writing_refuses_what_it_cannot_give_back(tmp_path):
 def test_writing_takes_no_second_leaf_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "CHUNK_BYTES", 2**18)
     leaf = np.ones((32, 2**18), np.float32)  # 32 MB
-    with store.LeafWriter(tmp_path / "params") as open_writer:
+    with reader.TensorWriter(tmp_path / "params") as open_writer:
         tracemalloc.start()
         open_writer.write("x", leaf)
         peak = tracemalloc.get_traced_memory()[1]
@@ -134,5 +134,5 @@ def test_broken_metadata_is_one_clear_error(tmp_path):
     for name, content in [("_METADATA", "{"), ("_METADATA", "[]"), ("_METADATA", json.dumps({"tree_metadata": 3}))]:
         (folder / name).write_text(content)
         with pytest.raises(UnusableCheckpoint, match="_METADATA"):
-            leaves.open_leaves(epath.Path(folder))
-        assert store.steps(tmp_path) == []
+            tensors.open_tensors(epath.Path(folder))
+        assert reader.steps(tmp_path) == []

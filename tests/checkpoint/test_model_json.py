@@ -7,16 +7,16 @@ import shutil
 
 import pytest
 
-from llava_jax.checkpoint import card
+from llava_jax.checkpoint import model_json
 from llava_jax.errors import UnusableCheckpoint
 
-PROMPT = card.PromptCard("v1", False, "pad", False)
+PROMPT = model_json.PromptMetadata("v1", False, "pad", False)
 FILES = {"tokenizer.model": b"pieces", "tokenizer_config.json": b"{}"}
 
 
 def _write(directory, bases=()):
-    written = card.Card({"width": 4}, PROMPT, tuple(bases), {"layout": "hub"})
-    card.write_card(directory, written, FILES)
+    written = model_json.Metadata({"width": 4}, PROMPT, tuple(bases), {"layout": "hub"})
+    model_json.write(directory, written, FILES)
     return written
 
 
@@ -25,19 +25,19 @@ def _edit(directory, change, checksum=False):
     content = json.loads(path.read_text())
     change(content)
     if checksum:
-        content["checksum"] = card._checksum(content)
+        content["checksum"] = model_json._checksum(content)
     path.write_text(json.dumps(content))
 
 
 @pytest.fixture(params=["disk", "bucket"])
 def place(request, tmp_path):
-    return card.epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
+    return model_json.epath.Path(tmp_path if request.param == "disk" else request.getfixturevalue("bucket"))
 
 
 def test_the_card_and_the_tokenizer_come_back(place):
-    written = _write(place / "a", [card.Base("../b", 3, "sums:0", ("llm/.*", "vision/.*"))])
-    assert card.read_card(place / "a") == written
-    assert card.read_tokenizer_files(place / "a") == FILES
+    written = _write(place / "a", [model_json.Base("../b", 3, "sums:0", ("llm/.*", "vision/.*"))])
+    assert model_json.read(place / "a") == written
+    assert model_json.read_tokenizer_files(place / "a") == FILES
 
 
 WRONG = {
@@ -60,7 +60,7 @@ def test_what_no_card_says_is_refused_by_name(tmp_path, name):
     _write(tmp_path)
     _edit(tmp_path, WRONG[name], checksum=name not in ("no checksum", "base is text"))
     with pytest.raises(UnusableCheckpoint, match="model.json"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100_000, "\udc80", '{"format": ' + "9" * 5000 + "}"])
@@ -68,11 +68,11 @@ def test_what_is_no_json_is_refused_by_name(tmp_path, content):
     _write(tmp_path)
     (tmp_path / "model.json").write_bytes(content.encode(errors="surrogateescape"))
     with pytest.raises(UnusableCheckpoint, match="model.json"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
 
 
 def test_a_flipped_bit_in_any_file_is_noticed_or_changes_nothing(tmp_path):
-    written = _write(tmp_path, [card.Base("../b", 3, "sums:0", ("llm/.*",))])
+    written = _write(tmp_path, [model_json.Base("../b", 3, "sums:0", ("llm/.*",))])
     files, moments = [p for p in tmp_path.rglob("*") if p.is_file()], random.Random(0)
     noticed = 0
     for _ in range(600):
@@ -82,8 +82,8 @@ def test_a_flipped_bit_in_any_file_is_noticed_or_changes_nothing(tmp_path):
         after[moments.randrange(len(after))] ^= 1 << moments.randrange(8)
         path.write_bytes(after)
         try:
-            found = card.read_card(tmp_path)
-            assert card.read_tokenizer_files(tmp_path) == FILES
+            found = model_json.read(tmp_path)
+            assert model_json.read_tokenizer_files(tmp_path) == FILES
             # Another path leads to something else, or nothing, and that has a fingerprint.
             base = dataclasses.replace(found.base[0], path=written.base[0].path, origin="")
             assert dataclasses.replace(found, base=(base,)) == written
@@ -97,34 +97,34 @@ def test_files_of_the_tokenizer_are_all_there_and_no_others(tmp_path):
     _write(tmp_path)
     folder = tmp_path / "tokenizer"
     (folder / ".DS_Store").write_bytes(b"not ours")
-    card.read_card(tmp_path)
+    model_json.read(tmp_path)
     (folder / "added_tokens.json").write_bytes(b"{}")
     with pytest.raises(UnusableCheckpoint, match="added_tokens.json: model.json names no such file"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
     (folder / "added_tokens.json").unlink()
     (folder / "tokenizer.model").write_bytes(b"pieceS")
     with pytest.raises(UnusableCheckpoint, match="tokenizer.model: it differs from its checksum"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
     (folder / "tokenizer.model").unlink()
     with pytest.raises(UnusableCheckpoint, match="tokenizer.model: it is missing"):
-        card.read_tokenizer_files(tmp_path)
+        model_json.read_tokenizer_files(tmp_path)
     shutil.rmtree(folder)
     with pytest.raises(UnusableCheckpoint, match="tokenizer: missing"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
 
 
 def test_a_name_of_a_tokenizer_file_has_no_folder(tmp_path):
     with pytest.raises(ValueError, match="plain file name"):
-        card.write_card(tmp_path, card.Card({}, PROMPT), {"../evil": b""})
+        model_json.write(tmp_path, model_json.Metadata({}, PROMPT), {"../evil": b""})
 
 
 def test_only_the_path_of_a_base_may_be_edited(tmp_path):
-    _write(tmp_path, [card.Base("../b", 3, "sums:0", ("llm/.*",))])
+    _write(tmp_path, [model_json.Base("../b", 3, "sums:0", ("llm/.*",))])
     _edit(tmp_path, lambda c: c["base"][0].update(path="/new/place"))
-    assert card.read_card(tmp_path).base[0].path == "/new/place"
+    assert model_json.read(tmp_path).base[0].path == "/new/place"
     _edit(tmp_path, lambda c: c["base"][0].update(step=4))
     with pytest.raises(UnusableCheckpoint, match="differs from its checksum.*only the `path` of a base"):
-        card.read_card(tmp_path)
+        model_json.read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -140,15 +140,15 @@ def test_only_the_path_of_a_base_may_be_edited(tmp_path):
     ],
 )
 def test_a_base_is_named_from_where_the_checkpoint_lies(directory, path, stored, tried):
-    base = card._relative(card.epath.Path(directory), card.Base(path, 1, "sums:0", ()))
+    base = model_json._relative(model_json.epath.Path(directory), model_json.Base(path, 1, "sums:0", ()))
     assert (base.path, base.origin) == (stored, path)
-    assert [str(place) for place in card.places(directory, base)] == tried
+    assert [str(place) for place in model_json.candidates(directory, base)] == tried
 
 
 def test_a_base_is_looked_for_beside_the_checkpoint_first_and_then_where_it_was():
-    base = card.Base("../base", 1, "sums:0", (), "/old/base")
-    assert [str(place) for place in card.places("/new/ft", base)] == ["/new/base", "/old/base"]
-    assert [str(place) for place in card.places("gs://b/new/ft", base)] == ["gs://b/new/base", "/old/base"]
+    base = model_json.Base("../base", 1, "sums:0", (), "/old/base")
+    assert [str(place) for place in model_json.candidates("/new/ft", base)] == ["/new/base", "/old/base"]
+    assert [str(place) for place in model_json.candidates("gs://b/new/ft", base)] == ["gs://b/new/base", "/old/base"]
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_a_directory_without_a_card_says_how_to_get_one(tmp_path, directory, fil
         (tmp_path / directory).mkdir(exist_ok=True)
         (tmp_path / directory / name).write_text("{}")
     with pytest.raises(UnusableCheckpoint, match=message):
-        card.read_card(tmp_path / directory)
+        model_json.read(tmp_path / directory)
 
 
 def test_a_name_of_the_hub_says_how_to_download_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UnusableCheckpoint, match=r"hf download llava-hf/llava-1.5-7b-hf --local-dir llava-1.5-7b-hf`"):
-        card.read_card("llava-hf/llava-1.5-7b-hf")
+        model_json.read("llava-hf/llava-1.5-7b-hf")

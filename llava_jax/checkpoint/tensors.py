@@ -1,4 +1,4 @@
-"""Reads the parameters of one `params` directory, as Orbax (any of its array layouts) or `LeafWriter` made it.
+"""Reads the parameters of one `params` directory, as Orbax (any of its array layouts) or `TensorWriter` made it.
 
 Bits that flip on a disk are noticed by neither Orbax nor Zarr: what is read here is compared with the checksums that
 were written with it.
@@ -20,7 +20,7 @@ from etils import epath
 
 from llava_jax import files, lifecycle
 from llava_jax.checkpoint import record, sums
-from llava_jax.checkpoint.card import read_json
+from llava_jax.checkpoint.model_json import read_json
 from llava_jax.checkpoint.sums import Sums
 from llava_jax.errors import UnusableCheckpoint, UsageError
 
@@ -33,7 +33,7 @@ Checksum = int | Sequence[Any]
 Box = tuple[tuple[int, int], ...]  # a part of an array: (begin, end) in each dimension
 
 # Host memory of `read`: the boxes of one array, or of several up to AHEAD_BYTES, and WORKERS pieces in flight. A piece
-# is a row of chunks (LeafWriter: a layer or some; Orbax: what a device held).
+# is a row of chunks (TensorWriter: a layer or some; Orbax: what a device held).
 WORKERS = 4
 AHEAD_BYTES = 2**29
 # TensorStore's own default is 32 retries, a quarter of an hour; `files.retried` goes on where these end.
@@ -41,7 +41,7 @@ _RETRIES = {"max_retries": 4, "initial_delay": "500ms", "max_delay": "8s"}
 
 
 @dataclass(frozen=True)
-class Leaves:
+class Tensors:
     """An opened `params` directory.
 
     Attributes:
@@ -60,10 +60,10 @@ class Leaves:
         return jax.ShapeDtypeStruct(tuple(store.shape), store.dtype.numpy_dtype)
 
     def read(self, name: str) -> np.ndarray:
-        """A leaf in the dtype it has on disk.
+        """A parameter in the dtype it has on disk.
 
         Raises:
-          UnusableCheckpoint: the leaf is missing, damaged, or differs from its checksum.
+          UnusableCheckpoint: the parameter is missing, damaged, or differs from its checksum.
           Unreachable, UsageError: as `files.retried`.
         """
         return read([Request(self, name)], Read.whole)[0]
@@ -84,13 +84,13 @@ class Leaves:
         """
         if name not in self.names:
             shown = ", ".join(self.names[:3])
-            raise UnusableCheckpoint(f"{self.folder}: no leaf {name}; it holds {len(self.names)}, such as {shown}")
+            raise UnusableCheckpoint(f"{self.folder}: no parameter {name}; it holds {len(self.names)}, such as {shown}")
         return self._stores[name].result()
 
     def damaged(self, name: str, what: str) -> UnusableCheckpoint:
-        """What to raise of a leaf."""
+        """What to raise of a parameter."""
         return UnusableCheckpoint(
-            f"{self.folder}: leaf {name} is damaged: {what}; copy the checkpoint again, or use another step"
+            f"{self.folder}: parameter {name} is damaged: {what}; copy the checkpoint again, or use another step"
         )
 
     @functools.cached_property
@@ -109,7 +109,7 @@ class Leaves:
         return self.attempt(name, lambda: call().result())
 
     def attempt(self, name: str, call: Callable[[], Any]) -> Any:
-        """What a call of TensorStore returns about a leaf; errors that do not pass are damage."""
+        """What a call of TensorStore returns about a parameter; errors that do not pass are damage."""
         try:
             return files.retried(call, self.folder)
         except UsageError:
@@ -119,16 +119,16 @@ class Leaves:
 
 
 class Request(NamedTuple):
-    """A leaf to read: whole, or only these boxes of it, which do not overlap."""
+    """A parameter to read: whole, or only these boxes of it, which do not overlap."""
 
-    leaves: Leaves
+    leaves: Tensors
     name: str
     boxes: Sequence[Box] | None = None
 
 
 @dataclass(frozen=True)
 class Read:
-    """A leaf that was read, or parts of it.
+    """A parameter that was read, or parts of it.
 
     Attributes:
       arrays: what was read, by place; the boxes of the request lie in them.
@@ -141,13 +141,13 @@ class Read:
     sums: Mapping[Box, Sums]
 
     def take(self, index: tuple[slice, ...]) -> np.ndarray:
-        """The part of the leaf at an index, without a copy; it must lie in a box that was requested."""
+        """The part of the parameter at an index, without a copy; it must lie in a box that was requested."""
         part = box_of(index, self.shape)
         outer = next(box for box in self.arrays if all(b <= i and j <= e for (i, j), (b, e) in zip(part, box)))
         return self.arrays[outer][_inside(part, outer)]
 
     def whole(self) -> np.ndarray:
-        """The leaf, where it was read whole."""
+        """The parameter, where it was read whole."""
         return self.take((slice(None),) * len(self.shape))
 
     def astype(self, dtype: Any) -> "Read":
@@ -156,13 +156,13 @@ class Read:
 
 
 def read(requests: Sequence[Request], use: Callable[[Read], T]) -> list[T]:
-    """What `use` makes of each leaf, in their order. Several are read at a time; whole ones are compared with their
-    checksums.
+    """What `use` makes of each parameter, in their order. Several are read at a time; whole ones are compared with
+    their checksums.
 
-    A leaf's memory is free again once `use` has returned, if nothing of what it returns holds it.
+    A parameter's memory is free again once `use` has returned, if nothing of what it returns holds it.
 
     Raises:
-      UnusableCheckpoint: a leaf is missing, damaged, or differs from its checksum.
+      UnusableCheckpoint: a parameter is missing, damaged, or differs from its checksum.
       Unreachable, UsageError: as `files.retried`.
     """
     pool = ThreadPoolExecutor(WORKERS)
@@ -216,7 +216,7 @@ def _begin(pool: ThreadPoolExecutor, request: Request) -> _Begun:
     return begun
 
 
-def _read_piece(leaves: Leaves, name: str, boxes: Sequence[Box], piece: Box, target: np.ndarray) -> dict[Box, Sums]:
+def _read_piece(leaves: Tensors, name: str, boxes: Sequence[Box], piece: Box, target: np.ndarray) -> dict[Box, Sums]:
     """Fills `target`; the sums of the boxes' parts in it."""
     store = leaves.store(name)
     index = tuple(slice(begin, end) for begin, end in piece)
@@ -249,12 +249,12 @@ def crc32(array: np.ndarray) -> int:
 
 
 def matches(written: Checksum, dtype: Any, parts: Iterable[Sums]) -> bool:
-    """Whether the sums of all parts of a leaf are those that were written for it."""
+    """Whether the sums of all parts of a parameter are those that were written for it."""
     first, second, *kind = written
     return (first, second) == sums.total(parts) and kind in ([], [str(np.dtype(dtype))])
 
 
-def open_leaves(folder: epath.Path, checksums: Mapping[str, Checksum] | None = None) -> Leaves:
+def open_tensors(folder: epath.Path, checksums: Mapping[str, Checksum] | None = None) -> Tensors:
     """Reads a `params` directory's `_METADATA` and checksums.
 
     Args:
@@ -275,8 +275,8 @@ def open_leaves(folder: epath.Path, checksums: Mapping[str, Checksum] | None = N
     checksums = _checksums(folder) if checksums is None else checksums
     if checksums and set(checksums) != set(names):
         odd = sorted(set(checksums) ^ set(names))
-        raise UnusableCheckpoint(f"{folder}: {METADATA} and the checksums name other leaves, such as {odd[0]}")
-    return Leaves(folder, tuple(names), ocdbt, zarr3, checksums)
+        raise UnusableCheckpoint(f"{folder}: {METADATA} and the checksums name other parameters, such as {odd[0]}")
+    return Tensors(folder, tuple(names), ocdbt, zarr3, checksums)
 
 
 def _checksums(folder: epath.Path) -> dict[str, Checksum]:

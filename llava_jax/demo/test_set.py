@@ -1,10 +1,10 @@
-"""Asks a checkpoint every question of an exam and counts the answers that are exactly right."""
+"""Asks a checkpoint every question of a test set and counts the answers that are exactly right."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 from llava_jax.demo import world
-from llava_jax.demo.records import BLANK, Exam
+from llava_jax.demo.records import BLANK, TestSet
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
 
@@ -25,16 +25,16 @@ def open_assistant(checkpoint: Path) -> Assistant:
     return Assistant.open(checkpoint, slots=SLOTS, template="v1")
 
 
-def take(assistant: Assistant, exam: Exam, root: Path, blind: bool = False) -> Result:
+def take(assistant: Assistant, test_set: TestSet, root: Path, blind: bool = False) -> Result:
     """Greedy answers to all questions, each asked alone; a blind model sees the blank picture instead."""
     asked = [
-        Conversation((Turn("user", f"<image>\n{turn.question}"),), (BLANK if blind else exam.pictures[picture],))
-        for picture, turn in exam.questions
+        Conversation((Turn("user", f"<image>\n{turn.question}"),), (BLANK if blind else test_set.pictures[picture],))
+        for picture, turn in test_set.questions
     ]
     replies = assistant.replies(asked, ANSWER_TOKENS, image_root=root)
     answers = tuple(reply.text for reply in replies)
     right: dict[str, list[bool]] = {kind: [] for kind in world.KINDS}
-    for question, answer in zip(exam.questions, answers):
+    for question, answer in zip(test_set.questions, answers):
         right[question.turn.kind].append(answer == question.turn.answer)
     by_kind = {kind: sum(marks) / len(marks) for kind, marks in right.items()}
     return Result(sum(by_kind.values()) / len(by_kind), by_kind, answers)

@@ -1,8 +1,8 @@
 """What a checkpoint says about itself: `model.json` and the tokenizer's files, at the top of its directory.
 
-    DIR/model.json                 this card
+    DIR/model.json                 this metadata
     DIR/tokenizer/...              the tokenizer's own files, byte for byte
-    DIR/STEP/{params,state,data}   arrays (`store` and `manager`)
+    DIR/STEP/{params,state,data}   arrays (`reader` and `manager`)
 
 Nothing is ever inferred from the name of a file or of a directory.
 """
@@ -33,11 +33,11 @@ _JSON_TYPES: dict[str, Any] = {
     "path": str, "step": int, "fingerprint": str, "patterns": list, "origin": str,
 }  # fmt: skip
 _SINCE = {"tokenizer": 2, "checksum": 2, "origin": 2}  # the format that brought a key; others have always been there
-_NOT_IN_CARD = ("tokenizer", "checksum")
+_NOT_IN_METADATA = ("tokenizer", "checksum")
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptCard:
+class PromptMetadata:
     """How words and pictures become the model's inputs. `legacy` None: the tokenizer's files decide."""
 
     template: str
@@ -48,13 +48,13 @@ class PromptCard:
 
 @dataclasses.dataclass(frozen=True)
 class Base:
-    """A checkpoint that holds leaves which this one does not.
+    """A checkpoint that holds parameters which this one does not.
 
     Attributes:
       path: its directory; absolute, or relative to the directory of the checkpoint that names it. It is tried first.
       step: its step.
-      fingerprint: `store.fingerprint(path, step)` when it was named; a base that changed is refused.
-      patterns: regular expressions over parameter names; the leaves taken from it.
+      fingerprint: `reader.fingerprint(path, step)` when it was named; a base that changed is refused.
+      patterns: regular expressions over parameter names; the parameters taken from it.
       origin: where it lay when it was named, absolute; tried second.
     """
 
@@ -66,31 +66,31 @@ class Base:
 
 
 @dataclasses.dataclass(frozen=True)
-class Card:
+class Metadata:
     """The content of `model.json`.
 
     Attributes:
       model: the model's config, as `models.presets.config_to_json` writes it.
       prompt: template, tokenizer flag and image handling the model was trained with.
-      base: where the leaves come from that are not in `params`; the first base whose pattern fits wins.
+      base: where the parameters come from that are not in `params`; the first base whose pattern fits wins.
       source: free provenance (what was imported, from which layout, dtypes by name); never read to decide.
       family: which architecture reads `model`.
     """
 
     model: Mapping[str, Any]
-    prompt: PromptCard
+    prompt: PromptMetadata
     base: tuple[Base, ...] = ()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     family: str = "llava"
 
 
 def absolute(directory: epath.PathLike) -> epath.Path:
-    """The directory as a path that does not depend on where the process stands: Orbax and cards want no other."""
+    """The directory as a path that does not depend on where the process stands: Orbax and model.json want no other."""
     path = epath.Path(directory)
     return path if is_bucket(directory) else path.resolve()
 
 
-def places(directory: epath.PathLike, base: Base) -> list[epath.Path]:
+def candidates(directory: epath.PathLike, base: Base) -> list[epath.Path]:
     """Where a base of the checkpoint at `directory` may lie, the likeliest first."""
     scheme, mark, inside = str(absolute(directory)).rpartition("://")
     relative = posixpath.normpath(posixpath.join(inside, base.path))  # a bucket resolves no ".."
@@ -98,7 +98,7 @@ def places(directory: epath.PathLike, base: Base) -> list[epath.Path]:
     return [epath.Path(place) for place in dict.fromkeys((near, base.origin)) if place]
 
 
-def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[str, bytes]) -> None:
+def write(directory: epath.PathLike, metadata: Metadata, tokenizer_files: Mapping[str, bytes]) -> None:
     """Writes the tokenizer's files, then `model.json`; each file appears whole or not at all.
 
     A base is named relative to `directory` where one path leads from one to the other, so that all can be moved.
@@ -108,34 +108,34 @@ def write_card(directory: epath.PathLike, card: Card, tokenizer_files: Mapping[s
         if not re.fullmatch(r"[\w.-]+", name) or name.startswith("."):
             raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
         write_whole(directory / TOKENIZER / name, content)
-    content = {"format": FORMAT} | dataclasses.asdict(card)
-    content["base"] = [dataclasses.asdict(_relative(directory, base)) for base in card.base]
+    content = {"format": FORMAT} | dataclasses.asdict(metadata)
+    content["base"] = [dataclasses.asdict(_relative(directory, base)) for base in metadata.base]
     content["tokenizer"] = {name: _sha256(content) for name, content in tokenizer_files.items()}
     content["checksum"] = _checksum(content)
     write_whole(directory / FILE, json.dumps(content, indent=2).encode())
 
 
-def read_card(directory: epath.PathLike) -> Card:
-    """The card of the checkpoint at `directory`, compared with its checksum, as are the tokenizer's files.
+def read(directory: epath.PathLike) -> Metadata:
+    """The metadata of the checkpoint at `directory`, compared with its checksum, as are the tokenizer's files.
 
     Raises:
       UnusableCheckpoint: there is none, it is damaged, has unknown or missing keys, or is of a newer version; or a file
         of the tokenizer is damaged.
       Unreachable, UsageError: as `files.retried`.
     """
-    card, tokenizer = _read(directory)
+    metadata, tokenizer = _read(directory)
     if tokenizer is not None:
         _check_tokenizer(epath.Path(directory) / TOKENIZER, tokenizer)
-    return card
+    return metadata
 
 
 def bases(directory: epath.PathLike) -> tuple[Base, ...]:
-    """The bases that a directory names; one without a card (bare Orbax) names none. Raises as `read_card`."""
+    """The bases that a directory names; one without metadata (bare Orbax) names none. Raises as `read`."""
     return _read(directory)[0].base if exists(epath.Path(directory) / FILE) else ()
 
 
 def read_tokenizer_files(directory: epath.PathLike) -> dict[str, bytes]:
-    """{file name: content} of the tokenizer saved in a checkpoint. Raises as `read_card`."""
+    """{file name: content} of the tokenizer saved in a checkpoint. Raises as `read`."""
     folder = epath.Path(directory) / TOKENIZER
     tokenizer = _read(directory)[1]
     return _tokenizer_files(folder) if tokenizer is None else _check_tokenizer(folder, tokenizer)
@@ -156,8 +156,8 @@ def read_json(path: epath.Path) -> Any:
         raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); copy the checkpoint again") from None
 
 
-def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
-    """(card, {file of the tokenizer: SHA-256}); None for the latter in format 1."""
+def _read(directory: epath.PathLike) -> tuple[Metadata, Mapping[str, Any] | None]:
+    """(metadata, {file of the tokenizer: SHA-256}); None for the latter in format 1."""
     path = epath.Path(directory) / FILE
     try:
         content = read_json(path)
@@ -168,8 +168,8 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
         raise UnusableCheckpoint(
             f"{path}: format {version!r}, wanted 1 to {FORMAT}; read it with the llava_jax that wrote it"
         )
-    values = _fields((*_names(Card), "format", *_NOT_IN_CARD), content, version, str(path))
-    prompt = PromptCard(**_fields(_names(PromptCard), values["prompt"], version, f"{path}: prompt"))
+    values = _fields((*_names(Metadata), "format", *_NOT_IN_METADATA), content, version, str(path))
+    prompt = PromptMetadata(**_fields(_names(PromptMetadata), values["prompt"], version, f"{path}: prompt"))
     base = tuple(_read_base(entry, version, f"{path}: base[{i}]") for i, entry in enumerate(values["base"]))
     if version >= _SINCE["checksum"] and values["checksum"] != _checksum(content):
         raise UnusableCheckpoint(
@@ -177,8 +177,8 @@ def _read(directory: epath.PathLike) -> tuple[Card, Mapping[str, Any] | None]:
         )
     if values["family"] not in FAMILIES:
         raise UnusableCheckpoint(f"{path}: family {values['family']!r}, wanted {' or '.join(FAMILIES)}")
-    card = Card(values["model"], prompt, base, values["source"], values["family"])
-    return card, values.get("tokenizer")
+    metadata = Metadata(values["model"], prompt, base, values["source"], values["family"])
+    return metadata, values.get("tokenizer")
 
 
 def missing(directory: epath.PathLike) -> str:
@@ -226,7 +226,7 @@ def _sha256(content: bytes) -> str:
 
 
 def _checksum(content: Mapping[str, Any]) -> str:
-    """Of all that a card says, but for where its bases lie: that may be edited, and they have fingerprints."""
+    """Of all that metadata says, but for where its bases lie: that may be edited, and they have fingerprints."""
     pinned = {name: value for name, value in content.items() if name != "checksum"}
     pinned["base"] = [
         {name: value for name, value in base.items() if name not in ("path", "origin")} for base in content["base"]
