@@ -135,8 +135,8 @@ def model_of(config: configs.Config) -> LlavaConfig:
     if base and files.exists(f"{base}/{model_json.FILE}"):
         return presets.config_from_json(dict(model_json.read(base).model))
     raise UsageError(
-        f"model.preset is empty, and model.base={base!r} has no {model_json.FILE} here: add --config.model.preset=NAME with "
-        f"one of {', '.join(presets.PRESETS)}, or name a base that is here"
+        f"model.preset is empty, and model.base={base!r} has no {model_json.FILE} here: add "
+        f"--config.model.preset=NAME with one of {', '.join(presets.PRESETS)}, or name a base that is here"
     )
 
 
