@@ -5,11 +5,11 @@ import re
 import pytest
 
 from llava_jax import errors
-from llava_jax.convert import processor, unread
-from llava_jax.convert.importing import assemble, import_checkpoint
+from llava_jax.convert import peft_import, processor, unread
+from llava_jax.convert.importing import UNSAID, assemble, import_checkpoint
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import registry
-from tests.convert import tiny
+from tests.convert import adapters, tiny
 from tests.convert.test_unread import changed
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -180,3 +180,18 @@ def test_parts_to_assemble_say_which_of_them_is_another_model(tmp_path):
     tiny.write_json(vision / "config.json", {"model_type": "siglip2", "vision_config": tiny.VISION_CONFIG})
     with pytest.raises(UnusableCheckpoint, match=r"the vision tower's model_type is 'siglip2' \(a SigLIP2 NaFlex"):
         assemble(tmp_path / "out", vision, llm)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"r": True}, "r is True; wanted a number above 0"), ({"lora_alpha": float("nan")}, "lora_alpha is nan"),
+    ({"rank_pattern": 5}, "rank_pattern is 5; wanted an object of numbers"),
+    ({"alpha_pattern": ["a"]}, "alpha_pattern is ['a']; wanted an object of numbers"),
+    ({"rank_pattern": {"q_proj": "y"}}, "rank_pattern: q_proj is 'y'"), ({"alpha_pattern": {".*": 0}}, ": .* is 0"),
+    ({"rank_pattern": {"(": 3}}, "'(' is no regular expression (missing )"), ({"use_rslora": "x"}, "use_rslora is 'x'"),
+])  # fmt: skip
+def test_an_odd_value_of_an_adapters_config_is_refused_by_its_key(tmp_path, changes, words):
+    adapters.write_peft(tmp_path / "in", adapters.tensors(adapters.NEW), **changes)
+    with pytest.raises(UnusableCheckpoint) as found:
+        peft_import.import_adapter(tmp_path / "in", tmp_path / "out", tmp_path / "base", UNSAID)
+    said = str(found.value)
+    assert "in/adapter_config.json: " in said and words in said and "\n" not in said, said
