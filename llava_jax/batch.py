@@ -46,19 +46,10 @@ class Layout(NamedTuple):
 
 
 class Span(NamedTuple):
-    """Positions `start .. start + length - 1` of one image's features in a token row.
-
-    layout: None where it is a single tile whose features stand in their own order.
-    """
+    """Positions `start .. start + length - 1` of one image's features in a token row."""
 
     start: int
     length: int
-    layout: Layout | None = None
-
-    @property
-    def tiles(self) -> int:
-        """Images of the tower's size behind it."""
-        return self.layout.tiles if self.layout else 1
 
 
 @dataclass(frozen=True)
@@ -71,6 +62,7 @@ class Example:
     images: uint8 [H, W, 3] each, of the tower's size; the tiles of each span in turn (empty if not opened).
     id: the record's own id, for messages.
     weight: how much each of its targets counts, relative to those of others.
+    layouts: of the features of each span; (): each has one image, whose features stand in their own order.
 
         tokens   <s> A chat ... USER: [0 0 0 0] What is it? ASSISTANT: A cat . </s>
         learned   .  .  .        .     . . . .   .    .  .   .          x  x  x  x
@@ -83,11 +75,12 @@ class Example:
     images: tuple[np.ndarray, ...]
     id: str
     weight: float | int = 1.0
+    layouts: tuple[Layout, ...] = ()
 
     @property
     def tiles(self) -> int:
         """How many `images` it has, opened or not."""
-        return sum(span.tiles for span in self.image_spans)
+        return sum(layout.tiles for layout in self.layouts) if self.layouts else len(self.image_spans)
 
 
 class Batch(NamedTuple):
@@ -168,9 +161,9 @@ def lay_images(
 
     first: the number of its first tile among the `images_per_group` of its group.
     """
-    for span in example.image_spans:
+    plain = [Layout(1, length, np.arange(length, dtype=np.int32)) for _, length in example.image_spans]
+    for span, layout in zip(example.image_spans, example.layouts or plain, strict=True):
         here = slice(span.start, span.start + span.length)
-        layout = span.layout or Layout(1, span.length, np.arange(span.length, dtype=np.int32))
         newline, start = images_per_group * layout.features, first * layout.features
         slots[here] = np.where(layout.slots == NEWLINE, newline, start + layout.slots)
         if corners is not None:

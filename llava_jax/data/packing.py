@@ -1,6 +1,7 @@
 """How examples are laid into the rows of a `Batch`: all ragged arithmetic, in numpy, to be checked by eye."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -24,9 +25,9 @@ def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
     if end == len(example.tokens):
         return example, 0
     spans = tuple(span for span in example.image_spans if span.start < end)
-    images = example.images[: sum(span.tiles for span in spans)]
-    kept = Example(example.tokens[:end], example.learned[:end], spans, images, example.id, example.weight)
-    return kept, int(example.learned[end:].sum())
+    kept = Example(example.tokens[:end], example.learned[:end], spans, (), example.id, example.weight,
+                   example.layouts[: len(spans)])  # fmt: skip
+    return replace(kept, images=example.images[: kept.tiles]), int(example.learned[end:].sum())
 
 
 def padded(

@@ -106,7 +106,7 @@ def encode(
             f"write one {IMAGE_MARKER} for each image"
         )
     shown = iter(_shown(conversation, format, image_root, open_images, name))
-    tokenizer, images = format.tokenizer, list[np.ndarray]()
+    tokenizer, images, layouts = format.tokenizer, list[np.ndarray](), list[Layout]()
     ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
     learned, spans = [False] * len(ids), []
     for chunk in chunks:
@@ -114,14 +114,17 @@ def encode(
             tiles, layout = next(shown, Picture((), None))
             images += tiles
             width = len(layout.slots) if layout else format.image_features
-            spans.append(Span(len(ids), width, layout))
+            spans.append(Span(len(ids), width))
+            layouts += [layout] if layout else []
             ids += [0] * width
             learned += [False] * width
         chunk_ids, chunk_learned = _tokenized(chunk.pieces, tokenizer)
         ids += chunk_ids
         learned += chunk_learned
     tokens, targets = np.array(ids, np.int32), np.array(learned, bool)
-    return Example(tokens, targets, tuple(spans), tuple(images), conversation.id, conversation.weight)
+    return Example(
+        tokens, targets, tuple(spans), tuple(images), conversation.id, conversation.weight, tuple(layouts)
+    )
 
 
 def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None = None) -> Iterator[Picture]:

@@ -126,7 +126,7 @@ def test_an_example_has_the_tiles_of_its_pictures_and_the_same_tokens_unopened()
     for tiling, tiles in ((V16, [4, 4]), (ONEVISION, [1, 1])):
         talk = Conversation(turns, (wide, high), images_in_place=True)
         opened, unopened = (encode(talk, _format(tiling), open_images=look) for look in (True, False))
-        assert [span.tiles for span in opened.image_spans] == tiles and opened.tiles == len(opened.images)
+        assert [layout.tiles for layout in opened.layouts] == tiles and opened.tiles == len(opened.images)
         assert unopened.images == () and unopened.tiles == opened.tiles
         np.testing.assert_array_equal(opened.tokens, unopened.tokens)
         assert [span.length for span in opened.image_spans] == [span.length for span in unopened.image_spans]
