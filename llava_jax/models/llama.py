@@ -112,6 +112,8 @@ def _read_rope(values: Content, where: str) -> tuple[float, RopeScaling | None]:
     """transformers 5 keeps all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
     new, old = (_rope_object(values[key] or {}, f"{where}: {key}") for key in ("rope_parameters", "rope_scaling"))
     _check_rope_number("rope_theta", values["rope_theta"], where)
+    if values.get("partial_rotary_factor") not in (None, 1):
+        raise UnusableCheckpoint(f"{where}: partial_rotary_factor is {values['partial_rotary_factor']!r}; wanted 1")
     thetas = {float(theta) for theta in (new.get("rope_theta"), values["rope_theta"]) if theta is not None}
     if len(thetas) > 1:
         raise UnusableCheckpoint(f"{where}: rope_theta {sorted(thetas)}, in rope_parameters and beside it; want one")

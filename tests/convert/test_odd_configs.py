@@ -45,6 +45,7 @@ DECODERS = {
         ({"rope_theta": "x"}, "rope_theta is 'x'"), ({"rope_theta": 5e5}, "in rope_parameters and beside it; want one"),
         ({"rope_type": "default", "partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
     ],
+    "partial_rotary_factor": [(value, "partial_rotary_factor is .*wanted 1") for value in (0.5, "x", [1])],
     "layer_types": [(value, "layer_types ") for value in ("x", 5, ["x"] * 3, [[1]] * 3)],
     "hidden_act": [(value, "hidden_act is .*wanted 'silu'") for value in ("gelu", None, 5, ["silu"])],
 }  # fmt: skip
