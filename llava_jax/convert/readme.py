@@ -146,8 +146,9 @@ def _readers(config: LlavaConfig, name: str | None) -> str:
     """Which original code loads a model whose tower it fetches by `name`, None: by its path.
 
     It takes what lies at a path for a CLIP. LLaVA-NeXT fetches a SigLIP by its name, wants 729 features and always has
-    those before the last layer. Mistral and Qwen forget there how a rope was scaled. Source: llava/model/ of LLaVA@c121f04
-    and of LLaVA-NeXT@df17966, multimodal_{encoder,projector}/builder.py and language_model/.
+    those before the last layer. Mistral and Qwen forget there how a rope was scaled.
+
+    Source: llava/model/{multimodal_encoder,multimodal_projector,language_model} of LLaVA@c121f04, LLaVA-NeXT@df17966.
     """
     vision, (decoder, _) = config.vision, registry.decoder_of(config.llm).original
     readers = [code for code, classes in _CODE.items() if decoder in classes]
