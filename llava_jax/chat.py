@@ -38,7 +38,7 @@ class Talk:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chat and returns its exit code; what is wrong is said in one line."""
     args = _arguments(argv)
-    return cli.run("chat", lambda: _run(args), "")
+    return cli.run("chat", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -147,9 +147,14 @@ def _open(place: str, allow_urls: bool) -> Any:
 
 def _question() -> str:
     """The next line, asked for where someone is there to be asked; empty at the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt) as end:
+        if prompt:
+            print()  # Ctrl-D and Ctrl-C leave the cursor behind the prompt
+        if isinstance(end, KeyboardInterrupt):
+            raise
         return ""
 
 
