@@ -29,6 +29,7 @@ class Bound(NamedTuple):
 BOUNDS = {
     "data.batch_samples": Bound(1, 2**20),
     "data.row_tokens": Bound(1, 2**20),
+    "data.sample_tokens": Bound(0, 2**20),
     "data.rows_per_chip": Bound(0, 2**16),
     "data.rows_per_group": Bound(1, 2**16),
     "data.images_per_group": Bound(1, 4096),

@@ -170,15 +170,6 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     return content
 
 
-def check_numbers(values: Mapping[str, Any], sizes: Sequence[str], eps: str, where: str) -> None:
-    """Raises UnusableCheckpoint unless a config's sizes are whole numbers above 0, and its eps a number above 0."""
-    for key in (*sizes, eps):
-        value = values[key]
-        if not isinstance(value, (int, float) if key == eps else int) or not value > 0:
-            kind = "number" if key == eps else "whole number"
-            raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted a {kind} above 0")
-
-
 def write_json(path: epath.PathLike, content: Any) -> None:
     """Writes JSON as Hugging Face does: indented by two, with a line end."""
     files.write_whole(path, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())

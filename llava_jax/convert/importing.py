@@ -84,7 +84,8 @@ def _read(
     _refuse_vision(vision, directory)
     if minigpt4.is_hub(content):
         tensors = open_tensors(directory)
-        config = minigpt4.read_hub(content, where, tensors, (content.get(OURS) or {}).get("ln_vision_eps"))
+        ln_eps = unread.kept(content.get(OURS), f"{where}: {OURS}").get("ln_vision_eps")
+        config = minigpt4.read_hub(content, where, tensors, ln_eps)
         return _seen(config, directory), [minigpt4.hub_part(config, tensors)], minigpt4.HUB_TYPE
     tower, _ = llava.hub_parts(content, where)
     tensors = open_tensors(directory)
@@ -149,10 +150,11 @@ def assemble(
     tower, part = _tower(vision, kind, select_layer, image_size)
     decoder, content, llm_tensors = _open_decoder(llm_directory)
     head = "lm_head.weight"
-    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), llm_tensors, head)
+    where = str(llm_directory / "config.json")
+    content = llava.with_head(content, where, llm_tensors, head)
     parts += [part, Part(("llm/",), llm_tensors, decoder.rows("model.", head))]
     config = _assembled(
-        tower, kind, decoder.read_config(content, str(llm_directory / "config.json")),
+        tower, kind, unread.read_part(decoder, content, where),
         None if pretrained is None else pretrained.config,
     )  # fmt: skip
     fresh = _fresh(config, parts, seed) | _scales(added, config)
@@ -182,7 +184,7 @@ def _tower(
         return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
     part, content, tensors, prefix = _open_tower(directory)
     layer, feature = -2 if select_layer is None else select_layer, "patch"
-    config = part.read_config(content, str(directory / "config.json"), layer, feature)
+    config = unread.read_part(part, content, str(directory / "config.json"), layer, feature)
     config, rows = _with_image_numbers(config, directory), part.rows(prefix)
     if image_size is not None and image_size != config.image_size:
         config = dataclasses.replace(config, image_size=image_size)
@@ -200,11 +202,8 @@ def _open_tower(directory: epath.Path) -> tuple[Tower, dict[str, Any], TensorFil
     content = read_json(directory / "config.json")
     unread.refuse_quantised(content, str(directory))
     known = {name: part for part in registry.towers().values() for name in part.model_types}
-    kind = content.get("model_type", next(iter(known)))
-    if kind not in known:
-        wanted = ", ".join(map(repr, known))
-        raise UnusableCheckpoint(f"{directory}: model_type is {kind!r}; wanted a vision tower, one of {wanted}")
-    tensors, part = open_tensors(directory), known[kind]
+    part = unread.part_of(content.get("model_type", next(iter(known))), known, f"{directory}: the vision tower's")
+    tensors = open_tensors(directory)
     # transformers 5.6 and later write a lone vision model without "vision_model.".
     found = [prefix for prefix in ("vision_model.", "") if prefix + part.mark in tensors.specs]
     if not found:
@@ -217,10 +216,8 @@ def _open_decoder(directory: epath.Path) -> tuple[Decoder, dict[str, Any], Tenso
     """(kind, config.json, tensors) of a language model's directory. Raises UnusableCheckpoint on an unknown family."""
     content, known = read_json(directory / "config.json"), registry.decoders()
     unread.refuse_quantised(content, str(directory))
-    if content.get("model_type") not in known:
-        wanted = ", ".join(map(repr, known))
-        raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted one of {wanted}")
-    return known[content["model_type"]], content, open_tensors(directory)
+    part = unread.part_of(content.get("model_type"), known, f"{directory}: the language model's")
+    return part, content, open_tensors(directory)
 
 
 def _assembled(tower: TowerConfig, kind: str, llm: DecoderConfig, qformer: QFormerConfig | None) -> LlavaConfig:
@@ -254,13 +251,13 @@ def _original(
     if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
-    known = name in hub and layout.vision + hub[name][0].mark in tensors.specs
+    known = name in list(hub) and layout.vision + hub[name][0].mark in tensors.specs
     if vision is None and not known:
         raise UsageError(
             f"{directory}: its vision tower {name!r} is not in it; download that model and give it as --vision"
         )
     kind = llava.projector_kind(list(tensors.specs), layout.projector, content)
-    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), tensors, layout.head)
+    content = llava.with_head(content, where, tensors, layout.head)
     if vision is None:
         part, sizes = hub[name]
         config = llava.read_original_config(content, where, part, part.config_json(sizes), kind)
@@ -345,7 +342,7 @@ def _prompt(
     directory: epath.Path, content: Mapping[str, Any], options: PromptOptions, decoder: Decoder
 ) -> model_json.PromptMetadata:
     """Options first, then what an export of ours kept, then what the format itself says."""
-    kept = content.get(OURS) or {}
+    kept = unread.kept(content.get(OURS), f"{directory / 'config.json'}: {OURS}")
     if minigpt4.is_hub(content):
         usual = processor.read_settings(directory).mode or "squash"
         kept = {"template": minigpt4.TEMPLATES["qformer"], "image_mode": usual} | kept

@@ -1,6 +1,7 @@
 """README.md of what `export` writes: what it is, how to load it, how to write a prompt for it."""
 
 import json
+import re
 
 from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
@@ -73,12 +74,18 @@ Build the token ids with `llava_jax.prompt`, or write the prompt by hand as the 
 
 _ORIGINAL = """# {name}
 
-A LLaVA exported by llava_jax in the format of the original code (haotian-liu/LLaVA): {model}.
+A LLaVA exported by llava_jax in the format of the original code: {model}.
 
 Conversation template: `{template}`. Images: {images}.
 
-{tower}
+{readers} {tower}
 """
+_CODE = {  # repository -> the decoders that it has
+    "haotian-liu/LLaVA": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
+    "LLaVA-NeXT": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
+}
+_UNREAD = """Only llava_jax reads it (`python -m llava_jax.convert import`): neither haotian-liu/LLaVA nor LLaVA-NeXT
+has such a tower, connector and decoder together."""
 _ADAPTER = """# {name}
 
 A LoRA adapter exported by llava_jax, for {base}.
@@ -129,8 +136,29 @@ def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str 
             "The vision tower lies in `vision_tower/`. `mm_vision_tower` in config.json holds its absolute path, the "
             "only form that the original code takes: change it when this directory moves."
         )
-    images = _IMAGES[prompt.image_mode]
-    return _ORIGINAL.format(name=name, model=_model(config), template=prompt.template, images=images, tower=where)
+    return _ORIGINAL.format(
+        name=name, model=_model(config), template=prompt.template, images=_IMAGES[prompt.image_mode], tower=where,
+        readers=_readers(config, tower),
+    )  # fmt: skip
+
+
+def _readers(config: LlavaConfig, name: str | None) -> str:
+    """Which original code loads a model whose tower it fetches by `name`, None: by its path.
+
+    It takes what lies at a path for a CLIP. LLaVA-NeXT fetches a SigLIP by its name, wants 729 features and always has
+    those before the last layer. Mistral and Qwen forget there how a rope was scaled.
+
+    Source: llava/model/{multimodal_encoder,multimodal_projector,language_model} of LLaVA@c121f04, LLaVA-NeXT@df17966.
+    """
+    vision, (decoder, _) = config.vision, registry.decoder_of(config.llm).original
+    readers = [code for code, classes in _CODE.items() if decoder in classes]
+    if registry.tower_of(vision).hub_class != "CLIPVisionModel":
+        fits = name is not None and vision.features == 729 and vision.run_layers == vision.layers - 1
+        readers = [code for code in readers if fits and code == "LLaVA-NeXT"]
+    scaled = config.llm.rope_scaling is not None and decoder != "LlavaLlamaForCausalLM"
+    if scaled or not re.fullmatch(r"linear|identity|mlp\d+x_gelu", config.projector):
+        readers = []
+    return f"Read by {' and '.join(readers)}." if readers else _UNREAD
 
 
 def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:

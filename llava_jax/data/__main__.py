@@ -158,7 +158,8 @@ def _of_config(options: argparse.Namespace) -> report.Task:
     from llava_jax.train import inputs  # here only: it brings jax
 
     format, data = inputs.format_of(config), config.data
-    checks = Checks(rules(format.template, format.tokenizer), format, data.row_tokens, data.images_per_group)
+    checks = Checks(rules(format.template, format.tokenizer), format, data.sample_tokens or data.row_tokens,
+                    data.images_per_group)  # fmt: skip
     unchecked = () if options.open_images else ("pictures (--open-images)",)
     places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]

@@ -1,6 +1,7 @@
 """A training step compiled for chips that are not here: `train.program`'s own, with shapes in the place of arrays."""
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import math
 import os
@@ -13,8 +14,9 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import Mesh
 
-from llava_jax import chips, sharding
+from llava_jax import chips, files, sharding
 from llava_jax import config as configs
+from llava_jax.checkpoint import model_json
 from llava_jax.chips import Chip
 from llava_jax.errors import UsageError
 from llava_jax.models import presets
@@ -24,6 +26,10 @@ from llava_jax.train import program as programs
 from llava_jax.train.program import Program
 
 STEPS = 1000  # of the rate schedule, where neither the config nor the data says how many: they cost nothing
+
+
+class CompilerRefused(UsageError):
+    """The compiler cannot compile a step (exit code 64)."""
 
 
 @dataclass(frozen=True)
@@ -118,17 +124,20 @@ def find_place(mesh: configs.Mesh, topology: str) -> Place:
 
 
 def model_of(config: configs.Config) -> LlavaConfig:
-    """The sizes of the model, from the config alone.
+    """The sizes of the model, by the config's preset, else by the model.json of its base; no array is opened.
 
     Raises:
-      ValueError: the config takes them from a checkpoint.
+      UsageError: neither is there. UnusableCheckpoint: the base's model.json is damaged.
     """
-    if not config.model.preset:
-        raise UsageError(
-            "model.preset is empty, and plan opens no checkpoint: add --config.model.preset=NAME with one of "
-            f"{', '.join(presets.PRESETS)}"
-        )
-    return presets.get(config.model.preset)
+    preset, base = config.model.preset, config.model.base
+    if preset:
+        return presets.get(preset)
+    if base and files.exists(f"{base}/{model_json.FILE}"):
+        return presets.config_from_json(dict(model_json.read(base).model))
+    raise UsageError(
+        f"model.preset is empty, and model.base={base!r} has no {model_json.FILE} here: add "
+        f"--config.model.preset=NAME with one of {', '.join(presets.PRESETS)}, or name a base that is here"
+    )
 
 
 def build(config: configs.Config, place: Place) -> Program:
@@ -154,6 +163,9 @@ def compile_step(place: Place, program: Program, chunks: int) -> Compiled:
 
     Args:
       chunks: how often the loop over supervised positions runs on a device; the data decides, see `hlo.cost`.
+
+    Raises:
+      CompilerRefused: the compiler cannot do it, for another reason than memory.
     """
     begun = time.monotonic()
     lowered = program.step.lower(program.state, program.frozen, program.batch)
@@ -161,7 +173,7 @@ def compile_step(place: Place, program: Program, chunks: int) -> Compiled:
         compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
+            raise _refusal(place, program, str(error)) from None
         return Compiled(place, program, _too_much(program, str(error)), None, time.monotonic() - begun)
     secs = time.monotonic() - begun
     told = compiled.memory_analysis()
@@ -171,6 +183,18 @@ def compile_step(place: Place, program: Program, chunks: int) -> Compiled:
         on_host=told.host_argument_size_in_bytes + told.host_temp_size_in_bytes,
     )  # fmt: skip
     return Compiled(place, program, memory, hlo.cost(compiled.as_text(), place.slices, chunks), secs)
+
+
+def _refusal(place: Place, program: Program, error: str) -> CompilerRefused:
+    rows, tokens = program.batch.tokens.shape
+    mesh = " ".join(f"{name} {size}" for name, size in place.mesh.shape.items() if size > 1)
+    said = next((line.strip() for line in error.splitlines() if line.strip()), "it does not say why")
+    return CompilerRefused(
+        f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}) refuses a step of {rows} rows of {tokens} "
+        f"tokens, remat {program.model.remat}, on {place.topology} with mesh {mesh or '1'}: {said[:500]}. That is no "
+        "fault of the config: ask for fewer rows or micro-batches (data.rows_per_chip, data.batch_samples, "
+        "train.accumulate), another --topology, or install a newer libtpu"
+    )
 
 
 def arguments_of(program: Program) -> Memory:
@@ -200,5 +224,5 @@ def _too_much(program: Program, error: str) -> Memory:
         if found:
             needed = int(float(found[1]) * UNITS[found[2]])
             return dataclasses.replace(memory, temporaries=max(0, needed - held))
-    raise UsageError(f"XLA ran out of memory and does not say by how much: {error[:500]}")
+    raise UsageError(f"XLA ran out of memory and does not say by how much: {' '.join(error.split())[:500]}")
 

@@ -11,6 +11,7 @@ from llava_jax import config as configs
 from llava_jax import sharding
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan.compile import Compiled, Place
+from llava_jax.prompt import anyres
 from llava_jax.train.loss import CHUNK
 from llava_jax.train.program import Program
 
@@ -47,20 +48,31 @@ class Workload:
 def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None) -> Workload:
     """The load of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
     text, learned = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
-    length = min(sample_tokens or model.image_features + text, config.data.row_tokens)
+    features, tiles = _picture(config.prompt, model)
+    length = min(sample_tokens or features + text, config.data.sample_tokens or config.data.row_tokens)
     rows, row_tokens = program.batch.tokens.shape
     packed = config.data.layout == "packed"
     fill = next(share for least, share in FILLS if row_tokens >= least)
     samples = fill * rows * row_tokens / length if packed else float(rows)
+    shown = f" of {tiles} tiles" if tiles > 1 else ""
     slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
-    supervised = int(samples * learned * max(1, length - model.image_features))
+    supervised = int(samples * learned * max(1, length - features))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
     return Workload(
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
-        supervised=supervised, images=min(math.ceil(samples), slots), chunks=-(-supervised // (parts * CHUNK)),
-        said=f"records of {length} tokens with one picture, {100 * learned:.0f} % of the text learned"
+        supervised=supervised, images=min(math.ceil(samples * tiles), slots), chunks=-(-supervised // (parts * CHUNK)),
+        said=f"records of {length} tokens with one picture{shown}, {100 * learned:.0f} % of the text learned"
         + (f", rows {100 * fill:.0f} % full" if packed else ", one in a row"),
     )  # fmt: skip
+
+
+def _picture(prompt: configs.Prompt, model: LlavaConfig) -> tuple[int, int]:
+    """Features and tiles of a picture; where they depend on its size, of the commonest of COCO's."""
+    tiling = anyres.tiling(prompt.image_mode, prompt.grids, prompt.merge, prompt.max_tiles, prompt.several)
+    if tiling is None:
+        return model.image_features, 1
+    layout = anyres.layout((640, 480), tiling, model.vision.image_size, model.image_features)
+    return len(layout.slots), layout.tiles
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,16 @@ from llava_jax import config as configs
 from llava_jax import params, sharding
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import report
-from llava_jax.plan.compile import Compiled, Place, arguments_of, build, compile_step, find_place, model_of
+from llava_jax.plan.compile import (
+    Compiled,
+    CompilerRefused,
+    Place,
+    arguments_of,
+    build,
+    compile_step,
+    find_place,
+    model_of,
+)  # fmt: skip
 from llava_jax.plan.report import GIB, Workload
 from llava_jax.train import flops
 from llava_jax.train.program import Program
@@ -59,7 +68,11 @@ def search(
     slack, spent, tried = float("inf"), 0.0, 0  # slack: the least that a choice took over its bound
     while left:
         choice, *left = left
-        compiled = compile_step(choice.place, choice.program, choice.load.chunks)
+        try:
+            compiled = compile_step(choice.place, choice.program, choice.load.chunks)
+        except CompilerRefused as error:
+            _say(f"{_name(choice)}: {error}")
+            continue
         spent, tried = spent + compiled.secs, tried + 1
         if compiled.fits:
             found = Found(compiled, choice.load, choice.overrides, sum(vars(report.times_of(compiled)).values())

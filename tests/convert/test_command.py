@@ -52,7 +52,7 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     (["export", "--format", "gguf", "none", "DST"], 64, "invalid choice"),
     (["inspect", "none"], 66, "there is no such checkpoint"),
     (["verify", "none", "--step", "x"], 64, "want the number of a step, or best"),
-    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "model_type is 'llava'; wanted a vision tower"),
+    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "tower's model_type is 'llava'; wanted one of clip"),
     (["import", "llava-hf/llava-1.5-7b-hf", "DST"], 66, "hf download llava-hf/llava-1.5-7b-hf --local-dir"),
     (["assemble", "DST", "--vision", "openai/clip", "--llm", "HUB"], 66, "`hf download openai/clip --local-dir clip`"),
     (["import", "https://huggingface.co/llava-hf/x", "DST"], 64, "a path that begins with https://: want a path on a"),

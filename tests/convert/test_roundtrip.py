@@ -1,18 +1,20 @@
 """Weights in and out again, bit for bit, through every layout and dtype; no torch."""
 
+import dataclasses
 import json
 import shutil
 
 import numpy as np
 import pytest
+from etils import epath
 from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, files, importing, reports
+from llava_jax.convert import exporting, files, importing, readme, reports
 from llava_jax.convert.importing import PromptOptions
-from llava_jax.errors import UnusableCheckpoint
-from llava_jax.models import clip
+from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.models import clip, mistral, presets, qwen
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import tokenizer
 from tests.convert import tiny
@@ -184,6 +186,35 @@ def test_a_tower_that_the_hub_has_goes_into_the_original_files_themselves(tmp_pa
     assert (content["mm_vision_tower"], content["unfreeze_mm_vision_tower"]) == ("openai/tiny", True)
     importing.import_checkpoint(tmp_path / "llava-out", tmp_path / "again")
     assert same(loaded(tmp_path / "again"), loaded(half[1]))
+
+
+@pytest.mark.parametrize("decoder, name, words", [
+    ("llama", "original", "one with 'llava' in it, such as .*llava-original"),
+    ("llama", "llava-mistral", "one without 'mistral', which is of another language model"),
+    ("mistral", "llava-x", "one with 'mistral' in it, such as .*mistral-llava-x"),
+    ("qwen2", "x", "one with 'llava' and 'qwen' in it, such as .*llava-qwen-x"),
+    ("llama", "LLaVA-v1.5", ""), ("mistral", "llava-v1.6-Mistral-7b", ""), ("qwen2", "llava-qwen2.5", ""),
+    ("qwen3", "llava-qwen3", ""),
+])  # fmt: skip
+def test_the_original_format_has_a_name_that_the_original_code_tells_the_decoder_by(tmp_path, decoder, name, words):
+    llm = {"llama": presets.get("tiny").llm, "mistral": mistral.MISTRAL_7B, "qwen2": qwen.QWEN25_7B,
+           "qwen3": qwen.QWEN3_8B}[decoder]  # fmt: skip
+    config = dataclasses.replace(presets.get("tiny"), llm=llm)
+    if not words:
+        return exporting._check_name(epath.Path(tmp_path) / name, config)
+    with pytest.raises(UsageError, match=words):
+        exporting._check_name(epath.Path(tmp_path) / name, config)
+
+
+@pytest.mark.parametrize("preset, tower, words", [
+    ("llava15_7b", "openai/clip-vit-large-patch14-336", "Read by haotian-liu/LLaVA and LLaVA-NeXT."),
+    ("llava_qwen25_7b_siglip", "google/siglip-so400m-patch14-384", "Read by LLaVA-NeXT."),
+    ("llava_qwen25_7b_siglip", None, "Only llava_jax reads it"),
+    ("llava_qwen3_8b_siglip", "google/siglip-so400m-patch14-384", "Only llava_jax reads it"),
+])  # fmt: skip
+def test_a_readme_of_the_original_format_says_which_code_reads_it(preset, tower, words):
+    text = readme.original(presets.get(preset), model_json.PromptMetadata("v1", None, "pad", False), "llava-x", tower)
+    assert words in text
 
 
 def test_a_linear_projector_goes_through_the_original_format(tmp_path):

@@ -92,6 +92,38 @@ def test_without_samples_to_count_hours_are_those_of_a_million(tmp_path, capsys)
     assert "a million samples:" in capsys.readouterr().out
 
 
+@pytest.fixture
+def refusing(monkeypatch):
+    """The compiler, which refuses every step with more than one row a chip."""
+    import jax
+
+    compile_ = jax.stages.Lowered.compile
+
+    def refuse(lowered, *args, **kwargs):
+        if any(x.shape == (8, 128) for x in jax.tree.leaves(lowered.in_avals)):
+            raise jax.errors.JaxRuntimeError("INTERNAL: RET_CHECK failure: bad\nlayout in memory\n  at 0x1234")
+        return compile_(lowered, *args, **kwargs)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", refuse)
+
+
+def test_what_the_compiler_refuses_is_one_line_with_what_was_asked_and_a_remedy(capsys, refusing):
+    assert main([*TINY, *PACKED]) == 64
+    (line,) = capsys.readouterr().err.splitlines()
+    said = r"error: the TPU's compiler \(libtpu [\d.]+\) refuses a step of 8 rows of 128 tokens, remat \w+, on v5e:2x2 "
+    assert re.match(said + "with mesh fsdp 4: INTERNAL: RET_CHECK failure: bad. ", line)
+    assert "fewer rows" in line and "another --topology" in line and "a newer libtpu" in line
+
+
+def test_a_search_goes_on_after_a_choice_that_the_compiler_refuses(tmp_path, capsys, monkeypatch, refusing):
+    monkeypatch.setattr("llava_jax.plan.search.ROWS", (1, 2))
+    monkeypatch.setattr("llava_jax.plan.search.AGAIN", {"none": 0.0})
+    monkeypatch.setattr("llava_jax.plan.search._meshes", lambda place, model: [configs.Mesh(fsdp=place.devices)])
+    found = planned(tmp_path, *PACKED, "--search")
+    assert "2 rows, none, data 1 fsdp 4 tensor 1: the TPU's compiler" in capsys.readouterr().err
+    assert found["overrides"]["data.rows_per_chip"] == "1"
+
+
 def test_a_search_prints_the_fastest_that_fits_as_a_command(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("llava_jax.plan.search.ROWS", (1, 2))
     monkeypatch.setattr("llava_jax.plan.search.AGAIN", {"none": 0.0, "full": 0.7})
