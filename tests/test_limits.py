@@ -75,7 +75,7 @@ log.every 0
 log.tensorboard maybe
 model.dtype bf16 float16
 model.remat some
-prompt.image_mode anyres
+prompt.image_mode highres
 prompt.legacy maybe
 profile -1 1000000
 """
@@ -210,7 +210,7 @@ def test_names_of_others_lead_to_keys_that_there_are():
     ("eval_steps", "train.eval_every"), ("gradient_checkpointing", "model.remat"), ("bf16", "model.dtype=bfloat16"),
     ("output_dir", "--workdir"), ("resume", "the same command"), ("model_max_length", "data.row_tokens"),
     ("gradient_accumulation_steps", "train.accumulate"), ("mm_projector_lr", "train.projector_lr"),
-    ("image_aspect_ratio", "prompt.image_mode"), ("lora_r", "the table lora"), ("num_train_epochs", "train.epochs"),
+    ("image_aspect_ratio", "prompt.image_mode"), ("lora_r", "lora.rank"), ("num_train_epochs", "train.epochs"),
 ])  # fmt: skip
 def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file, name, meant):
     for key in (name, f"train.{name}"):
