@@ -219,7 +219,7 @@ def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file,
     file.write_text(FILE.replace("config.init =", f"config.train.{name} = 1\n    config.init ="))
     with pytest.raises(UsageError, match=rf"one.py: unknown key 'train.{name}'; here that is {meant}"):
         configs.load(file)
-    flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt)\.", meant) else meant
+    flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt|lora)\.", meant) else meant
     for word in (f"--{name}=1", f"--{name.replace('_', '-')}=1"):
         with pytest.raises(UsageError, match=rf"unknown argument '{word}'; here that is {flag}"):
             cli.command(["--config", "c", "--workdir", "w", word], "train")
