@@ -1,6 +1,7 @@
 """Parts of a user's own, defined in `own_parts` without an edit in the package, in every command."""
 
 import json
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -139,3 +140,20 @@ def test_a_part_that_exists_is_not_registered_again_and_an_unknown_kind_says_how
     monkeypatch.setenv(registry.VARIABLE, "no_such_module_of_parts")
     with pytest.raises(UsageError, match="LLAVA_JAX_PARTS names the module 'no_such_module_of_parts'"):
         registry.towers()
+
+
+@pytest.mark.parametrize("text, words", [
+    ('raise ValueError("boom\\nmore")', "which fails: ValueError: boom$"),
+    ("def broken(:", "which fails: SyntaxError: invalid"),
+    ("import no_such_lib", "fails: ModuleNotFoundError: No module named 'no_such_lib'$"), ("exit(3)", "SystemExit: 3$"),
+    ("x = 1", "which registers no part: want one that calls `llava_jax.register"),
+    ("from llava_jax.models import mlp, registry\nregistry.register(mlp.PLAIN)", "UsageError: register: there is a "),
+])  # fmt: skip
+def test_a_module_of_parts_that_cannot_be_used_is_one_line(tmp_path, monkeypatch, text, words):
+    (tmp_path / "odd_parts_of_mine.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "odd_parts_of_mine", raising=False)
+    monkeypatch.setenv(registry.VARIABLE, " tests.own_parts, odd_parts_of_mine")
+    with pytest.raises(UsageError, match=rf"LLAVA_JAX_PARTS names the module 'odd_parts_of_mine', .*{words}"):
+        registry.decoders()
+    monkeypatch.delitem(sys.modules, "odd_parts_of_mine", raising=False)
