@@ -202,26 +202,13 @@ def _check_original_adapter(source: Source, kernel: str) -> None:
         )
 
 
-def _check_name(final: epath.Path, config: LlavaConfig) -> None:
-    """The original code chooses the class of a decoder by words in the directory's name.
-
-    Source: llava/model/builder.py of LLaVA@c121f04 and of LLaVA-NeXT@df17966.
-    """
-    words = {name: part.original[1].removeprefix("llava").strip("_") for name, part in registry.decoders().items()}
-    own, name = words[registry.decoder_of(config.llm).kind], final.name.lower()
-    missing = [word for word in ("llava", own) if word not in name]
-    others = [word for word in words.values() if word and word not in own and word in name]
-    if not missing and not others:
-        return
-    wish = f"without {others[0]!r}, which is of another language model" if others else (
-        f"with {' and '.join(map(repr, missing))} in it, such as {final.parent / '-'.join([*missing, final.name])}"
-    )  # fmt: skip
-    raise UsageError(f"{final}: the original code tells a model's kind by its directory's name; wanted one {wish}")
-
-
 def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> None:
+    if "llava" not in final.name.lower():
+        raise UsageError(
+            f"{final}: the original code tells a model's kind by its directory's name; wanted one with 'llava' in it, "
+            f"such as {final.parent / ('llava-' + final.name)}"
+        )
     config, prompt = source.config, source.metadata.prompt
-    _check_name(final, config)
     if prompt.image_mode == "squash":
         raise UsageError(f"{source.directory}: image mode 'squash', which the original code has not; use --format hf")
     words = tokenizer_files.without_image_token(source.words)

@@ -78,7 +78,7 @@ A LLaVA exported by llava_jax in the format of the original code: {model}.
 
 Conversation template: `{template}`. Images: {images}.
 
-{readers} {tower}
+{readers}{rename} {tower}
 """
 _CODE = {  # repository -> the decoders that it has
     "haotian-liu/LLaVA": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
@@ -138,8 +138,22 @@ def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str 
         )
     return _ORIGINAL.format(
         name=name, model=_model(config), template=prompt.template, images=_IMAGES[prompt.image_mode], tower=where,
-        readers=_readers(config, tower),
+        readers=_readers(config, tower), rename=_rename(config, name),
     )  # fmt: skip
+
+
+def _rename(config: LlavaConfig, name: str) -> str:
+    """What the directory's name lacks: the original code chooses a decoder's class by words in it.
+
+    Source: llava/model/builder.py of LLaVA@c121f04 and of LLaVA-NeXT@df17966.
+    """
+    words = {kind: part.original[1].removeprefix("llava").strip("_") for kind, part in registry.decoders().items()}
+    own = words[registry.decoder_of(config.llm).kind]
+    others = [word for word in words.values() if word and word not in own and word in name.lower()]
+    if own in name.lower() and not others:
+        return ""
+    wish = f"without {others[0]!r}, which is of another language model" if others else f"with {own!r} in it"
+    return f" That code chooses a model's class by the directory's name: give it one {wish}."
 
 
 def _readers(config: LlavaConfig, name: str | None) -> str:
