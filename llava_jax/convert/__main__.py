@@ -41,6 +41,7 @@ def _run(options: argparse.Namespace) -> int:
             importing.assemble(
                 options.destination, options.vision, options.llm, options.projector, options.projector_type,
                 options.select_layer, options.seed, _prompt(options), options.connector, options.image_size,
+                options.newline,
             )  # fmt: skip
         case "export":
             exporting.export(options.format, options.source, options.destination, options.step, options.dtype,
@@ -71,7 +72,7 @@ def _import(options: argparse.Namespace) -> None:
 
 
 def _prompt(options: argparse.Namespace) -> Any:
-    from llava_jax.convert.importing import PromptOptions
+    from llava_jax.convert.prompting import PromptOptions
 
     legacy = {None: None, "true": True, "false": False}[options.legacy]
     return PromptOptions(options.template, options.image_mode, legacy)
@@ -98,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--connector", metavar="BLIP2", help="a Q-Former: blip2_pretrained_*.pth, or a BLIP-2 directory")
     verb.add_argument("--select-layer", type=int, help="hidden state of a CLIP or SigLIP, from the end; default -2")
     verb.add_argument("--image-size", type=int, help="pixels a side, to which the tower's positions are interpolated")
-    verb.add_argument("--seed", type=int, default=0, help="of the new projector")
+    text = "with an image_newline, which ends lines of tiles (prompt.image_mode=anyres)"
+    verb.add_argument("--newline", action="store_true", help=text)
+    verb.add_argument("--seed", type=int, default=0, help="of the new projector and newline")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
     text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4"

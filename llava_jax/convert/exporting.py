@@ -22,19 +22,21 @@ from llava_jax.convert import (
     processor,
     readme,
     table,
+    tiling,
     tokenizer_files,
     torch_zip,
     views,
 )  # fmt: skip
 from llava_jax.convert.files import Spec, write_json, write_shards
-from llava_jax.convert.importing import OURS, SIDE_TOWER
+from llava_jax.convert.importing import SIDE_TOWER
+from llava_jax.convert.prompting import OURS
 from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
 from llava_jax.errors import UsageError
 from llava_jax.models import eva, lora, registry
 from llava_jax.models.flamingo import PerceiverConfig
 from llava_jax.models.parts import TowerConfig
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import ending, templates
+from llava_jax.prompt import anyres, ending, templates
 
 _VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
 
@@ -118,9 +120,10 @@ class Vocabulary(NamedTuple):
     ends: tuple[int | None, int]
 
 
-def _vocabulary(source: Source) -> Vocabulary:
-    """The tokenizer with a token for the image, and as many rows as that takes."""
-    words = tokenizer_files.with_image_token(source.directory / model_json.TOKENIZER, source.metadata.prompt.legacy)
+def _vocabulary(source: Source, *others: str) -> Vocabulary:
+    """The tokenizer with a token for the image, and `others`, and as many rows as that takes."""
+    folder, legacy = source.directory / model_json.TOKENIZER, source.metadata.prompt.legacy
+    words = tokenizer_files.with_image_token(folder, legacy, *others)
     llm = source.config.llm
     rows = llm.vocab + llm.added_tokens
     rows = rows if rows >= words.tokenizer.size else -(-words.tokenizer.size // 64) * 64
@@ -137,14 +140,26 @@ def _generation(source: Source, pad_id: int) -> dict[str, Any]:
 
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     config, prompt = source.config, source.metadata.prompt
-    words, rows, image_id, pad_id, ends = _vocabulary(source)
+    tiles = anyres.from_words(prompt.image_mode, prompt.tiling)
+    kind = tiling.hub_kind(tiles)  # refuses before it writes
+    if config.image_newline and kind == tiling.PLAIN:
+        raise UsageError(
+            f"{source.directory}: image mode {prompt.image_mode!r} and an image_newline, which transformers' Llava has "
+            "not; use --format llava"
+        )
+    videos = (tokenizer_files.VIDEO,) if kind == tiling.ONEVISION else ()
+    words, rows, image_id, pad_id, ends = _vocabulary(source, *videos)
     dtype = _write_tensors(source, partial, rows, llava.rows(llava.HUB, config), "")
-    content = llava.hub_config_json(config, rows, dtype, image_id, pad_id, ends)
+    content = llava.hub_config_json(config, tiles, rows, dtype, image_id, pad_id, ends)
+    if videos:
+        content["video_token_index"] = words.ids[tokenizer_files.VIDEO]
+        write_json(partial / "video_preprocessor_config.json", processor.video_json(config.vision))
     write_json(partial / "config.json", content | {OURS: _kept(prompt)})
     write_json(partial / "generation_config.json", _generation(source, pad_id))
-    _write_bytes(partial, tokenizer_files.files(words, "LlavaProcessor"))
-    write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
-    write_json(partial / "processor_config.json", processor.processor_json(config.vision))
+    _write_bytes(partial, tokenizer_files.files(words, f"{tiling.HUBS[kind].name}Processor"))
+    images = processor.preprocessor_json(config.vision, prompt.image_mode, tiles)
+    write_json(partial / "preprocessor_config.json", images)
+    write_json(partial / "processor_config.json", processor.processor_json(config.vision, tiles))
     text = None
     if not prompt.image_start_end:  # marks around images stand inside the text that the processor expands
         text = chat_template.render(templates.get(prompt.template), words.tokenizer)
@@ -214,14 +229,14 @@ def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> Non
     words = tokenizer_files.without_image_token(source.words)
     rows = tokenizer_files.kept_rows(source.words, config.llm.vocab + config.llm.added_tokens)
     table_rows = llava.rows(llava.ORIGINAL, config)
-    tower = _hub_tower(config)
+    tower, select_layer = _hub_tower(config)
     if tower is None:
-        dtype = _write_tensors(source, partial, rows, table_rows, "llm/", "projector/")
+        dtype = _write_tensors(source, partial, rows, table_rows, "llm/", "projector/", "image_newline")
         _write_side_tower(source, partial / SIDE_TOWER)
     else:
         dtype = _write_tensors(source, partial, rows, table_rows, "")
     name = tower or str(reader.absolute(final / SIDE_TOWER))
-    content = llava.original_config_json(config, rows, dtype, name, tower is not None, prompt)
+    content = llava.original_config_json(config, rows, dtype, name, tower is not None, select_layer, prompt)
     ends = {"bos_token_id": source.words.bos_id, "eos_token_id": source.words.eos_id}
     pad = {"pad_token_id": words.ids.get(words.pad, 0)}
     write_json(partial / "config.json", content | ends | pad | {OURS: _kept(prompt)})
@@ -229,7 +244,8 @@ def _export_llava(source: Source, partial: epath.Path, final: epath.Path) -> Non
     generation = _generation(source, words.ids.get(words.pad, 0))
     write_json(partial / "generation_config.json", {key: generation[key] for key in (*ends, *pad)})
     _write_bytes(partial, tokenizer_files.files(words, None))
-    write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, prompt.image_mode))
+    mode = "square" if prompt.image_mode == anyres.ANYRES else prompt.image_mode  # of tiles nothing is cut
+    write_json(partial / "preprocessor_config.json", processor.preprocessor_json(config.vision, mode))
     files.write_whole(partial / "README.md", readme.original(config, prompt, final.name, tower).encode())
 
 
@@ -246,8 +262,9 @@ def _export_projector(source: Source, partial: epath.Path, final: epath.Path) ->
     torch_zip.write_torch(partial / "mm_projector.bin", tensors)
     dtype = str(next(iter(leaves.values())).dtype)
     vocab = config.llm.vocab + config.llm.added_tokens
-    name = _hub_tower(config) or SIDE_TOWER
-    content = llava.original_config_json(config, vocab, dtype, name, False, source.metadata.prompt)
+    name, select_layer = _hub_tower(config)
+    name, prompt = name or SIDE_TOWER, source.metadata.prompt
+    content = llava.original_config_json(config, vocab, dtype, name, False, select_layer, prompt)
     write_json(partial / "config.json", content | {OURS: _kept(source.metadata.prompt)})
 
 
@@ -325,10 +342,14 @@ def _write_side_tower(source: Source, directory: epath.Path) -> None:
     write_json(directory / "preprocessor_config.json", processor.preprocessor_json(source.config.vision, "square"))
 
 
-def _hub_tower(config: LlavaConfig) -> str | None:
-    """The name under which the original code fetches a tower of these sizes, or None."""
-    hub = registry.tower_of(config.vision).hub
-    return next((name for name, tower in hub.items() if _fetched(tower) == _fetched(config.vision)), None)
+def _hub_tower(config: LlavaConfig) -> tuple[str | None, int]:
+    """(the name under which the original code fetches a tower of these sizes, or None; `select_layer` in that one)."""
+    part, vision = registry.tower_of(config.vision), config.vision
+    for name, tower in part.hub.items():
+        for form in (tower, part.kept(tower)):
+            if _fetched(form) == _fetched(vision):
+                return name, vision.select_layer - (tower.layers - form.layers)
+    return None, vision.select_layer
 
 
 def _fetched(tower: TowerConfig) -> dict[str, Any]:
@@ -338,7 +359,8 @@ def _fetched(tower: TowerConfig) -> dict[str, Any]:
 
 def _kept(prompt: model_json.PromptMetadata) -> dict[str, Any]:
     """What the formats have no key for; a later `convert import` reads it, others pass over it."""
-    return {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
+    kept = {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
+    return kept if prompt.tiling is None else kept | {"tiling": dict(prompt.tiling)}
 
 
 def _write_bytes(directory: epath.Path, contents: Mapping[str, bytes]) -> None:

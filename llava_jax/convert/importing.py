@@ -5,7 +5,7 @@ Tensors are read and written one at a time, and the directory gets its name when
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +14,9 @@ from etils import epath
 
 from llava_jax import files, params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import llava, minigpt4, processor, table, unread, views
+from llava_jax.convert import llava, minigpt4, processor, prompting, table, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
+from llava_jax.convert.prompting import OURS, UNSAID, PromptOptions
 from llava_jax.convert.table import Part
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import eva, lora, registry
@@ -24,21 +25,9 @@ from llava_jax.models.llava import abstract_params, init_params
 from llava_jax.models.parts import Decoder, DecoderConfig, Tower, TowerConfig
 from llava_jax.models.presets import LlavaConfig, config_to_json
 from llava_jax.models.qformer import QFormerConfig
-from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer
 
 SIDE_TOWER = "vision_tower"  # where `export --format llava` puts a tower that no hub name stands for
-OURS = "llava_jax"  # the key of an exported config.json that keeps what the format has no place for
-
-
-class PromptOptions(NamedTuple):
-    """What the user says about the prompt; None: what the source says."""
-
-    template: str | None = None
-    image_mode: str | None = None
-    legacy: bool | None = None
-
-
-UNSAID = PromptOptions()
 
 
 def import_checkpoint(
@@ -66,7 +55,7 @@ def import_checkpoint(
         config, parts, layout = _read(directory, content, vision)
         tensors = [str(part.tensors.path) for part in parts]
         origin = {"imported_from": str(directory), "layout": layout, "tensors": tensors}
-        prompt = _prompt(directory, content, options, registry.decoder_of(config.llm))
+        prompt = prompting.read(directory, content, options, config)
         _write(destination, config, parts, {}, prompt, directory, origin)
     except UnusableCheckpoint as error:  # what it calls itself says most to who asks for help
         raise type(error)(f"{error} ({unread.identity(content)})") from None
@@ -110,6 +99,7 @@ def assemble(
     options: PromptOptions = UNSAID,
     connector: epath.PathLike | None = None,
     image_size: int | None = None,
+    newline: bool = False,
 ) -> None:
     """Makes a fresh checkpoint of a tower, a language model's directory and a connector: a LLaVA or a MiniGPT-4.
 
@@ -126,6 +116,7 @@ def assemble(
       connector: the Q-Former with the norm before it: `blip2_pretrained_*.pth`, or a BLIP-2 directory.
       image_size: pixels a side, to which the tower's positions are interpolated; None is the tower's own. MiniGPT-v2's
         file does not say it.
+      newline: with an `image_newline`, drawn from `seed` too: what a training with tiles begins with.
 
     Raises:
       As `import_checkpoint`.
@@ -155,7 +146,7 @@ def assemble(
     parts += [part, Part(("llm/",), llm_tensors, decoder.rows("model.", head))]
     config = _assembled(
         tower, kind, unread.read_part(decoder, content, where),
-        None if pretrained is None else pretrained.config,
+        None if pretrained is None else pretrained.config, newline,
     )  # fmt: skip
     fresh = _fresh(config, parts, seed) | _scales(added, config)
     origin = {"vision": str(vision), "llm": str(llm_directory), "projector": str(projector or f"seed {seed}")}
@@ -220,14 +211,16 @@ def _open_decoder(directory: epath.Path) -> tuple[Decoder, dict[str, Any], Tenso
     return part, content, open_tensors(directory)
 
 
-def _assembled(tower: TowerConfig, kind: str, llm: DecoderConfig, qformer: QFormerConfig | None) -> LlavaConfig:
+def _assembled(
+    tower: TowerConfig, kind: str, llm: DecoderConfig, qformer: QFormerConfig | None, newline: bool
+) -> LlavaConfig:
     """The config of parts; what no file says has the sizes of the published connectors."""
     connector = registry.connector(kind)
     resampler = qformer or (connector.resampler() if connector.resampler else None)
     normed = registry.tower_of(tower) is eva.PART or kind == "qformer"
     return LlavaConfig(
         vision=tower, projector=kind, llm=llm, ln_vision_eps=minigpt4.LN_EPS if normed else None, resampler=resampler,
-        cross=CrossConfig(media_width=tower.width) if connector.gated else None,
+        cross=CrossConfig(media_width=tower.width) if connector.gated else None, image_newline=newline,
     )  # fmt: skip
 
 
@@ -256,18 +249,17 @@ def _original(
         raise UsageError(
             f"{directory}: its vision tower {name!r} is not in it; download that model and give it as --vision"
         )
-    kind = llava.projector_kind(list(tensors.specs), layout.projector, content)
     content = llava.with_head(content, where, tensors, layout.head)
     if vision is None:
         part, sizes = hub[name]
-        config = llava.read_original_config(content, where, part, part.config_json(sizes), kind)
+        config = llava.read_original_config(content, where, part, part.config_json(sizes), tensors)
         return config, [Part(("",), tensors, llava.rows(layout, config))]
     part, sizes, tower_tensors, prefix = _open_tower(epath.Path(vision))
-    config = llava.read_original_config(content, where, part, sizes, kind)
+    config = llava.read_original_config(content, where, part, sizes, tensors)
     config = _seen(config, epath.Path(vision))
     if layout.vision + part.mark in tensors.specs:  # a tower that was trained on; the original code prefers it too
         return config, [Part(("",), tensors, llava.rows(layout, config))]
-    rest = Part(("llm/", "projector/"), tensors, llava.rows(layout, config))
+    rest = Part(("llm/", "projector/", "image_newline"), tensors, llava.rows(layout, config))
     return config, [Part(("vision/",), tower_tensors, part.rows(prefix)), rest]
 
 
@@ -294,7 +286,7 @@ def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, n
         variables = module.init(jax.random.key(seed), jnp.zeros(_connected(config)))
         leaves = params.flatten(variables["params"]) if "params" in variables else {}
         fresh = {f"projector/{name}": leaf for name, leaf in leaves.items()}
-    others = [start for start in ("resampler/", "ln_vision/") if start not in read] + ["llm/cross/"]
+    others = [start for start in ("resampler/", "ln_vision/") if start not in read] + ["llm/cross/", "image_newline"]
     names = [name for name in params.flatten(abstract_params(config)) if name.startswith(tuple(others))]
     if names:
 
@@ -338,25 +330,6 @@ def _seen(config: LlavaConfig, directory: epath.Path) -> LlavaConfig:
     return dataclasses.replace(config, vision=_with_image_numbers(config.vision, directory))
 
 
-def _prompt(
-    directory: epath.Path, content: Mapping[str, Any], options: PromptOptions, decoder: Decoder
-) -> model_json.PromptMetadata:
-    """Options first, then what an export of ours kept, then what the format itself says."""
-    kept = unread.kept(content.get(OURS), f"{directory / 'config.json'}: {OURS}")
-    if minigpt4.is_hub(content):
-        usual = processor.read_settings(directory).mode or "squash"
-        kept = {"template": minigpt4.TEMPLATES["qformer"], "image_mode": usual} | kept
-    mode = options.image_mode or kept.get("image_mode")
-    if mode is None and llava.is_original(content):
-        mode = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
-    mode = mode or processor.read_settings(directory).mode
-    if mode is None:
-        raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
-    marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
-    template = options.template or kept.get("template", decoder.template)
-    return model_json.PromptMetadata(template, options.legacy, mode, marks)
-
-
 def _write(
     destination: epath.PathLike,
     config: LlavaConfig,
@@ -368,6 +341,7 @@ def _write(
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Checks that everything fits, then writes the checkpoint. A parameter is of the first part that can hold it."""
+    anyres.check(anyres.from_words(prompt.image_mode, prompt.tiling), config.image_newline, config.image_features)
     words = tokenizer.load(words_directory, prompt.legacy)
     ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:

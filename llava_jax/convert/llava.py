@@ -4,13 +4,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from llava_jax.convert import unread
+from llava_jax.convert import tiling, unread
 from llava_jax.convert.files import TensorFiles
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import mlp, registry
 from llava_jax.models.names import SAME, Row, linear
 from llava_jax.models.parts import Decoder, Tower
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.prompt import anyres
+from llava_jax.prompt.anyres import Tiling
 
 
 class Layout(NamedTuple):
@@ -121,25 +123,27 @@ def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
     Raises:
       UnusableCheckpoint: it is another model, or of parts that are not here.
     """
-    kind = content.get("model_type", "llava")
+    kind = content.get("model_type", tiling.PLAIN)
     towers, decoders = registry.towers().values(), registry.decoders()
     if kind in list(decoders):
         raise UnusableCheckpoint(
             f"{where}: model_type is {kind!r}, a language model alone; wanted 'llava'. `convert assemble DST --vision "
             "TOWER_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
         )
-    if kind != "llava":
-        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted 'llava', 'blip-2' or the original code's")
+    if kind not in tiling.HUBS:
+        wanted = ", ".join(map(repr, tiling.HUBS))
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted {wanted}, 'blip-2' or the original code's")
+    hub = tiling.HUBS[kind]
     known = {
-        "text": {name: part for name, part in decoders.items()},
-        "vision": {name: part for part in towers for name in part.model_types},
+        "text": (hub.text, {name: part for name, part in decoders.items()}),
+        "vision": (hub.vision, {name: part for part in towers for name in part.model_types}),
     }
     found = []
-    for name, kinds in known.items():
+    for name, (usual, kinds) in known.items():
         part = content.get(f"{name}_config")
         if not isinstance(part, Mapping):
             raise UnusableCheckpoint(f"{where}: {name}_config is missing; wanted transformers' config of that part")
-        found.append(unread.part_of(part.get("model_type", next(iter(kinds))), kinds, f"{where}: {name}"))
+        found.append(unread.part_of(part.get("model_type", usual), kinds, f"{where}: {name}"))
     return found[1], found[0]
 
 
@@ -174,8 +178,13 @@ def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tens
     for key, value in wanted.items():
         if content.get(key, value) != value:
             raise UnusableCheckpoint(f"{where}: {key} is {content[key]!r}; wanted {value!r}")
+    hub = tiling.HUBS[content.get("model_type", tiling.PLAIN)]
+    tiled = hub is not tiling.HUBS[tiling.PLAIN]
     features = {"default": "patch", "full": "cls_patch"} if tower.class_token else {"full": "patch"}
-    strategy, layer = content.get("vision_feature_select_strategy", "default"), content.get("vision_feature_layer", -2)
+    if tower.class_token and tiled:
+        del features["full"]  # a class token has no place among the lines of tiles
+    strategy = content.get("vision_feature_select_strategy", hub.strategy)
+    layer = content.get("vision_feature_layer", hub.layer)
     if strategy not in list(features) or type(layer) is not int:
         raise UnusableCheckpoint(
             f"{where}: vision_feature_select_strategy {strategy!r}, vision_feature_layer {layer!r}; "
@@ -187,7 +196,7 @@ def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tens
         vision=unread.read_part(tower, content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
         projector="mlp2x_gelu",
         llm=unread.read_part(decoder, text, f"{where}: text_config"),
-        image_newline=False,
+        image_newline=tiled,
     )
 
 
@@ -210,18 +219,20 @@ def with_head(
 
 
 def read_original_config(
-    content: Mapping[str, Any], where: str, tower: Tower, sizes: Mapping[str, Any], projector: str
+    content: Mapping[str, Any], where: str, tower: Tower, sizes: Mapping[str, Any], tensors: TensorFiles
 ) -> LlavaConfig:
     """The model of the original code's config.json, which does not hold the tower's sizes.
 
     Args:
       sizes: config.json of the tower.
-      projector: told by the tensors; `mm_projector_type` is left out in old files.
+      tensors: they tell the projector, as `mm_projector_type` is left out in old files, whether there is an
+        `image_newline`, and whether a tower among them is cut.
 
     Raises:
       UnusableCheckpoint: something in it that this model cannot be.
     """
     decoder = original_decoder(content, where)
+    projector = projector_kind(list(tensors.specs), ORIGINAL.projector, content)
     if content.get("mm_projector_type", projector) != projector:
         said = content["mm_projector_type"]
         raise UnusableCheckpoint(f"{where}: mm_projector_type {said!r}, but the tensors are {projector!r}")
@@ -230,24 +241,34 @@ def read_original_config(
     if type(layer) is not int:
         raise UnusableCheckpoint(f"{where}: mm_vision_select_layer is {layer!r}; wanted one number")
     vision = unread.read_part(tower, sizes, f"{where}: its tower", layer, feature)
+    if _blocks(tensors, ORIGINAL.vision) == tower.kept(vision).layers:
+        vision = tower.kept(vision)
     llm = unread.read_part(decoder, content, where)
-    return LlavaConfig(vision=vision, projector=projector, llm=llm, image_newline=False)
+    newline = ORIGINAL.newline in tensors.specs or content.get("mm_patch_merge_type") == "spatial_unpad"
+    return LlavaConfig(vision=vision, projector=projector, llm=llm, image_newline=newline)
+
+
+def _blocks(tensors: TensorFiles, prefix: str) -> int:
+    """Blocks of the tower whose tensors begin with `prefix`; 0 where it is not among them."""
+    found = (re.match(re.escape(prefix) + r"encoder\.layers\.(\d+)\.", name) for name in tensors.specs)
+    return len({match[1] for match in found if match})
 
 
 def hub_config_json(
-    config: LlavaConfig, vocab: int, dtype: str, image_id: int, pad_id: int, ends: Sequence[int | None]
-) -> dict:
+    config: LlavaConfig, tiles: Tiling | None, vocab: int, dtype: str, image_id: int, pad_id: int,
+    ends: Sequence[int | None],
+) -> dict:  # fmt: skip
     """config.json as transformers 4 writes it, with every field explicit; 5.x and vLLM read it too.
 
     Args:
       vocab: rows of the vocabulary as exported.
       ends: ids of bos and eos.
     """
-    tower = registry.tower_of(config.vision)
+    tower, kind = registry.tower_of(config.vision), tiling.hub_kind(tiles)
     whole = config.vision.select_feature == "cls_patch" or not tower.class_token
     return {
-        "architectures": ["LlavaForConditionalGeneration"],
-        "model_type": "llava",
+        "architectures": [f"{tiling.HUBS[kind].name}ForConditionalGeneration"],
+        "model_type": kind,
         "ignore_index": -100,
         "image_token_index": image_id,
         "image_seq_length": config.vision.features,
@@ -256,6 +277,7 @@ def hub_config_json(
         "multimodal_projector_bias": True,
         "vision_feature_layer": config.vision.select_layer,
         "vision_feature_select_strategy": "full" if whole else "default",
+        **tiling.hub_json(tiles, config.vision.image_size),
         "tie_word_embeddings": config.llm.tie_embeddings,
         "torch_dtype": dtype,
         "text_config": text_config(config, vocab, dtype, pad_id, ends),
@@ -270,15 +292,18 @@ def text_config(config: LlavaConfig, vocab: int, dtype: str, pad_id: int, ends: 
     return part.config_json(config.llm, vocab, dtype) | {"architectures": [part.hub_class]} | ids
 
 
-def original_config_json(config: LlavaConfig, vocab: int, dtype: str, tower: str, in_file: bool, prompt: Any) -> dict:
+def original_config_json(
+    config: LlavaConfig, vocab: int, dtype: str, tower: str, in_file: bool, select_layer: int, prompt: Any
+) -> dict:
     """config.json of the original code.
 
     Args:
       tower: `mm_vision_tower`, what the original code fetches the tower by.
       in_file: the tower's weights lie among the tensors; the original code reads them only when told so.
+      select_layer: counted in the tower as it is fetched.
       prompt: the checkpoint's `PromptMetadata`.
     """
-    decoder = registry.decoder_of(config.llm)
+    decoder, tiles = registry.decoder_of(config.llm), anyres.from_words(prompt.image_mode, prompt.tiling)
     return {
         **decoder.config_json(config.llm, vocab, dtype),
         "architectures": [decoder.original[0]],
@@ -290,10 +315,10 @@ def original_config_json(config: LlavaConfig, vocab: int, dtype: str, tower: str
         "unfreeze_mm_vision_tower": in_file,
         "mm_hidden_size": config.vision.width,
         "mm_projector_type": config.projector,
-        "mm_vision_select_layer": config.vision.select_layer,
+        "mm_vision_select_layer": select_layer,
         "mm_vision_select_feature": config.vision.select_feature,
-        "mm_patch_merge_type": "flat",
         "image_aspect_ratio": "pad" if prompt.image_mode == "pad" else "square",
+        **tiling.original_json(tiles, config.vision.image_size),
         "mm_use_im_start_end": prompt.image_start_end,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

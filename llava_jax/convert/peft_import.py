@@ -13,16 +13,16 @@ from etils import epath
 
 from llava_jax import files
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import llava, table, unread
+from llava_jax.convert import llava, table, tiling, unread
 from llava_jax.convert.files import TensorFiles, open_files, read_json
-from llava_jax.convert.importing import PromptOptions
 from llava_jax.convert.peft import CONFIG, PREFIX, PROMPT
+from llava_jax.convert.prompting import PromptOptions, original_mode
 from llava_jax.convert.source import Source, adapted, open_source
 from llava_jax.convert.table import Entry
 from llava_jax.errors import MissingWeights, UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.names import LINEAR, NEVER_RUN
-from llava_jax.prompt import ending, templates
+from llava_jax.prompt import anyres, ending, templates
 
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 OTHER_WEIGHTS = ("non_lora_trainables.safetensors", "non_lora_trainables.bin")  # of the original code
@@ -272,14 +272,17 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
     kept = unread.kept(read_json(file) if files.is_file(file) else {}, str(file))
     content = read_json(directory / "config.json") if files.is_file(directory / "config.json") else {}
     if llava.is_original(content):
-        kept["image_mode"] = "pad" if content.get("image_aspect_ratio") == "pad" else "square"
+        tiles = tiling.read_original(content, str(directory / "config.json"), base.config.vision.image_size)
+        kept |= {"image_mode": original_mode(content, tiles), "tiling": anyres.words(tiles)}
         kept["image_start_end"] = bool(content.get("mm_use_im_start_end", False))
     said = base.metadata.prompt
+    mode = options.image_mode or kept.get("image_mode", said.image_mode)
     prompt = model_json.PromptMetadata(
         options.template or kept.get("template", said.template),
         said.legacy if options.legacy is None else options.legacy,
-        options.image_mode or kept.get("image_mode", said.image_mode),
+        mode,
         kept.get("image_start_end", said.image_start_end),
+        kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
     )
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt

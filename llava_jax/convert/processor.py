@@ -7,12 +7,15 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
+from llava_jax.convert import tiling
 from llava_jax.convert.files import read_json
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import registry
 from llava_jax.models.parts import NUMBERS, TowerConfig
+from llava_jax.prompt.anyres import ANYRES, Tiling
 
 _BICUBIC = 3
+_TILED = ("LlavaNextImageProcessor", "LlavaOnevisionImageProcessor")  # and with the endings Fast and Pil
 RESAMPLE = {2: "bilinear", _BICUBIC: "bicubic"}  # PIL's numbers
 
 
@@ -21,11 +24,13 @@ class ImageSettings(NamedTuple):
 
     Attributes:
       numbers: `mean`, `std` and `resample` of a TowerConfig, as far as it says them.
+      pinpoints: [height, width] in pixels of each grid of tiles, of mode "anyres".
     """
 
     mode: str | None
     side: int | None
     numbers: dict[str, Any]
+    pinpoints: list[list[int]] | None = None
 
 
 def read_settings(directory: epath.PathLike) -> ImageSettings:
@@ -62,10 +67,25 @@ def read_settings(directory: epath.PathLike) -> ImageSettings:
                 wish = "three numbers above 0" if ours == "std" else "three numbers"
                 raise UnusableCheckpoint(f"{directory}: its image processor has {theirs} {value!r}; wanted {wish}")
             numbers[ours] = tuple(map(float, value))
-    return ImageSettings(_mode(content, str(directory)), _side(content), numbers)
+    mode, side = _mode(content, str(directory)), _side(content)
+    if mode != ANYRES:
+        return ImageSettings(mode, side, numbers)
+    _check_tiles(content, side, str(directory))
+    return ImageSettings(mode, side, numbers, content.get("image_grid_pinpoints"))
+
+
+def _check_tiles(content: Mapping[str, Any], side: int | None, where: str) -> None:
+    """Tiles of the crop's size are resized to `size` once more, and cropped again."""
+    size = content.get("size")
+    sides = set(size.values()) if isinstance(size, Mapping) else {size}
+    if size is not None and sides != {side}:
+        raise UnusableCheckpoint(f"{where}: its image processor has size {size!r} and tiles of {side!r} pixels; wanted "
+                                 "the same")  # fmt: skip
 
 
 def _mode(content: Mapping[str, Any], where: str) -> str:
+    if str(content.get("image_processor_type", "")).startswith(_TILED):
+        return ANYRES
     # CLIPImageProcessor knows no do_pad and passes over the key.
     if str(content.get("image_processor_type", "")).startswith("Llava") and content.get("do_pad"):
         return "pad"
@@ -84,24 +104,37 @@ def _side(content: Mapping[str, Any]) -> int | None:
     return next(iter(size.values())) if isinstance(size, Mapping) else size
 
 
-def preprocessor_json(config: TowerConfig, mode: str) -> dict[str, Any]:
-    """preprocessor_config.json that makes the very pixels of `prompt.images.to_pixels(..., mode)`.
+def preprocessor_json(config: TowerConfig, mode: str, tiles: Tiling | None = None) -> dict[str, Any]:
+    """preprocessor_config.json that makes the very pixels of `prompt.images.to_pixels(..., mode)`, or of its tiles.
 
     transformers' LlavaImageProcessor with `do_pad` pads as the original code does; the hub's LLaVA-1.5 crops.
     """
-    side, squash = config.image_size, mode == "squash"
+    side, name = config.image_size, tiling.HUBS[tiling.hub_kind(tiles)].name
     own = registry.tower_of(config).processor
     crops = "CLIPImageProcessor"  # SigLIP's own and BLIP's only squash
-    kind = {"pad": "LlavaImageProcessor", "square": crops}.get(mode, own)
+    kind = {"pad": "LlavaImageProcessor", "square": crops, ANYRES: f"{name}ImageProcessor"}.get(mode, own)
+    square, whole = {"height": side, "width": side}, tiling.hub_kind(tiles) == tiling.ONEVISION or mode == "squash"
     content = {
         "image_processor_type": kind,
-        "processor_class": "LlavaProcessor",
+        "processor_class": f"{name}Processor",
         **_sizes_json(config),
-        "size": {"height": side, "width": side} if squash else {"shortest_edge": side},
-        "do_center_crop": not squash,
-        "crop_size": {"height": side, "width": side},
+        "size": square if whole else {"shortest_edge": side},
+        "do_center_crop": not whole,
+        "crop_size": square,
     }
-    return content | ({"do_pad": True} if mode == "pad" else {})
+    if tiles is not None:
+        content["image_grid_pinpoints"] = tiling.hub_pinpoints(tiles, side)
+    return content | ({"do_pad": True} if mode in ("pad", ANYRES) else {})
+
+
+def video_json(config: TowerConfig) -> dict[str, Any]:
+    """video_preprocessor_config.json, without which transformers opens no OneVision's processor."""
+    return {
+        "video_processor_type": "LlavaOnevisionVideoProcessor",
+        "processor_class": "LlavaOnevisionProcessor",
+        **_sizes_json(config),
+        "size": {"height": config.image_size, "width": config.image_size},
+    }
 
 
 def blip_json(config: TowerConfig) -> dict[str, Any]:
@@ -128,15 +161,17 @@ def _sizes_json(config: TowerConfig) -> dict[str, Any]:
     }
 
 
-def processor_json(config: TowerConfig) -> dict[str, Any]:
+def processor_json(config: TowerConfig, tiles: Tiling | None = None) -> dict[str, Any]:
     """processor_config.json: how many image tokens the processor writes for one image."""
-    tower = registry.tower_of(config)
+    tower, kind = registry.tower_of(config), tiling.hub_kind(tiles)
     whole = config.select_feature == "cls_patch" or not tower.class_token
-    return {
-        "processor_class": "LlavaProcessor",
+    content = {
+        "processor_class": f"{tiling.HUBS[kind].name}Processor",
         "image_token": "<image>",
-        "patch_size": config.patch_size,
         "vision_feature_select_strategy": "full" if whole else "default",
-        # The class token is counted and, for "default", taken off again.
-        "num_additional_image_tokens": int(tower.class_token),
     }
+    # The class token is counted and, for "default", taken off again.
+    if tiles is not None and kind == tiling.ONEVISION:
+        count = config.patches + tower.class_token
+        return content | {"num_image_tokens": count, "vision_aspect_ratio": tiling.aspect_ratio(tiles)}
+    return content | {"patch_size": config.patch_size, "num_additional_image_tokens": int(tower.class_token)}

@@ -106,6 +106,7 @@ _IMAGES = {
     "pad": "padded to a square, then resized",
     "square": "resized by the shorter side, then cropped in the middle",
     "squash": "resized to a square, whatever their aspect",
+    "anyres": "the whole resized to a square, then in tiles of its own resolution",
 }
 
 

@@ -14,7 +14,7 @@ from llava_jax.convert.chat_template import IMAGE
 from llava_jax.errors import UsageError
 from llava_jax.prompt.tokenizer import LlamaTokenizer, Tokenizer, Word, load
 
-PAD = "<pad>"
+PAD, VIDEO = "<pad>", "<video>"
 
 
 class Words(NamedTuple):
@@ -35,14 +35,16 @@ class Words(NamedTuple):
         return {word.text: word.id for word in self.words}
 
 
-def with_image_token(directory: epath.PathLike, legacy: bool | None) -> Words:
-    """A checkpoint's tokenizer with `<image>` and `<pad>`, which Hugging Face models want; ids that are there stay."""
-    tokenizer = load(directory, legacy, added=(IMAGE, PAD))
+def with_image_token(directory: epath.PathLike, legacy: bool | None, *others: str) -> Words:
+    """A checkpoint's tokenizer with `<image>`, `<pad>` and `others`, which Hugging Face models want; ids that are there
+    stay."""
+    tokenizer = load(directory, legacy, added=(IMAGE, PAD, *others))
     return Words(tokenizer, tokenizer.words, PAD)
 
 
 def without_image_token(tokenizer: Tokenizer) -> Words:
-    """The tokenizer as the original code has it: without `<image>` and `<pad>` where nothing comes after them."""
+    """The tokenizer as the original code has it: without `<image>`, `<pad>` and `<video>` where nothing comes after
+    them."""
     end = kept_rows(tokenizer, tokenizer.size)
     pad = tokenizer.pad_id
     if pad >= end:  # LLaVA pads with <unk>; other tokenizers seldom have one
@@ -53,7 +55,7 @@ def without_image_token(tokenizer: Tokenizer) -> Words:
 def kept_rows(tokenizer: Tokenizer, rows: int) -> int:
     """Rows of the vocabulary without those that `with_image_token` added."""
     end = tokenizer.size
-    added = {tokenizer.ids.get(text) for text in (IMAGE, PAD)}
+    added = {tokenizer.ids.get(text) for text in (IMAGE, PAD, VIDEO)}
     while end - 1 in added:
         end -= 1
     return rows if end == tokenizer.size else end

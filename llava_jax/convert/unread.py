@@ -10,10 +10,9 @@ from llava_jax.models.parts import Decoder, Tower
 
 P = TypeVar("P", Tower, Decoder)
 
-# Key of the original code's config.json -> its values in LLaVA-1.0 and 1.5, and what any other means.
+# Key of the original code's config.json -> its values in LLaVA-1.0, 1.5 and 1.6, and what any other means. How pictures
+# are cut into tiles, `convert.tiling` reads.
 _ORIGINAL: dict[str, tuple[tuple[Any, ...], str]] = {
-    "image_aspect_ratio": ((None, "square", "pad"), "an image is cut into several tiles"),
-    "mm_patch_merge_type": ((None, "flat"), "an image is cut into several tiles"),
     "s2": ((None, False), "an image is seen at several scales"),
     "mm_resampler_type": ((None,), "a resampler stands before the projector"),
 }
@@ -57,12 +56,12 @@ def _method(said: Any) -> str:
 
 
 def refuse_original(content: Mapping[str, Any], where: str) -> None:
-    """Raises UnusableCheckpoint where the original code's config.json is not of a LLaVA-1.0 or 1.5."""
+    """Raises UnusableCheckpoint where the original code's config.json is not of a LLaVA-1.0, 1.5 or 1.6."""
     for key, (allowed, meaning) in _ORIGINAL.items():
         if content.get(key) not in allowed:
             wanted = " or ".join(repr(value) for value in allowed if value is not None) or "none"
             raise UnusableCheckpoint(
-                f"{where}: {key} is {content[key]!r}: {meaning}; wanted {wanted}, as LLaVA-1.0 and 1.5 have it"
+                f"{where}: {key} is {content[key]!r}: {meaning}; wanted {wanted}, as LLaVA-1.0, 1.5 and 1.6 have it"
             )
 
 

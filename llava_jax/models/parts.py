@@ -171,6 +171,7 @@ class Tower:
     config_json: the `vision_config` that transformers reads.
     first_layers: {beginning of our name: number of a stack's first layer in their names}, 0 where none fits.
     hub: {name that the original code fetches a tower by: its config}.
+    kept: the form in which the original code keeps a fetched tower among its own tensors.
     ignored: patterns over names of theirs that are no part of the model.
     hub_class, processor: the classes of transformers for the tower alone and for its pictures.
     """
@@ -187,6 +188,7 @@ class Tower:
     class_token: bool = True
     first_layers: Callable[[Any], dict[str, int]] = lambda config: {}
     hub: Mapping[str, TowerConfig] = field(default_factory=dict)
+    kept: Callable[[Any], TowerConfig] = lambda config: config
     ignored: tuple[str, ...] = ()
     hub_class: str = "CLIPVisionModel"
     processor: str = "CLIPImageProcessor"

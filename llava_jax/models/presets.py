@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from llava_jax.errors import UsageError
-from llava_jax.models import clip, eva, llama, qwen, registry, siglip
+from llava_jax.models import clip, eva, llama, mistral, qwen, registry, siglip
 from llava_jax.models.eva import EvaConfig
 from llava_jax.models.flamingo import CrossConfig, PerceiverConfig
 from llava_jax.models.json_config import branch, build
@@ -63,6 +63,15 @@ PRESETS: dict[str, LlavaConfig] = {
     # Liu et al. 2024, Improved Baselines: 336 pixels, a two-layer MLP, Vicuna v1.5.
     "llava15_7b": LlavaConfig(clip.L14_336, "mlp2x_gelu", llama.LLAMA2_7B),
     "llava15_13b": LlavaConfig(clip.L14_336, "mlp2x_gelu", llama.LLAMA2_13B),
+    # Liu et al. 2024, LLaVA-NeXT: LLaVA-1.5's parts with tiles (prompt.image_mode="anyres"), the tower trained too.
+    # Source: config.json of liuhaotian/llava-v1.6-{vicuna-7b,vicuna-13b,mistral-7b}.
+    "llava16_7b": LlavaConfig(clip.L14_336, "mlp2x_gelu", llama.LLAMA2_7B, image_newline=True),
+    "llava16_13b": LlavaConfig(clip.L14_336, "mlp2x_gelu", llama.LLAMA2_13B, image_newline=True),
+    "llava16_mistral_7b": LlavaConfig(clip.L14_336, "mlp2x_gelu", mistral.MISTRAL_7B, image_newline=True),
+    # Li et al. 2024, LLaVA-OneVision: SigLIP without its last block and its head, Qwen2.
+    # Source: config.json of lmms-lab/llava-onevision-qwen2-{0.5b,7b}-ov.
+    "llava_onevision_05b": LlavaConfig(siglip.SO400M_384_KEPT, "mlp2x_gelu", qwen.QWEN2_05B, image_newline=True),
+    "llava_onevision_7b": LlavaConfig(siglip.SO400M_384_KEPT, "mlp2x_gelu", qwen.QWEN25_7B, image_newline=True),
     # Zhu et al. 2023, MiniGPT-4: EVA-CLIP ViT-g/14, BLIP-2's Q-Former, a linear layer, Vicuna v0.
     "minigpt4_7b": _MINIGPT4,
     "minigpt4_13b": replace(_MINIGPT4, llm=llama.LLAMA1_13B),

@@ -84,7 +84,11 @@ def _writer(kind: str, unwritten: Sequence[str]) -> Callable[..., dict[str, Any]
     return config_json
 
 
-# Source: config.json of Qwen/Qwen2.5-7B-Instruct and Qwen/Qwen3-8B.
+# Source: config.json of Qwen/Qwen2-0.5B-Instruct, Qwen/Qwen2.5-7B-Instruct (Qwen2-7B's sizes) and Qwen/Qwen3-8B.
+QWEN2_05B = Qwen2Config(
+    vocab=151936, width=896, mlp_width=4864, layers=24, heads=14, kv_heads=2, head_width=64, eps=1e-6,
+    rope_theta=1000000.0, max_positions=32768, tie_embeddings=True,
+)  # fmt: skip
 QWEN25_7B = Qwen2Config(
     vocab=152064, width=3584, mlp_width=18944, layers=28, heads=28, kv_heads=4, head_width=128, eps=1e-6,
     rope_theta=1000000.0, max_positions=32768,

@@ -111,8 +111,15 @@ def config_json(config: SiglipConfig) -> dict[str, Any]:
     }
 
 
+def kept(config: SiglipConfig) -> SiglipConfig:
+    """A tower as LLaVA-NeXT keeps it: without its last block and its head, and the last hidden state is taken whatever
+    `mm_vision_select_layer` says. Source: LLaVA-NeXT llava/model/multimodal_encoder/siglip_encoder.py@df17966."""
+    return replace(config, layers=max(config.layers - 1, 1), select_layer=-1, pooled=False)
+
+
 # Source: config.json of these models.
 SO400M_384 = SiglipConfig(image_size=384, patch_size=14, width=1152, mlp_width=4304, layers=27, heads=16)
+SO400M_384_KEPT = kept(SO400M_384)  # OneVision's
 SIGLIP2_SO400M_384 = replace(SO400M_384, patch_size=16, resample="bilinear")
 
 PART = Tower(
@@ -120,6 +127,6 @@ PART = Tower(
     mark="embeddings.patch_embedding.bias", rows=rows, read_config=read_config, config_json=config_json,
     class_token=False, first_layers=vit.first_layers,
     hub={"google/siglip-so400m-patch14-384": SO400M_384, "google/siglip2-so400m-patch16-384": SIGLIP2_SO400M_384},
-    ignored=(r".*\bposition_ids", r"text_model\..*", "logit_scale", "logit_bias"),
+    kept=kept, ignored=(r".*\bposition_ids", r"text_model\..*", "logit_scale", "logit_bias"),
     hub_class="SiglipVisionModel", processor="SiglipImageProcessor",
 )  # fmt: skip

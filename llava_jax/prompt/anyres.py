@@ -100,7 +100,7 @@ def check(tiling: Tiling | None, newline: bool, features: int) -> None:
         return
     if tiling.newline and not newline:
         raise UsageError(f'prompt.merge="{tiling.merge}": each line ends with image_newline, which this model has not; '
-                         "set model.image_newline=True, or take another merge")  # fmt: skip
+                         "`convert assemble --newline` makes a base with one; prompt.merge=spatial needs none")
     if math.isqrt(features) ** 2 != features:
         raise UsageError(f'prompt.image_mode="{ANYRES}": {features} features a tile are no square; want '
                          'select_feature="patch" and a connector that keeps the square')  # fmt: skip

@@ -19,10 +19,21 @@ from tests.prompt import layouts
 
 FOUR_BITS = {"quant_method": "bitsandbytes", "load_in_4bit": True}
 TEXT, VISION = tiny.TEXT_CONFIG, tiny.VISION_CONFIG
+TILED = {"model_type": "llava_next", "image_grid_pinpoints": [[28, 56], [56, 28]]}
+ONEVISION = {"model_type": "llava_onevision", "vision_feature_select_strategy": "default"}
 HUB = [
-    ({"model_type": "llava_next"}, "model_type is 'llava_next'; wanted 'llava'"),
+    ({"model_type": "llava_next_video"}, "model_type is 'llava_next_video'; wanted 'llava', 'llava_next', 'llava_one"),
+    (TILED | {"image_grid_pinpoints": None}, r"image_grid_pinpoints 'None'; wanted a list of \[height, width\] in pix"),
+    (TILED | {"image_grid_pinpoints": [[28, 56], [56]]}, "image_grid_pinpoints .*56.*; wanted a list"),
+    (TILED | {"image_grid_pinpoints": [[28, 60]]}, "image_grid_pinpoints '60 x 28'; wanted multiples of the tower's"),
+    (TILED | {"use_image_newline_parameter": False}, "use_image_newline_parameter is False; wanted True"),
+    (TILED | {"vision_feature_select_strategy": "full"}, "vision_feature_select_strategy 'full', .*wanted default"),
+    (TILED | {"projector_hidden_act": "relu"}, "projector_hidden_act is 'relu'; wanted 'gelu'"),
+    (TILED | {"multimodal_projector_bias": False}, "multimodal_projector_bias is False; wanted True"),
+    (TILED, "its image processor's mode is 'pad', but config.json is of a LlavaNext; wanted a LlavaNextImageProcessor"),
+    (TILED | ONEVISION | {"vision_aspect_ratio": "anyres"}, "vision_aspect_ratio is 'anyres'; wanted 'anyres_max_'"),
+    (TILED | ONEVISION | {"vision_aspect_ratio": "anyres_max_0"}, "'anyres_max_0' leaves no tile"),
     ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "model_type is 'qwen2_vl'"),
-    ({"model_type": "llava_onevision"}, "model_type is 'llava_onevision'"),
     ({"model_type": "llama"}, "a language model alone; .*`convert assemble DST --vision TOWER_DIR --llm THIS_"),
     ({"vision_config": {**VISION, "model_type": "dinov2"}}, "vision model_type is 'dinov2'; wanted one of clip_visi"),
     ({"text_config": {**TEXT, "model_type": "gemma"}}, "text model_type is 'gemma'; wanted one of llama"),
@@ -37,8 +48,12 @@ HUB = [
     ({"quantization_config": ["odd"]}, "holds quantised weights"),
 ]  # fmt: skip
 ORIGINAL = [
-    ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': an image is cut into several tiles"),
-    ({"image_aspect_ratio": "anyres_max_9"}, "image_aspect_ratio is 'anyres_max_9'"),
+    ({"image_aspect_ratio": "anyres"}, r"image_grid_pinpoints 'None'; wanted a list of \[width, height\] in pixels"),
+    ({"image_aspect_ratio": "anyres", "image_grid_pinpoints": "(3x3),...,(2x2)"}, "wanted .*1x1.,...,.6x6"),
+    ({"image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": "[(28, 56), 28]"}, "wanted .*width, height"),
+    ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "maxpool2x2"}, "mm_patch_merge_type is 'maxpool2x2'"),
+    ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad", "image_grid_pinpoints": [[28, 56]]},
+     "model.image_newline is missing"),
     ({"image_aspect_ratio": "highres"}, "image_aspect_ratio is 'highres'"),
     ({"mm_patch_merge_type": "spatial_unpad"}, "mm_patch_merge_type is 'spatial_unpad'"),
     ({"s2": True, "s2_scales": "336,672"}, "s2 is True: an image is seen at several scales"),

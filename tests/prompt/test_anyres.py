@@ -168,7 +168,7 @@ def test_grids_belong_to_anyres_and_a_newline_to_the_model():
         anyres.tiling("pad", "2x2", "flat", 0, "pad")
     with pytest.raises(UsageError, match=r"tiling of keys .'grids'.: want grids, merge, max_tiles, several"):
         anyres.from_words("anyres", {"grids": "2x2"})
-    with pytest.raises(UsageError, match="set model.image_newline=True"):
+    with pytest.raises(UsageError, match="`convert assemble --newline` makes a base with one"):
         anyres.check(V16, False, 4)
     with pytest.raises(UsageError, match="5 features a tile are no square"):
         anyres.check(V16, True, 5)

@@ -1,0 +1,174 @@
+"""Tiles in config.json of others, both ways, and the original code's files with tiles."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from llava_jax import params
+from llava_jax.checkpoint import model_json, reader
+from llava_jax.convert import exporting, importing, tiling
+from llava_jax.convert.__main__ import main
+from llava_jax.convert.importing import PromptOptions
+from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.models import registry, siglip
+from llava_jax.models.presets import config_from_json
+from llava_jax.prompt import anyres
+from llava_jax.prompt.anyres import Tiling
+from tests.convert import tiny
+
+V16_PIXELS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # width first in LLaVA-1.6, height in HF
+V16 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
+ANYRES = {"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial_unpad"}
+RANGE = tuple((x, y) for x in range(1, 7) for y in range(1, 7))
+
+
+@pytest.mark.parametrize("pinpoints, grids", [
+    (V16_PIXELS, V16), (str([tuple(size) for size in V16_PIXELS]), V16), ("[[336,672]]", ((1, 2),)),
+    ("((336, 672), (672, 336),)", ((1, 2), (2, 1))), ("(1x1),...,(6x6)", RANGE), ("(1x1),...,(1x2)", ((1, 1), (1, 2))),
+])  # fmt: skip
+def test_the_original_codes_grids_are_read_width_first_in_their_order(pinpoints, grids):
+    found = tiling.read_original(ANYRES | {"image_grid_pinpoints": pinpoints}, "here", 336)
+    assert found == Tiling(grids)
+
+
+def test_hugging_faces_grids_are_read_height_first_in_their_order():
+    found = tiling.read_hub({"model_type": "llava_next", "image_grid_pinpoints": V16_PIXELS}, "here", 336)
+    assert found == Tiling(((2, 1), (1, 2), (2, 2), (1, 3), (3, 1)))
+    pixels = [[384 * x, 384 * y] for x, y in RANGE]
+    found = tiling.read_hub({"model_type": "llava_onevision", "image_grid_pinpoints": pixels}, "here", 384)
+    assert found == Tiling(tuple((x, y) for y, x in RANGE), max_tiles=9, several=False)
+
+
+@pytest.mark.parametrize("content, wanted", [
+    ({}, None), ({"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"}, None),
+    ({"image_aspect_ratio": "square", "mm_patch_merge_type": "spatial"}, None),
+    ({"image_aspect_ratio": "anyres"}, Tiling(V16, "flat")),
+    ({"image_aspect_ratio": "anyres", "mm_patch_merge_type": "spatial"}, Tiling(V16, "spatial")),
+    (ANYRES | {"mm_newline_position": "one_token"}, Tiling(V16)),  # of videos alone
+    (ANYRES | {"image_aspect_ratio": "anyres_max_3"}, Tiling(V16, max_tiles=3, several=False)),
+    (ANYRES | {"image_aspect_ratio": "anyres_max_4"}, Tiling(V16, several=False)),  # no grid has more tiles
+    ({"image_aspect_ratio": "anyres_max_3"}, Tiling(V16, "flat", several=False)),
+])  # fmt: skip
+def test_merges_and_limits_of_the_original_code(content, wanted):
+    assert tiling.read_original(content | {"image_grid_pinpoints": V16_PIXELS}, "here", 336) == wanted
+
+
+@pytest.mark.parametrize("tiles, kind", [
+    (None, "llava"), (Tiling(V16), "llava_next"), (Tiling(V16, max_tiles=3, several=False), "llava_onevision"),
+    (Tiling(V16, several=False), "llava_onevision"),
+])  # fmt: skip
+def test_what_is_written_is_read_as_it_was(tiles, kind):
+    assert tiling.hub_kind(tiles) == kind
+    content = {"model_type": kind, **tiling.hub_json(tiles, 336)}
+    assert tiling.read_hub(content, "here", 336) == tiles
+    assert tiling.read_original(tiling.original_json(tiles, 336), "here", 336) == tiles
+
+
+@pytest.mark.parametrize("tiles, message", [
+    (Tiling(V16, "flat"), "no merge='flat', only 'spatial_unpad'; use --format llava"),
+    (Tiling(V16, max_tiles=3), "no max_tiles=3 with several='anyres': .*; use --format llava"),
+])  # fmt: skip
+def test_tiles_that_hugging_face_has_not_are_refused_with_a_remedy(tiles, message):
+    with pytest.raises(UsageError, match=message):
+        tiling.hub_kind(tiles)
+
+
+def leaves_of(folder):
+    return params.flatten(reader.load_params(folder, put=lambda name, leaf: leaf))
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """What `convert assemble --newline` makes."""
+    folder = tmp_path_factory.mktemp("base")
+    clip, llm = tiny.write_clip(folder / "clip"), tiny.write_llama(folder / "llm")
+    command = ["assemble", str(folder / "ours"), "--vision", str(clip), "--llm", str(llm), "--seed", "3"]
+    assert main([*command, "--newline"]) == 0
+    importing.assemble(folder / "without", clip, llm, seed=3)
+    return folder
+
+
+def test_an_assembly_with_a_newline_draws_it_and_nothing_else_anew(base):
+    with_newline, without = leaves_of(base / "ours"), leaves_of(base / "without")
+    newline = with_newline.pop("image_newline")
+    assert newline.shape == (tiny.WIDTH,) and 0.5 < newline.std() * tiny.WIDTH**0.5 < 1.5
+    assert with_newline.keys() == without.keys()
+    for name, leaf in without.items():
+        np.testing.assert_array_equal(leaf, with_newline[name], err_msg=name)
+    config = config_from_json(dict(model_json.read(base / "ours").model))
+    anyres.check(Tiling(V16), config.image_newline, config.image_features)
+
+
+def tiled(base, folder, tiles):
+    """The base as a training with tiles leaves it."""
+    metadata = model_json.read(base / "ours")
+    prompt = dataclasses.replace(metadata.prompt, image_mode="anyres", tiling=anyres.words(tiles))
+    folder.mkdir()
+    (folder / "0").symlink_to(base / "ours" / "0")
+    words = model_json.read_tokenizer_files(base / "ours")
+    model_json.write(folder, dataclasses.replace(metadata, prompt=prompt), words)
+    return folder
+
+
+@pytest.mark.parametrize("tiles", [
+    Tiling(V16), Tiling(V16, "flat"), Tiling(V16, "spatial"), Tiling(V16, max_tiles=3), Tiling(V16, several=False),
+    Tiling(V16, max_tiles=3, several=False),
+])  # fmt: skip
+def test_every_tiling_goes_through_the_original_format(base, tmp_path, tiles):
+    exporting.export("llava", tiled(base, tmp_path / "trained", tiles), tmp_path / "llava-x")
+    importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "again")
+    one, two = model_json.read(tmp_path / "trained"), model_json.read(tmp_path / "again")
+    assert (one.model, one.prompt) == (two.model, two.prompt)
+    newlines = [leaves_of(place)["image_newline"] for place in (tmp_path / "again", base / "ours")]
+    np.testing.assert_array_equal(*newlines)
+    importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "padded", options=PromptOptions(image_mode="pad"))
+    assert model_json.read(tmp_path / "padded").prompt.tiling is None
+
+
+def test_a_newline_without_tiles_has_no_hugging_face_format(base, tmp_path):
+    with pytest.raises(UsageError, match="image mode 'pad' and an image_newline, .*; use --format llava"):
+        exporting.export("hf", base / "ours", tmp_path / "out")
+
+
+def test_a_processor_with_other_grids_is_refused(base, tmp_path):
+    exporting.export("hf", tiled(base, tmp_path / "trained", Tiling(V16)), tmp_path / "out")
+    file = tmp_path / "out" / "preprocessor_config.json"
+    content = json.loads(file.read_text())
+    for change, message in (
+        ({"image_grid_pinpoints": [[28, 56]]}, r"pinpoints are \[\[28, 56\]\], those of config.json \[\[56, 28"),
+        ({"size": {"shortest_edge": 56}}, "size {'shortest_edge': 56} and tiles of 28 pixels; wanted the same"),
+    ):
+        tiny.write_json(file, content | change)
+        with pytest.raises(UnusableCheckpoint, match=message):
+            importing.import_checkpoint(tmp_path / "out", tmp_path / "again")
+
+
+def test_a_tower_that_the_original_code_cut_comes_in_and_goes_out_under_its_name(base, tmp_path, monkeypatch):
+    """LLaVA-NeXT drops SigLIP's last block and its head, and names the whole tower with layer -2."""
+    name = "google/siglip-so400m-patch14-384"
+    whole = siglip.SiglipConfig(image_size=28, patch_size=14, width=32, mlp_width=64, layers=3, heads=2)
+    monkeypatch.setitem(registry._towers, "siglip", dataclasses.replace(siglip.PART, hub={name: whole}))
+    tensors = tiny.renamed(tiny.hub_tensors(), "original")
+    tensors = {key: one for key, one in tensors.items() if "layers.2." not in key or "vision_tower" not in key}
+    start = "model.vision_tower.vision_tower.vision_model."
+    del tensors[start + "embeddings.class_embedding"], tensors[start + "pre_layrnorm.weight"]
+    del tensors[start + "pre_layrnorm.bias"]
+    tensors[start + "embeddings.position_embedding.weight"] = np.ones((4, 32), np.float32)
+    tensors |= {start + "embeddings.patch_embedding.bias": np.ones(32, np.float32),
+                "model.image_newline": np.ones(tiny.WIDTH, np.float32)}  # fmt: skip
+    pinpoints = {"image_grid_pinpoints": "(1x1),...,(2x2)", "image_aspect_ratio": "anyres_max_3"}
+    tiny.write_original(tmp_path / "in", tensors, mm_vision_tower=name, **ANYRES | pinpoints)
+    importing.import_checkpoint(tmp_path / "in", tmp_path / "ours")
+    vision = config_from_json(dict(model_json.read(tmp_path / "ours").model)).vision
+    assert (vision.layers, vision.select_layer, vision.run_layers, vision.pooled) == (2, -1, 2, False)
+    exporting.export("llava", tmp_path / "ours", tmp_path / "llava-x")
+    content = json.loads((tmp_path / "llava-x" / "config.json").read_text())
+    assert (content["mm_vision_tower"], content["mm_vision_select_layer"]) == (name, -2)
+    assert content["image_grid_pinpoints"] == [[28, 28], [28, 56], [56, 28], [56, 56]]
+    written = load_file(tmp_path / "llava-x" / "model.safetensors")
+    assert written.keys() == tensors.keys()
+    for key, tensor in tensors.items():
+        np.testing.assert_array_equal(written[key], tensor)
