@@ -114,7 +114,7 @@ def test_evaluate_answers_merges_scores_and_reports(roots, capsys):
 
 
 def test_answers_that_are_in_the_bucket_at_a_kill_are_not_asked_again(roots, bucket, monkeypatch):
-    asked, _ = evaluate.verbs.questions.load(evaluate.BENCHMARKS["custom"], roots[0] / "bench", {"match": "exact"})
+    asked, _ = evaluate.verbs.load_questions(evaluate.BENCHMARKS["custom"], roots[0] / "bench", {"match": "exact"})
     settings = answer.Settings(max_new_tokens=4)
     heard = []
 

@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if asks_server and "out" in options:
         files.want_disk(options.cache or options.out, "--cache", "it is locked and grows (--cache FILE names another)")
     if options.verb == "answer":
-        verbs.chosen(options)
+        verbs.selection(options)
         if (options.checkpoint is None) == (options.base_url is None):
             raise UsageError("answer: want either --checkpoint DIR, or --base-url URL with --model NAME")
         from llava_jax.evaluate import ask
@@ -63,9 +63,9 @@ def _check_grid(options: argparse.Namespace) -> None:
     """Raises UsageError where the grid lacks its data."""
     if options.grid == "scienceqa" and options.scienceqa is None:
         raise UsageError("grid scienceqa wants --scienceqa DIR")
-    needed = (*TYPES, "benchmark", "data")
-    if options.grid == "mixes" and None in [vars(options)[name] for name in needed]:
-        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in needed)}")
+    required = (*TYPES, "benchmark", "data")
+    if options.grid == "mixes" and None in [vars(options)[name] for name in required]:
+        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in required)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return subparsers.add_parser(name, help=text, description=text)
 
-    named = add("list", "the benchmarks, or what one of them needs").add_mutually_exclusive_group()
-    named.add_argument("name", nargs="?", metavar="NAME")
-    named.add_argument("--benchmark", metavar="NAME", help="the same")
+    with_benchmark = add("list", "the benchmarks, or what one of them needs").add_mutually_exclusive_group()
+    with_benchmark.add_argument("name", nargs="?", metavar="NAME")
+    with_benchmark.add_argument("--benchmark", metavar="NAME", help="the same")
     _answer_options(add("answer", "answers of a checkpoint or an endpoint"))
     merge = _benchmark_options(add("merge", "the shards of several hosts into one file"))
     merge.add_argument("answers", nargs="+", metavar="SHARD")
@@ -94,8 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _benchmark_options(verb: argparse.ArgumentParser, named: bool = True) -> argparse.ArgumentParser:
-    if named:
+def _benchmark_options(verb: argparse.ArgumentParser, with_benchmark: bool = True) -> argparse.ArgumentParser:
+    if with_benchmark:
         verb.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
     verb.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files; see `list NAME`")
     verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="see `list NAME`")
@@ -154,7 +154,7 @@ def _judge_options(verb: argparse.ArgumentParser) -> None:
 
 def _ensemble_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("way", choices=("complement", "judge"))
-    _benchmark_options(verb, named=False)
+    _benchmark_options(verb, with_benchmark=False)
     verb.add_argument("--ours", required=True, metavar="FILE", help="LLaVA's answers")
     verb.add_argument("--gpt4", required=True, metavar="FILE", help="the other's")
     verb.add_argument("--requery", metavar="FILE", help="the judge's answers, if they are there already")

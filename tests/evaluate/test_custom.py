@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import answers, questions
+from llava_jax.evaluate import answers
 from llava_jax.evaluate.benchmarks.all import get
 from llava_jax.evaluate.benchmarks.custom import lenient_letter
+from llava_jax.evaluate.questions import load_questions
 from tests.generate import tiny
 
 CHOICES = ["a dog", "a cat", "a bird"]
@@ -19,8 +20,8 @@ def write(path, rows):
     return path
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -93,7 +94,7 @@ def test_pictures_without_a_truth_are_answered_and_not_scored(tmp_path, checkpoi
 def test_a_question_of_another_shape_is_refused_by_line_and_field(row, message, tmp_path):
     write(tmp_path / "questions.jsonl", [row])
     with pytest.raises(ValueError, match=r"questions\.jsonl:1: .*" + message):
-        questions.load(get("custom"), tmp_path, {})
+        load_questions(get("custom"), tmp_path, {})
 
 
 # ---- POPE

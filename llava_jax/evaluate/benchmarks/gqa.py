@@ -30,15 +30,15 @@ def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, o
 
 def _read(root: epath.Path, options: Options) -> Read:
     name = f"{options['split']}_questions.json"
-    made = []
+    questions = []
     for identity, row in read_json(root / name, dict).items():
         where = f"{name}: question {identity!r}"
         structure = field(field(row, "types", dict, where), "structural", str, where)
-        made.append(Question(
+        questions.append(Question(
             identity, f"{field(row, 'question', str, where)}\n{SHORT}", (f"{field(row, 'imageId', str, where)}.jpg",),
             "open" if structure == "query" else "binary", 0, field(row, "answer", str, where),
         ))  # fmt: skip
-    return made, []
+    return questions, []
 
 
 BENCHMARK = Benchmark(

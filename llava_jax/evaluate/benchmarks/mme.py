@@ -25,7 +25,7 @@ from llava_jax.evaluate.questions import (
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_ASKS = "Please answer yes or no."  # LLaVA's questions end with its own demand instead
+_DEMAND = "Please answer yes or no."  # LLaVA's questions end with its own demand instead
 _FOLDER = "MME_Benchmark_release_version"
 
 
@@ -73,7 +73,7 @@ def _read(root: epath.Path, options: Options) -> Read:
                     kind_of_fault = "wrong_truth" if tab else "truncated_line"
                     faults.append(Fault(kind_of_fault, identity, f"{line[:60]!r}: want QUESTION<tab>Yes|No", str(path)))
                 elif image is not None:
-                    text = f"{asked.replace(_ASKS, '').strip()}\n{SHORT}"
+                    text = f"{asked.replace(_DEMAND, '').strip()}\n{SHORT}"
                     made.append(Question(identity, text, (image,), kind, 0, truth.strip().lower()))
     return made, faults
 
@@ -85,9 +85,9 @@ def _texts(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _picture(folder: epath.Path, stem: str) -> str | None:
-    places = [folder / "images" / stem, folder / stem]
-    found = [place.with_name(place.name + end) for place in places for end in (".jpg", ".png")]
-    return next((f"{folder.name}/{path.relative_to(folder)}" for path in found if path.exists()), None)
+    stems = [folder / "images" / stem, folder / stem]
+    paths = [stem_path.with_name(stem_path.name + end) for stem_path in stems for end in (".jpg", ".png")]
+    return next((f"{folder.name}/{path.relative_to(folder)}" for path in paths if path.exists()), None)
 
 
 BENCHMARK = Benchmark(

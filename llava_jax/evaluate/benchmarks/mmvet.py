@@ -15,12 +15,12 @@ _FILE = "mm-vet.json"
 
 
 def _read(root: epath.Path, options: Options) -> Read:
-    made = []
+    questions = []
     for identity, row in read_json(root / _FILE, dict).items():
         where = f"{_FILE}: {identity!r}"
-        made.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
-                             "+".join(texts(row, "capability", where))))  # fmt: skip
-    return made, []
+        questions.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
+                                  "+".join(texts(row, "capability", where))))  # fmt: skip
+    return questions, []
 
 
 def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, options: Options) -> dict[str, bytes]:
