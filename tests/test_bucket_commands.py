@@ -144,7 +144,7 @@ def test_chat_opens_a_checkpoint_and_a_picture(roots, capsys):
 
 
 def test_datagen_reads_from_a_bucket_and_writes_on_a_disk(roots, capsys, tmp_path):
-    with FakeOpenAI(small.talk) as server:
+    with FakeOpenAI(small.reply) as server:
         for name, root in zip(("disk", "bucket"), roots):
             words = ["detail", "--records", f"{root}/captions.json", "--base-url", server.url, "--model", "m",
                      "--prompts", f"{root}/prompts"]  # fmt: skip

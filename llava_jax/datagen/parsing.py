@@ -4,11 +4,11 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-_BETWEEN = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
-_HEAD = re.compile(r"\**(question|answer)\**[ \t]*:\**[ \t]*", re.IGNORECASE)
+_SEPARATOR = re.compile(r"^[ \t]*={3,}[ \t]*$", re.MULTILINE)
+_HEADING = re.compile(r"\**(question|answer)\**[ \t]*:\**[ \t]*", re.IGNORECASE)
 _MARKER = "<image>"
 # A model that talks about its sources instead of the picture. Whole words; "box" alone is a thing in pictures.
-_SOURCES = re.compile(
+_SOURCE_WORDS = re.compile(
     r"\b(captions?|bounding box(es)?|coordinates?|(provided|given) (information|text|sentences?|descriptions?|list))\b"
     r"|\b(described|mentioned) (as|in) the\b|\bthe (sentences|descriptions) (say|state|mention|describe)",
     re.IGNORECASE,
@@ -43,7 +43,7 @@ def pairs(text: str) -> list[Pair]:
     Raises:
       Refused: a block has no head or no text, two of one kind follow each other, or there is no pair.
     """
-    blocks = [_block(block) for block in _BETWEEN.split(text.replace("\r\n", "\n").replace("\r", "\n").strip())]
+    blocks = [_block(block) for block in _SEPARATOR.split(text.replace("\r\n", "\n").replace("\r", "\n").strip())]
     if len(blocks) % 2 and blocks[-1][0] == "question":
         blocks = blocks[:-1]
     if not blocks:
@@ -55,13 +55,13 @@ def pairs(text: str) -> list[Pair]:
 
 
 def _block(block: str) -> tuple[str, str]:
-    found = _HEAD.match(block.strip())
-    if not found:
+    heading = _HEADING.match(block.strip())
+    if not heading:
         raise Refused(f"shape: a block starts with {block.strip()[:40]!r}, not with Question: or Answer:")
-    text = block.strip()[found.end() :].strip()
+    text = block.strip()[heading.end() :].strip()
     if not text:
-        raise Refused(f"shape: an empty {found[1].lower()}")
-    return found[1].lower(), text
+        raise Refused(f"shape: an empty {heading[1].lower()}")
+    return heading[1].lower(), text
 
 
 def parse(kind: str, text: str, finish_reason: str, question: str) -> Sequence[Pair]:
@@ -78,13 +78,13 @@ def parse(kind: str, text: str, finish_reason: str, question: str) -> Sequence[P
         raise Refused(f"unfinished: finish_reason is {finish_reason!r}")
     if not text.strip():
         raise Refused("empty: no text")
-    found = [Pair(question, text.strip())] if kind == "detail" else pairs(text)
-    if kind == "reasoning" and len(found) != 1:
-        raise Refused(f"pairs: {len(found)}, want 1")
-    said = "\n".join(part for pair in found for part in pair)
-    if _MARKER in said:
+    turns = [Pair(question, text.strip())] if kind == "detail" else pairs(text)
+    if kind == "reasoning" and len(turns) != 1:
+        raise Refused(f"pairs: {len(turns)}, want 1")
+    joined = "\n".join(part for pair in turns for part in pair)
+    if _MARKER in joined:
         raise Refused(f"marker: {_MARKER} in the text")
-    leak = _SOURCES.search(said) or _COORDINATES.search(said)
+    leak = _SOURCE_WORDS.search(joined) or _COORDINATES.search(joined)
     if leak:
         raise Refused(f"sources: {leak[0]!r}")
-    return found
+    return turns
