@@ -116,13 +116,13 @@ def _generate(options: argparse.Namespace) -> int:
     job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,
                        options.attempts, options.temperature, options.max_new_tokens)  # fmt: skip
     with open_client(options, options.out / f"{options.kind}_cache.jsonl") as client:
-        progress = Progress(options.kind, len(pictures), lambda: client.spent)
+        progress = Progress(options.kind, len(pictures), lambda: client.usage)
         result = generate.make(client, pictures, job, progress)
-        spent = client.spent
-    report = generate.write(options.out, job, pictures, result, spent._asdict())
+        usage = client.usage
+    report = generate.write(options.out, job, pictures, result, usage._asdict())
     print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(pictures):,} pictures, "
           f"{report['refused']:,} answers refused {report['refused_reasons'] or ''}")  # fmt: skip
-    print(spent)
+    print(usage)
     code = unanswered([row["reason"] for row in result.unanswered])
     if not code and not result.records:
         raise DataError(f"{options.out / options.kind}.json holds no record: all {report['refused']:,} answers were "

@@ -46,7 +46,7 @@ def checkpoint_describer(
             # The text's tokens alone: neither the end token nor a stop string counts as length.
             tokens = len(assistant.format.tokenizer.encode(reply.text, bos=False))
             answer = Answer(reply.text, reply.ended_by, reply.prompt_tokens, tokens)
-            cache.keep(key, name, answer)
+            cache.put(key, name, answer)
             yield index, answer
 
     return ask

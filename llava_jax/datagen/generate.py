@@ -81,13 +81,13 @@ def make(
     return Result(*([row for index in sorted(rows[name]) for row in rows[name][index]] for name in _VERDICTS))
 
 
-def write(out: Path, job: Job, subjects: Sequence[Subject], result: Result, spent: dict[str, Any]) -> dict[str, Any]:
+def write(out: Path, job: Job, subjects: Sequence[Subject], result: Result, usage: dict[str, Any]) -> dict[str, Any]:
     """Writes KIND.json, KIND_rejects.jsonl, KIND_unanswered.jsonl and KIND_report.json; the report."""
     reasons = files.count(row["reason"].split(":")[0] for row in result.rejects)
     report = {
         "kind": job.kind, "subjects": len(subjects), "records": len(result.records), "refused": len(result.rejects),
         "refused_reasons": reasons, "unanswered": len(result.unanswered), "seed": job.seed, "attempts": job.attempts,
-        "examples": len(job.shots.examples), "spent": spent,
+        "examples": len(job.shots.examples), "spent": usage,
     }  # fmt: skip
     files.write_json(out / f"{job.kind}.json", result.records)
     files.write_lines(out / f"{job.kind}_rejects.jsonl", result.rejects)

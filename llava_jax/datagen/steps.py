@@ -36,9 +36,9 @@ def _describe(options: argparse.Namespace) -> int:
     if options.checkpoint is None:
         with open_client(options, options.out / "describe_cache.jsonl") as client:
             ask = curate.endpoint_describer(client, options.images, options.temperature, options.max_new_tokens)
-            start = functools.partial(Progress, spent=lambda: client.spent)
+            start = functools.partial(Progress, usage=lambda: client.usage)
             rows = curate.describe(readable, ask, prompts, options.short_tokens, start)
-            print(client.spent)
+            print(client.usage)
     else:
         rows = _describe_by_checkpoint(options, readable, prompts)
     rows = sorted([*rows, *unreadable], key=lambda row: row["image"])
@@ -74,13 +74,13 @@ def _describe_by_checkpoint(
 def _correct(options: argparse.Namespace) -> int:
     rows = _rows(options, curate.DESCRIBED, "describe")
     with open_client(options, options.out / "correct_cache.jsonl") as client:
-        start = functools.partial(Progress, spent=lambda: client.spent)
+        start = functools.partial(Progress, usage=lambda: client.usage)
         limit = options.max_new_tokens, 0.0 if options.temperature is None else options.temperature
         corrected = curate.correct(client, rows, _prompt(options, "correct.txt"), *limit, start)
-        spent = client.spent
+        usage = client.usage
     files.write_lines(options.out / curate.CORRECTED, corrected)
     changed = sum(row["corrected"] != row["text"] for row in corrected if "corrected" in row)
-    print(f"{options.out / curate.CORRECTED}: {len(corrected):,} descriptions, {changed:,} changed\n{spent}")
+    print(f"{options.out / curate.CORRECTED}: {len(corrected):,} descriptions, {changed:,} changed\n{usage}")
     return unanswered([row["unanswered"] for row in corrected if "unanswered" in row])
 
 

@@ -64,7 +64,7 @@ def _of_endpoint(
         results = answer.run(
             questions, respond, options.out, name, run_id, settings, options.host, options.hosts, missing
         )
-        print(client.spent)
+        print(client.usage)
     return results
 
 

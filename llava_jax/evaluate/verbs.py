@@ -91,7 +91,7 @@ def _judge(options: argparse.Namespace) -> int:
     with client(options, f"{options.out}.cache") as reviewer:
         reviews = judge.review(questions, candidates, rules, reviewer, options.repeats, options.attempts,
                                options.system, options.temperature)  # fmt: skip
-        print(reviewer.spent)
+        print(reviewer.usage)
     answers.write(options.out, reviews)
     unanswered = [row for row in reviews if "fault" in row.metadata]
     for row in unanswered:
@@ -127,7 +127,7 @@ def _judge_answers(
     else:
         with client(options, f"{options.out}.cache") as reviewer:
             replies = ensemble.requery(questions, ours, gpt4, reviewer)
-            print(reviewer.spent)
+            print(reviewer.usage)
         answers.write(f"{options.out}.requery", replies)
         faults_of_server = [Fault("not_answered", row.id, row.metadata["detail"]) for row in replies if row.metadata]
         if faults_of_server:

@@ -9,7 +9,7 @@ from llava_jax.datagen import generate, progress, shots, subjects
 from llava_jax.datagen.parsing import REASONS, Pair, Refused, pairs, parse
 from llava_jax.datagen.subjects import Box, Subject, context
 from llava_jax.errors import DataError
-from llava_jax.openai_client import Spent
+from llava_jax.openai_client import Usage
 
 DOG = Subject("7", "7.jpg", ("A dog on a sofa.", "A brown dog rests."), (Box("dog", (0.25, 0.40064, 0.7, 1.0)),))
 LLAVA_BENCH = Path(__file__).parents[3] / "shared" / "data" / "llava_bench" / "caps_boxes_coco2014_val_80.jsonl"
@@ -168,8 +168,8 @@ def test_brief_records_pair_a_drawn_question_with_a_caption():
 
 
 def test_progress_tells_speed_time_left_and_money():
-    spent = Spent(asked=100, cached=50, tokens_in=100_000, tokens_out=50_000, usd=1.5, earlier_usd=0.5)
-    line = progress.line("detail", 150, 1150, {"good": 140, "refused": 10}, spent, secs=50)
+    usage = Usage(asked=100, cached=50, tokens_in=100_000, tokens_out=50_000, usd=1.5, earlier_usd=0.5)
+    line = progress.line("detail", 150, 1150, {"good": 140, "refused": 10}, usage, secs=50)
     assert line == ("detail: 150 of 1,150; 140 good, 10 refused; 2.0/s, 8 min left; 150,000 tokens, "
                     "$1.50 of about $11.50")  # fmt: skip
     assert [progress.duration(secs) for secs in (5, 600, 12_000)] == ["5 s", "10 min", "3 h 20 min"]
