@@ -178,15 +178,15 @@ FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def documented():
-    """(command, words) of every line of README.md and launch/README.md that starts one of COMMANDS."""
+    """(command, arguments) of every line of README.md and launch/README.md that starts one of COMMANDS."""
     for path in (ROOT / "README.md", ROOT / "launch" / "README.md"):
         blocks = [block for language, block in FENCES.findall(path.read_text(encoding="utf-8")) if language == "sh"]
         for block in blocks:
             for line in block.replace("\\\n", " ").splitlines():
-                found = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)
-                if found and found[1] in COMMANDS:
-                    words = [word for word in shlex.split(found[2], comments=True) if word not in (";", "&&")]
-                    yield found[1], words
+                match = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)
+                if match and match[1] in COMMANDS:
+                    args = [arg for arg in shlex.split(match[2], comments=True) if arg not in (";", "&&")]
+                    yield match[1], args
 
 
 def test_the_documents_name_commands():
@@ -206,8 +206,8 @@ def test_every_documented_command_passes_its_parser(command, words, monkeypatch,
     monkeypatch.setattr(cli.Parser, "parse_args", stop)
     try:
         module.main(words)
-    except SystemExit as ended:
-        assert not ended.code, capsys.readouterr().err
+    except SystemExit as exit_error:
+        assert not exit_error.code, capsys.readouterr().err
     assert len(parsed) == 1, capsys.readouterr().err
 
 

@@ -196,7 +196,8 @@ def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, 
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, retries=1, backoff_secs=0.01)
         start = time.monotonic()
         with Client(endpoint, tmp_path / "c.jsonl") as client:
-            outcomes = dict(client.ask_many([chat_request("one"), chat_request("bad"), chat_request("two"), chat_request("bad", choice=1)]))
+            requests = [chat_request("one"), chat_request("bad"), chat_request("two"), chat_request("bad", choice=1)]
+            outcomes = dict(client.ask_many(requests))
         assert time.monotonic() - start < 25
         assert [outcomes[index].text for index in (0, 2)] == ["fine", "fine"]
         for outcome in (outcomes[1], outcomes[3]):
