@@ -82,7 +82,7 @@ def _add_curate(verbs: Any) -> None:
     def step(name: str, text: str) -> argparse.ArgumentParser:
         sub = steps.add_parser(name, help=text, description=text)
         sub.set_defaults(run=_curate, step=name)
-        _add_out(sub, draws=name in ("describe", "export"))
+        _add_out(sub, with_seed=name in ("describe", "export"))
         return sub
 
     sub = step("describe", "a checkpoint or an endpoint describes each picture, and continues short descriptions")

@@ -228,7 +228,7 @@ class Client:
         tokens = wire.estimate(request)
         try:
             if self._cache:
-                self._cache.sent(key, int(time.time()), tokens)
+                self._cache.record_sent(key, int(time.time()), tokens)
             outcome = self._attempts(key, request, closing)
             if isinstance(outcome, Failure):
                 self._record_failure(key, outcome)
