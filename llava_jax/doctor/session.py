@@ -134,7 +134,8 @@ class Record:
         self._hosts = distributed.exchange("doctor processes", _host())
         self._lines = [list[Line]() for _ in self._hosts]
         chip = machine.chip.name if machine.chip else None
-        self._header = {"mesh": dataclasses.asdict(machine.sizes), "chip": chip, "devices": devices.device_list(machine)}
+        sizes = dataclasses.asdict(machine.sizes)
+        self._header = {"mesh": sizes, "chip": chip, "devices": devices.device_list(machine)}
         fault = ""
         try:
             self._write()

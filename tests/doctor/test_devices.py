@@ -23,11 +23,11 @@ SIZES = ({}, {"tensor": 2}, {"tensor": 4}, {"tensor": 8}, {"data": 2, "tensor": 
 @pytest.fixture
 def topology(tmp_path):
     pytest.importorskip("libtpu")
-    from llava_jax.plan.compile import find_place
+    from llava_jax.plan.compile import find_target
 
     def machine(name, sizes):
-        place = find_place(configs.Mesh(**sizes), name)
-        return Machine(configs.Mesh(**sizes), place.mesh, place.chip, epath.Path(tmp_path), tmp_path, ("host",))
+        target = find_target(configs.Mesh(**sizes), name)
+        return Machine(configs.Mesh(**sizes), target.mesh, target.chip, epath.Path(tmp_path), tmp_path, ("host",))
 
     return machine
 
@@ -68,7 +68,7 @@ def test_a_process_that_sees_other_devices_is_named(monkeypatch, tmp_path):
     assert line.verdict == FAIL and "process 1 sees other devices than process 0" in line.figure
 
 
-@pytest.mark.parametrize("apart, verdict", [(0.2, OK), (60.0, WARN)])
+@pytest.mark.parametrize("offset_secs, verdict", [(0.2, OK), (60.0, WARN)])
 def test_clocks_that_are_apart_are_a_warning(monkeypatch, offset_secs, verdict):
     monkeypatch.setattr(distributed, "count", lambda: 2)
     monkeypatch.setattr(distributed, "exchange", lambda name, value: [value, value + offset_secs])
