@@ -15,7 +15,7 @@ NEW = "12"
 
 
 @pytest.fixture(scope="module")
-def chat_folder(tmp_path_factory):
+def root(tmp_path_factory):
     """A folder with a checkpoint and a picture."""
     folder = tmp_path_factory.mktemp("chat")
     tiny.save(folder / "model")
@@ -24,24 +24,24 @@ def chat_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def assistant(chat_folder) -> Assistant:
-    return Assistant.open(chat_folder / "model")
+def assistant(root) -> Assistant:
+    return Assistant.open(root / "model")
 
 
-def run(chat_folder, *arguments: str) -> int:
-    defaults = {"--checkpoint": str(chat_folder / "model"), "--max-new-tokens": NEW}
+def run(root, *arguments: str) -> int:
+    defaults = {"--checkpoint": str(root / "model"), "--max-new-tokens": NEW}
     return chat.main([*(arg for pair in defaults.items() if pair[0] not in arguments for arg in pair), *arguments])
 
 
-def test_a_prompt_is_answered_once(chat_folder, assistant, capsys):
-    assert run(chat_folder, "--image", str(chat_folder / "it.png"), "--prompt", "What is it?") == 0
+def test_a_prompt_is_answered_once(root, assistant, capsys):
+    assert run(root, "--image", str(root / "it.png"), "--prompt", "What is it?") == 0
     expected = assistant.reply(tiny.question("What is it?"), int(NEW))
     assert capsys.readouterr().out == expected.text + "\n"
 
 
-def test_without_a_prompt_the_conversation_has_a_history(chat_folder, assistant, capsys, monkeypatch):
+def test_without_a_prompt_the_conversation_has_a_history(root, assistant, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("What is it?\nWhere is it?\n\nnever read\n"))
-    assert run(chat_folder, "--image", str(chat_folder / "it.png")) == 0
+    assert run(root, "--image", str(root / "it.png")) == 0
     turns = (Turn("user", "<image>\nWhat is it?"),)
     first_reply = assistant.reply(Conversation(turns, (tiny.picture(),)), int(NEW))
     turns += (Turn("assistant", first_reply.text), Turn("user", "Where is it?"))
@@ -49,16 +49,16 @@ def test_without_a_prompt_the_conversation_has_a_history(chat_folder, assistant,
     assert capsys.readouterr().out == f"{first_reply.text}\n{second.text}\n"
 
 
-def test_the_end_of_the_input_ends_the_conversation(chat_folder, capsys, monkeypatch):
+def test_the_end_of_the_input_ends_the_conversation(root, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO(""))
-    assert run(chat_folder) == 0
+    assert run(root) == 0
     assert capsys.readouterr().out == ""
 
 
-def test_text_alone_with_a_temperature_repeats_with_its_seed(chat_folder, assistant, capsys):
+def test_text_alone_with_a_temperature_repeats_with_its_seed(root, assistant, capsys):
     settings = ["--prompt", "Hello", "--temperature", "1", "--top-p", "0.9", "--top-k", "40", "--seed", "3",
                 "--repetition-penalty", "0.2"]  # fmt: skip
-    assert run(chat_folder, *settings) == run(chat_folder, *settings) == 0
+    assert run(root, *settings) == run(root, *settings) == 0
     conversation = Conversation((Turn("user", "Hello"),))
     sampling = {"temperature": 1.0, "top_p": 0.9, "top_k": 40, "seed": 3}
     expected = assistant.reply(conversation, int(NEW), **sampling, repetition_penalty=0.2).text
@@ -80,10 +80,10 @@ def test_text_alone_with_a_temperature_repeats_with_its_seed(chat_folder, assist
         (["--checkpoint", "."], 66, "no model.json here"),
     ],
 )
-def test_a_fault_is_one_clear_line_and_its_exit_code(chat_folder, capsys, monkeypatch, arguments, code, message):
-    monkeypatch.chdir(chat_folder)
+def test_a_fault_is_one_clear_line_and_its_exit_code(root, capsys, monkeypatch, arguments, code, message):
+    monkeypatch.chdir(root)
     try:
-        exit_code = run(chat_folder, "--prompt", "Hello", *arguments)
+        exit_code = run(root, "--prompt", "Hello", *arguments)
     except SystemExit as stop:  # argparse's own way to end
         exit_code = stop.code
     assert exit_code == code
@@ -99,7 +99,7 @@ def test_a_checkpoint_must_be_named(capsys):
     assert "--checkpoint" in capsys.readouterr().err
 
 
-def test_without_a_limit_the_answer_may_fill_the_model(chat_folder, assistant, capsys):
+def test_without_a_limit_the_answer_may_fill_the_model(root, assistant, capsys):
     """The demo's model has 512 positions in all: a fixed default of 512 new tokens was refused."""
     question = tiny.question("What is it?")
     room = assistant._room(question)
@@ -110,33 +110,33 @@ def test_without_a_limit_the_answer_may_fill_the_model(chat_folder, assistant, c
         assistant.reply(tiny.question("What is it? " * 4000))
 
 
-def test_ctrl_c_ends_the_conversation_without_a_traceback(chat_folder, monkeypatch):
+def test_ctrl_c_ends_the_conversation_without_a_traceback(root, monkeypatch):
     def interrupt() -> str:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(chat, "_question", interrupt)
-    assert run(chat_folder) == 130
+    assert run(root) == 130
 
 
-def test_several_pictures_are_shown_in_order_or_where_the_question_names_them(chat_folder, assistant, capsys):
-    tiny.picture().rotate(90).save(chat_folder / "other.png")
-    images = ["--image", str(chat_folder / "it.png"), "--image", str(chat_folder / "other.png")]
-    assert run(chat_folder, *images, "--prompt", "What are they?") == 0
-    assert run(chat_folder, *images, "--prompt", "First <image>, then <image>.") == 0
+def test_several_pictures_are_shown_in_order_or_where_the_question_names_them(root, assistant, capsys):
+    tiny.picture().rotate(90).save(root / "other.png")
+    images = ["--image", str(root / "it.png"), "--image", str(root / "other.png")]
+    assert run(root, *images, "--prompt", "What are they?") == 0
+    assert run(root, *images, "--prompt", "First <image>, then <image>.") == 0
     pictures = (tiny.picture(), tiny.picture().rotate(90))
     texts = ("<image>\n<image>\nWhat are they?", "First <image>, then <image>.")
     expected = [assistant.reply(Conversation((Turn("user", text),), pictures, images_in_place=True), int(NEW)).text
                 for text in texts]  # fmt: skip
     assert capsys.readouterr().out.splitlines() == "\n".join(expected).splitlines()
-    assert run(chat_folder, *images, "--prompt", "Only <image>?") == 64
+    assert run(root, *images, "--prompt", "Only <image>?") == 64
     assert "has 1 <image> for 2 picture(s)" in capsys.readouterr().err
 
 
-def test_commands_add_a_picture_forget_and_end_and_a_mistake_costs_only_itself(chat_folder, assistant, capsys, monkeypatch):
-    lines = ["Hello", "/image nowhere.png", "/paint", f"/image {chat_folder / 'it.png'}", "What is it?", "/reset", "Hello",
+def test_commands_add_a_picture_forget_and_end_and_a_mistake_costs_only_itself(root, assistant, capsys, monkeypatch):
+    lines = ["Hello", "/image nowhere.png", "/paint", f"/image {root / 'it.png'}", "What is it?", "/reset", "Hello",
              "/quit", "never read"]  # fmt: skip
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines)))
-    assert run(chat_folder, "--system", "Be brief.") == 0
+    assert run(root, "--system", "Be brief.") == 0
     out, error = capsys.readouterr()
     turns = (Turn("user", "Hello"),)
     first = assistant.reply(Conversation(turns, system="Be brief."), int(NEW)).text
@@ -146,8 +146,8 @@ def test_commands_add_a_picture_forget_and_end_and_a_mistake_costs_only_itself(c
     assert "nowhere.png': no such file" in error and "/paint is no command" in error
 
 
-def test_a_url_is_fetched_only_where_that_is_asked_for(chat_folder, capsys):
-    content = (chat_folder / "it.png").read_bytes()
+def test_a_url_is_fetched_only_where_that_is_asked_for(root, capsys):
+    content = (root / "it.png").read_bytes()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
@@ -162,13 +162,13 @@ def test_a_url_is_fetched_only_where_that_is_asked_for(chat_folder, capsys):
     threading.Thread(target=server.serve_forever, daemon=True).start()
     url = f"http://127.0.0.1:{server.server_port}/it.png"
     try:
-        assert run(chat_folder, "--image", str(chat_folder / "it.png"), "--prompt", "What is it?") == 0
-        assert run(chat_folder, "--image", url, "--prompt", "What is it?", "--allow-urls") == 0
+        assert run(root, "--image", str(root / "it.png"), "--prompt", "What is it?") == 0
+        assert run(root, "--image", url, "--prompt", "What is it?", "--allow-urls") == 0
         one, two = capsys.readouterr().out.splitlines()
         assert one == two
-        assert run(chat_folder, "--image", url, "--prompt", "What is it?") == 64
+        assert run(root, "--image", url, "--prompt", "What is it?") == 64
         assert "--allow-urls" in capsys.readouterr().err
-        assert run(chat_folder, "--image", url + "x", "--prompt", "What is it?", "--allow-urls") == 64
+        assert run(root, "--image", url + "x", "--prompt", "What is it?", "--allow-urls") == 64
         assert "404" in capsys.readouterr().err
     finally:
         server.shutdown()
