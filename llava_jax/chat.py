@@ -132,7 +132,7 @@ def _open(source: str, allow_urls: bool) -> Any:
     from llava_jax.prompt.images import open_image
 
     if not source:
-        raise UsageError("/image wants a file")
+        raise UsageError("/image needs a file")
     if not source.startswith(("http://", "https://")):
         return open_image(source)
     if not allow_urls:

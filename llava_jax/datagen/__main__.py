@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data, 66 no checkpoint, 75 not all answered: run again."""
     options = _parser().parse_args(arguments)
     return cli.run("datagen", lambda: options.run(options),
-                   "interrupted; what was answered is kept: run the same command again")  # fmt: skip
+                   "interrupted; the answers are saved: run the same command again")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,7 +37,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=_generate, kind=kind)
         add_subjects(sub)
         add_endpoint(sub)
-        sub.add_argument("--attempts", type=int, default=1, help="at most so many answers until one is not refused")
+        sub.add_argument("--attempts", type=int, default=1, help="the most requests until an answer is not refused")
         _add_out(sub)
         _add_prompts(sub)
     sub = verbs.add_parser("brief", help="stage 1's records: a brief question and a caption; needs no server")
@@ -90,8 +90,8 @@ def _add_curate(verbs: Any) -> None:
     sub.add_argument("--checkpoint", metavar="DIR", help="the describer; or give --base-url and --model")
     sub.add_argument("--template", help="of the checkpoint's prompt, if not its own; of a stage 1's: v0, or minigpt4")
     sub.add_argument("--slots", type=int, default=8, help="pictures at once on this machine; default 8")
-    sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
-    sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")
+    sub.add_argument("--sample", type=int, help="a random sample of the pictures, by --seed (MiniGPT-4: 5000)")
+    sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="the longest short description; default 80")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
     add_endpoint(sub, required=False, max_new_tokens=DESCRIBE_TOKENS)
     sub = step("correct", "a language model corrects the language of each description")

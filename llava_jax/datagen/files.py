@@ -1,4 +1,4 @@
-"""Files of this package: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
+"""Reads JSON lists and lines of this package; writes whole files, so that a kill leaves the old or the new one."""
 
 import collections
 import json

@@ -51,7 +51,7 @@ def spacy_chunks(model: str) -> Phrases:
     """spaCy's noun chunks, as the paper used; model: an installed one, "en_core_web_sm".
 
     Raises:
-      ValueError: spaCy or the model is not installed; says how to get it.
+      ValueError: spaCy or the model is not installed; names the remedy.
     """
     try:
         import spacy

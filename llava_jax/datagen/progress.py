@@ -53,5 +53,5 @@ def unanswered(reasons: Sequence[str]) -> int:
     if not reasons:
         return 0
     print(f"datagen: {len(reasons):,} without an answer, the last one: {reasons[-1]}", file=sys.stderr)
-    print("datagen: what was answered is kept: run the same command again for the rest", file=sys.stderr)
+    print("datagen: the answers are saved: run the same command again for the rest", file=sys.stderr)
     return RETRY

@@ -1,4 +1,4 @@
-"""Rules that drop a description without asking anybody: a table of names, each with what it refuses.
+"""Rules that drop a description: a table of names, each with its predicate.
 
 MiniGPT-4's paper says that hard-coded rules removed frequent errors, but publishes neither the rules nor a driver:
 these are ours.

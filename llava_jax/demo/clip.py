@@ -74,7 +74,7 @@ def init(key: Array, vision: TowerConfig) -> dict[str, Any]:
     token_ids = jnp.zeros((1, 1), jnp.int32)
     side, width = vision.image_size, vision.width
     tower = _tower(vision).init(keys[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"]
-    norm = {"post_ln": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}  # a CLIP has it among its own leaves
+    norm = {"post_ln": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}  # a CLIP tower has it among its parameters
     return {
         "vision": tower,
         "text": Llama(TEXT).init(keys[1], jnp.zeros((1, 1, TEXT.width)), token_ids, token_ids)["params"],

@@ -40,7 +40,7 @@ class Thing(NamedTuple):
 Scene = tuple[Thing | None, ...]  # one entry for each of PLACES; things in a scene differ from each other
 
 ALL_PAIRS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
-# Each colour but one and each shape loses one partner, so that every word is still learned from other pairs.
+# Each colour but one and each shape loses one partner, so that every word still occurs in other pairs.
 UNSEEN_PAIRS = (
     Thing("red", "triangle"), Thing("green", "circle"), Thing("blue", "cross"), Thing("yellow", "square"),
 )  # fmt: skip

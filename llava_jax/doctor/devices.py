@@ -19,7 +19,7 @@ from llava_jax.doctor.machine import Machine
 from llava_jax.doctor.report import FAIL, OK, WARN, Line
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
-# TPUs show what XLA may use, which is what `chips` says; JAX takes three quarters of a GPU by default.
+# TPUs report the memory that XLA may use, as `chips` does; JAX takes three quarters of a GPU by default.
 MEMORY_SHARE = {"tpu": 0.97, "gpu": 0.7}
 # Neighbours on the innermost axis of a mesh that `make_mesh` makes are at most so far apart on average, on all
 # topologies of `chips` (tests/doctor/test_devices.py); in a random order of 16 chips they are 2.7 apart.

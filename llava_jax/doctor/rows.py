@@ -48,7 +48,7 @@ def _owner_line(trial: Trial, parts: Sequence[Rows]) -> Line:
 
 
 def _step_parts(parts: Sequence[Rows]) -> dict[int, int]:
-    """{part of the global array: part of the pipeline's step}, as the last process that holds it says."""
+    """{part of the global array: part of the pipeline's step}, by the last process that holds it."""
     return {shard: step_part for part in parts for step_part, shard in zip(part.places, part.shards)}
 
 

@@ -36,7 +36,7 @@ class Sizes(NamedTuple):
     host_bytes: int
 
 
-# Memory: well above what a chip keeps beside its arithmetic (v6e: 128 MiB).
+# Memory: well above a chip's on-chip memory (v6e: 128 MiB).
 ACCELERATOR = Sizes(rows=4096, loops=64, memory_bytes=2**30, collective_bytes=2**28, host_bytes=2**28)
 CPU = Sizes(rows=512, loops=4, memory_bytes=2**25, collective_bytes=2**22, host_bytes=2**25)
 
@@ -128,7 +128,7 @@ def _collectives(machine: Machine, axis: str, sizes: Sizes) -> Line:
     return report.threshold_line(
         f"over {axis} ({parts})", min(speeds.values()), figure, link and LINK_SHARE * link,
         f"at least {(link or 0) * LINK_SHARE / 1e9:.3g} GB/s: {LINK_SHARE:.0%} of {network}",
-        "other traffic, a slow link, or (between hosts with GPUs) NCCL over the wrong network: NCCL_DEBUG=INFO says so",
+        "other traffic, a slow link, or (between hosts with GPUs) NCCL over a wrong network: NCCL_DEBUG=INFO shows it",
     )  # fmt: skip
 
 

@@ -130,7 +130,7 @@ def _compile_trial(trial: Trial) -> CompiledTrial:
 
 
 def _kill_child(trial: Trial, workdir: epath.Path) -> str:
-    """Starts `train` in a process of its own and ends it by SIGKILL after its first save; what went wrong instead."""
+    """Starts `train` in a child process and ends it by SIGKILL after its first save; the fault, or ""."""
     command = [sys.executable, "-m", "llava_jax.train", *trial.args, "--workdir", str(workdir)]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(jax.config.jax_compilation_cache_dir),
@@ -149,7 +149,7 @@ def _kill_child(trial: Trial, workdir: epath.Path) -> str:
         output.seek(0)
         output_end = "; ".join(output.read().splitlines()[-3:])
     if code != -signal.SIGKILL or reader.latest_step(workdir) is None:
-        return f"`train` in a process of its own saves nothing in {CHILD_SECS:.0f} s (exit code {code}): {output_end}"
+        return f"`train` in a child process saves nothing in {CHILD_SECS:.0f} s (exit code {code}): {output_end}"
     return ""
 
 

@@ -73,7 +73,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a grid is run on.
+    """The inputs of a grid.
 
     bases: {"base", "last_layer", "small": checkpoint}; a row whose base is not there is left out.
     stage1, stage2: config files, with scalars to set in them. hand_off: "base", stage 2's model.base is stage 1;
@@ -121,7 +121,7 @@ def run(plan: Plan, rows: Sequence[Row], test_set: TestSet) -> list[tuple[Row, R
     start, results = time.monotonic(), []
     for row in rows:
         if row.base not in plan.bases:
-            print(f"leaves out {row.name}: it wants --{row.base.replace('_', '-')}", flush=True)
+            print(f"skips {row.name}: it needs --{row.base.replace('_', '-')}", flush=True)
             continue
         path = plan.workdir / row.name / "scores.json"
         if not path.exists():
@@ -253,7 +253,7 @@ def main(args: argparse.Namespace) -> int:
     try:
         results = run(plan, GRIDS[args.grid], test_set)
     except Preempted as stopped:
-        print(f"evaluate: SIGTERM has stopped {stopped}, which is saved; the same command goes on from there")
+        print(f"evaluate: SIGTERM has stopped {stopped}, which is saved; the same command resumes it")
         return errors.PREEMPTED
     text = table(results)
     (plan.workdir / "ablation.md").write_text(text + "\n")
@@ -290,6 +290,6 @@ def _test_set(args: argparse.Namespace) -> TestSet:
     if not any("rule" in (question.facts or {}) for question in questions):
         return TestSet(benchmark, data, options, settings, args.slots, args.template)
     if args.rules is None or args.base_url is None or args.model is None:
-        raise UsageError(f"--benchmark {benchmark.name} wants a judge: --rules, --base-url and --model")
+        raise UsageError(f"--benchmark {benchmark.name} needs a judge: --rules, --base-url and --model")
     rules = judge.rules(args.rules, questions)
     return TestSet(benchmark, data, options, settings, args.slots, args.template, review)

@@ -176,7 +176,7 @@ def run(
     they come, in a bucket every `FLUSH_SECS`; at the end the file is rewritten in the questions' order.
 
     Args:
-      faults: questions that cannot be asked; each becomes a row that says why.
+      faults: questions that cannot be asked; each becomes a row with the fault.
 
     Raises:
       DataError: the file holds answers of another run.
@@ -189,7 +189,7 @@ def run(
     pending = [job for job in jobs if (job.question.id, job.repeat) not in done]
     ready = [job for job in pending if job.question.id not in fault_by_id]
     if len(done):
-        print(f"goes on after {len(done):,} of {len(jobs):,} answers in {out}", flush=True)
+        print(f"resumes after {len(done):,} of {len(jobs):,} answers in {out}", flush=True)
     last_flush = time.monotonic()
     with contextlib.closing(GrowingFile(out, "".join(map(answers.line, done.values())).encode())) as file:
         fault_rows = _fault_answers(pending, fault_by_id, model, run_id)
@@ -261,12 +261,12 @@ def resume(path: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
     contents = answers.read([path])
     faults = [fault for fault in contents.faults if fault.kind != "truncated_line"]
     if faults:
-        raise DataError(f"{path}: {faults[0]}: mend or delete the file")
+        raise DataError(f"{path}: {faults[0]}: correct or delete the file")
     other_runs = {answer.metadata.get("run") for answer in contents.answers} - {run_id}
     if other_runs:
         raise DataError(
             f"{path} holds answers of another run (model, settings or questions differ): name another --out, or "
-            "delete the file to answer anew"
+            "delete the file to start again"
         )
     return {(answer.id, answer.repeat): answer for answer in contents.answers if "fault" not in answer.metadata}
 

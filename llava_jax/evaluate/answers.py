@@ -1,9 +1,9 @@
-"""The file between the verbs: answers.jsonl, one answer a line, in the field names of LLaVA's own answer files.
+"""The answer file, answers.jsonl: one answer a line, in the field names of LLaVA's own answer files.
 
     {"question_id": "7", "prompt": "What is it?", "text": "A cat.", "model_id": "runs/stage2", "metadata": {}}
 
-`metadata.repeat` numbers answers to one question that were asked for several times; `metadata.run` is a hash of all
-that the answers depend on; `metadata.fault` names what kept the question from being answered.
+`metadata.repeat` numbers the answers to one question that was asked several times; `metadata.run` is a hash of all
+that the answers depend on; `metadata.fault` names the reason why the question has no answer.
 """
 
 import collections
@@ -77,7 +77,7 @@ def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
 
 
 def match(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[int, dict[str, str]], list[Fault]]:
-    """{repeat: {id: text}}, in the questions' order, and what does not fit: no answer, an unknown id, an empty text."""
+    """{repeat: {id: text}}, in the questions' order, and faults: no answer, an unknown id, an empty text."""
     by_id = {question.id: question for question in questions}
     unknown = f"the benchmark asks no such question; its ids are such as {next(iter(by_id), '')!r}"
     by_repeat: dict[int, dict[str, Answer]] = collections.defaultdict(dict)
@@ -102,7 +102,7 @@ def match(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dic
 
 
 def merge(questions: Sequence[Question], paths: Sequence[epath.PathLike]) -> tuple[Answer, ...]:
-    """The answers of all hosts, in the benchmark's order: what one host alone would have written.
+    """The answers of all hosts, in the benchmark's order: equal to the file of a single host.
 
     Raises:
       DataError: a broken line, an id twice, an unknown one, or none for a question; names each.
@@ -128,7 +128,7 @@ def in_order(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterat
 
 
 def write(path: epath.PathLike, answers: Iterable[Answer]) -> None:
-    """Writes the file whole: it is never seen half written."""
+    """Writes the file atomically."""
     files.write_whole(path, "".join(map(line, answers)).encode())
 
 

@@ -14,7 +14,7 @@ from llava_jax.evaluate.questions import LETTERS, Question
 from llava_jax.openai_client import Client, Failure, Request
 
 TEMPERATURE, MAX_TOKENS = 0.0, 1024
-# Ours: the published prompt is not known. The last sentence is what the parser wants.
+# Ours: the published prompt is not known. The parser needs the last sentence.
 SYSTEM = "You settle disagreements about multiple-choice questions."
 DEMAND = ("Weigh both answers, trust neither, and decide for yourself; you cannot see the picture, if there is one, "
           'but assistant B could. End with one sentence of exactly this form: "The answer is X.", where X is the '

@@ -69,7 +69,7 @@ def _check_shared(out: epath.PathLike, shards: Sequence[epath.Path]) -> None:
     unseen = distributed.exchange("shards that are not seen", unseen)[0]
     if unseen:
         raise UsageError(
-            f"--out {out}: process 0 does not see what process {unseen[0]} of {len(shards)} writes beside it: want a "
+            f"--out {out}: process 0 does not see what process {unseen[0]} of {len(shards)} writes next to it: want a "
             "place that all hosts share; or start each with --host I --hosts N, and `merge` their files"
         )
 

@@ -1,6 +1,6 @@
-"""What a benchmark is: questions, an official rule that turns answers into numbers, and the files that it wants.
+"""The type of a benchmark: questions, an official rule that turns answers into numbers, and the files that it needs.
 
-Every benchmark is one module of `benchmarks/` with one `Benchmark`; the commands know nothing else of it.
+Every benchmark is one module of `benchmarks/` with one `Benchmark`, the only thing that the commands import from it.
 """
 
 import json
@@ -18,7 +18,7 @@ LETTER = "Answer with the option's letter from the given choices directly."  # S
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FILE = "FILE"  # an allowed value of an option: any path
 
-# kind -> (is it a fault of a file, what it means). A file's faults stop `score` until they are mended or allowed;
+# kind -> (is it a fault of a file, its meaning). A file's faults stop `score` until they are corrected or allowed;
 # a model's failings are part of its score: the official rule counts them as wrong, and each is listed by its id.
 FAULTS = {
     "truncated_line": (True, "the line is no JSON, as a kill leaves it"),
@@ -58,11 +58,11 @@ class BadBenchmark(DataError):
 class Question:
     """One question.
 
-    id: unique within the benchmark. text: what is asked, without a picture's marker.
+    id: unique within the benchmark. text: without a picture's marker.
     images: paths relative to the benchmark's picture folder, or encoded bytes.
     kind: the category that numbers are broken down by. choices: how many lettered choices there are; 0: none.
-    truth: what is right, in the benchmark's own form; None where only a server knows.
-    facts: what else its rule reads.
+    truth: the right answer, in the benchmark's own form; None where only a server has it.
+    facts: further inputs of its rule.
     """
 
     id: str
@@ -77,8 +77,7 @@ class Question:
 class Score(NamedTuple):
     """Numbers of one run. numbers: {column: value}, in the order of the benchmark's own table; main: its headline.
 
-    counts: {what was counted: how many}; findings: failings of the model. lacking: what the rule makes of these, and
-    of answers that are not there.
+    counts: {label: number}; findings: failings of the model. lacking: how the rule counts these, and missing answers.
     """
 
     numbers: dict[str, float]
@@ -109,11 +108,11 @@ class Benchmark(NamedTuple):
     """One benchmark.
 
     images: folder of the pictures below the data directory.
-    needs: what must lie there. read: its questions, and the faults of its files.
+    needs: the required files. read: its questions, and the faults of its files.
     score: its official rule, None where only a server has the truth.
-    submit: {file name: content} of what its server wants, from its data directory, questions and answers; or None.
-    tokens: of an answer at most. options: {name: allowed values, the default first}. ids: what ids look like, for who
-    brings answers with others.
+    submit: {file name: content} for its server, from its data directory, questions and answers; or None.
+    tokens: the limit of an answer. options: {name: allowed values, the default first}. ids: the form of its ids, for
+    the error about unknown ids.
     """
 
     name: str
@@ -136,7 +135,7 @@ def load_questions(
     images: look for the pictures' files.
 
     Raises:
-      DataError: a file is missing (says which, from where and in which layout), or has faults (names each).
+      DataError: a file is missing (names it, its source and the layout), or has faults (names each).
     """
     root = epath.Path(directory)
     needs = [need for need in _active_needs(benchmark, options) if images or not need.pictures]
@@ -213,7 +212,7 @@ def with_choices(question: str, choices: Sequence[str], suffix: str = LETTER) ->
 
 
 def percent(right: int | float, of: int) -> float:
-    """100 right / of; 0 for an empty group (its count in `Score.counts` says that it is empty)."""
+    """100 right / of; 0 for an empty group (its count in `Score.counts` is 0)."""
     return 100 * right / of if of else 0.0
 
 

@@ -1,4 +1,4 @@
-"""Scores of several runs as the papers show them: a row a run, a column a number, published rows beside; and plots.
+"""Tables and plots of several runs' scores in the papers' layout: a row a run, a column a number, and published rows.
 
 Tables are Markdown, CSV and LaTeX. matplotlib is imported here alone, and only for plots: `pip install ".[report]"`.
 """
@@ -237,7 +237,7 @@ def _overview(results: Sequence[tuple[str, Result]], names: Sequence[str]) -> st
 
 
 def _remarks(result: Result) -> list[str]:
-    """What stands behind a row: how many questions, repeats and failings."""
+    """The counts of a run: its questions, repeats and failings."""
     kinds: dict[str, int] = {}
     for finding in result.findings:
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1

@@ -30,8 +30,8 @@ class Value(NamedTuple):
 class Result(NamedTuple):
     """Numbers of one run of one benchmark.
 
-    model: what answered, also where a judge's reviews of it are scored. counts: of the first repeat. findings: faults
-    that were allowed and failings of the model; lacking: what the rule makes of them.
+    model: the one that answered, also where a judge's reviews of it are scored. counts: of the first repeat. findings:
+    faults that were allowed and failings of the model; lacking: how the rule counts them.
     """
 
     benchmark: str
@@ -56,7 +56,7 @@ def score(
     Raises:
       DataError: the files have faults and `allow_faults` is not set (names every one), or hold no answer at all, or
         questions of the user's own have no truth.
-      UsageError: the benchmark's truth is with its server, which wants the files of `submission`.
+      UsageError: only the benchmark's server has the truth; it takes the files of `submission`.
     """
     without_truth = [question.id for question in questions if question.truth is None]
     if without_truth and benchmark.submit is None:
@@ -64,7 +64,7 @@ def score(
                         "first: give each an answer to be scored")  # fmt: skip
     if benchmark.score is None or without_truth:
         raise UsageError(f"{benchmark.name}: not all of its answers are public (options {dict(options)}): "
-                         "--submission DIR writes what its server wants")  # fmt: skip
+                         "--submission DIR writes the files for its server")  # fmt: skip
     contents = answers.read(paths)
     by_repeat, unmatched = answers.match(questions, contents.answers)
     faults = [*contents.faults, *unmatched]
@@ -72,7 +72,7 @@ def score(
     where, unknown = ", ".join(map(str, paths)), any(fault.kind == "unknown_id" for fault in unmatched)
     if blocking and not allow_faults:
         raise DataError("\n".join([
-            f"{where}: {len(blocking)} faults, so no score; mend them, or score without with --allow-faults:",
+            f"{where}: {len(blocking)} faults, so no score; correct them, or score without with --allow-faults:",
             *(f"  {fault}" for fault in blocking),
             *([f"ids of {benchmark.name} are {benchmark.ids}"] if benchmark.ids and unknown else []),
         ]))  # fmt: skip
@@ -91,7 +91,7 @@ def submission(
     benchmark: Benchmark, questions: Sequence[Question], paths: Sequence[epath.PathLike], options: Options,
     data: epath.PathLike, directory: epath.PathLike,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Writes the files that the benchmark's server wants into `directory`; their paths. data: the benchmark's files.
+    """Writes the files for the benchmark's server into `directory`; their paths. data: the benchmark's files.
 
     Raises:
       DataError: a question has no answer or several, or a line is broken; names each. ValueError: it has no server.

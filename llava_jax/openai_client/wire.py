@@ -29,11 +29,11 @@ _PICTURE_TOKENS = 1500  # for estimates only; high for one picture of 1,024 pixe
 _ANSWER_TOKENS = 1024  # the same, where a request has no max_tokens
 _BYTES_PER_TOKEN = 3  # the same: English has about four, Chinese three
 _MAX_ANSWER_TOKENS = 10_000_000  # of one answer; a server that counts more counts wrongly
-_MAX_CHARACTERS = 300  # of what a server says
+_MAX_CHARACTERS = 300  # of a server's message
 
 
 class AskError(ValueError):
-    """A request has no answer; the message says why, without the key."""
+    """A request has no answer; the message is the reason, without the key."""
 
 
 @dataclass(frozen=True)

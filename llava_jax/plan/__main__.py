@@ -38,8 +38,8 @@ def _parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--config", metavar="FILE", help="the experiment; any of its scalars is set by --config.BRANCH.KEY=VALUE")
-    add("--topology", metavar="CHIP:SHAPE", help="where it would run, as v5e:4x4")
-    add("--slices", type=int, metavar="N", help="so many of them, joined by the data centre's network")
+    add("--topology", metavar="CHIP:SHAPE", help="the TPU slice, as v5e:4x4")
+    add("--slices", type=int, metavar="N", help="number of slices, joined by the data centre's network")
     add("--json", metavar="FILE", help="write the numbers there too")
     add("--price", type=float, metavar="USD", help="of one chip and hour")
     add("--samples", type=int, metavar="N", help="samples of the whole run, where the data is not on this machine")

@@ -200,7 +200,7 @@ class _Reader:
             branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.attributes)
             names = _attribute(op, r"branch_computations=\{([^}]*)\}")
             branches += [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
-            yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the dearest branch
+            yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the costliest branch
         elif op.opcode in ("fusion", "call", "async-start"):
             called = _attribute(op, r"(?:calls|to_apply)=%?([\w.\-]+)")
             yield called, 1, op.opcode == "fusion"
@@ -244,7 +244,7 @@ def _sum(a: Cost, b: Cost) -> Cost:
     transfers = dict(a.transfers)
     for key, transfer in b.transfers.items():
         previous = transfers.get(key)
-        # A fused collective goes on through several fusions under one channel: it moves its bytes once.
+        # A fused collective spans several fusions under one channel: it transfers its bytes once.
         if previous and key.startswith("channel "):
             transfer = max(previous, transfer, key=lambda candidate: candidate.bytes)
         elif previous:
@@ -359,7 +359,7 @@ def _kernel_flops(computation: Computation, op: Instruction) -> int | None:
 
 
 def _tile_pairs(queries: int, keys: int, tile: int) -> int:
-    """(query, key) pairs in the tiles that a causal mask touches; queries may go on behind the last key."""
+    """(query, key) pairs in the tiles that a causal mask touches; there may be more queries than keys."""
     return int(np.sum(np.minimum(keys, np.arange(tile, queries + 1, tile))) * tile)
 
 

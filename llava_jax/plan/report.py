@@ -18,7 +18,7 @@ GIB = 2**30
 # Text tokens of a record, and the share of them that is supervised. LLaVA-1.5's mixture is about 850 tokens with 576
 # of the picture, of which half the text is answers; its captions are about 605, all text supervised.
 TEXT_TOKENS = {"plain": (29, 1.0), "": (274, 0.5)}
-# Share of the positions that hold tokens in packed rows of at least so many. Source: tests/data/test_planner.py.
+# (least tokens of a row, share of its positions that hold tokens) of packed rows. Source: tests/data/test_planner.py.
 FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
 
 # The part of the model that an operation belongs to, by its name in the program; first match wins.
@@ -60,7 +60,7 @@ def workload_of(
     return Workload(
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
         supervised=supervised, images=min(math.ceil(samples), slots), chunks=-(-supervised // (parts * CHUNK)),
-        assumption=f"records of {length} tokens with one picture, {100 * supervised_share:.0f} % of the text learned"
+        assumption=f"records of {length} tokens with one picture, {100 * supervised_share:.0f} % of the text supervised"
         + (f", rows {100 * fill:.0f} % full" if packed else ", one in a row"),
     )  # fmt: skip
 

@@ -55,7 +55,7 @@ def test_the_grids_are_the_papers():
 
 
 @pytest.mark.parametrize("args, message", [
-    (("scienceqa",), "wants --scienceqa"), (("mixes",), "--conversation, --detail, --reasoning"),
+    (("scienceqa",), "needs --scienceqa"), (("mixes",), "--conversation, --detail, --reasoning"),
 ])  # fmt: skip
 def test_a_grid_without_its_data_is_refused(tmp_path, capsys, args, message):
     names = ("workdir", "base", "stage1", "stage2", "pretrain", "images")
@@ -115,7 +115,7 @@ def test_the_grid_of_scienceqa_runs_on_the_demo_world(demo_world, tmp_path, caps
                                  folder / "base_last_layer", "--scienceqa", science(folder, test_set))]  # fmt: skip
     assert command.main(args) == 0
     output = capsys.readouterr().out
-    assert "leaves out small: it wants --small" in output
+    assert "skips small: it needs --small" in output
     lines = (tmp_path / "ablation.md").read_text().splitlines()
     assert len(lines) == 2 + 4 and lines[-1].startswith("| no stage 1")
     targets = {name: json.loads((tmp_path / name / "records.json").read_text())[0]["conversations"][1]["value"]

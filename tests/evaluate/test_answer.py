@@ -115,7 +115,7 @@ def test_two_processes_of_one_job_are_one_host_to_the_byte(data, checkpoint, one
     assert (tmp_path / "apart.jsonl").read_bytes() == one_host_file.read_bytes(), results
     assert (tmp_path / "together.jsonl").read_bytes() == one_host_file.read_bytes(), results
     assert not list(tmp_path.glob("together-*"))
-    assert "goes on after 1 of 2 answers" in results[1][1] and "5 answers, 0 questions without one" in results[0][1]
+    assert "resumes after 1 of 2 answers" in results[1][1] and "5 answers, 0 questions without one" in results[0][1]
     assert "--out mine.jsonl: process 0 does not see what process 1 of 2 writes" in results[0][1]
 
 
@@ -124,7 +124,7 @@ def test_a_killed_run_goes_on_and_answers_nothing_twice(data, checkpoint, one_ho
     out = tmp_path / "answers.jsonl"
     out.write_text("".join(lines[:3]) + lines[3][:30])
     assert ask(data, checkpoint, out) == 0
-    assert "goes on after 3 of 5 answers" in capsys.readouterr().out
+    assert "resumes after 3 of 5 answers" in capsys.readouterr().out
     assert out.read_bytes() == one_host_file.read_bytes()
 
 

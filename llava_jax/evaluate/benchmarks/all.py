@@ -1,4 +1,4 @@
-"""The table of all benchmarks, by the name that the commands know them by."""
+"""The table of all benchmarks, by name."""
 
 import difflib
 

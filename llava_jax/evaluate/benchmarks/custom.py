@@ -1,4 +1,4 @@
-"""Your own questions: a JSON lines file with the answers that you hold for right.
+"""Custom questions: a JSON lines file with the right answers.
 
     {"id": "1", "image": "cat.jpg", "question": "What is it?", "answer": "a cat", "category": "animals"}
     {"id": "2", "image": "cat.jpg", "question": "Which one?", "choices": ["a dog", "a cat"], "answer": "B"}

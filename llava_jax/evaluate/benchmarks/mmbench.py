@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: lettered choices, asked once or in every rotation, and the sheet that the server wants.
+"""MMBench and MMBench-CN: lettered choices, asked once or in every rotation, and the sheet for the server.
 
 Source: haotian-liu/LLaVA llava/eval/model_vqa_mmbench.py and scripts/convert_mmbench_for_submission.py @ c121f04.
 Rows of one question have indices that differ by millions; it is solved if every rotation is.
@@ -105,7 +105,7 @@ def _decode(data: str) -> bytes | None:
 def _question(
     name: str, row: Mapping[str, str], image: bytes, choices: Sequence[str], truth: str | None, rotation: int
 ) -> Question:
-    """Rotation `turn` shows the choices from the turn-th on, so the right letter moves up by as much."""
+    """Rotation r lists the choices from the r-th on, so the right letter moves up by r."""
     rotated = [*choices[rotation:], *choices[:rotation]]
     if truth is not None and truth in LETTERS[: len(choices)]:
         truth = LETTERS[(LETTERS.index(truth) - rotation) % len(choices)]

@@ -52,7 +52,7 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     """F1, accuracy, precision, recall and share of yes of each kind in percent; F1 is their mean.
 
     A question without an answer counts as answered wrongly. Differs from LLaVA: answers find their questions by id,
-    there by line order; and where nothing is said or is yes, precision or recall is 0, there a division by zero.
+    there by line order; and where no answer or no truth is yes, precision or recall is 0, there a division by zero.
     """
     numbers: dict[str, float] = {}
     kinds = [kind for kind in KINDS if any(question.kind == kind for question in questions)]

@@ -26,7 +26,7 @@ from llava_jax.evaluate.questions import (
     sound_lines,
 )  # fmt: skip
 
-# What contractions are mended to; any one apostrophe may be missing ("couldnt've", "couldn'tve").
+# The normal forms of contractions; any one apostrophe may be missing ("couldnt've", "couldn'tve").
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
 needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
@@ -56,16 +56,16 @@ def normalised(answer: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     bare = text
     for mark in _PUNCTUATION:
-        beside_blank = mark + " " in text or " " + mark in text
-        bare = bare.replace(mark, "" if beside_blank else " ")
+        next_to_blank = mark + " " in text or " " + mark in text
+        bare = bare.replace(mark, "" if next_to_blank else " ")
     words = [_NUMBERS.get(word, word) for word in _DOT.sub("", bare, count=_DOTS_REMOVED).split()]
     return " ".join(_CONTRACTION_FIXES.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """How far an answer agrees with those of people, 0 to 1; with ten of them 3 who say the same make 0.9, 4 make 1.
+    """The agreement of an answer with those of people, 0 to 1; of ten people, 3 who agree make 0.9, 4 make 1.
 
-    The mean over all choices of all but one person of min(1, how many of them said it / 3).
+    The mean over all choices of all but one person of min(1, how many of them agree / 3).
     """
     text, others = normalised(answer), [normalised(other) for other in people]
     matches = others.count(text)
@@ -83,7 +83,7 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
 
 
 def _people(row: Any, where: str) -> list[str]:
-    """The answers of all who were asked."""
+    """The answers of all people."""
     return [field(answer, "answer", str, f"{where}: answers") for answer in field(row, "answers", list, where)]
 
 
@@ -116,7 +116,7 @@ def _vqav2(root: epath.Path, options: Options) -> Read:
 def _vqav2_files(
     root: epath.Path, questions: Sequence[Question], answers: Answers, options: Options
 ) -> dict[str, bytes]:
-    """EvalAI wants an answer to every question of test2015; those that are not in test-dev2015 get an empty one."""
+    """EvalAI requires an answer to every question of test2015; those that are not in test-dev2015 get an empty one."""
     name = _vqav2_questions("test2015" if options["split"].startswith("test") else options["split"])
     questions_json = field(read_json(root / name), "questions", list, name)
     ids = [field(row, "question_id", int, f"{name}[{number}]") for number, row in enumerate(questions_json)]
