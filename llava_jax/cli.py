@@ -20,17 +20,17 @@ INTERRUPTED = 130  # a shell's own after Ctrl-C
 RENAMED = {"--budget-usd": "--max-usd", "--budget-tokens": "--max-tokens-spent", "--max-tokens": "--max-new-tokens"}
 
 
-class _Once(argparse.Action):
+class _StoreOnce(argparse.Action):
     """Stores the value of an option that may be given once: of two values, one would be ignored silently."""
 
-    _filled: argparse.Namespace | None = None
+    _last_namespace: argparse.Namespace | None = None
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        if option is not None and self._filled is namespace:
+        if option is not None and self._last_namespace is namespace:
             raise argparse.ArgumentError(self, "is given more than once")
-        self._filled = namespace
+        self._last_namespace = namespace
         setattr(namespace, self.dest, values)
 
 
@@ -42,7 +42,7 @@ class Parser(argparse.ArgumentParser):
 
     def register(self, registry_name: str, value: Any, object: Any) -> None:
         stores = registry_name == "action" and value in (None, "store")
-        super().register(registry_name, value, _Once if stores else object)
+        super().register(registry_name, value, _StoreOnce if stores else object)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from llava_jax.datagen import files
-from llava_jax.datagen.parsing import Pair, Refused, parse
+from llava_jax.datagen.parsing import Pair, Refusal, parse
 from llava_jax.datagen.shots import KINDS, Shots
 from llava_jax.datagen.subjects import Subject, context
 from llava_jax.errors import DataError
@@ -127,6 +127,6 @@ def _verdict(subject: Subject, job: Job, outcome: Answer | Failure) -> tuple[str
     question = draw(job.questions, job.seed, subject.id, "question")
     try:
         turns = parse(job.kind, outcome.text, outcome.finish_reason, question)
-    except Refused as error:
+    except Refusal as error:
         return "refused", row | {"reason": str(error), "text": outcome.text}
     return "good", record(subject.id, subject.image, turns, job.seed)

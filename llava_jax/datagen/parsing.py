@@ -23,7 +23,7 @@ class Pair(NamedTuple):
     answer: str
 
 
-class Refused(ValueError):
+class Refusal(ValueError):
     """The answer is not used. str() is the reason: a word of REASONS, a colon, and what was found."""
 
 
@@ -41,26 +41,26 @@ def pairs(text: str) -> list[Pair]:
     """Questions and answers of a text with blocks between lines of `===`; a last question without answer is dropped.
 
     Raises:
-      Refused: a block has no head or no text, two of one kind follow each other, or there is no pair.
+      Refusal: a block has no head or no text, two of one kind follow each other, or there is no pair.
     """
     blocks = [_block(block) for block in _SEPARATOR.split(text.replace("\r\n", "\n").replace("\r", "\n").strip())]
     if len(blocks) % 2 and blocks[-1][0] == "question":
         blocks = blocks[:-1]
     if not blocks:
-        raise Refused("shape: a question without an answer")
+        raise Refusal("shape: a question without an answer")
     for index, (head, _) in enumerate(blocks):
         if head != ("question", "answer")[index % 2]:
-            raise Refused(f"shape: block {index + 1} is another {head}")
+            raise Refusal(f"shape: block {index + 1} is another {head}")
     return [Pair(blocks[i][1], blocks[i + 1][1]) for i in range(0, len(blocks) - 1, 2)]
 
 
 def _block(block: str) -> tuple[str, str]:
     heading = _HEADING.match(block.strip())
     if not heading:
-        raise Refused(f"shape: a block starts with {block.strip()[:40]!r}, not with Question: or Answer:")
+        raise Refusal(f"shape: a block starts with {block.strip()[:40]!r}, not with Question: or Answer:")
     text = block.strip()[heading.end() :].strip()
     if not text:
-        raise Refused(f"shape: an empty {heading[1].lower()}")
+        raise Refusal(f"shape: an empty {heading[1].lower()}")
     return heading[1].lower(), text
 
 
@@ -72,19 +72,19 @@ def parse(kind: str, text: str, finish_reason: str, question: str) -> Sequence[P
       finish_reason: as the server gave it.
 
     Raises:
-      Refused: with the reason.
+      Refusal: with the reason.
     """
     if finish_reason != "stop":
-        raise Refused(f"unfinished: finish_reason is {finish_reason!r}")
+        raise Refusal(f"unfinished: finish_reason is {finish_reason!r}")
     if not text.strip():
-        raise Refused("empty: no text")
+        raise Refusal("empty: no text")
     turns = [Pair(question, text.strip())] if kind == "detail" else pairs(text)
     if kind == "reasoning" and len(turns) != 1:
-        raise Refused(f"pairs: {len(turns)}, want 1")
+        raise Refusal(f"pairs: {len(turns)}, want 1")
     joined = "\n".join(part for pair in turns for part in pair)
     if _MARKER in joined:
-        raise Refused(f"marker: {_MARKER} in the text")
+        raise Refusal(f"marker: {_MARKER} in the text")
     leak = _SOURCE_WORDS.search(joined) or _COORDINATES.search(joined)
     if leak:
-        raise Refused(f"sources: {leak[0]!r}")
+        raise Refusal(f"sources: {leak[0]!r}")
     return turns

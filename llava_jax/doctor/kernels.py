@@ -30,10 +30,11 @@ def check(machine: Machine) -> Iterator[Line]:
     for backend in dict.fromkeys(row.backend for row in rows):
         yield _line(f"attention: {backend}", [row for row in rows if row.backend == backend], coverage)
     if others and machine.accelerated:
-        yield _line("attention: other devices", _elsewhere(machine, others, CASES[0]), f"{len(others)} devices, 1 case")
+        other_rows = _other_device_rows(machine, others, CASES[0])
+        yield _line("attention: other devices", other_rows, f"{len(others)} devices, 1 case")
 
 
-def _elsewhere(machine: Machine, devices: list[jax.Device], case: Case) -> list[Row]:
+def _other_device_rows(machine: Machine, devices: list[jax.Device], case: Case) -> list[Row]:
     rows = list[Row]()
     for device in devices:
         with jax.default_device(device):

@@ -42,21 +42,21 @@ class Check(NamedTuple):
     """`run` yields lines, on every process.
 
     limit_secs: a process that takes longer counts as one that hangs.
-    together: processes wait for each other in it.
+    collective: processes wait for each other in it.
     needs: the name of a check; after a FAIL in that one this one is skipped.
     """
 
     name: str
     run: Callable[[Machine], Iterable[Line]]
     limit_secs: float
-    together: bool = True
+    collective: bool = True
     needs: str = ""
 
 
 CHECKS = (
     Check("devices", devices.check, 30.0),
     Check("rows", rows.check, 60.0),
-    Check("kernels", kernels.check, 110.0, together=False),
+    Check("kernels", kernels.check, 110.0, collective=False),
     Check("speed", speed.check, 60.0),
     Check("workdir", storage.check, 90.0),
     Check("training", training.check, 240.0, needs="workdir"),
@@ -87,7 +87,7 @@ def examine(
         record.begin(machine)
         stack.callback(_delete, machine.folder)
         for check in CHECKS if checks is None else checks:
-            watch.expect(check.name, min(check.limit_secs, record.remaining_secs()), check.together)
+            watch.expect(check.name, min(check.limit_secs, record.remaining_secs()), check.collective)
             record.add(check.name, _lines(check, machine, record))
         watch.expect("end", LATE_SECS)
         record.add("end", [record.agreement()])
@@ -216,9 +216,9 @@ class Watch:
         self._record, self._finished = record, threading.Event()
         self.expect("start", START_SECS)
 
-    def expect(self, name: str, limit_secs: float, together: bool = True) -> None:
+    def expect(self, name: str, limit_secs: float, collective: bool = True) -> None:
         """A check begins."""
-        self._current = (name, time.monotonic(), limit_secs, together)
+        self._current = (name, time.monotonic(), limit_secs, collective)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator["Watch"]:
@@ -232,7 +232,7 @@ class Watch:
         broken_since = None
         while not self._finished.wait(0.5):
             current = self._current
-            name, begin, limit_secs, together = current
+            name, begin, limit_secs, collective = current
             if distributed.index() and name != "start":
                 limit_secs += LATE_SECS
             answers = self._answers(name)
@@ -240,7 +240,7 @@ class Watch:
                 broken_since = None
             elif broken_since is None:
                 broken_since = time.monotonic()
-            late = together and broken_since is not None and time.monotonic() - broken_since > GRACE_SECS
+            late = collective and broken_since is not None and time.monotonic() - broken_since > GRACE_SECS
             if (late or time.monotonic() - begin > limit_secs) and self._current is current:
                 self._end(name, time.monotonic() - begin, answers)
 

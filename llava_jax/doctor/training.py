@@ -89,7 +89,7 @@ def _check(machine: Machine) -> Iterator[Line]:
     saved = reader.latest_step(workdir)
     resumed = _preempt(compiled, workdir)
     continued = _resume(compiled, workdir)
-    undisturbed = _undisturbed(compiled, resumed.last, continued.last)
+    undisturbed = _undisturbed_run(compiled, resumed.last, continued.last)
     method = "`train` killed by SIGKILL" if has_child else f"ended in step {KILLED_STEP}, as devices have one process"
     expected_losses = undisturbed[-1].losses
     yield _comparison_line(KILLED, f"{method}, resumed after {saved}", [killed_losses, resumed.losses], resumed.state,
@@ -183,7 +183,7 @@ def _run(
     try:
         pipeline = trials.open_pipeline(compiled.trial, program.rows)
         saved = _restore(compiled.trial, checkpoints)
-        state = _first_state(compiled.trial) if saved is None else _state(saved)
+        state = _initial_state(compiled.trial) if saved is None else _state(saved)
         first = int(state.step) + 1
         if saved is not None:
             pipeline.restore(dict(saved.data))
@@ -221,9 +221,9 @@ def _resume(compiled: CompiledTrial, workdir: epath.Path) -> Trajectory:
     return Trajectory(losses, _fingerprint(state))
 
 
-def _undisturbed(compiled: CompiledTrial, *ends: int) -> list[Trajectory]:
+def _undisturbed_run(compiled: CompiledTrial, *ends: int) -> list[Trajectory]:
     """An undisturbed run, up to each of some steps."""
-    state, losses, trajectories = _first_state(compiled.trial), dict[int, float](), list[Trajectory]()
+    state, losses, trajectories = _initial_state(compiled.trial), dict[int, float](), list[Trajectory]()
     for end in ends:
         new_losses, state = _steps(compiled, state, len(losses), end - len(losses))
         losses |= new_losses
@@ -303,7 +303,7 @@ def _steps(compiled: CompiledTrial, state: State, done: int, count: int) -> tupl
     return {done + 1 + i: float(loss) for i, loss in enumerate(losses)}, state
 
 
-def _first_state(trial: Trial) -> State:
+def _initial_state(trial: Trial) -> State:
     sources = init.resolve(trial.program, trial.config.init, trial.config.model.base, trial.config.train.seed)
     return init.state(trial.program, sources, trial.config.train.seed)
 

@@ -154,10 +154,10 @@ def mixture(files: Sequence[AnyPath], shares: Sequence[float | int], seed: int, 
         source = open_source(file)
         order = np.random.default_rng([seed, number]).permutation(len(source))
         records += [source[int(i)].raw for i in order[: round(share * len(source))]]
-    return _limited(records, seed, limit)
+    return _limit(records, seed, limit)
 
 
-def _limited(records: list[Any], seed: int, limit: int | None) -> list[Any]:
+def _limit(records: list[Any], seed: int, limit: int | None) -> list[Any]:
     if limit is None or limit >= len(records):
         return records
     order = np.random.default_rng([seed, len(TYPES)]).permutation(len(records))
@@ -190,9 +190,9 @@ def _records(plan: Plan, row: Row, test_set: TestSet) -> tuple[Path, AnyPath]:
     """Writes what a row's stage 2 reads; the file, and the folder of its pictures."""
     if plan.scienceqa is not None:
         problems = scienceqa.read(plan.scienceqa)
-        problems_of_split = scienceqa.read_split(plan.scienceqa, "train", problems)
-        records: list[Any] = [scienceqa.record(problem, row.format) for problem in problems_of_split]
-        records, images = _limited(records, plan.seed, plan.records), plan.scienceqa / "images" / "train"
+        train_problems = scienceqa.read_split(plan.scienceqa, "train", problems)
+        records: list[Any] = [scienceqa.record(problem, row.format) for problem in train_problems]
+        records, images = _limit(records, plan.seed, plan.records), plan.scienceqa / "images" / "train"
     else:
         assert row.mix is not None
         records, images = mixture(plan.instructions, row.mix, plan.seed, plan.records), plan.images

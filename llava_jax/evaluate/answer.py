@@ -183,23 +183,23 @@ def run(
     """
     out = shard(path, host, hosts)
     share = list(questions)[host::hosts]
-    done = resume(out, run_id)
+    answered = resume(out, run_id)
     fault_by_id = {fault.id: fault for fault in faults}
     jobs = [Job(question, repeat) for question in share for repeat in range(settings.repeats)]
-    pending = [job for job in jobs if (job.question.id, job.repeat) not in done]
+    pending = [job for job in jobs if (job.question.id, job.repeat) not in answered]
     ready = [job for job in pending if job.question.id not in fault_by_id]
-    if len(done):
-        print(f"resumes after {len(done):,} of {len(jobs):,} answers in {out}", flush=True)
+    if len(answered):
+        print(f"resumes after {len(answered):,} of {len(jobs):,} answers in {out}", flush=True)
     last_flush = time.monotonic()
-    with contextlib.closing(GrowingFile(out, "".join(map(answers.line, done.values())).encode())) as file:
+    with contextlib.closing(GrowingFile(out, "".join(map(answers.line, answered.values())).encode())) as file:
         fault_rows = _fault_answers(pending, fault_by_id, model, run_id)
         for answer in _chain(fault_rows, _answers(ready, respond, model, run_id)):
-            done[answer.id, answer.repeat] = answer
+            answered[answer.id, answer.repeat] = answer
             file.add(answers.line(answer).encode())
             if time.monotonic() - last_flush > FLUSH_SECS:
                 file.flush()
                 last_flush = time.monotonic()
-    ordered = tuple(answers.in_order(questions, done.values()))
+    ordered = tuple(answers.in_order(questions, answered.values()))
     answers.write(out, ordered)
     return ordered
 

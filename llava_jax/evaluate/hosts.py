@@ -17,22 +17,23 @@ from llava_jax.evaluate.answer import Job, Responder, Response
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import Question
 
-Run = Callable[[Responder, int, int], tuple[Answer, ...]]  # (responder, host, hosts): `answer.run`
+RunFunction = Callable[[Responder, int, int], tuple[Answer, ...]]  # (responder, host, hosts): `answer.run`
 
 
 def run_all(
-    run: Run, questions: Sequence[Question], respond: Responder, out: epath.PathLike, run_id: str, together: bool
+    run: RunFunction, questions: Sequence[Question], respond: Responder, out: epath.PathLike, run_id: str,
+    spans_processes: bool,
 ) -> tuple[Answer, ...]:  # fmt: skip
     """The answers to all questions, on process 0; on the others those of their own share, if they have one.
 
     Args:
-      together: the model lies on the devices of all processes.
+      spans_processes: the model lies on the devices of all processes.
 
     Raises:
       UsageError: the processes have not the same command, checkpoint or `out`.
     """
     distributed.agree({"--out": str(out), "the run (questions, settings and checkpoint)": run_id})
-    if together:
+    if spans_processes:
         return _answer_together(run, questions, respond)
     index, count = distributed.index(), distributed.count()
     shards = [answer.shard(out, number, count) for number in range(count)]
@@ -47,7 +48,7 @@ def run_all(
     return merged
 
 
-def _answer_together(run: Run, questions: Sequence[Question], respond: Responder) -> tuple[Answer, ...]:
+def _answer_together(run: RunFunction, questions: Sequence[Question], respond: Responder) -> tuple[Answer, ...]:
     """Process 0 sends the jobs that are not answered yet; the others compute the same."""
 
     def lead(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:

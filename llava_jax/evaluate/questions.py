@@ -101,7 +101,7 @@ class Need(NamedTuple):
 
 Answers = Mapping[str, str]  # {question id: the answer's text}
 Options = Mapping[str, str]
-Read = tuple[list[Question], list[Fault]]
+ReadResult = tuple[list[Question], list[Fault]]
 
 
 class Benchmark(NamedTuple):
@@ -119,7 +119,7 @@ class Benchmark(NamedTuple):
     title: str
     images: str
     needs: tuple[Need, ...]
-    read: Callable[[epath.Path, Options], Read]
+    read: Callable[[epath.Path, Options], ReadResult]
     score: Callable[[Sequence[Question], Answers, Options], Score] | None = None
     submit: Callable[[epath.Path, Sequence[Question], Answers, Options], dict[str, bytes]] | None = None
     tokens: int = 16
@@ -129,7 +129,7 @@ class Benchmark(NamedTuple):
 
 def load_questions(
     benchmark: Benchmark, directory: epath.PathLike, options: Options, images: bool = False, allow_missing: bool = False
-) -> Read:
+) -> ReadResult:
     """The benchmark's questions, and a fault for each picture that is missing and allowed to be.
 
     images: look for the pictures' files.

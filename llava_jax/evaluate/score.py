@@ -79,7 +79,7 @@ def score(
     if not by_repeat:
         raise DataError(f"{where}: no answer to any of the {len(questions)} questions of {benchmark.name}")
     scores = [benchmark.score(questions, texts, options) for texts in by_repeat.values()]
-    models = sorted(set(map(_answered_by, contents.answers)))
+    models = sorted(set(map(_answering_model, contents.answers)))
     return Result(
         benchmark.name, benchmark.title, ", ".join(models), dict(options), len(questions), len(scores), _values(scores),
         scores[0].main, scores[0].counts, (*faults, *(finding for part in scores for finding in part.findings)),
@@ -108,7 +108,7 @@ def submission(
     return tuple(str(folder / name) for name in contents)
 
 
-def _answered_by(answer: answers.Answer) -> str:
+def _answering_model(answer: answers.Answer) -> str:
     """The model; of a judge's review, the candidate that it is about."""
     candidate = answer.metadata.get("candidate")
     return candidate if isinstance(candidate, str) and candidate else answer.model

@@ -14,7 +14,7 @@ from llava_jax.evaluate.questions import (
     Benchmark,
     Fault,
     Question,
-    Read,
+    ReadResult,
     bad_benchmark,
     load_questions,
     resolve_options,
@@ -149,7 +149,7 @@ def _complete_answers(questions: Sequence[Question], paths: Sequence[str]) -> di
     return {row.id: row for row in merged}
 
 
-def _questions(options: argparse.Namespace) -> Read:
+def _questions(options: argparse.Namespace) -> ReadResult:
     benchmark, settings = selection(options)
     return load_questions(benchmark, options.data, settings)
 

@@ -195,10 +195,10 @@ _TOTAL = re.compile(r"Used ([\d.]+)([KMGT]) of")
 def _memory_of_error(program: Program, error: str) -> Memory:
     """The memory that the compiler's error asks for, to its two digits."""
     memory = arguments_of(program)
-    for pattern, counted in ((_TEMPORARIES, 0), (_TOTAL, memory.arguments)):
+    for pattern, argument_bytes in ((_TEMPORARIES, 0), (_TOTAL, memory.arguments)):
         match = pattern.search(error)
         if match:
             required = int(float(match[1]) * UNITS[match[2]])
-            return dataclasses.replace(memory, temporaries=max(0, required - counted))
+            return dataclasses.replace(memory, temporaries=max(0, required - argument_bytes))
     raise UsageError(f"XLA ran out of memory and does not say by how much: {error[:500]}")
 

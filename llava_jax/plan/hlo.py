@@ -228,8 +228,8 @@ class _Reader:
         return None if None in (last, first, step) else max(0, -(-(last - first) // step))
 
     def _transfer(self, computation: Computation, op: Instruction, kind: str) -> Transfer | None:
-        known = computation.instructions
-        operand_bytes = sum(size_bytes(known[name].shape) for name in op.operands if name in known)
+        instructions = computation.instructions
+        operand_bytes = sum(size_bytes(instructions[name].shape) for name in op.operands if name in instructions)
         if op.opcode == "send":  # between TPU slices the host's runtime does what the chips cannot
             kind = _attribute(op, r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
             return Transfer(kind, _op_name(op), _ring_bytes(kind, operand_bytes, self.slices), True) if kind else None

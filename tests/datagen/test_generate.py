@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax.datagen import generate, progress, shots, subjects
-from llava_jax.datagen.parsing import REASONS, Pair, Refused, pairs, parse
+from llava_jax.datagen.parsing import REASONS, Pair, Refusal, pairs, parse
 from llava_jax.datagen.subjects import Box, Subject, context
 from llava_jax.errors import DataError
 from llava_jax.openai_client import Usage
@@ -139,7 +139,7 @@ def test_blocks_become_pairs(text, expected):
     ],
 )
 def test_what_cannot_be_used_is_refused_with_a_reason(kind, text, reason):
-    with pytest.raises(Refused) as caught:
+    with pytest.raises(Refusal) as caught:
         parse(kind, text, "stop", "What is it?")
     assert str(caught.value).startswith(reason) and reason.split(":")[0] in REASONS
 

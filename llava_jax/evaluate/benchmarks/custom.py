@@ -25,7 +25,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     lines,
     percent,
@@ -95,7 +95,7 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(numbers, "accuracy", {f"{name} of": len(members) for name, members in groups.items()}, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     rows, faults = lines(root / _FILE)
     questions = []
     for where, row in rows:

@@ -13,7 +13,17 @@ from typing import Any
 from etils import epath
 
 from llava_jax.data.files import field, texts
-from llava_jax.evaluate.questions import Answers, Benchmark, Fault, Need, Options, Question, Read, Score, sound_lines
+from llava_jax.evaluate.questions import (
+    Answers,
+    Benchmark,
+    Fault,
+    Need,
+    Options,
+    Question,
+    ReadResult,
+    Score,
+    sound_lines,
+)
 
 KINDS = ("conv", "detail", "complex")
 COCO_PREFIX = "COCO_val2014_"  # of the picture files; the questions' names lack it
@@ -95,7 +105,7 @@ def rule_name(question: Question) -> str:
     return str(dict(question.facts or {})["rule"])
 
 
-def _coco(root: epath.Path, options: Options) -> Read:
+def _coco(root: epath.Path, options: Options) -> ReadResult:
     contexts = {}
     for where, row in sound_lines(root / "caps_boxes_coco2014_val_80.jsonl"):
         captions = "\n".join(texts(row, "captions", where))
@@ -105,7 +115,7 @@ def _coco(root: epath.Path, options: Options) -> Read:
     return _join(root / "qa90_questions.jsonl", root / "qa90_gpt4_answer.jsonl", contexts, "", COCO_PREFIX)
 
 
-def _wild(root: epath.Path, options: Options) -> Read:
+def _wild(root: epath.Path, options: Options) -> ReadResult:
     contexts = {}
     for where, row in sound_lines(root / "context.jsonl"):
         caption = field(row, "caption", (str, list), where)
@@ -116,7 +126,7 @@ def _wild(root: epath.Path, options: Options) -> Read:
 
 def _join(
     questions_path: epath.Path, answers_path: epath.Path, contexts: Mapping[str, str], rule: str, image_prefix: str
-) -> Read:
+) -> ReadResult:
     """Questions with their reference answers and contexts, joined by id and by picture, whatever the files' order."""
     references: dict[str, Any] = {}
     faults = []

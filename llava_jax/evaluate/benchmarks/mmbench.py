@@ -25,7 +25,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     bad_benchmark,
     percent,
@@ -75,7 +75,7 @@ def _failings(question: Question, choice: str, text: str) -> list[Fault]:
     return []
 
 
-def _read(name: str, root: epath.Path, options: Options) -> Read:
+def _read(name: str, root: epath.Path, options: Options) -> ReadResult:
     rows = _rows(root / FILES[name])
     pictures = {row["index"]: row["image"] for row in rows}
     questions, faults = [], []

@@ -18,7 +18,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
 )  # fmt: skip
@@ -55,8 +55,8 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(sums | numbers, "perception", counts, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
-    made: list[Question] = []
+def _read(root: epath.Path, options: Options) -> ReadResult:
+    questions: list[Question] = []
     faults: list[Fault] = []
     for kind in (*PERCEPTION, *COGNITION):
         folder = root / _FOLDER / kind
@@ -68,14 +68,14 @@ def _read(root: epath.Path, options: Options) -> Read:
                 faults.append(Fault("missing_image", f"{kind}/{path.stem}", f"no picture named so in {folder}"))
             for number, line in enumerate(read_text(path).splitlines()):
                 identity = f"{kind}/{path.stem}#{number}"
-                asked, tab, truth = line.rstrip("\n").partition("\t")
+                question, tab, truth = line.rstrip("\n").partition("\t")
                 if truth.strip().lower() not in ("yes", "no"):
                     kind_of_fault = "wrong_truth" if tab else "truncated_line"
                     faults.append(Fault(kind_of_fault, identity, f"{line[:60]!r}: want QUESTION<tab>Yes|No", str(path)))
                 elif image is not None:
-                    text = f"{asked.replace(_DEMAND, '').strip()}\n{SHORT}"
-                    made.append(Question(identity, text, (image,), kind, 0, truth.strip().lower()))
-    return made, faults
+                    text = f"{question.replace(_DEMAND, '').strip()}\n{SHORT}"
+                    questions.append(Question(identity, text, (image,), kind, 0, truth.strip().lower()))
+    return questions, faults
 
 
 def _texts(folder: epath.Path) -> Iterator[epath.Path]:

@@ -20,7 +20,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     sound_lines,
@@ -82,7 +82,7 @@ def _marks(questions: Sequence[Question], answers: Answers) -> Marks:
     return Marks(*(pairs.count(pair) for pair in ((True, True), (False, True), (False, False), (True, False))))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     questions, faults = [], []
     for kind in KINDS:
         for where, row in sound_lines(root / f"coco_pope_{kind}.json"):

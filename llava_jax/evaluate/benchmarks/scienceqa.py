@@ -19,7 +19,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
 )  # fmt: skip
@@ -109,7 +109,7 @@ def question(problem: files.Problem, format: str, ask_letter: bool, split: str) 
     return Question(problem.id, text, images, problem.subject, len(problem.choices), problem.letter, facts)
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     problems = files.read(root)
     split_problems = files.read_split(root, options["split"], problems)
     ask_letter = options["letter"] == "true"

@@ -18,7 +18,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     with_choices,
@@ -45,7 +45,7 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(numbers, "all", {f"{name} of": len(members) for name, members in groups.items()}, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     contents = read_json(root / _FILE)
     kinds = field(contents, "question_type", dict, _FILE)
     names = {field(kinds, name, int, f"{_FILE}: question_type"): name for name in kinds}

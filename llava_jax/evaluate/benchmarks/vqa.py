@@ -20,7 +20,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     sound_lines,
@@ -91,7 +91,7 @@ def _vqav2_questions(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}_questions.json"
 
 
-def _vqav2(root: epath.Path, options: Options) -> Read:
+def _vqav2(root: epath.Path, options: Options) -> ReadResult:
     split = options["split"]
     name = _vqav2_questions(split)
     rows = field(read_json(root / name), "questions", list, name)
@@ -124,7 +124,7 @@ def _vqav2_files(
     return {f"vqav2_{options['split']}.json": json.dumps(rows).encode()}
 
 
-def _vizwiz(root: epath.Path, options: Options) -> Read:
+def _vizwiz(root: epath.Path, options: Options) -> ReadResult:
     name = f"{options['split']}.json"
     questions = []
     for number, row in enumerate(read_json(root / name, list)):
@@ -143,7 +143,7 @@ def _vizwiz_files(
     return {f"vizwiz_{options['split']}.json": json.dumps(rows).encode()}
 
 
-def _textvqa(root: epath.Path, options: Options) -> Read:
+def _textvqa(root: epath.Path, options: Options) -> ReadResult:
     """With ocr=true the questions hold LLaVA's "Reference OCR token:" line, which its file alone has."""
     name = "TextVQA_0.5.1_val.json"
     rows = field(read_json(root / name), "data", list, name)
