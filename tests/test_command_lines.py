@@ -121,9 +121,9 @@ def test_a_line_that_is_typed_wrong_is_answered_in_one(line, tmp_path, monkeypat
         code = importlib.import_module(f"llava_jax.{command}.__main__").main(words)
     except SystemExit as stop:
         code = stop.code
-    shown = capsys.readouterr()
-    assert code == 64 and LINES[line] in shown.err
-    assert shown.err.count("\n") == 1 and not shown.out
+    printed = capsys.readouterr()
+    assert code == 64 and LINES[line] in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
 
 
 QUICK = ("evaluate nonsense", "evaluate list scienceQ", f"evaluate answer {CUSTOM} --out o",
@@ -150,10 +150,10 @@ print(code, sorted({"jax", "flax", "optax", "orbax", "transformers", "torch", "m
 def test_a_usage_error_is_quick_for_it_imports_nothing_heavy(line, tmp_path):
     """0.2 s of one quiet core, where `python -c pass` takes 0.03 s; the limit is for machines that are busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *shlex.split(line)], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    completed = subprocess.run([sys.executable, "-c", SCRIPT, *shlex.split(line)], cwd=tmp_path, capture_output=True,
+                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout == "64 []\n", done.stdout + done.stderr
+    assert completed.stdout == "64 []\n", completed.stdout + completed.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 

@@ -1,4 +1,4 @@
-"""The shipped base models: small, whole, read like real weights, and able to talk about a caption given as text."""
+"""The shipped base models: small, complete, read like real weights, and able to answer about a caption."""
 
 import json
 

@@ -86,14 +86,14 @@ def test_what_would_take_too_long_is_skipped(examine, monkeypatch):
 def test_a_check_that_hangs_costs_its_own_line_and_ends_with_1(tmp_path):
     path = tmp_path / "doctor.json"
     command = [sys.executable, "-c", HANGS.format(json=str(path))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                          cwd=Path(__file__).parents[2], timeout=120)  # fmt: skip
-    assert done.returncode == 1 and "process 0 does not answer in the check of hard" in done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                               cwd=Path(__file__).parents[2], timeout=120)  # fmt: skip
+    assert completed.returncode == 1 and "process 0 does not answer in the check of hard" in completed.stderr
     [process] = json.loads(path.read_text())["processes"]
     assert [(line["check"], line["verdict"]) for line in process["lines"]] == [
         ("easy", OK), ("hard: comes to its end", FAIL),
     ]  # fmt: skip
-    assert "in hang" in process["lines"][1]["detail"] and "verdict  check" in done.stdout
+    assert "in hang" in process["lines"][1]["detail"] and "verdict  check" in completed.stdout
 
 
 def test_the_file_says_what_the_machine_is(examine, tmp_path):

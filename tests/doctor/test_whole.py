@@ -20,9 +20,9 @@ def doctor(tmp_path, devices, *args):
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
     command = [sys.executable, "-m", "llava_jax.doctor", "--json", str(tmp_path / "doctor.json"), *args]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
-                          timeout=400)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    completed = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+                               timeout=400)  # fmt: skip
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:]
     [process] = json.loads((tmp_path / "doctor.json").read_text())["processes"]
     return {line["check"]: line for line in process["lines"]}
 

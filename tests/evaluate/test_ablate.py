@@ -66,7 +66,7 @@ def test_a_grid_without_its_data_is_refused(tmp_path, capsys, args, message):
 
 @pytest.fixture(scope="module")
 def demo_world(tmp_path_factory):
-    """A small demo world with its exam, and the bases of two layers."""
+    """A small demo world with its test set, and the bases of two layers."""
     folder = tmp_path_factory.mktemp("demo")
     test_sets = records.write(folder / "world", 0, SIZES)
     for name, layer in (("base", -2), ("base_last_layer", -1)):

@@ -195,8 +195,8 @@ def test_two_passes_reason_first_and_then_name_the_answer(data, checkpoint):
     for index, response in respond([answer.Job(question, 0) for question in questions]):
         prompt = answer.conversation(questions[index])
         reasons = assistant.reply(prompt, NEW, image_root=data / "images").text.split("###")[0].rstrip()
-        begun = Conversation(prompt.turns, prompt.images, prompt.id, begun=f"{reasons} ###\nANSWER:")
-        second = assistant.reply(begun, 64, image_root=data / "images")
+        prefixed = Conversation(prompt.turns, prompt.images, prompt.id, begun=f"{reasons} ###\nANSWER:")
+        second = assistant.reply(prefixed, 64, image_root=data / "images")
         assert response.text == f"{reasons}\n The answer is {second.text}"
 
 

@@ -199,8 +199,8 @@ TEXTS = {"A": "The answer is A.", "B": "The answer is B.", "none": "I cannot tel
 def test_complement_takes_gpt4_wherever_it_answers(tmp_path, ours, gpt4):
     problem = scienceqa.question(files.read(write(tmp_path))["7"], "QCM-LEA", False, "test")
     joined = ensemble.complement([problem], answer_map(TEXTS[ours]), answer_map(TEXTS[gpt4]))
-    wanted = {"none": ours}.get(gpt4, gpt4)
-    assert joined.answers[0].text == TEXTS[wanted]
+    expected = {"none": ours}.get(gpt4, gpt4)
+    assert joined.answers[0].text == TEXTS[expected]
     assert joined.counts == {"gpt4": int(gpt4 != "none"), "ours": int(gpt4 == "none")}
 
 

@@ -147,11 +147,11 @@ def test_merged_shards_are_one_hosts_file(tmp_path):
 
 
 def test_shards_of_different_runs_do_not_mix(tmp_path):
-    asked, _ = load(bench(tmp_path))
+    question_list, _ = load(bench(tmp_path))
     answers.write(tmp_path / "a.jsonl", [Answer(i, t, metadata={"run": "x"}) for i, t in GOOD[:2]])
     answers.write(tmp_path / "b.jsonl", [Answer(i, t, metadata={"run": "y"}) for i, t in GOOD[2:]])
     with pytest.raises(DataError, match="2 different runs"):
-        answers.merge(asked, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+        answers.merge(question_list, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
 
 
 def run(*args):
@@ -191,8 +191,8 @@ def test_what_a_benchmark_lacks_is_said_with_where_it_comes_from(tmp_path, capsy
 def test_scoring_touches_no_accelerator(tmp_path):
     """On a platform that does not exist every use of a device would fail."""
     path = answered(tmp_path / "a.jsonl", GOOD)
-    words = ["score", "--benchmark", "custom", "--data", str(bench(tmp_path)), str(path)]
-    done = subprocess.run([sys.executable, "-m", "llava_jax.evaluate", *words], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "none_such"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    args = ["score", "--benchmark", "custom", "--data", str(bench(tmp_path)), str(path)]
+    completed = subprocess.run([sys.executable, "-m", "llava_jax.evaluate", *args], capture_output=True, text=True,
+                               env={**os.environ, "JAX_PLATFORMS": "none_such"})  # fmt: skip
+    assert completed.returncode == 0, completed.stderr
+    assert "accuracy" in completed.stdout

@@ -165,8 +165,8 @@ def test_a_scan_over_cut_weights_gathers_each_layer_once(mesh):
     for options in ({}, {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}):
         cost = hlo.cost(lowered.compile(compiler_options=options).as_text())
         assert cost.flops == 16 * 2 * 512 * 1024 * 1024
-        sent = 16 * 2 * 1024 * 1024 * 7 / 8
-        assert sent <= kinds(cost).total() <= 1.05 * sent * 8 / 7, kinds(cost)
+        expected_bytes = 16 * 2 * 1024 * 1024 * 7 / 8
+        assert expected_bytes <= kinds(cost).total() <= 1.05 * expected_bytes * 8 / 7, kinds(cost)
 
 
 def test_sums_between_slices_go_over_the_network():
