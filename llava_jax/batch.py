@@ -11,6 +11,39 @@ import numpy as np
 
 from llava_jax.errors import UsageError
 
+NEWLINE = -2  # in a `Layout`: the model's `image_newline`
+
+
+class Corners(NamedTuple):
+    """Features that are mixed from four: where a picture's features are resized.
+
+    slots: int32 [..., 4]; weights: float32 [..., 4], of sum 1.
+    """
+
+    slots: np.ndarray
+    weights: np.ndarray
+
+
+def alone(slots: np.ndarray) -> Corners:
+    """Features that are as they are: of `slots` [...] the first corner of weight 1."""
+    weights = np.zeros((*slots.shape, 4), np.float32)
+    weights[..., 0] = 1
+    return Corners(np.repeat(slots[..., None], 4, axis=-1), weights)
+
+
+class Layout(NamedTuple):
+    """Which features of a picture's tiles stand for it, in order.
+
+    tiles: pictures of the tower's size that it is cut into; features: N, of each.
+    slots: int32 [n]: tile * N + p for feature p of a tile, or `NEWLINE`; where features are mixed, the first of four.
+    corners: all four; None where none is mixed.
+    """
+
+    tiles: int
+    features: int
+    slots: np.ndarray
+    corners: Corners | None = None
+
 
 class Span(NamedTuple):
     """Positions `start .. start + length - 1` of one image's features in a token row."""
@@ -26,9 +59,10 @@ class Example:
     tokens: int32 [T], input ids; 0 where an image feature goes.
     learned: bool [T], True where the token is a target (it is predicted from the position before it).
     image_spans: where each image's features go, in reading order; never overlapping.
-    images: uint8 [H, W, 3] each, resized to the tower's size; one for each span (empty if not opened).
+    images: uint8 [H, W, 3] each, of the tower's size; the tiles of each span in turn (empty if not opened).
     id: the record's own id, for messages.
     weight: how much each of its targets counts, relative to those of others.
+    layouts: of the features of each span; (): each has one image, whose features stand in their own order.
 
         tokens   <s> A chat ... USER: [0 0 0 0] What is it? ASSISTANT: A cat . </s>
         learned   .  .  .        .     . . . .   .    .  .   .          x  x  x  x
@@ -41,6 +75,12 @@ class Example:
     images: tuple[np.ndarray, ...]
     id: str
     weight: float | int = 1.0
+    layouts: tuple[Layout, ...] = ()
+
+    @property
+    def tiles(self) -> int:
+        """How many `images` it has, opened or not."""
+        return sum(layout.tiles for layout in self.layouts) if self.layouts else len(self.image_spans)
 
 
 class Batch(NamedTuple):
@@ -60,7 +100,23 @@ class Batch(NamedTuple):
     positions: np.ndarray  # int32 [B, T]: position inside its own sample, restarting at each packed sample
     segments: np.ndarray  # int32 [B, T]: sample number within the row, from 1; 0 is padding
     image_slots: np.ndarray  # int32 [B, T]: row i * N + p of this group's features, or -1; I * N is image_newline
-    pixels: np.ndarray  # uint8 [G, I, H, W, 3]: the group's pictures, normalised on the device; I >= 1 always
+    pixels: np.ndarray  # uint8 [G, I, H, W, 3]: the group's pictures or tiles, normalised on the device; I >= 1 always
+
+
+class ResizedBatch(NamedTuple):
+    """A `Batch` for a model that resizes the features of large pictures."""
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    weights: np.ndarray
+    positions: np.ndarray
+    segments: np.ndarray
+    image_slots: np.ndarray  # of each position with an image feature the first of its corners
+    pixels: np.ndarray
+    corners: Corners  # [B, T, 4]: the features that are mixed there
+
+
+AnyBatch = Batch | ResizedBatch
 
 
 class Field(NamedTuple):
@@ -70,8 +126,12 @@ class Field(NamedTuple):
     dtype: np.dtype
 
 
-def spec(rows: int, row_tokens: int, groups: int, images_per_group: int, image_size: int) -> Batch:
+def spec(
+    rows: int, row_tokens: int, groups: int, images_per_group: int, image_size: int, resizes: bool = False
+) -> AnyBatch:
     """A `Batch` of `Field`s: all shapes and dtypes, known without data.
+
+    resizes: of a `ResizedBatch`.
 
     Raises:
       ValueError: `groups` does not divide `rows`, or a size is below 1.
@@ -84,7 +144,30 @@ def spec(rows: int, row_tokens: int, groups: int, images_per_group: int, image_s
     if rows % groups:
         raise UsageError(f"batch rows={rows} do not divide into groups={groups}: choose rows as a multiple of groups")
     ids = Field((rows, row_tokens), np.dtype(np.int32))
-    return Batch(
+    found = Batch(
         tokens=ids, targets=ids, weights=Field(ids.shape, np.dtype(np.float32)), positions=ids, segments=ids,
         image_slots=ids, pixels=Field((groups, images_per_group, image_size, image_size, 3), np.dtype(np.uint8)),
     )  # fmt: skip
+    if not resizes:
+        return found
+    four = Corners(*(Field((rows, row_tokens, 4), np.dtype(kind)) for kind in (np.int32, np.float32)))
+    return ResizedBatch(*found, four)
+
+
+def lay_images(
+    example: Example, slots: np.ndarray, corners: Corners | None, first: int, images_per_group: int
+) -> None:
+    """Writes where an example's image features come from into `slots` [n], and into `corners` [n, 4] if there are any.
+
+    first: the number of its first tile among the `images_per_group` of its group.
+    """
+    plain = [Layout(1, length, np.arange(length, dtype=np.int32)) for _, length in example.image_spans]
+    for span, layout in zip(example.image_spans, example.layouts or plain, strict=True):
+        here = slice(span.start, span.start + span.length)
+        newline, start = images_per_group * layout.features, first * layout.features
+        slots[here] = np.where(layout.slots == NEWLINE, newline, start + layout.slots)
+        if corners is not None:
+            mixed = layout.corners or alone(layout.slots)
+            corners.slots[here] = np.where(mixed.slots == NEWLINE, newline, start + mixed.slots)
+            corners.weights[here] = mixed.weights
+        first += layout.tiles

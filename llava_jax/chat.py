@@ -38,7 +38,7 @@ class Session:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the chat and returns its exit code; an error is one line."""
     args = _arguments(argv)
-    return cli.run("chat", lambda: _run(args), "")
+    return cli.run("chat", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -149,9 +149,14 @@ def _open(source: str, allow_urls: bool) -> Any:
 
 def _question() -> str:
     """The next line, with a prompt on a terminal; empty at the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt) as end:
+        if prompt:
+            print()  # Ctrl-D and Ctrl-C leave the cursor behind the prompt
+        if isinstance(end, KeyboardInterrupt):
+            raise
         return ""
 
 

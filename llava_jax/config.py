@@ -34,7 +34,11 @@ class Model:
 @dataclass(frozen=True)
 class Prompt:
     template: str = "v1"
-    image_mode: Literal["square", "pad", "squash"] = "pad"
+    image_mode: Literal["square", "pad", "squash", "anyres"] = "pad"
+    grids: str = ""  # of anyres: columns x rows of tiles, such as "1x2 2x1 2x2 3x1 1x3"; the first of equals is taken
+    merge: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"  # of anyres: the tiles' features in order
+    max_tiles: int = 0  # of anyres: features of more tiles are resized to so many ("anyres_max_9"); 0: never
+    several: Literal["anyres", "pad"] = "anyres"  # of anyres: what several pictures of a conversation are, each
     image_start_end: bool = False
     legacy: bool | None = None  # the SentencePiece prefix rule; None: what the tokenizer's own files say
     tokenizer: str = ""  # directory or file; "": the one in `model.base`

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch
 from llava_jax.errors import UsageError
 
 _MANY = 2**31 - 1  # steps are counted in int32
@@ -130,7 +130,7 @@ def check_step(rows: int, row_tokens: int, images: int, image_size: int) -> None
         )
 
 
-def check_ids(batch: Batch, rows: int) -> None:
+def check_ids(batch: AnyBatch, rows: int) -> None:
     """Raises ValueError where a batch holds an id that the vocabulary has no row for: its last row would be read.
 
     Args:

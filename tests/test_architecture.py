@@ -19,6 +19,7 @@ PACKAGES = {
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch", "limits"),
+    "__main__.py": (),  # it names the commands and imports none
     "data/__main__.py": ("prompt", "batch", "limits", "config", "train/inputs"),  # validate --config
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from llava_jax import chat
+from llava_jax import chat, cli
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
 from tests.generate import tiny
@@ -116,6 +116,19 @@ def test_ctrl_c_ends_the_conversation_without_a_traceback(root, monkeypatch):
 
     monkeypatch.setattr(chat, "_question", interrupt)
     assert run(root) == 130
+
+
+def test_ctrl_d_and_ctrl_c_leave_the_shell_a_line_of_its_own(monkeypatch, capsys):
+    for end in (EOFError, KeyboardInterrupt):
+
+        def raise_end(prompt, end=end):
+            raise end
+
+        monkeypatch.setattr("builtins.input", raise_end)
+        monkeypatch.setattr("sys.stdin.isatty", lambda: True)
+        assert cli.run("chat", lambda: len(chat._question())) == (0 if end is EOFError else cli.INTERRUPTED)
+        printed = capsys.readouterr()
+        assert printed.out == "\n" and printed.err == ("" if end is EOFError else "chat: interrupted\n")
 
 
 def test_several_pictures_are_shown_in_order_or_where_the_question_names_them(root, assistant, capsys):

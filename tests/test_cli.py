@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llava_jax import __main__ as commands
 from llava_jax import cli
 from llava_jax.errors import DataError, UsageError
 
@@ -134,3 +135,12 @@ def test_lines_of_progress_are_plain_and_come_once_whatever_else_has_set_up_logg
     command = [sys.executable, "-c", code]
     completed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert completed.stderr.splitlines() == ["WARNING:root:another library", "counts 3 of 9"]
+
+
+
+def test_the_package_lists_every_command_that_there_is(capsys):
+    package = Path(cli.__file__).parent
+    modules = {path.parent.name for path in package.glob("*/__main__.py")} | {"chat"}
+    assert commands.main() == 0 and set(commands.COMMANDS) == modules
+    printed = capsys.readouterr().out
+    assert all(f"python -m llava_jax.{name} " in printed for name in modules)

@@ -29,21 +29,27 @@ TOKENIZER = "tokenizer"
 _JSON_TYPES: dict[str, Any] = {
     "format": int, "family": str, "model": dict, "prompt": dict, "base": list, "source": dict,
     "tokenizer": dict, "checksum": str,
-    "template": str, "legacy": bool | None, "image_mode": str, "image_start_end": bool,
+    "template": str, "legacy": bool | None, "image_mode": str, "image_start_end": bool, "tiling": dict,
     "path": str, "step": int, "fingerprint": str, "patterns": list, "origin": str,
 }  # fmt: skip
 _SINCE = {"tokenizer": 2, "checksum": 2, "origin": 2}  # the format that brought a key; others have always been there
+_OPTIONAL = ("tiling",)  # left out where there is none
 _NOT_IN_METADATA = ("tokenizer", "checksum")
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptMetadata:
-    """How words and pictures become the model's inputs. `legacy` None: the tokenizer's files decide."""
+    """How words and pictures become the model's inputs.
+
+    legacy: None: the tokenizer's files decide.
+    tiling: of image mode "anyres" (`prompt.anyres.words`).
+    """
 
     template: str
     legacy: bool | None
     image_mode: str
     image_start_end: bool
+    tiling: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +115,8 @@ def write(directory: epath.PathLike, metadata: Metadata, tokenizer_files: Mappin
             raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
         write_whole(directory / TOKENIZER / name, content)
     content = {"format": FORMAT} | dataclasses.asdict(metadata)
+    if metadata.prompt.tiling is None:
+        del content["prompt"]["tiling"]
     content["base"] = [dataclasses.asdict(_relative(directory, base)) for base in metadata.base]
     content["tokenizer"] = {name: _sha256(content) for name, content in tokenizer_files.items()}
     content["checksum"] = _checksum(content)
@@ -260,7 +268,7 @@ def _fields(names: tuple[str, ...], content: Any, version: int, where: str) -> d
     """`content`, when it has exactly the keys that its format knew, each of its type in JSON."""
     known = {name for name in names if _SINCE.get(name, 1) <= version}
     given = set(content) if isinstance(content, dict) else set()
-    if given != known:
+    if given.union(_OPTIONAL) != known.union(_OPTIONAL) or not given <= known:
         raise UnusableCheckpoint(
             f"{where}: missing keys {sorted(known - given)}, unknown keys {sorted(given - known)}; "
             "was the file edited, or written by another version?"

@@ -273,13 +273,16 @@ def _original(
 
 
 def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
-    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word."""
+    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word. A config.json beside it, as
+    stage 1 of the original code and `export --format projector` leave one, names connectors that are no mere layers."""
     first = next(iter(tensors.specs), "")
     prefix, mark, _ = first.partition("mm_projector.")
     if not mark:
         raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's or llama_proj's")
     layout = llava.ORIGINAL._replace(projector=prefix + mark)
-    return llava.projector_kind(list(tensors.specs), layout.projector, {}), layout
+    beside = tensors.path.parent / "config.json"
+    content = read_json(beside) if files.is_file(beside) else {}
+    return llava.projector_kind(list(tensors.specs), layout.projector, content), layout
 
 
 def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:

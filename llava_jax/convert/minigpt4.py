@@ -223,7 +223,7 @@ def hub_config_json(
     if not isinstance(config.vision, EvaConfig) or not isinstance(config.resampler, QFormerConfig):
         raise UsageError(
             f"the Hugging Face format has no model with the connector {config.projector!r} on this tower; only EVA "
-            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu"
+            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu. `convert merge` writes a whole checkpoint of our own"
         )
     return {
         "architectures": [HUB_CLASS],

@@ -26,7 +26,8 @@ def inspect(directory: epath.PathLike, step: reader.Step = None) -> Iterator[str
         if key != "dtypes":
             yield f"source.{key} {json.dumps(value)}"
     for base in source.metadata.base:
-        yield f"base {base.path} step {base.step} {base.fingerprint[:15]} for {', '.join(base.patterns)}"
+        more = f" ... ({len(base.patterns)})" if len(base.patterns) > 3 else ""
+        yield f"base {base.path} step {base.step} {base.fingerprint[:15]} for {', '.join(base.patterns[:3])}{more}"
     width = max(len(name) for name in source.specs)
     own = reader.own_tensors(directory, step).folder
     for name, spec in source.specs.items():

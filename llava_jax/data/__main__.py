@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
     sub.add_argument("--template", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
-    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show", help="tokenizer.model or a directory")
+    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show",
+                     help="tokenizer.model or a directory, such as CHECKPOINT/tokenizer")  # fmt: skip
     sub.add_argument("--legacy", choices=("true", "false"), help="LLaMA tokenizer mode; default: what its files say")
     sub.add_argument("--image-start-end", action="store_true", default=None,
                      help="<im_start> and <im_end> around each image, tokens if the tokenizer has them")  # fmt: skip

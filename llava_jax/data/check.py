@@ -281,13 +281,15 @@ def check_pictures(conversation: Conversation, root: epath.Path | None) -> list[
     return problems
 
 
-def check_tokens(conversation: Conversation, checks: Checks) -> list[Problem]:
+def check_tokens(conversation: Conversation, checks: Checks, root: epath.Path | None = None) -> list[Problem]:
     """Whether a sound record can be encoded and fits into a row, image features counted."""
     if checks.format is None or _surely_fits(conversation, checks):
         return []
     try:
-        return _limits(encode(conversation, checks.format, open_images=False), checks)
+        return _limits(encode(conversation, checks.format, root, open_images=False), checks)
     except ValueError as error:
+        if error.__cause__ is not None:  # a picture whose size is wanted: `check_files` and `check_pictures` name it
+            return []
         return [Problem("bad_text", str(error))]
 
 
@@ -315,7 +317,7 @@ def _refused(conversation: Conversation, checks: Checks, root: epath.Path | None
     if isinstance(error.__cause__, FileNotFoundError):
         return Problem("missing_image", str(error.__cause__))
     missing = [] if root is not None and files.is_bucket(root) else check_files(conversation, root, {})
-    problems = [problem for problem in missing + check_tokens(conversation, checks) if problem.fatal]
+    problems = [problem for problem in missing + check_tokens(conversation, checks, root) if problem.fatal]
     return problems[0] if problems else Problem("bad_image", str(error))
 
 
@@ -323,7 +325,7 @@ def _limits(example: Example, checks: Checks) -> list[Problem]:
     """What of an example does not fit into its row."""
     kept, lost = cut(example, checks.row_tokens)
     length = f"{len(example.tokens)} tokens for a row of {checks.row_tokens}"
-    images, room = len(kept.image_spans), checks.images_per_group
+    images, room = kept.tiles, checks.images_per_group
     if room is not None and images > room:
         return [Problem("too_many_images", f"{images} images for images_per_group={room}: set data.images_per_group="
                         f"{images}, or drop the record")]  # fmt: skip
@@ -335,7 +337,7 @@ def _limits(example: Example, checks: Checks) -> list[Problem]:
 def _surely_fits(conversation: Conversation, checks: Checks) -> bool:
     """True if even one token a character would fit: most records are spared the tokenizer (30 times as fast)."""
     images, texts = len(conversation.images), [turn.text for turn in conversation.turns]
-    if checks.images_per_group is not None and images > checks.images_per_group:
+    if checks.format.tiling or (checks.images_per_group is not None and images > checks.images_per_group):
         return False
     text = "".join([conversation.system or "", *texts])
     fixed, each = _frame_characters(checks.format.template)

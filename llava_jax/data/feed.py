@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
-from llava_jax.batch import Batch, Example
+from llava_jax.batch import AnyBatch, Example
 from llava_jax.data.check import Checks, allowed_bad, example, read, rules
 from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
@@ -153,7 +153,7 @@ class Feed(abc.ABC):
         """How many records all processes have skipped so far."""
         return len(self._bad_everywhere.values())
 
-    def __iter__(self) -> Iterator[tuple[Batch, tuple[str, ...]]]:
+    def __iter__(self) -> Iterator[tuple[AnyBatch, tuple[str, ...]]]:
         """(this process's rows of the global batch, their record ids) from the state's step on.
 
         Raises:
@@ -169,7 +169,9 @@ class Feed(abc.ABC):
                 groups = {place: next(loaded) for place in self._read}
                 self._note([sample for group in groups.values() for row in group for sample in row])
                 examples = self._examples(groups)
-                batch, _ = packed(examples, self._row_length(), self.images_per_group, self.format.image_size)
+                batch, _ = packed(
+                    examples, self._row_length(), self.images_per_group, self.format.image_size, self.format.resizes
+                )
                 self.tally.note_targets(examples, batch.weights)
                 self._step += 1
                 yield batch, tuple(example.id for group in examples for row in group for example in row)

@@ -42,7 +42,7 @@ def token_lengths(source: Source, format: Format, cache_dir: epath.PathLike | No
 def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
     """int32 [n, 2]: tokens of each record in this format, image features counted, and images; 0 0 if it is refused."""
 
-    fit = rules(format.template)
+    fit, unread = rules(format.template), list[int]()
 
     def measured(record: Record) -> tuple[int, int]:
         reading = read(record, fit)
@@ -50,12 +50,14 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
         if any(problem.fatal and problem.reason != "unsafe_path" for problem in reading.problems):
             return 0, 0
         try:
-            example = encode(reading.conversation, format, open_images=False)
-        except ValueError:
+            example = encode(reading.conversation, format, source.images or None, open_images=False)
+        except ValueError as error:
+            unread.extend([0] * (error.__cause__ is not None))  # a picture, which may be there the next time
             return 0, 0  # what is wrong is said when the record is read for training
-        return len(example.tokens), len(example.image_spans)
+        return len(example.tokens), example.tiles
 
-    return _kept(source, f"tokens-{_fingerprint(format)}", 2, measured, cache_dir)
+    kind, fetch = f"tokens-{_fingerprint(format)}", source.__getitem__ if format.tiling else source.text
+    return _kept(source, kind, 2, measured, cache_dir, fetch, lambda: not unread)
 
 
 def _words(record: Record) -> int:
@@ -69,7 +71,8 @@ def _words(record: Record) -> int:
 
 def _fingerprint(format: Format) -> str:
     parts = [repr(format.template), repr(format.tokenizer.legacy), repr(format.tokenizer.size),
-             repr(format.image_features), repr(format.image_start_end)]  # fmt: skip
+             repr(format.image_features), repr(format.image_start_end),
+             *([repr(format.tiling)] if format.tiling else [])]  # fmt: skip
     files = [part for name, data in sorted(format.tokenizer.files().items()) for part in (name.encode(), data)]
     digest = hashlib.sha256()
     for part in [*(part.encode() for part in parts), *files]:
@@ -79,20 +82,26 @@ def _fingerprint(format: Format) -> str:
 
 def _kept(
     source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]],
-    cache_dir: epath.PathLike | None,
+    cache_dir: epath.PathLike | None, fetch: Callable[[int], Record] | None = None,
+    lasts: Callable[[], bool] = lambda: True,
 ) -> np.ndarray:  # fmt: skip
     """int32 [n, numbers]: the measure of every record, from the cache if it holds it.
 
     A file of the cache is a .npy file and then the SHA-256 of it. Its name is of the data, the measure and the code
     that measures: another release measures anew.
+
+    fetch: by number; None: without pictures. lasts: whether what was measured may be kept.
     """
+    fetch = fetch or source.text
     if not cache_dir:
-        return _measured(source, kind, numbers, measure)
+        return _measured(source, kind, numbers, measure, fetch)
     key = hashlib.sha256(f"{source.fingerprint} {kind} {_code()}".encode()).hexdigest()[:32]
     place = epath.Path(cache_dir) / f"lengths-{key}.npy"
     found = _load(place, (len(source), numbers))
     if found is None:
-        found = _measured(source, kind, numbers, measure)
+        found = _measured(source, kind, numbers, measure, fetch)
+        if not lasts():
+            return found
         buffer = io.BytesIO()
         np.save(buffer, found, allow_pickle=False)
         files.write_whole(place, buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest())
@@ -126,16 +135,19 @@ def _code() -> str:
     return digest.hexdigest()
 
 
-def _measured(source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]]) -> np.ndarray:
-    rows = (number for record in _watched(source, kind) for number in measure(record))
+def _measured(
+    source: Source, kind: str, numbers: int, measure: Callable[[Record], tuple[int, ...]],
+    fetch: Callable[[int], Record],
+) -> np.ndarray:  # fmt: skip
+    rows = (number for record in _watched(source, kind, fetch) for number in measure(record))
     return np.fromiter(rows, np.int32, len(source) * numbers).reshape(-1, numbers)
 
 
-def _watched(source: Source, kind: str) -> Iterator[Record]:
+def _watched(source: Source, kind: str, fetch: Callable[[int], Record]) -> Iterator[Record]:
     """The records, with a line of progress every ten seconds."""
     start = last = time.monotonic()
     for done in range(len(source)):
-        yield source.text(done)
+        yield fetch(done)
         now = time.monotonic()
         if now - last > 10:
             last, rate = now, done / (now - start)

@@ -1,11 +1,12 @@
 """How examples are laid into the rows of a `Batch`: all ragged arithmetic, in numpy, to be checked by eye."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.batch import Batch, Example
+from llava_jax.batch import AnyBatch, Batch, Corners, Example, ResizedBatch, alone, lay_images
 from llava_jax.errors import UsageError
 
 
@@ -24,23 +25,27 @@ def cut(example: Example, row_tokens: int) -> tuple[Example, int]:
     if end == len(example.tokens):
         return example, 0
     spans = tuple(span for span in example.image_spans if span.start < end)
-    images = example.images[: len(spans)]
-    kept = Example(example.tokens[:end], example.learned[:end], spans, images, example.id, example.weight)
-    return kept, int(example.learned[end:].sum())
+    kept = Example(example.tokens[:end], example.learned[:end], spans, (), example.id, example.weight,
+                   example.layouts[: len(spans)])  # fmt: skip
+    return replace(kept, images=example.images[: kept.tiles]), int(example.learned[end:].sum())
 
 
-def padded(examples: Sequence[Example], row_tokens: int, images_per_group: int, image_size: int) -> tuple[Batch, int]:
+def padded(
+    examples: Sequence[Example], row_tokens: int, images_per_group: int, image_size: int, resizes: bool = False
+) -> tuple[AnyBatch, int]:
     """One example a row, each row a group of its own: what `packed` makes of it."""
-    return packed([[[example]] for example in examples], row_tokens, images_per_group, image_size)
+    return packed([[[example]] for example in examples], row_tokens, images_per_group, image_size, resizes)
 
 
 def packed(
-    groups: Sequence[Sequence[Sequence[Example]]], row_tokens: int, images_per_group: int, image_size: int
-) -> tuple[Batch, int]:
+    groups: Sequence[Sequence[Sequence[Example]]], row_tokens: int, images_per_group: int, image_size: int,
+    resizes: bool = False,
+) -> tuple[AnyBatch, int]:  # fmt: skip
     """Groups of rows of examples as a batch, padded on the right, and the number of targets that cutting lost.
 
     Every group has the same number of rows; a row without examples is padding: weight 0, segment 0 everywhere. An
-    example longer than a row is cut, one without tokens takes nothing. Pixels without an image are 0.
+    example longer than a row is cut, one without tokens takes nothing. Pixels without an image are 0. Of a picture of
+    several tiles each is an image.
 
         one group of one row of two examples, row_tokens=10, images of N=2 features:
         example.tokens    1  0  0  5  6  7 | 1  0  0  8         example.learned  . . . . x x | . . . x
@@ -50,6 +55,9 @@ def packed(
         positions         0  1  2  3  4  5   0  1  2  3
         segments          1  1  1  1  1  1   2  2  2  2
         image_slots      -1  0  1 -1 -1 -1  -1  2  3 -1         the group's image i, feature p: i * N + p
+
+    Args:
+      resizes: the model resizes features of large pictures; the batch is a `ResizedBatch`.
 
     Raises:
       ValueError: the examples of a row are longer than it, or a group holds more images than `images_per_group`.
@@ -61,8 +69,9 @@ def packed(
     weights = np.zeros((rows, row_tokens), np.float32)
     pixels = np.zeros((len(groups), images_per_group, image_size, image_size, 3), np.uint8)
     slots[:] = -1
+    corners = alone(slots) if resizes else None
     for example, group, row, segment, start, image in _places(kept):
-        n, images = len(example.tokens), len(example.images)
+        n, images = len(example.tokens), example.tiles
         if start + n > row_tokens or image + images > images_per_group:
             raise UsageError(
                 f"record {example.id!r} fills its row to {start + n} of {row_tokens} tokens and its group to "
@@ -73,12 +82,12 @@ def packed(
         weights[row, start : start + n - 1] = example.learned[1:] * np.float32(example.weight)
         positions[row, start : start + n] = np.arange(n)
         segments[row, start : start + n] = segment
-        for i, span in enumerate(example.image_spans, image):
-            first = start + span.start
-            slots[row, first : first + span.length] = i * span.length + np.arange(span.length)
+        lay_images(example, slots[row, start:], corners and Corners(*(x[row, start:] for x in corners)), image,
+                   images_per_group)  # fmt: skip
         for i, picture in enumerate(example.images, image):
             pixels[group, i] = picture
-    return Batch(tokens, targets, weights, positions, segments, slots, pixels), lost
+    batch = Batch(tokens, targets, weights, positions, segments, slots, pixels)
+    return (ResizedBatch(*batch, corners) if corners else batch), lost
 
 
 class _Place(NamedTuple):
@@ -102,5 +111,5 @@ def _places(groups: Sequence[Sequence[Sequence[tuple[Example, int]]]]) -> Iterat
             examples = [example for example, _ in row if len(example.tokens)]
             for segment, example in enumerate(examples, 1):
                 yield _Place(example, group, number, segment, start, image)
-                start, image = start + len(example.tokens), image + len(example.image_spans)
+                start, image = start + len(example.tokens), image + example.tiles
             number += 1

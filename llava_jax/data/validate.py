@@ -37,7 +37,7 @@ def validate(source: Source, checks: Checks, look: bool = True, open_images: boo
     """
     seen: dict[str, int] = {}
     listings: Listings = {}
-    fetch = source.__getitem__ if open_images else source.text
+    fetch = source.__getitem__ if open_images or (checks.format and checks.format.tiling) else source.text
     with ThreadPoolExecutor(_OPENERS) as pool:
         for start in range(0, len(source), _CHUNK):
             records = [fetch(index) for index in range(start, min(start + _CHUNK, len(source)))]
@@ -63,6 +63,6 @@ def _checked(record: Record, source: Source, checks: Checks, listings: Listings 
         return reading
     if listings is not None:
         reading.problems.extend(check_files(reading.conversation, source.images, listings))
-    reading.problems.extend(check_tokens(reading.conversation, checks))
+    reading.problems.extend(check_tokens(reading.conversation, checks, source.images))
     return reading
 

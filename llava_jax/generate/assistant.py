@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax import params
-from llava_jax.batch import Example
+from llava_jax.batch import Example, alone, lay_images
 from llava_jax.checkpoint import model_json, reader, sharded
 from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
@@ -27,8 +27,8 @@ from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.names import NEVER_RUN
+from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt import conversation as questions
-from llava_jax.prompt import ending, templates, tokenizer
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode, pictures
 
@@ -113,6 +113,7 @@ class Assistant:
         format = Format(
             chosen, words, config.vision.image_size, config.image_features,
             metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
+            anyres.tiling(metadata.prompt.image_mode, metadata.prompt.tiling),
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
@@ -210,7 +211,10 @@ class Assistant:
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        pixels = np.stack(pictures(images, self.format, image_root))
+        if self.format.tiling:
+            raise UsageError("image_features: the features of a tiled picture are not of one shape; want `encode` and "
+                             "`logps`, or a model without tiles")  # fmt: skip
+        pixels = np.stack([picture.tiles[0] for picture in pictures(images, self.format, image_root)])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
         return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
 
@@ -290,7 +294,7 @@ class Assistant:
         example = encode(conversation, self.format, reply=True, open_images=False)
         limit = self.model.config.llm.usable_positions
         try:
-            return engine.shape_of(len(example.tokens), len(example.image_spans), max_new_tokens, limit)
+            return engine.shape_of(len(example.tokens), example.tiles, max_new_tokens, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
@@ -300,17 +304,17 @@ class Assistant:
             raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
         try:
             limit = self.model.config.llm.usable_positions
-            return engine.shape_to_read(len(example.tokens), len(example.image_spans), limit)
+            return engine.shape_to_read(len(example.tokens), example.tiles, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
     def _request(self, example: Example, max_new_tokens: int, sampling: Sampling) -> Request:
         image_slots = np.full(len(example.tokens), -1, np.int32)
-        for i, (start, length) in enumerate(example.image_spans):
-            image_slots[start : start + length] = i * length + np.arange(length)
+        corners = alone(image_slots) if self.format.resizes else None
+        lay_images(example, image_slots, corners, 0, engine.pictures(example.tiles))
         side = self.format.image_size
         pixels = np.stack(example.images) if example.images else np.zeros((0, side, side, 3), np.uint8)
-        return Request(example.tokens, image_slots, pixels, max_new_tokens, sampling)
+        return Request(example.tokens, image_slots, pixels, max_new_tokens, sampling, corners)
 
     def _answer(
         self, requests: Sequence[Request], shape: Shape, on_piece: Callable[[str], None] | None = None

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
+from llava_jax.batch import Corners, alone
 from llava_jax.errors import UsageError
 from llava_jax.generate import placement
 from llava_jax.generate.sampling import Sampling, SamplingRows, next_ids, penalized, stack
@@ -31,7 +32,8 @@ SCORED = 512  # positions of all rows whose logits exist at once: 512 x 32,000 f
 class Request:
     """One prompt and how to go on from it.
 
-    tokens: int32 [n]; image_slots: int32 [n], as in `Batch`; pixels: uint8 [i, H, W, 3], i may be 0.
+    tokens: int32 [n]; image_slots: int32 [n] and corners, as in a `Batch` whose groups hold the images of its `Shape`;
+    pixels: uint8 [i, H, W, 3], i may be 0.
     max_new_tokens: ids to make at most.
     """
 
@@ -40,6 +42,7 @@ class Request:
     pixels: np.ndarray
     max_new_tokens: int
     sampling: Sampling = Sampling()
+    corners: Corners | None = None
 
 
 class Shape(NamedTuple):
@@ -147,7 +150,7 @@ def shape_of(prompt_tokens: int, images: int, max_new_tokens: int, max_positions
             f"the prompt's {prompt_tokens} tokens and max_new_tokens={max_new_tokens} need {total} positions, the "
             f"model has {max_positions}: shorten the conversation or lower max_new_tokens"
         )
-    return Shape(bucket(prompt_tokens, max_positions), bucket(total, max_positions), _pictures(images))
+    return Shape(bucket(prompt_tokens, max_positions), bucket(total, max_positions), pictures(images))
 
 
 def shape_to_read(tokens: int, images: int, max_positions: int) -> Shape:
@@ -155,10 +158,11 @@ def shape_to_read(tokens: int, images: int, max_positions: int) -> Shape:
     if tokens > max_positions:
         raise UsageError(f"its {tokens} tokens are more than the model's {max_positions} positions: shorten it")
     size = bucket(tokens, max_positions)
-    return Shape(size, size, _pictures(images))
+    return Shape(size, size, pictures(images))
 
 
-def _pictures(images: int) -> int:
+def pictures(images: int) -> int:
+    """Images of the compiled shape that holds so many."""
     return 2 ** (images - 1).bit_length() if images else 0
 
 
@@ -176,6 +180,7 @@ class _Prompts(NamedTuple):
     tokens: Int[np.ndarray | Array, "B T"]
     image_slots: Int[np.ndarray | Array, "B T"]
     pixels: UInt8[np.ndarray | Array, "B I Side Side 3"] | None
+    corners: Corners | None
     length: Int[np.ndarray | Array, "B"]
     new: Int[np.ndarray | Array, "B"]  # ids to make at most; 0 in a free slot
     sampling: SamplingRows
@@ -187,16 +192,20 @@ def _padded(requests: Sequence[Request], shape: Shape, slots: int) -> _Prompts:
     pixels = None
     if shape.images:
         pixels = np.zeros((slots, shape.images, *requests[0].pixels.shape[1:]), np.uint8)
+    corners = None if requests[0].corners is None else alone(image_slots)
     for row, request in enumerate(requests):
         tokens[row, : len(request.tokens)] = request.tokens
         image_slots[row, : len(request.tokens)] = request.image_slots
         if pixels is not None:
             pixels[row, : len(request.pixels)] = request.pixels
+        if corners is not None:
+            for whole, own in zip(corners, request.corners):
+                whole[row, : len(request.tokens)] = own
     free = slots - len(requests)
     length = np.array([len(request.tokens) for request in requests] + [1] * free, np.int32)
     new = np.array([request.max_new_tokens for request in requests] + [0] * free, np.int32)
     sampling = stack([request.sampling for request in requests] + [Sampling()] * free)
-    return _Prompts(tokens, image_slots, pixels, length, new, sampling)
+    return _Prompts(tokens, image_slots, pixels, corners, length, new, sampling)
 
 
 @partial(jax.jit, static_argnames=("engine", "cache_tokens"))
@@ -230,7 +239,7 @@ def _prefill(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) 
     positions = jnp.minimum(jnp.arange(prompts.tokens.shape[1]), prompts.length[:, None] - 1)
     return engine.model.apply(
         {"params": params}, prompts.tokens, positions, prompts.image_slots, prompts.pixels, cache_tokens,
-        method="prefill",
+        prompts.corners, method="prefill",
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, UInt8
 
+from llava_jax.batch import Corners
 from llava_jax.models import flamingo, registry
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.layers import LayerNorm
@@ -52,6 +53,7 @@ class Llava(nn.Module):
         segments: Int[Array, "B T"] | None,
         image_slots: Int[Array, "B T"],
         pixels: UInt8[Array, "G I Side Side 3"],
+        corners: Corners | None = None,
     ) -> Float[Array, "B T D"]:
         """Hidden states of a training batch; `head` makes logits of those that are wanted.
 
@@ -62,7 +64,7 @@ class Llava(nn.Module):
             return self.llm(
                 self.llm.embed(tokens), positions, segments, flamingo.media(features, image_slots, segments)
             )
-        return self.llm(self.embed(tokens, image_slots, features), positions, segments)
+        return self.llm(self.embed(tokens, image_slots, features, corners), positions, segments)
 
     def encode_images(self, pixels: UInt8[Array, "G I Side Side 3"]) -> Float[Array, "G Slots D"]:
         """Features of each group's pictures as the decoder takes them: row i * N + p, `image_newline` last if there is
@@ -83,17 +85,25 @@ class Llava(nn.Module):
         return x if self.resampler is None else self.resampler(x)
 
     def embed(
-        self, tokens: Int[Array, "B T"], image_slots: Int[Array, "B T"], features: Float[Array, "G Slots D"]
-    ) -> Float[Array, "B T D"]:
-        """Token embeddings, with feature `image_slots` of the row's group wherever that is not -1.
+        self, tokens: Int[Array, "B T"], image_slots: Int[Array, "B T"], features: Float[Array, "G Slots D"],
+        corners: Corners | None = None,
+    ) -> Float[Array, "B T D"]:  # fmt: skip
+        """Token embeddings, with feature `image_slots` of the row's group wherever that is not -1, or with the mean of
+        four `corners` (summed in float32).
 
         The gather stays inside a group: an index across the batch would cost collectives on a mesh.
         """
-        groups = features.shape[0]
-        slots = image_slots.reshape(groups, -1)
-        gathered = jnp.take_along_axis(features, jnp.maximum(slots, 0)[..., None], axis=1)
-        gathered = gathered.reshape(*tokens.shape, -1)
-        x = jnp.where((image_slots >= 0)[..., None], gathered, self.llm.embed(tokens))
+
+        def gathered(slots: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+            of_group = jnp.maximum(slots, 0).reshape(features.shape[0], -1)
+            return jnp.take_along_axis(features, of_group[..., None], axis=1).reshape(*tokens.shape, -1)
+
+        if corners is None:
+            shown = gathered(image_slots)
+        else:
+            parts = (gathered(corners.slots[..., i]) * corners.weights[..., i, None] for i in range(4))
+            shown = sum(parts, jnp.float32(0)).astype(features.dtype)
+        x = jnp.where((image_slots >= 0)[..., None], shown, self.llm.embed(tokens))
         return constrain(x, "batch", "tokens")
 
     def prefill(
@@ -103,6 +113,7 @@ class Llava(nn.Module):
         image_slots: Int[Array, "B T"],
         pixels: UInt8[Array, "G I Side Side 3"] | None,
         cache_tokens: int,
+        corners: Corners | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
         """Hidden states of prompts padded on the right, and the cache; `pixels` None for text alone."""
         if self.config.cross is not None:
@@ -112,7 +123,7 @@ class Llava(nn.Module):
         if pixels is None:
             x = self.llm.embed(tokens)
         else:
-            x = self.embed(tokens, image_slots, self.encode_images(pixels))
+            x = self.embed(tokens, image_slots, self.encode_images(pixels), corners)
         return self.llm.prefill(x, positions, cache_tokens)
 
     def _prompt_media(self, image_slots: Array, pixels: Array | None) -> flamingo.Media:

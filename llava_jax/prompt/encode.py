@@ -4,17 +4,19 @@ Each piece of text knows whether it is learned at the moment it is written down,
 their character ranges; nothing is recounted afterwards.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
 
-from llava_jax.batch import Example, Span
+from llava_jax.batch import Example, Layout, Span
 from llava_jax.errors import UsageError
+from llava_jax.prompt import anyres
+from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
-from llava_jax.prompt.images import CLIP_MEAN, open_image, to_pixels
+from llava_jax.prompt.images import CLIP_MEAN, Image, image_size, open_image, to_pixels, to_tiles
 from llava_jax.prompt.templates import Frame, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
@@ -27,8 +29,10 @@ IGNORED_LABEL = -100  # a token that is not learned, in LLaVA's labels
 class Format:
     """How a model wants its words and pictures.
 
-    image_size: pixels a side. image_features: N, the positions that one image takes.
-    image_mode: "square" (centre crop), "pad" or "squash"; image_mean, resample: of the tower; see `images.to_pixels`.
+    image_size: pixels a side. image_features: N, the positions that one image (or tile) takes.
+    image_mode: "square" (centre crop), "pad", "squash" or "anyres"; image_mean, resample: of the tower; see
+      `images.to_pixels`.
+    tiling: how pictures become tiles, of "anyres" alone.
     image_start_end: each image stands between <im_start> and <im_end>.
     """
 
@@ -40,6 +44,19 @@ class Format:
     image_start_end: bool = False
     image_mean: tuple[float, ...] = CLIP_MEAN
     resample: str = "bicubic"
+    tiling: Tiling | None = None
+
+    @property
+    def resizes(self) -> bool:
+        """Whether features of large pictures are resized (`ResizedBatch`)."""
+        return self.tiling is not None and self.tiling.max_tiles > 0
+
+
+class Picture(NamedTuple):
+    """A picture as the model takes it: its tiles, uint8 [H, W, 3] (none where it was not decoded), and their layout."""
+
+    tiles: tuple[np.ndarray, ...]
+    layout: Layout | None
 
 
 class Piece(NamedTuple):
@@ -73,7 +90,8 @@ def encode(
 
     image_root: folder that image paths are relative to and may not leave; None takes paths as they are.
     reply: end with an open assistant turn, as generation wants it, and what is `begun` of it.
-    open_images: False leaves `images` empty and does not compare their number with the markers'.
+    open_images: False leaves `images` empty and does not compare their number with the markers'; where the features
+      depend on a picture's size, its header is read nonetheless.
 
     Raises:
       ValueError: the turns do not fit the template, markers and images differ in number, or an image cannot be
@@ -87,41 +105,64 @@ def encode(
             f"{name}: {len(conversation.images)} image(s) but {markers} {IMAGE_MARKER} marker(s) in the text: "
             f"write one {IMAGE_MARKER} for each image"
         )
-    tokenizer, width = format.tokenizer, format.image_features
+    shown = iter(_shown(conversation, format, image_root, open_images, name))
+    tokenizer, images, layouts = format.tokenizer, list[np.ndarray](), list[Layout]()
     ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
     learned, spans = [False] * len(ids), []
     for chunk in chunks:
         if chunk.behind_image:
+            tiles, layout = next(shown, Picture((), None))
+            images += tiles
+            width = len(layout.slots) if layout else format.image_features
             spans.append(Span(len(ids), width))
+            layouts += [layout] if layout else []
             ids += [0] * width
             learned += [False] * width
         chunk_ids, chunk_learned = _tokenized(chunk.pieces, tokenizer)
         ids += chunk_ids
         learned += chunk_learned
-    images = _pixels(conversation, format, image_root, name) if open_images else ()
     tokens, targets = np.array(ids, np.int32), np.array(learned, bool)
-    return Example(tokens, targets, tuple(spans), images, conversation.id, conversation.weight)
+    return Example(
+        tokens, targets, tuple(spans), tuple(images), conversation.id, conversation.weight, tuple(layouts)
+    )
 
 
-def pictures(images: Iterable[Any], format: Format, root: epath.PathLike | None = None) -> tuple[np.ndarray, ...]:
-    """uint8 [H, W, 3] of each picture (path, encoded bytes or PIL image) as the model takes it.
+def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None = None) -> Iterator[Picture]:
+    """Each picture (path, encoded bytes or PIL image) as the model takes it.
 
     Raises:
       ValueError, FileNotFoundError: one cannot be read; names it.
     """
-    return tuple(
-        to_pixels(open_image(image, root), format.image_size, format.image_mode, format.image_mean, format.resample)
-        for image in images
-    )
+    for image in images:
+        yield _picture(open_image(image, root), format, len(images) == 1)
+
+
+def _picture(image: Image.Image, format: Format, only: bool) -> Picture:
+    side, tiling = format.image_size, format.tiling
+    if tiling is None:
+        pixels = to_pixels(image, side, format.image_mode, format.image_mean, format.resample)
+        return Picture((pixels,), None)
+    layout = _layout(image.size, format, tiling, only)
+    if layout.tiles == 1:
+        return Picture((to_pixels(image, side, "pad", format.image_mean, format.resample),), layout)
+    grid = anyres.best_grid(image.size, tiling.grids, side)
+    within = anyres.resized(image.size, grid, side)
+    return Picture(tuple(to_tiles(image, side, grid, within, format.resample)), layout)
+
+
+def _layout(size: anyres.Size, format: Format, tiling: Tiling, only: bool) -> Layout:
+    if only or tiling.several:
+        return anyres.layout(size, tiling, format.image_size, format.image_features)
+    return anyres.single(tiling, format.image_features)
 
 
 def with_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
     """(input_ids, labels) as LLaVA writes them: one -200 for each image, -100 for a token that is not learned."""
     ids, labels = example.tokens.copy(), np.where(example.learned, example.tokens, IGNORED_LABEL)
     keep = np.ones(len(ids), bool)
-    for start, length in example.image_spans:
-        ids[start] = IMAGE_LABEL
-        keep[start + 1 : start + length] = False
+    for span in example.image_spans:
+        ids[span.start] = IMAGE_LABEL
+        keep[span.start + 1 : span.start + span.length] = False
     return ids[keep], labels[keep]
 
 
@@ -287,10 +328,16 @@ def _tokenized(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], lis
     return [token.id for token in tokens], (learned_before[ends] > learned_before[starts]).tolist()
 
 
-def _pixels(
-    conversation: Conversation, format: Format, root: epath.PathLike | None, name: str
-) -> tuple[np.ndarray, ...]:
+def _shown(
+    conversation: Conversation, format: Format, root: epath.PathLike | None, decode: bool, name: str
+) -> Sequence[Picture]:
+    """The conversation's pictures; decoded, or laid out by their sizes alone."""
+    images, tiling = conversation.images, format.tiling
     try:
-        return pictures(conversation.images, format, root)
+        if decode:
+            return list(pictures(images, format, root))
+        if tiling is None:
+            return ()
+        return [Picture((), _layout(image_size(image, root), format, tiling, len(images) == 1)) for image in images]
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{name}: {error}") from error

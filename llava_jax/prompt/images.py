@@ -11,8 +11,9 @@ import stat
 import struct
 import unicodedata
 import zlib
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from etils import epath
@@ -21,6 +22,7 @@ from PIL import Image
 from llava_jax import files
 from llava_jax.errors import MissingFile, UsageError
 
+T = TypeVar("T")
 MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
 MAX_ASPECT = 200  # a 1 x 5000 picture of 99 bytes would be resized to 336 x 1,680,000: 2.3 GB
 MAX_FILE_BYTES = 256_000_000
@@ -37,6 +39,7 @@ _DAMAGE = (
     SyntaxError, TypeError, ValueError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
 _STRIP_ROWS = 256
+_HEADER_BYTES = 65_536
 # A JPEG's markers but those that stand alone: in a scan's data 0xFF is followed by 0 or by a restart's number.
 _SEGMENT = re.compile(rb"\xff[^\x00\x01\xff\xd0-\xd7]")
 
@@ -53,22 +56,32 @@ def open_image(ref: Any, root: epath.PathLike | None = None) -> Image.Image:
       FileNotFoundError: there is no such file.
       ValueError: not a picture, damaged, too large, too long, or outside of `root`; names the file.
     """
+    return _found(ref, root, _rgb)
+
+
+def _found(
+    ref: Any, root: epath.PathLike | None, use: Callable[[Image.Image, str], T], most_bytes: int = MAX_FILE_BYTES + 1
+) -> T:
+    """What `use` makes of a picture that was opened and is not yet decoded, and of its name.
+
+    most_bytes: read of a file.
+    """
     if isinstance(ref, Image.Image):
-        return _rgb(ref, "image given as an object")
+        return use(ref, "image given as an object")
     if isinstance(ref, bytes):
-        return _decoded(ref, f"image given as {len(ref)} bytes")
+        return use(*_opened(ref, f"image given as {len(ref)} bytes"))
     if not isinstance(ref, str | os.PathLike):
         raise UsageError(f"image given as {type(ref).__name__}: want a path, a file's bytes or a PIL image "
                          "(PIL.Image.fromarray makes one of an array)")  # fmt: skip
     for path in _spellings(os.fspath(ref), root):
         try:
             bucket = files.is_bucket(path)
-            content = files.read_range(path, 0, MAX_FILE_BYTES + 1) if bucket else _read_local(path, root)
+            content = files.read_range(path, 0, most_bytes) if bucket else _read_local(path, root, most_bytes)
         except (FileNotFoundError, NotADirectoryError):
             continue
         if len(content) > MAX_FILE_BYTES:
             raise UsageError(f"image {path!r}: over {MAX_FILE_BYTES} bytes, no more are read: make it smaller")
-        return _decoded(content, f"image {path!r}")
+        return use(*_opened(content, f"image {path!r}"))
     raise MissingFile(f"image {path!r}: no such file")
 
 
@@ -92,6 +105,31 @@ def to_pixels(
     if mode not in modes:
         raise UsageError(f"image_mode {mode!r} is unknown: choose one of {', '.join(modes)}")
     return np.asarray(modes[mode](image, size, filter))
+
+
+def to_tiles(
+    image: Image.Image, tile: int, grid: tuple[int, int], within: tuple[int, int], resample: str = "bicubic"
+) -> list[np.ndarray]:
+    """uint8 [tile, tile, 3] each: the whole picture squashed to a tile, then the tiles of a grid, row by row.
+
+    grid: columns and rows. within: the size that the picture is resized to, in the middle of the grid's black canvas.
+    """
+    filter, columns, rows = FILTERS[resample], *grid
+    canvas = Image.new("RGB", (columns * tile, rows * tile))
+    canvas.paste(_resized(image, within, filter), ((canvas.width - within[0]) // 2, (canvas.height - within[1]) // 2))
+    cut = np.asarray(canvas).reshape(rows, tile, columns, tile, 3).swapaxes(1, 2).reshape(-1, tile, tile, 3)
+    return [np.asarray(_squash(image, tile, filter)), *cut]
+
+
+def image_size(ref: Any, root: epath.PathLike | None = None) -> tuple[int, int]:
+    """Width and height of a picture as `open_image` decodes it; its header alone is read, where that tells.
+
+    Arguments and errors as there.
+    """
+    try:
+        return _found(ref, root, _size, _HEADER_BYTES)
+    except UsageError:
+        return _found(ref, root, _size)
 
 
 def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
@@ -157,8 +195,8 @@ def _spellings(ref: str, root: epath.PathLike | None) -> list[str]:
     return [os.fspath(epath.Path(one) if root is None else epath.Path(root) / one) for one in spellings]
 
 
-def _read_local(path: str, root: epath.PathLike | None) -> bytes:
-    """What a file holds; one byte more than `MAX_FILE_BYTES` of a larger one."""
+def _read_local(path: str, root: epath.PathLike | None, most_bytes: int) -> bytes:
+    """What a file holds, at most `most_bytes` of it."""
     found = os.stat(path)
     if root is not None and not Path(path).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
@@ -167,17 +205,17 @@ def _read_local(path: str, root: epath.PathLike | None) -> bytes:
         )
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
         raise UsageError(f"image {path!r}: not a regular file")
-    return files.read_range(path, 0, min(found.st_size, MAX_FILE_BYTES) + 1)
+    return files.read_range(path, 0, min(found.st_size + 1, most_bytes))
 
 
-def _decoded(content: bytes, name: str) -> Image.Image:
+def _opened(content: bytes, name: str) -> tuple[Image.Image, str]:
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except _DAMAGE as error:
         raise UsageError(f"{name}: {_reason(content, error)}: replace the file or drop the record") from error
     if "progressive" in image.info and (scans := _scans(content)) * image.width * image.height > MAX_SCANNED:
         raise UsageError(f"{name}: a JPEG of {scans} scans for {image.width} x {image.height} pixels: save it anew")
-    return _rgb(image, name)
+    return image, name
 
 
 def _scans(jpeg: bytes) -> int:
@@ -195,13 +233,19 @@ def _reason(content: bytes, error: BaseException) -> str:
     return f"not a picture that can be read ({len(content)} bytes that start with {content[:16]!r})"
 
 
-def _rgb(image: Image.Image, name: str) -> Image.Image:
-    """Decodes `image`, after its header has been found harmless."""
+def _size(image: Image.Image, name: str) -> tuple[int, int]:
+    """Width and height, after they have been found harmless."""
     width, height = image.size
     if min(width, height) < 1 or width * height > MAX_PIXELS:
         raise UsageError(f"{name}: {width} x {height} pixels, want 1 to {MAX_PIXELS} in all: resize it")
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise UsageError(f"{name}: {width} x {height} pixels, one side more than {MAX_ASPECT} times the other: cut it")
+    return width, height
+
+
+def _rgb(image: Image.Image, name: str) -> Image.Image:
+    """Decodes `image`, after its header has been found harmless."""
+    _size(image, name)
     sixteen_bits = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
     if image.mode in ("I", "F") and not sixteen_bits:
         raise UsageError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")

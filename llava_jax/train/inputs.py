@@ -18,7 +18,7 @@ from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.errors import DataError, UsageError
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
 from llava_jax.train import program as programs
 
@@ -66,10 +66,18 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
     ending.check(template, words, str(place), config.prompt.image_start_end)
+    tiling = _tiling(config.prompt)
+    anyres.check(tiling, sizes.image_newline, sizes.image_features)
     return Format(
         template, words, sizes.vision.image_size, sizes.image_features, config.prompt.image_mode,
         config.prompt.image_start_end, sizes.vision.mean, sizes.vision.resample,
+        tiling,
     )  # fmt: skip
+
+
+def _tiling(prompt: configs.Prompt) -> anyres.Tiling | None:
+    words = {"grids": prompt.grids, "merge": prompt.merge, "max_tiles": prompt.max_tiles, "several": prompt.several}
+    return anyres.tiling(prompt.image_mode, words)
 
 
 def open_sources(config: configs.Config, dataset: Any) -> tuple[list[Source], list[Source]]:

@@ -30,8 +30,8 @@ def before(config: configs.Config, rates: np.ndarray, samples: int, step_samples
       UsageError: no update has a learning rate.
     """
     updates = int((rates > 0).sum())
-    remedy = (f"{samples:,} samples in steps of {step_samples:,.0f} make {len(rates)} step(s): set "
-              f"{_fitting(config, samples, parts)}")  # fmt: skip
+    made = f", train.steps={config.train.steps}" if config.train.steps else f" make {len(rates)} step(s)"
+    remedy = f"{samples:,} samples in steps of {step_samples:,.0f}{made}: set {_fitting(config, samples, parts)}"
     if not updates and len(rates) >= FEW_UPDATES:
         raise UsageError(f"no update has a learning rate: train.lr={config.train.lr}; want it above 0")
     if not updates:

@@ -18,7 +18,7 @@ import numpy as np
 
 from llava_jax import config as configs
 from llava_jax import distributed, errors, lifecycle
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Checkpoints, Saved
 from llava_jax.distributed import Stop
@@ -34,7 +34,7 @@ from llava_jax.train.step import Metrics, State
 class Batches(Protocol):
     """What `data.pipeline.Pipeline` is to the loop: this process's rows, step after step, and where they stand."""
 
-    def __iter__(self) -> Iterator[tuple[Batch, Sequence[str]]]: ...
+    def __iter__(self) -> Iterator[tuple[AnyBatch, Sequence[str]]]: ...
 
     def state(self) -> dict[str, Any]: ...
 
@@ -206,7 +206,9 @@ def _is_over(run: Run, step: int) -> bool:
     return bool(why)
 
 
-def _next(batches: Iterator[tuple[Batch, Sequence[str]]], progress: Progress) -> tuple[Batch, Sequence[str], Progress]:
+def _next(
+    batches: Iterator[tuple[AnyBatch, Sequence[str]]], progress: Progress
+) -> tuple[AnyBatch, Sequence[str], Progress]:
     """The next batch, and progress with the time that the host waited for it."""
     begun = time.monotonic()
     batch, ids = next(batches)

@@ -14,7 +14,7 @@ from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from llava_jax import config, sharding
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch
 
 # Positions of one device whose logits exist at once: 512 x 32,000 float32 logits are 65 MB.
 CHUNK = 512
@@ -30,7 +30,7 @@ class Logps(NamedTuple):
 
 # (hidden [B, T, D], kernel [D, V], batch) -> what is minimised. The weights of all micro-batches of a step together sum
 # to 1: a loss that counts tokens, or samples, by their weights is the same on any mesh and in any packing.
-Loss = Callable[[Array, Array, Batch], Array]
+Loss = Callable[[Array, Array, AnyBatch], Array]
 TokenLoss = Callable[..., Array]  # Logps of [P] -> the loss of each of these tokens, by itself
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import chips
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch
 from llava_jax.distributed import WHOLE, Rows
 from llava_jax.train.flops import ModelFlops
 from llava_jax.train.program import Program
@@ -36,7 +36,7 @@ class Counts(NamedTuple):
     image_fill: float  # the share of image slots that hold a picture
 
 
-def count(batch: Batch, features: int, part: Rows = WHOLE) -> Counts:
+def count(batch: AnyBatch, features: int, part: Rows = WHOLE) -> Counts:
     """Counts of a batch by its host arrays.
 
     Args:
@@ -47,9 +47,10 @@ def count(batch: Batch, features: int, part: Rows = WHOLE) -> Counts:
     tokens = int(inside.sum())
     pairs = int((batch.positions[inside].astype(np.int64) + 1).sum())  # a token at position p sees p + 1 keys
     slots = batch.pixels.shape[0] * batch.pixels.shape[1]
-    # Each picture shows its feature 0 once; `image_newline` lies behind the last picture's features.
-    first = (batch.image_slots >= 0) & (batch.image_slots % features == 0)
-    images = int((first & (batch.image_slots < batch.pixels.shape[1] * features)).sum())
+    shown = np.zeros((batch.pixels.shape[0], batch.pixels.shape[1] + 1), bool)  # the last: text, and `image_newline`
+    of_group = batch.image_slots.reshape(len(shown), -1) // features
+    shown[np.arange(len(shown))[:, None], of_group] = True
+    images = int(shown[:, :-1].sum())
     totals = (n * part.of // len(part.places) for n in (tokens, pairs, int((batch.weights > 0).sum()), images))
     return Counts(*totals, round(tokens / inside.size, 4), round(images / slots, 4))
 
@@ -129,7 +130,7 @@ class RecompileWatch(NamedTuple):
     shapes: frozenset[tuple[int, ...]] = frozenset()  # rows and tokens of the batches so far
     told: bool = False
 
-    def after(self, step: int, batch: Batch, built: int) -> "RecompileWatch":
+    def after(self, step: int, batch: AnyBatch, built: int) -> "RecompileWatch":
         """What is known after a step that built so many programs. A first batch of some length may build one."""
         again = built > 0 and batch.tokens.shape in self.shapes
         if again and not self.told:

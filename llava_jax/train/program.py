@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from llava_jax import batch as batches
 from llava_jax import chips, distributed, limits, params, sharding
 from llava_jax import config as configs
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch
 from llava_jax.distributed import Rows
 from llava_jax.errors import UsageError
 from llava_jax.models import lora
@@ -46,7 +46,7 @@ class Program:
     adapters: Mapping[str, tuple[int, int | float]]  # {kernel: (rank, alpha)}
     state: State
     frozen: Mapping[str, Any]  # in the compute dtype
-    batch: Batch
+    batch: AnyBatch
     rows: Rows  # those that this process loads
     step: Callable[..., Any]  # (state, frozen, batch) -> (state, Metrics); donates the state
     evaluate: Callable[..., Any]  # (state.params, frozen, batch) -> (sum of losses, supervised tokens)
@@ -57,7 +57,7 @@ class Program:
         forward = flops.trace(self.model, params.merge(self.state.params, self.frozen))
         return flops.count(forward, params.flatten(self.state.params))
 
-    def put(self, local: Batch) -> Batch:
+    def put(self, local: AnyBatch) -> AnyBatch:
         """This process's rows of a batch, on the devices of the mesh.
 
         Raises:
@@ -65,7 +65,9 @@ class Program:
         """
         llm = self.model.config.llm
         limits.check_ids(local, llm.vocab + llm.added_tokens)
-        return Batch(**{name: self._placed(name, x) for name, x in local._asdict().items()})
+        return type(local)(**{
+            name: jax.tree.map(functools.partial(self._placed, name), x) for name, x in local._asdict().items()
+        })  # fmt: skip
 
     def _placed(self, name: str, local: Any) -> jax.Array:
         size = local.shape[0] // len(self.rows.shards)
@@ -211,7 +213,7 @@ def check(config: configs.Config, model_config: LlavaConfig) -> None:
     limits.check_rows(data.row_tokens, model_config.image_features, positions, data.lengths)
 
 
-def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Batch:
+def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> AnyBatch:
     data = config.data
     rows = rows_of(data, mesh)
     parts = config.train.accumulate * sharding.shards(mesh, "batch")
@@ -226,9 +228,14 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Bat
             raise UsageError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
     groups, side = rows // data.rows_per_group, model_config.vision.image_size
     limits.check_step(rows, data.row_tokens, groups * data.images_per_group, side)
-    fields = batches.spec(rows, data.row_tokens, groups, data.images_per_group, side)
-    return Batch(**{
-        name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_field_sharding(mesh, name, x.shape))
+    resizes = config.prompt.max_tiles > 0
+    fields = batches.spec(rows, data.row_tokens, groups, data.images_per_group, side, resizes)
+
+    def struct(name: str, x: batches.Field) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_field_sharding(mesh, name, x.shape))
+
+    return type(fields)(**{
+        name: jax.tree.map(functools.partial(struct, name), x, is_leaf=lambda x: isinstance(x, batches.Field))
         for name, x in fields._asdict().items()
     })  # fmt: skip
 

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax import config, params, sharding
-from llava_jax.batch import Batch
+from llava_jax.batch import AnyBatch, ResizedBatch
 from llava_jax.models.llava import Llava
 from llava_jax.train.loss import Loss, cross_entropy
 
@@ -42,7 +42,7 @@ def train_step(
     packed: bool,
     state: State,
     frozen: Mapping[str, Any],
-    batch: Batch,
+    batch: AnyBatch,
 ) -> tuple[State, Metrics]:
     """One update of the trainable subtree.
 
@@ -50,7 +50,7 @@ def train_step(
     `step` moves on: a poisoned batch costs exactly its own update.
     """
 
-    def loss_of(trainable: Any, batch: Batch, weights: Array, part: Array) -> Array:
+    def loss_of(trainable: Any, batch: AnyBatch, weights: Array, part: Array) -> Array:
         key = jax.random.fold_in(dropped, part) if train.lora_dropout else None
         return weighted_loss(model, params.merge(trainable, frozen), batch, weights, packed, key, loss_fn)
 
@@ -70,7 +70,7 @@ def train_step(
 
 
 def eval_step(
-    model: Llava, packed: bool, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: Batch
+    model: Llava, packed: bool, trainable: Mapping[str, Any], frozen: Mapping[str, Any], batch: AnyBatch
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weight times cross-entropy, sum of weights), so that batches add up to a global mean of any run."""
     total = weighted_loss(model, params.merge(trainable, frozen), batch, batch.weights, packed)
@@ -80,7 +80,7 @@ def eval_step(
 def weighted_loss(
     model: Llava,
     parameters: Mapping[str, Any],
-    batch: Batch,
+    batch: AnyBatch,
     weights: Float[Array, "B T"],
     packed: bool = True,
     key: Array | None = None,
@@ -94,21 +94,22 @@ def weighted_loss(
     """
     hidden = model.apply(
         {"params": parameters}, batch.tokens, batch.positions, batch.segments if packed else None, batch.image_slots,
-        batch.pixels, rngs={} if key is None else {"dropout": key},
+        batch.pixels, batch.corners if isinstance(batch, ResizedBatch) else None,
+        rngs={} if key is None else {"dropout": key},
     )  # fmt: skip
     kernel = model.apply({"params": parameters}, method="head_kernel")
     return loss_fn(hidden, kernel, batch._replace(weights=weights))
 
 
 def _accumulate(
-    gradient: Callable[..., tuple[Array, Any]], trainable: Any, batch: Batch, weights: Array, parts: int
+    gradient: Callable[..., tuple[Array, Any]], trainable: Any, batch: AnyBatch, weights: Array, parts: int
 ) -> tuple[Array, Any]:
     """Loss and gradient, summed over micro-batches one after another; buffers exist for trainable parameters only."""
     if parts == 1:
         loss, found = gradient(trainable, batch, weights, jnp.int32(0))
         return loss, sharding.constrain_parameters(found)
 
-    def add(sums: tuple[Array, Any], part: tuple[Batch, Array, Array]) -> tuple[tuple[Array, Any], None]:
+    def add(sums: tuple[Array, Any], part: tuple[AnyBatch, Array, Array]) -> tuple[tuple[Array, Any], None]:
         loss, found = gradient(trainable, *part)
         return jax.tree.map(jnp.add, sums, (loss, sharding.constrain_parameters(found))), None
 

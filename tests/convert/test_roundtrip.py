@@ -210,6 +210,15 @@ def test_assemble_joins_a_tower_a_decoder_and_a_projector(tmp_path):
     assert "projector/2/bias" not in specs and specs["vision/blocks/q/kernel"].shape[0] == 3
 
 
+def test_a_projector_alone_comes_back_as_the_connector_that_its_config_names(tmp_path):
+    vision, llm, kind = tiny.write_clip(tmp_path / "clip"), tiny.write_llama(tmp_path / "llm"), "pixel_shuffle2_linear"
+    importing.assemble(tmp_path / "a", vision, llm, projector_type=kind)
+    exporting.export("projector", tmp_path / "a", tmp_path / "projector")
+    importing.assemble(tmp_path / "b", vision, llm, projector=tmp_path / "projector" / "mm_projector.bin", seed=9)
+    assert model_json.read(tmp_path / "b").model["projector"] == kind
+    assert same(loaded(tmp_path / "b"), loaded(tmp_path / "a"))
+
+
 def test_tied_embeddings_have_no_output_matrix_either_way(tmp_path):
     hub = tiny.hub_tensors(vocab=1024)
     hub.pop(HEAD)

@@ -3,8 +3,8 @@
     {"id": "1", "image": "cat.jpg", "question": "What is it?", "answer": "a cat", "category": "animals"}
     {"id": "2", "image": "cat.jpg", "question": "Which one?", "choices": ["a dog", "a cat"], "answer": "B"}
 
-`answer` may be a list of right ones; without any, the questions can be asked and not scored. `image`, `category` and
-`choices` may be left out, `image` may be a list.
+They are lines of DATA/questions.jsonl; pictures lie in DATA/images. `answer` may be a list of right ones; without any,
+the questions can be asked and not scored. `image`, `category` and `choices` may be left out, `image` may be a list.
 """
 
 import re
@@ -129,6 +129,7 @@ def _texts(value: Any, name: str, where: str) -> list[str]:
 
 
 BENCHMARK = Benchmark(
-    "custom", "own questions", "images", (Need(_FILE, "you: see the beginning of evaluate/benchmarks/custom.py"),),
+    "custom", "own questions", "images",
+    (Need(_FILE, "you, pictures in images/: see llava_jax/evaluate/benchmarks/custom.py"),),
     _read, score, tokens=128, options={"match": tuple(RULES), "letters": tuple(LETTER_RULES)},
 )  # fmt: skip
