@@ -137,7 +137,6 @@ def test_lines_of_progress_are_plain_and_come_once_whatever_else_has_set_up_logg
     assert completed.stderr.splitlines() == ["WARNING:root:another library", "counts 3 of 9"]
 
 
-
 def test_the_package_lists_every_command_that_there_is(capsys):
     package = Path(cli.__file__).parent
     modules = {path.parent.name for path in package.glob("*/__main__.py")} | {"chat"}

@@ -52,7 +52,7 @@ def test_a_bucket_that_does_not_exist_is_found(check, bucket_server):
 def test_a_store_with_stale_listings_is_found(check, tmp_path, monkeypatch):
     listed, listings = files.listed, {}
     monkeypatch.setattr(files, "listed", lambda path: listings.setdefault(str(path), listed(path)))
-    monkeypatch.setattr(storage, "LISTED_SECS", 0.3)
+    monkeypatch.setattr(storage, "MAX_LISTING_SECS", 0.3)
     lines = check(epath.Path(tmp_path))
     assert lines["list"].verdict == FAIL and "is not seen" in lines["list"].figure and lines["list"].remedy
 
