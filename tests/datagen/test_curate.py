@@ -139,7 +139,7 @@ def test_a_good_description_passes_every_rule():
     assert len(rules.RULES) == 11
 
 
-def test_rows_cut_short_or_said_twice_are_dropped():
+def test_truncated_and_repeated_rows_are_dropped():
     row = {"image_id": "a", "text": GOOD, "corrected": GOOD, "finish": "stop"}
     rows = [row, {**row, "image_id": "b"}, {**row, "image_id": "c", "finish": "length"}, {"unanswered": "x"}]
     assert [checked["dropped"] for checked in curate.apply_rules(rows)] == [None, "duplicate", "unfinished"]

@@ -10,7 +10,7 @@ from llava_jax.datagen.__main__ import main
 from llava_jax.datagen.filters import balance
 
 
-def test_phrases_rarer_than_three_bring_nobody_in():
+def test_phrases_rarer_than_three_add_no_caption():
     captions = [["cat"], ["cat"], ["dog"], ["dog"], ["dog"], ["cat", "dog"], [], ["bird"]]
     selection = balance([*captions, ["horse"], ["horse"]])
     assert selection.kept == [0, 1, 2, 3, 4, 5] and (selection.phrases, selection.rare, selection.without) == (4, 2, 4)
@@ -99,7 +99,7 @@ def test_phrases_of_any_tagger_may_come_from_a_file(tmp_path, monkeypatch, capsy
     assert main(arguments) == 65 and "no phrases of 3 records, '1'" in capsys.readouterr().err
 
 
-def test_spacy_that_is_not_there_is_asked_for(tmp_path, capsys):
+def test_a_missing_spacy_is_named_with_the_remedy(tmp_path, capsys):
     (tmp_path / "all.json").write_text('[{"id": 1, "image": "a.jpg", "caption": "x"}]')
     arguments = ["filter", "--records", f"{tmp_path}/all.json", "--out", f"{tmp_path}", "--phrases", "spacy:none_such"]
     assert main(arguments) == 64 and "pip install spacy" in capsys.readouterr().err

@@ -144,12 +144,12 @@ def test_what_cannot_be_used_is_refused_with_a_reason(kind, text, reason):
     assert str(caught.value).startswith(reason) and reason.split(":")[0] in REASONS
 
 
-def test_talk_of_boxes_that_are_things_is_no_leak():
+def test_boxes_that_are_objects_are_no_leak():
     for text in ("A box of oranges stands on the given street.", "Two lists (2, 3) lie there.", "It rains 0.5 cm."):
         assert parse("detail", text, "stop", "What?") == [Pair("What?", text)]
 
 
-def test_a_draw_hangs_on_seed_and_id_alone():
+def test_a_draw_depends_on_seed_and_id_alone():
     ids = [str(i) for i in range(400)]
     draws = [generate.draw(range(16), 0, name, "question") for name in ids]
     assert draws == [generate.draw(range(16), 0, name, "question") for name in ids]

@@ -44,7 +44,7 @@ def test_the_table_has_a_line_for_each_run_and_no_complaint(folder_and_outcome):
     assert "Not as in the paper" not in text
 
 
-def test_a_comparison_that_comes_out_the_other_way_is_said(tmp_path):
+def test_a_comparison_unlike_the_papers_is_reported(tmp_path):
     text = report.table(outcome(tmp_path, {**SCORES, "stage2_last_layer": 0.95}))
     assert "Not as in the paper: last layer instead of penultimate reaches 95.0, stage 2 90.0" in text
 

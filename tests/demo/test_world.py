@@ -50,7 +50,7 @@ def test_a_family_is_of_different_training_scenes():
     assert len(set(family)) == 8 and {world.split_of(scene) for scene in family} == {"train"}
 
 
-def test_a_picture_shows_the_colours_where_they_are_said_to_be():
+def test_a_picture_has_the_colours_of_its_scene():
     scene = (Thing("red", "circle"), None, None, Thing("blue", "square"))
     picture = world.draw(scene, np.random.default_rng(0)).astype(int)
     assert picture.shape == (96, 96, 3)
@@ -107,7 +107,7 @@ def test_guessing_the_most_frequent_answer_of_each_kind_is_idle():
     assert np.mean(list(best.values())) < 0.3
 
 
-def test_what_is_asked_for_does_not_tell_whether_it_is_there():
+def test_the_feature_in_a_question_does_not_reveal_the_answer():
     rng = np.random.default_rng(0)
     turns = [world.ask("exists", scene, rng) for scene in scenes("train", 2000)]
     yes = Counter(turn.question for turn in turns if turn.answer == "yes")

@@ -179,7 +179,7 @@ def test_what_is_no_checkpoint_has_its_own_code(data, tmp_path):
 # ---- two passes
 
 
-def test_a_reply_goes_on_from_what_is_begun_of_it():
+def test_a_reply_continues_its_prefix():
     format = tiny.wording(templates.get("v1"))
     prefixed = Conversation((Turn("user", "Why?"),), begun="Because")
     full = Conversation((Turn("user", "Why?"), Turn("assistant", "Because")))

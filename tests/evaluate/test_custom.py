@@ -42,7 +42,7 @@ def test_a_text_that_is_two_choices_names_none():
     assert lenient_letter("a cat", ["a cat", "the cat", "a dog"]) == ""
 
 
-def test_own_choices_are_read_strictly_or_leniently_as_is_said(tmp_path, capsys):
+def test_custom_choices_are_parsed_strictly_or_leniently(tmp_path, capsys):
     """Case 10: eight ways to answer, of which seven mean B."""
     row = {"question": "Which animal?", "choices": CHOICES, "answer": "B"}
     write(tmp_path / "questions.jsonl", [{"id": str(i), **row} for i in range(8)])

@@ -180,7 +180,7 @@ def test_the_command_names_what_is_wrong_and_exits_with_its_code(tmp_path, monke
     assert message in capsys.readouterr().err
 
 
-def test_what_a_benchmark_lacks_is_said_with_where_it_comes_from(tmp_path, capsys):
+def test_a_missing_file_of_a_benchmark_is_named_with_its_source(tmp_path, capsys):
     assert run("score", "--benchmark", "textvqa", "--data", tmp_path, tmp_path / "a.jsonl") == 65
     message = capsys.readouterr().err
     assert "TextVQA_0.5.1_val.json    from textvqa.org/dataset" in message and "eval.zip" in message

@@ -78,7 +78,7 @@ def test_two_slices_sum_their_gradients_over_the_network_between_them(tmp_path, 
     assert "2 slices of v5e:2x2" in output and "network between slices" in output
 
 
-def test_what_does_not_fit_is_said_with_the_memory_it_would_need(tmp_path, capsys):
+def test_a_step_that_does_not_fit_reports_the_memory_it_needs(tmp_path, capsys):
     args = ("--config.data.batch_samples=262144", "--config.model.remat=none", "--config.data.row_tokens=1024")
     plan = run_plan(tmp_path, *args)
     assert plan["fits"] is False and plan["peak_hbm_bytes"] > plan["limit_hbm_bytes"]
@@ -159,7 +159,7 @@ def test_an_unknown_compiler_option_is_refused_by_name(tmp_path, capsys, monkeyp
 
 
 @pytest.mark.parametrize("args", [["--topology", "v5e:2x2"], ["--config", "configs/tiny_pretrain.py"]])
-def test_a_missing_word_is_asked_for(args, capsys):
+def test_a_missing_option_is_named(args, capsys):
     assert main(args) == 64
     assert "is missing" in capsys.readouterr().err
 
