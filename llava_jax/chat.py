@@ -1,6 +1,6 @@
-"""Talk with a checkpoint about pictures: `python -m llava_jax.chat --checkpoint DIR --image FILE`.
+"""A conversation with a checkpoint about pictures: `python -m llava_jax.chat --checkpoint DIR --image FILE`.
 
-With `--prompt` it answers once; without, it goes on turn by turn until /quit, an empty line or the end of the input.
+With `--prompt` it answers once; without, it reads turn by turn until /quit, an empty line or the end of the input.
 """
 
 import argparse
@@ -19,62 +19,62 @@ if TYPE_CHECKING:
 
 MARKER = "<image>"
 HELP = """/image FILE   shows another picture with the next question (a URL with --allow-urls)
-/system TEXT  replaces the system text, from the beginning
-/reset        forgets what was said; the pictures of the command line are shown again
+/system TEXT  starts a new conversation with this system text
+/reset        starts a new conversation; the pictures of the command line are shown again
 /quit         ends, as an empty line does"""
 URL_SECS, URL_BYTES = 30.0, 50 * 2**20
 
 
 @dataclass(frozen=True)
-class Talk:
-    """What was said so far: turns, the pictures that their markers stand for, and pictures for the next question."""
+class Session:
+    """A conversation so far: turns, the pictures of their markers, and pictures for the next question."""
 
     turns: tuple[Any, ...] = ()
     images: tuple[Any, ...] = ()
-    waiting: tuple[Any, ...] = ()
+    pending_images: tuple[Any, ...] = ()
     system: str | None = None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the chat and returns its exit code; what is wrong is said in one line."""
+    """Runs the chat and returns its exit code; an error is one line."""
     args = _arguments(argv)
-    return cli.run("chat", lambda: _run(args), "")
+    return cli.run("chat", lambda: _run(args))
 
 
 def _run(args: argparse.Namespace) -> int:
     from llava_jax.generate.sampling import Sampling  # what follows takes seconds to import
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
-    images = tuple(_open(place, args.allow_urls) for place in args.image)
+    images = tuple(_open(source, args.allow_urls) for source in args.image)
     from llava_jax.generate.assistant import Assistant
 
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
-    begin = Talk(waiting=images, system=args.system)
+    initial = Session(pending_images=images, system=args.system)
     if args.prompt is None:
-        talk(assistant, begin, args)
+        converse(assistant, initial, args)
     else:
-        _answered(assistant, _asked(begin, args.prompt), args)
+        _answer(assistant, _ask(initial, args.prompt), args)
     return 0
 
 
-def talk(assistant: "Assistant", begin: Talk, args: argparse.Namespace) -> None:
-    """Question and answer in turn, each with all that was said before; what a question gets wrong costs only itself."""
-    _banner(assistant, begin, args)
-    now = begin
+def converse(assistant: "Assistant", initial: Session, args: argparse.Namespace) -> None:
+    """Questions and answers in turn, each with the whole history; a wrong question does not end the conversation."""
+    _banner(assistant, initial, args)
+    session = initial
     while question := _question():
         try:
-            word, _, rest = question.partition(" ")
-            if word == "/quit":
+            command, _, argument = question.partition(" ")
+            if command == "/quit":
                 return
             if question.startswith("/"):
-                now = _commanded(word, rest.strip(), now, begin, args)
+                session = _run_command(command, argument.strip(), session, initial, args)
             else:
-                now = _answered(assistant, _asked(now, question), args)
+                session = _answer(assistant, _ask(session, question), args)
         except (ValueError, OSError) as error:
             print(f"chat: {error}", file=sys.stderr, flush=True)
 
 
-def _banner(assistant: "Assistant", begin: Talk, args: argparse.Namespace) -> None:
+def _banner(assistant: "Assistant", initial: Session, args: argparse.Namespace) -> None:
     if not sys.stdin.isatty():
         return
     import readline  # noqa: F401 - gives `input` line editing and a history
@@ -82,74 +82,81 @@ def _banner(assistant: "Assistant", begin: Talk, args: argparse.Namespace) -> No
     config = assistant.model.config
     print(f"{args.checkpoint}: {config.llm.layers} layers of width {config.llm.width}, pictures of "
           f"{config.vision.image_size} pixels, template {assistant.format.template.name}, "
-          f"{len(begin.waiting)} picture(s) shown with the first question\n{HELP}")  # fmt: skip
+          f"{len(initial.pending_images)} picture(s) shown with the first question\n{HELP}")  # fmt: skip
 
 
-def _commanded(word: str, rest: str, now: Talk, begin: Talk, args: argparse.Namespace) -> Talk:
-    match word:
+def _run_command(command: str, argument: str, session: Session, initial: Session, args: argparse.Namespace) -> Session:
+    match command:
         case "/image":
-            return replace(now, waiting=(*now.waiting, _open(rest, args.allow_urls)))
+            return replace(session, pending_images=(*session.pending_images, _open(argument, args.allow_urls)))
         case "/system":
-            return replace(begin, system=rest)
+            return replace(initial, system=argument)
         case "/reset":
-            return replace(begin, system=now.system)
+            return replace(initial, system=session.system)
         case "/help":
             print(HELP)
-            return now
-    raise UsageError(f"{word} is no command of chat:\n{HELP}")
+            return session
+    raise UsageError(f"{command} is no command of chat:\n{HELP}")
 
 
-def _asked(now: Talk, question: str) -> Talk:
-    """With the next question: its markers stand for the pictures that wait; without markers they are shown before it.
+def _ask(session: Session, question: str) -> Session:
+    """Adds the next question: its markers stand for the pending pictures; without markers they are shown before it.
 
     Raises:
-      UsageError: as many markers as pictures are wanted.
+      UsageError: the markers are not as many as the pictures.
     """
     from llava_jax.prompt.conversation import Turn, with_markers
 
-    text = with_markers(question, len(now.waiting))
-    return replace(now, turns=(*now.turns, Turn("user", text)), images=(*now.images, *now.waiting), waiting=())
+    text = with_markers(question, len(session.pending_images))
+    images = (*session.images, *session.pending_images)
+    return replace(session, turns=(*session.turns, Turn("user", text)), images=images, pending_images=())
 
 
-def _answered(assistant: "Assistant", now: Talk, args: argparse.Namespace) -> Talk:
-    """With the reply, which is printed while it is made."""
+def _answer(assistant: "Assistant", session: Session, args: argparse.Namespace) -> Session:
+    """Adds the reply, which is printed while it is generated."""
     from llava_jax.prompt.conversation import Conversation, Turn
 
     # LLaVA's rule for its one picture is to show it first; several stand where they were named.
-    conversation = Conversation(now.turns, now.images, "chat", now.system, images_in_place=len(now.images) > 1)
+    in_place = len(session.images) > 1
+    conversation = Conversation(session.turns, session.images, "chat", session.system, images_in_place=in_place)
     reply: Reply = assistant.reply(
         conversation, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed,
         on_piece=lambda piece: print(piece, end="", flush=True), repetition_penalty=args.repetition_penalty,
     )  # fmt: skip
     print(flush=True)
-    return replace(now, turns=(*now.turns, Turn("assistant", reply.text)))
+    return replace(session, turns=(*session.turns, Turn("assistant", reply.text)))
 
 
-def _open(place: str, allow_urls: bool) -> Any:
+def _open(source: str, allow_urls: bool) -> Any:
     """The picture of a path, or of a URL where those are allowed."""
     from llava_jax.prompt.images import open_image
 
-    if not place:
-        raise UsageError("/image wants a file")
-    if not place.startswith(("http://", "https://")):
-        return open_image(place)
+    if not source:
+        raise UsageError("/image needs a file")
+    if not source.startswith(("http://", "https://")):
+        return open_image(source)
     if not allow_urls:
-        raise UsageError(f"{place}: pictures are fetched from the network only with --allow-urls; or download it first")
+        raise UsageError(f"{source}: URLs are fetched only with --allow-urls; or download the picture first")
     try:
-        with urllib.request.urlopen(place, timeout=URL_SECS) as answer:
-            content = answer.read(URL_BYTES + 1)
+        with urllib.request.urlopen(source, timeout=URL_SECS) as response:
+            content = response.read(URL_BYTES + 1)
     except (urllib.error.URLError, TimeoutError, ValueError) as error:
-        raise UsageError(f"{place}: cannot be fetched ({error}); download it and name the file") from None
+        raise UsageError(f"{source}: cannot be fetched ({error}); download it and name the file") from None
     if len(content) > URL_BYTES:
-        raise UsageError(f"{place}: over {URL_BYTES >> 20} MB; download it and name a smaller file")
+        raise UsageError(f"{source}: over {URL_BYTES >> 20} MB; download it and name a smaller file")
     return open_image(content)
 
 
 def _question() -> str:
-    """The next line, asked for where someone is there to be asked; empty at the end of the input."""
+    """The next line, with a prompt on a terminal; empty at the end of the input."""
+    prompt = "> " if sys.stdin.isatty() else ""
     try:
-        return input("> " if sys.stdin.isatty() else "").strip()
-    except EOFError:
+        return input(prompt).strip()
+    except (EOFError, KeyboardInterrupt) as end:
+        if prompt:
+            print()  # Ctrl-D and Ctrl-C leave the cursor behind the prompt
+        if isinstance(end, KeyboardInterrupt):
+            raise
         return ""
 
 
@@ -169,7 +176,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     add("--top-p", type=float, default=1.0, help="draw from this mass of the likeliest ids")
     add("--top-k", type=int, default=0, help="draw from this many of the likeliest ids; 0: all")
-    add("--repetition-penalty", type=float, default=1.0, help="above 1: what the conversation has said is less likely; "
+    add("--repetition-penalty", type=float, default=1.0, help="above 1: tokens of the conversation are less likely; "
         "1: off")  # fmt: skip
     add("--max-new-tokens", type=int, help="default: 512, or what the model has room for")
     add("--seed", type=int, default=0)

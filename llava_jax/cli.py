@@ -1,4 +1,4 @@
-"""What all commands share: how they parse arguments, and how an exception becomes one line and an exit code."""
+"""Argument parsing, exit codes and error lines of all commands."""
 
 import argparse
 import difflib
@@ -13,24 +13,24 @@ from typing import Any, NamedTuple, NoReturn
 
 from llava_jax import errors, known_names
 from llava_jax.errors import UsageError
-from llava_jax.files import is_bucket
+from llava_jax.files import is_bucket, other_store
 
 INTERRUPTED = 130  # a shell's own after Ctrl-C
-# Earlier names of options, and names that people bring from elsewhere -> ours.
+# Earlier names of options, and names from other projects -> ours.
 RENAMED = {"--budget-usd": "--max-usd", "--budget-tokens": "--max-tokens-spent", "--max-tokens": "--max-new-tokens"}
 
 
-class _Once(argparse.Action):
-    """Stores the value of an option, which may be given once: of two values, one would be dropped in silence."""
+class _StoreOnce(argparse.Action):
+    """Stores the value of an option that may be given once: of two values, one would be ignored silently."""
 
-    _filled: argparse.Namespace | None = None
+    _last_namespace: argparse.Namespace | None = None
 
     def __call__(
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
     ) -> None:
-        if option is not None and self._filled is namespace:
+        if option is not None and self._last_namespace is namespace:
             raise argparse.ArgumentError(self, "is given more than once")
-        self._filled = namespace
+        self._last_namespace = namespace
         setattr(namespace, self.dest, values)
 
 
@@ -42,12 +42,12 @@ class Parser(argparse.ArgumentParser):
 
     def register(self, registry_name: str, value: Any, object: Any) -> None:
         stores = registry_name == "action" and value in (None, "store")
-        super().register(registry_name, value, _Once if stores else object)
+        super().register(registry_name, value, _StoreOnce if stores else object)
 
     def parse_known_args(
         self, args: Sequence[str] | None = None, namespace: Any = None
     ) -> tuple[argparse.Namespace, list[str]]:
-        """All arguments: what is left over is an error here, where the parser of a verb still knows its name."""
+        """All arguments: a left-over one is an error here, where the parser of a verb still knows its name."""
         self.allow_abbrev = False
         options, unknown = super().parse_known_args(args, namespace)
         if unknown:
@@ -58,35 +58,35 @@ class Parser(argparse.ArgumentParser):
         self.exit(errors.USAGE, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
     def _nearest(self, word: str) -> str:
-        known = {name.lstrip("-"): name for action in self._actions for name in action.option_strings}
-        if RENAMED.get(word) in known.values():
+        options_by_name = {name.lstrip("-"): name for action in self._actions for name in action.option_strings}
+        if RENAMED.get(word) in options_by_name.values():
             return f"; did you mean {RENAMED[word]}?"
         plain = word.lstrip("-").replace("_", "-")
-        meant = known_names.hint(word, "--config.") if plain not in known else ""
-        near = difflib.get_close_matches(plain, known, n=1) if word.startswith("-") and not meant else []
-        return f"; did you mean {known[near[0]]}?" if near else meant
+        renamed = known_names.hint(word, "--config.") if plain not in options_by_name else ""
+        matches = difflib.get_close_matches(plain, options_by_name, n=1) if word.startswith("-") and not renamed else []
+        return f"; did you mean {options_by_name[matches[0]]}?" if matches else renamed
 
 
 def overrides(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """The other words, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
+    """The other arguments, and {"train.lr": "1e-4"} of `--config.train.lr=1e-4` or `--config.train.lr 1e-4`.
 
     Raises:
       UsageError: one lacks its value, or a key is given twice.
     """
-    rest, found, words = list[str](), dict[str, str](), iter(argv)
-    for word in words:
-        if not word.startswith("--config."):
-            rest.append(word)
+    rest, settings, remaining = list[str](), dict[str, str](), iter(argv)
+    for arg in remaining:
+        if not arg.startswith("--config."):
+            rest.append(arg)
             continue
-        option, equals, text = word.partition("=")
-        text = text if equals else next(words, "")
+        option, equals, text = arg.partition("=")
+        text = text if equals else next(remaining, "")
         key = option.removeprefix("--config.")
-        if key in found:
+        if key in settings:
             raise UsageError(f"{option} is given more than once")
         if not text and not equals:
             raise UsageError(f"{option} wants a value")
-        found[key] = text
-    return rest, found
+        settings[key] = text
+    return rest, settings
 
 
 class Command(NamedTuple):
@@ -105,26 +105,26 @@ def command(argv: Sequence[str], program: str, description: str = "") -> Command
         `--help`.
     """
     usage = f"usage: {program} --config FILE --workdir DIR [--config.BRANCH.KEY=VALUE ...]"
-    if any(word in ("-h", "--help") for word in argv):
+    if any(arg in ("-h", "--help") for arg in argv):
         print(f"{description}\n{usage}")
         raise SystemExit(0)
-    rest, changed = overrides(argv)
-    found, words = dict[str, str](), iter(rest)
-    for word in words:
-        option, equals, text = word.partition("=")
+    rest, config_overrides = overrides(argv)
+    options, remaining = dict[str, str](), iter(rest)
+    for arg in remaining:
+        option, equals, text = arg.partition("=")
         if option not in ("--config", "--workdir"):
-            raise UsageError(f"unknown argument {word!r}{known_names.hint(option, '--config.')}; {usage}")
-        if option in found:
+            raise UsageError(f"unknown argument {arg!r}{known_names.hint(option, '--config.')}; {usage}")
+        if option in options:
             raise UsageError(f"{option} is given more than once; {usage}")
-        found[option] = text if equals else next(words, "")
+        options[option] = text if equals else next(remaining, "")
     for option in ("--config", "--workdir"):
-        if not found.get(option):
+        if not options.get(option):
             raise UsageError(f"{option} is missing; {usage}")
-    return Command(found["--config"], found["--workdir"], changed)
+    return Command(options["--config"], options["--workdir"], config_overrides)
 
 
 def show_progress() -> None:
-    """Prints what the packages say while they work, a plain line each; what other libraries log stays theirs."""
+    """Prints the packages' log messages, one plain line each; the logs of other libraries are unchanged."""
     logger = logging.getLogger("llava_jax")
     if not logger.handlers:
         handler = logging.StreamHandler()
@@ -148,10 +148,19 @@ def step(text: str) -> int | str:
     return text if text == "best" else int(text)
 
 
-def run(name: str, command: Callable[[], int], interrupted: str = "interrupted") -> int:
-    """The exit code of a command. An exception of `errors` is one line that begins with `name`; others go through.
+def _scheme(error: KeyError | ImportError) -> str:
+    """How the paths begin that etils cannot read, of a store that it does not know or whose client is missing; "" where
+    the exception says something else."""
+    if isinstance(error, KeyError):
+        return str(error.args[0]) if re.fullmatch(r"\('[a-zA-Z][a-zA-Z0-9+.-]*://',\)", str(error.args)) else ""
+    clients = {"gcsfs": "gs://", "s3fs": "s3://", "adlfs": "az://", "fsspec": "gs://"}
+    return next((scheme for package, scheme in clients.items() if package in str(error)), "")
 
-    interrupted: what Ctrl-C prints, such as how to resume.
+
+def run(name: str, command: Callable[[], int], interrupt_message: str = "interrupted") -> int:
+    """The exit code of a command. An exception of `errors` is one line that begins with `name`; others propagate.
+
+    interrupt_message: printed on Ctrl-C, such as how to resume.
     """
     for stream in (sys.stdout, sys.stderr):  # data may hold what the terminal's encoding does not
         if isinstance(stream, io.TextIOWrapper):
@@ -162,11 +171,15 @@ def run(name: str, command: Callable[[], int], interrupted: str = "interrupted")
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends
         return errors.DONE
     except KeyboardInterrupt:
-        print(f"{name}: {interrupted}", file=sys.stderr)
+        print(f"{name}: {interrupt_message}", file=sys.stderr)
         return INTERRUPTED
-    except ImportError as error:
-        if not any(package in str(error) for package in ("gcsfs", "fsspec")):
+    except (KeyError, ImportError) as error:
+        scheme = _scheme(error)
+        if not scheme:
             raise
+        if scheme != "gs://":
+            print(f"{name}: {other_store(scheme)}", file=sys.stderr)
+            return errors.USAGE
         print(f'{name}: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name '
               "a path on a disk", file=sys.stderr)  # fmt: skip
         return errors.USAGE

@@ -62,6 +62,7 @@ class Data:
     batch_samples: int = 128  # padded: samples, and rows, of a step; the reference's global batch
     rows_per_chip: int = 0  # packed: rows of a step for each part that mesh.data x mesh.fsdp cuts it into
     row_tokens: int = 2048
+    sample_tokens: int = 0  # longest sample of a packed row, which may hold more than the model's positions; 0: the row
     lengths: tuple[int, ...] = ()  # padded: shorter row lengths (buckets) that a batch may take, in tokens
     rows_per_group: int = 1  # packed: neighbouring rows that share one pool of pictures
     images_per_group: int = 1  # pictures of a pool; padded: of a row
@@ -90,10 +91,11 @@ class Data:
 
     def _check_layout(self) -> None:
         if self.layout == "padded":
-            if self.rows_per_chip or self.rows_per_group != 1:
+            if self.rows_per_chip or self.rows_per_group != 1 or self.sample_tokens:
                 raise UsageError(
-                    f"data.rows_per_chip={self.rows_per_chip}, data.rows_per_group={self.rows_per_group}: these are "
-                    "of packed rows; set data.layout=packed, or say data.batch_samples alone"
+                    f"data.rows_per_chip={self.rows_per_chip}, data.rows_per_group={self.rows_per_group}, "
+                    f"data.sample_tokens={self.sample_tokens}: these are of packed rows; set data.layout=packed, or "
+                    "say data.batch_samples alone"
                 )
             return
         if self.rows_per_chip < 1 or self.rows_per_chip % self.rows_per_group:
@@ -101,6 +103,9 @@ class Data:
                 f"data.rows_per_chip={self.rows_per_chip}: want a multiple of data.rows_per_group="
                 f"{self.rows_per_group}, at least 1, where data.layout=packed"
             )
+        if self.sample_tokens > self.row_tokens:
+            raise UsageError(f"data.sample_tokens={self.sample_tokens}: want at most "
+                             f"data.row_tokens={self.row_tokens}")  # fmt: skip
         if self.order == "modality_length" or self.lengths:
             raise UsageError(
                 f"data.order={self.order}, data.lengths={self.lengths}: packed rows need neither samples of like "

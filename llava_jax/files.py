@@ -201,6 +201,13 @@ def delete(path: epath.PathLike) -> None:
     retried(lambda: path.rmtree(missing_ok=True), path)
 
 
+def other_store(path: str) -> UsageError:
+    """What to raise for a URL, or for a bucket of another store than Google's."""
+    scheme = path.partition("://")[0]
+    return UsageError(f"a path that begins with {scheme}://: want a path on a disk, or gs://BUCKET/PATH; download it "
+                      "first (`hf download ORG/NAME --local-dir DIR` from Hugging Face)")  # fmt: skip
+
+
 def no_bucket(path: epath.PathLike) -> MissingFile:
     """What to raise where a write says that nothing can be there."""
     bucket = "/".join(os.fspath(path).split("/")[:3])
@@ -217,9 +224,11 @@ def retried(call: Callable[[], T], path: epath.PathLike, secs: float | None = No
 
     Raises:
       Unreachable: the store gave such errors all the time.
-      UsageError: it refuses access, or such a request.
+      UsageError: it refuses access, or such a request; or it is not Google's.
       Whatever else `call` raises, such as FileNotFoundError; a disk's refusal and a full disk are OSErrors.
     """
+    if is_bucket(path) and not os.fspath(path).startswith("gs://"):
+        raise other_store(os.fspath(path))
     begin, wait = time.monotonic(), 0.5
     secs = RETRY_SECS if secs is None else secs
     while True:

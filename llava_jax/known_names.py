@@ -78,6 +78,7 @@ KNOWN_NAMES = {
     "freeze_mm_mlp_adapter": "the table rates of the config file",
     "vision_tower": "convert assemble --vision",
     "mm_vision_select_layer": "convert assemble --select-layer",
+    "vision_feature_layer": "convert assemble --select-layer",
     "mm_projector_type": "convert assemble --projector-type",
     "pretrain_mm_mlp_adapter": "model.start",
     "mm_use_im_start_end": "prompt.image_start_end",
@@ -88,9 +89,9 @@ KNOWN_NAMES = {
     "image_dir": "data.sources.0.images",
     "eval_data_path": "data.validation",
     "lora_enable": "the table lora of the config file",
-    "lora_r": "the table lora of the config file",
-    "lora_rank": "the table lora of the config file",
-    "lora_alpha": "the table lora of the config file",
+    "lora_r": "lora.rank, of a config with adapters",
+    "lora_rank": "lora.rank, of a config with adapters",
+    "lora_alpha": "lora.alpha, of a config with adapters",
     "lora_target_modules": "the table lora of the config file",
     "lora_weight_path": "model.start",
     "lora_dropout": "train.lora_dropout",
@@ -106,6 +107,6 @@ def hint(name: str, flag: str = "") -> str:
       flag: what stands before a key of the config on a command line.
     """
     meant = KNOWN_NAMES.get(name.lstrip("-").rpartition(".")[2].replace("-", "_").lower(), "")
-    if re.match(r"(data|train|model|prompt|mesh|checkpoint|log)\.", meant):
+    if re.match(r"(data|train|model|prompt|mesh|checkpoint|log|lora)\.", meant):
         meant = flag + meant
     return f"; here that is {meant}" if meant else ""

@@ -29,10 +29,11 @@ class Bound(NamedTuple):
 BOUNDS = {
     "data.batch_samples": Bound(1, 2**20),
     "data.row_tokens": Bound(1, 2**20),
+    "data.sample_tokens": Bound(0, 2**20),
     "data.rows_per_chip": Bound(0, 2**16),
     "data.rows_per_group": Bound(1, 2**16),
     "data.images_per_group": Bound(1, 4096),
-    "data.skip_budget": Bound(0, 1),
+    "data.skip_budget": Bound(0, 0.999999),  # a run of nothing but bad records trains on nothing
     "data.threads": Bound(1, 1024),
     "data.hold_out": Bound(0, 0.9),
     "source.weight": Bound(0, 1000),  # that many times the source in one epoch

@@ -1,4 +1,4 @@
-"""A server on this machine that speaks /v1/chat/completions and fails exactly as it is told.
+"""A local server of /v1/chat/completions with configurable faults.
 
 `with FakeOpenAI(lambda body: "Yes.", faults=first("429", "500")) as server:` and then `Endpoint(server.url, "any")`.
 """
@@ -41,14 +41,14 @@ Fault = Callable[[int, dict[str, Any]], str | None]
 
 def first(*faults: str) -> Fault:
     """Every request meets these faults in its first attempts, then succeeds."""
-    seen: Counter[str] = Counter()
+    attempts: Counter[str] = Counter()
     lock = threading.Lock()
 
     def fault(number: int, body: dict[str, Any]) -> str | None:
         name = json.dumps(body, sort_keys=True)
         with lock:
-            seen[name] += 1
-            return faults[seen[name] - 1] if seen[name] <= len(faults) else None
+            attempts[name] += 1
+            return faults[attempts[name] - 1] if attempts[name] <= len(faults) else None
 
     return fault
 
@@ -130,23 +130,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self, body: dict[str, Any], key: str, fault: str | None) -> None:
         if fault in REFUSALS:
             status, text, headers = REFUSALS[fault]
-            shown = {name: value.replace("{key}", key) for name, value in headers.items()}
-            return self._send(status, text.replace("{key}", key).encode(), shown)
+            filled = {name: value.replace("{key}", key) for name, value in headers.items()}
+            return self._send(status, text.replace("{key}", key).encode(), filled)
         if fault == "dropped":
             self.close_connection = True
             return None
         time.sleep(self.fake.silence_secs if fault == "timeout" else self.fake.latency_secs)
         text = self.fake.answer(body)
-        told = {
+        completion = {
             "choices": [{"index": 0, "finish_reason": "length" if fault == "length" else "stop", "message": {
                 "role": "assistant", "content": f"{text} {key}" if fault == "echo answer" else text}}],
             "usage": {"prompt_tokens": words(body), "completion_tokens": len(text.split())},
         }  # fmt: skip
         if fault == "no usage":
-            told["usage"] = None
+            completion["usage"] = None
         with self.fake.lock:
             self.fake.answered.append(body)
-        content = json.dumps(told).encode()
+        content = json.dumps(completion).encode()
         if fault == "truncated":
             self.close_connection = True
             return self._send(200, content[: len(content) // 2], {"Content-Length": str(len(content))})
@@ -154,8 +154,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)
-        usual = {"Content-Type": "application/json", "Content-Length": str(len(content))}
-        for name, value in (usual | headers).items():
+        defaults = {"Content-Type": "application/json", "Content-Length": str(len(content))}
+        for name, value in (defaults | headers).items():
             self.send_header(name, value)
         self.end_headers()
         self.wfile.write(content)

@@ -19,6 +19,7 @@ PACKAGES = {
     "openai_client": (),
     "prompt": ("batch",),
     "data": ("prompt", "batch", "limits"),
+    "__main__.py": (),  # it names the commands and imports none
     "data/__main__.py": ("prompt", "batch", "limits", "config", "train/inputs"),  # validate --config
     "models": ("batch", "sharding"),
     "checkpoint": ("params",),
@@ -38,8 +39,9 @@ PACKAGES = {
     "datagen/describer.py": ("prompt", "openai_client", "generate"),
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
+    # The sizes of a model without a preset are those that its base's model.json says.
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
-             "data/sources"),
+             "data/sources", "checkpoint/model_json", "prompt/anyres"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
     "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/model_json"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),

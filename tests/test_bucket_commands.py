@@ -100,38 +100,38 @@ def test_data_shows_validates_measures_and_prepares(roots, capsys):
 
 
 def test_evaluate_answers_merges_scores_and_reports(roots, capsys):
-    place = ("--benchmark", "custom", "--data", "ROOT/bench")
-    asked = (*place, "--checkpoint", "ROOT/model", "--slots", "1", "--max-new-tokens", "4", "--name", "m")
+    options = ("--benchmark", "custom", "--data", "ROOT/bench")
+    answer_args = (*options, "--checkpoint", "ROOT/model", "--slots", "1", "--max-new-tokens", "4", "--name", "m")
     for host in ("0", "1"):
         shard = ("--out", "ROOT/out/a.jsonl", "--host", host, "--hosts", "2")
-        assert both(roots, capsys, evaluate.main, "answer", *asked, *shard)[0] == 0
+        assert both(roots, capsys, evaluate.main, "answer", *answer_args, *shard)[0] == 0
     shards = [f"ROOT/out/a-0000{host}-of-00002.jsonl" for host in (0, 1)]
-    assert both(roots, capsys, evaluate.main, "merge", *place, *shards, "--out", "ROOT/out/a.jsonl")[0] == 0
-    code, out = both(roots, capsys, evaluate.main, "score", *place, "ROOT/out/a.jsonl", "--out", "ROOT/out/a.json")
+    assert both(roots, capsys, evaluate.main, "merge", *options, *shards, "--out", "ROOT/out/a.jsonl")[0] == 0
+    code, out = both(roots, capsys, evaluate.main, "score", *options, "ROOT/out/a.jsonl", "--out", "ROOT/out/a.json")
     assert code == 0 and "3 questions" in out
     assert both(roots, capsys, evaluate.main, "report", "ROOT/out/a.json", "--out", "ROOT/out/report")[0] == 0
     assert {"a.jsonl", "a.json", "report/report.md"} <= same_files(roots, "out").keys()
 
 
 def test_answers_that_are_in_the_bucket_at_a_kill_are_not_asked_again(roots, bucket, monkeypatch):
-    asked, _ = evaluate.verbs.questions.load(evaluate.BENCHMARKS["custom"], roots[0] / "bench", {"match": "exact"})
+    questions, _ = evaluate.verbs.load_questions(evaluate.BENCHMARKS["custom"], roots[0] / "bench", {"match": "exact"})
     settings = answer.Settings(max_new_tokens=4)
-    heard = []
+    answered_ids = []
 
     def respond(jobs):
-        for place, job in enumerate(jobs):
-            if len(heard) == 2:
+        for index, job in enumerate(jobs):
+            if len(answered_ids) == 2:
                 raise KeyboardInterrupt
-            heard.append(job.question.id)
-            yield place, answer.Response("7", "stop")
+            answered_ids.append(job.question.id)
+            yield index, answer.Response("7", "stop")
 
     monkeypatch.setattr(answer, "FLUSH_SECS", -1.0)  # each answer
     for _ in range(2):
         try:
-            answer.run(asked, respond, f"{bucket}/a.jsonl", "m", "run", settings)
+            answer.run(questions, respond, f"{bucket}/a.jsonl", "m", "run", settings)
         except KeyboardInterrupt:
-            heard.append("killed")
-    assert heard == ["0", "1", "killed", "2"]
+            answered_ids.append("killed")
+    assert answered_ids == ["0", "1", "killed", "2"]
 
 
 def test_chat_opens_a_checkpoint_and_a_picture(roots, capsys):
@@ -144,7 +144,7 @@ def test_chat_opens_a_checkpoint_and_a_picture(roots, capsys):
 
 
 def test_datagen_reads_from_a_bucket_and_writes_on_a_disk(roots, capsys, tmp_path):
-    with FakeOpenAI(small.talk) as server:
+    with FakeOpenAI(small.reply) as server:
         for name, root in zip(("disk", "bucket"), roots):
             words = ["detail", "--records", f"{root}/captions.json", "--base-url", server.url, "--model", "m",
                      "--prompts", f"{root}/prompts"]  # fmt: skip
@@ -200,9 +200,9 @@ def test_a_bucket_without_its_client_names_the_package(tmp_path):
     code = ("import sys; sys.modules['gcsfs'] = None\n"
             "from llava_jax.data.__main__ import main\nsys.exit(main(sys.argv[1:]))")  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    done = subprocess.run([sys.executable, "-c", code, "validate", "gs://b/r.json"], cwd=tmp_path, env=environment,
-                          capture_output=True, text=True)  # fmt: skip
-    assert done.returncode == 64 and done.stderr == (
+    completed = subprocess.run([sys.executable, "-c", code, "validate", "gs://b/r.json"], cwd=tmp_path, env=environment,
+                               capture_output=True, text=True)  # fmt: skip
+    assert completed.returncode == 64 and completed.stderr == (
         'data: gs:// wants the package gcsfs, which is missing: `pip install ".[gcs]"` in the clone, or name a path on '
         "a disk\n"
     )

@@ -15,9 +15,9 @@ LEASED = [chip for chip in chips.CHIPS if chip.shapes]
 
 def place(topology):
     pytest.importorskip("libtpu")
-    from llava_jax.plan.compile import find_place
+    from llava_jax.plan.compile import find_target
 
-    return find_place(configs.Mesh(), topology)
+    return find_target(configs.Mesh(), topology)
 
 
 def test_a_device_finds_its_chip_by_what_it_calls_itself():

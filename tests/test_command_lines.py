@@ -57,8 +57,8 @@ LINES = {
     "evaluate report s.json --out o --plots pdf": "--plots: invalid choice: 'pdf'",
     "evaluate ablate": "the following arguments are required: grid, --workdir",
     f"evaluate ablate all {GRID}": "invalid choice: 'all'",
-    f"evaluate ablate scienceqa {GRID}": "grid scienceqa wants --scienceqa DIR",
-    f"evaluate ablate mixes {GRID}": "grid mixes wants --conversation, --detail, --reasoning, --benchmark, --data",
+    f"evaluate ablate scienceqa {GRID}": "grid scienceqa needs --scienceqa DIR",
+    f"evaluate ablate mixes {GRID}": "grid mixes needs --conversation, --detail, --reasoning, --benchmark, --data",
     "datagen": "the following arguments are required: VERB",
     "datagen nonsense": "invalid choice: 'nonsense'",
     "datagen conversation": "the following arguments are required: --base-url, --model, --out",
@@ -121,9 +121,9 @@ def test_a_line_that_is_typed_wrong_is_answered_in_one(line, tmp_path, monkeypat
         code = importlib.import_module(f"llava_jax.{command}.__main__").main(words)
     except SystemExit as stop:
         code = stop.code
-    shown = capsys.readouterr()
-    assert code == 64 and LINES[line] in shown.err
-    assert shown.err.count("\n") == 1 and not shown.out
+    printed = capsys.readouterr()
+    assert code == 64 and LINES[line] in printed.err
+    assert printed.err.count("\n") == 1 and not printed.out
 
 
 QUICK = ("evaluate nonsense", "evaluate list scienceQ", f"evaluate answer {CUSTOM} --out o",
@@ -150,10 +150,10 @@ print(code, sorted({"jax", "flax", "optax", "orbax", "transformers", "torch", "m
 def test_a_usage_error_is_quick_for_it_imports_nothing_heavy(line, tmp_path):
     """0.2 s of one quiet core, where `python -c pass` takes 0.03 s; the limit is for machines that are busy."""
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    done = subprocess.run([sys.executable, "-c", SCRIPT, *shlex.split(line)], cwd=tmp_path, capture_output=True,
-                          text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
+    completed = subprocess.run([sys.executable, "-c", SCRIPT, *shlex.split(line)], cwd=tmp_path, capture_output=True,
+                               text=True, env=os.environ | {"PYTHONPATH": str(ROOT)})  # fmt: skip
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    assert done.stdout == "64 []\n", done.stdout + done.stderr
+    assert completed.stdout == "64 []\n", completed.stdout + completed.stderr
     assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 1.0
 
 
@@ -178,15 +178,15 @@ FENCES = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
 def documented():
-    """(command, words) of every line of README.md and launch/README.md that starts one of COMMANDS."""
+    """(command, arguments) of every line of README.md and launch/README.md that starts one of COMMANDS."""
     for path in (ROOT / "README.md", ROOT / "launch" / "README.md"):
         blocks = [block for language, block in FENCES.findall(path.read_text(encoding="utf-8")) if language == "sh"]
         for block in blocks:
             for line in block.replace("\\\n", " ").splitlines():
-                found = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)
-                if found and found[1] in COMMANDS:
-                    words = [word for word in shlex.split(found[2], comments=True) if word not in (";", "&&")]
-                    yield found[1], words
+                match = re.search(r"python3? -m llava_jax\.(\w+)(.*)", line)
+                if match and match[1] in COMMANDS:
+                    args = [arg for arg in shlex.split(match[2], comments=True) if arg not in (";", "&&")]
+                    yield match[1], args
 
 
 def test_the_documents_name_commands():
@@ -206,8 +206,8 @@ def test_every_documented_command_passes_its_parser(command, words, monkeypatch,
     monkeypatch.setattr(cli.Parser, "parse_args", stop)
     try:
         module.main(words)
-    except SystemExit as ended:
-        assert not ended.code, capsys.readouterr().err
+    except SystemExit as exit_error:
+        assert not exit_error.code, capsys.readouterr().err
     assert len(parsed) == 1, capsys.readouterr().err
 
 

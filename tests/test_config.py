@@ -91,7 +91,7 @@ def test_no_base_is_random(write):
         ("train.loss", "grop_mean", "want one of token_mean, group_mean; did you mean 'group_mean'"),
         ("train.accumulate", "3", "train.accumulate=3 does not divide data.batch_samples=128"),
         ("log.tensorboard", "maybe", "log.tensorboard='maybe': want bool"),
-        ("data.skip_budget", "2", "data.skip_budget=2.0: want 0 to 1"),
+        ("data.skip_budget", "2", "data.skip_budget=2.0: want 0 to 0.999999"),
         ("mesh.data", "-1", "mesh=.*: want sizes of at least 1, or -1 for at most one"),
         ("checkpoint.every", "0", "checkpoint.every=0: want 1 to 2,147,483,647"),
     ],

@@ -63,9 +63,11 @@ def test_stage_1_moves_the_projector_and_stage_2_the_language_model_too(name):
     rates = params.lookup(shapes(config), config.rates, "rates")
     trained = {name.split("/")[0] for name, rate in rates.items() if rate is not None}
     tower = set() if config.train.vision_lr is None else {"vision"}
-    assert trained == ({"projector"} if "pretrain" in name or "minigpt4" in name else {"projector", "llm"} | tower)
-    assert tower == ({"vision"} if name in ("llava_qwen25_7b_siglip_finetune", "llava_qwen3_8b_siglip_finetune")
-                     else set())  # fmt: skip
+    newline = {"image_newline"} if name == "llava16_7b_finetune" else set()
+    stage_1 = "pretrain" in name or "minigpt4" in name
+    assert trained == ({"projector"} if stage_1 else {"projector", "llm"} | tower | newline)
+    with_tower = ("llava_qwen25_7b_siglip_finetune", "llava_qwen3_8b_siglip_finetune", "llava16_7b_finetune")
+    assert tower == ({"vision"} if name in with_tower else set())
 
 
 @pytest.mark.parametrize("name", NAMES)

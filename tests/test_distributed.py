@@ -49,10 +49,10 @@ def test_a_process_loads_the_part_that_its_devices_hold():
 def test_on_real_machines_every_row_is_loaded_by_all_that_hold_it_and_each_reads_neighbours(topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which knows the order of devices, is not installed")
-    from llava_jax.plan.compile import find_place
+    from llava_jax.plan.compile import find_target
 
     for sizes in MESHES:
-        mesh = find_place(config.Mesh(**sizes), topology).mesh
+        mesh = find_target(config.Mesh(**sizes), topology).mesh
         parts = sharding.shards(mesh, "batch")
         rows = np.arange(2 * parts)
         cut = sharding.of_array(mesh, (2 * parts, 8), "batch", "tokens")

@@ -32,7 +32,7 @@ data.row_tokens 0 -5 1e9 1000000000 none ²
 data.rows_per_chip -1 1000000000
 data.rows_per_group 0 2 1000000000
 data.images_per_group 0 -1 1000000000
-data.skip_budget -0.1 1.01 nan inf
+data.skip_budget -0.1 1 1.01 nan inf
 data.threads 0 100000
 data.lengths 64 (64,)
 data.layout ragged
@@ -75,14 +75,14 @@ log.every 0
 log.tensorboard maybe
 model.dtype bf16 float16
 model.remat some
-prompt.image_mode anyres
+prompt.image_mode highres
 prompt.legacy maybe
 profile -1 1000000
 """
 ACCEPTED = """
 data.batch_samples 128
 data.images_per_group 10
-data.skip_budget 0 1
+data.skip_budget 0 0.5 0.999
 data.threads 1 64
 data.sources.0.weight 0.5 10
 train.lr 0 1e-3 1
@@ -210,7 +210,7 @@ def test_names_of_others_lead_to_keys_that_there_are():
     ("eval_steps", "train.eval_every"), ("gradient_checkpointing", "model.remat"), ("bf16", "model.dtype=bfloat16"),
     ("output_dir", "--workdir"), ("resume", "the same command"), ("model_max_length", "data.row_tokens"),
     ("gradient_accumulation_steps", "train.accumulate"), ("mm_projector_lr", "train.projector_lr"),
-    ("image_aspect_ratio", "prompt.image_mode"), ("lora_r", "the table lora"), ("num_train_epochs", "train.epochs"),
+    ("image_aspect_ratio", "prompt.image_mode"), ("lora_r", "lora.rank"), ("num_train_epochs", "train.epochs"),
 ])  # fmt: skip
 def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file, name, meant):
     for key in (name, f"train.{name}"):
@@ -219,7 +219,7 @@ def test_a_name_of_transformers_or_llava_leads_to_ours_wherever_it_is_said(file,
     file.write_text(FILE.replace("config.init =", f"config.train.{name} = 1\n    config.init ="))
     with pytest.raises(UsageError, match=rf"one.py: unknown key 'train.{name}'; here that is {meant}"):
         configs.load(file)
-    flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt)\.", meant) else meant
+    flag = "--config." + meant if re.match(r"(data|train|model|log|checkpoint|prompt|lora)\.", meant) else meant
     for word in (f"--{name}=1", f"--{name.replace('_', '-')}=1"):
         with pytest.raises(UsageError, match=rf"unknown argument '{word}'; here that is {flag}"):
             cli.command(["--config", "c", "--workdir", "w", word], "train")

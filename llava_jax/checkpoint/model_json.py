@@ -97,11 +97,17 @@ def absolute(directory: epath.PathLike) -> epath.Path:
 
 
 def candidates(directory: epath.PathLike, base: Base) -> list[epath.Path]:
-    """Where a base of the checkpoint at `directory` may lie, the likeliest first."""
-    scheme, mark, inside = str(absolute(directory)).rpartition("://")
-    relative = posixpath.normpath(posixpath.join(inside, base.path))  # a bucket resolves no ".."
-    near = base.path if is_bucket(base.path) or os.path.isabs(base.path) else f"{scheme}{mark}{relative}"
-    return [epath.Path(place) for place in dict.fromkeys((near, base.origin)) if place]
+    """Where a base of the checkpoint at `directory` may lie, the likeliest first; a link leads to where it points."""
+    here = str(absolute(directory))
+    homes = [here] if is_bucket(here) else [here, os.path.realpath(here)]
+    near = [base.path] if is_bucket(base.path) or os.path.isabs(base.path) else [_beside(home, base) for home in homes]
+    return [epath.Path(place) for place in dict.fromkeys((*near, base.origin)) if place]
+
+
+def _beside(home: str, base: Base) -> str:
+    """A relative path from a directory; a bucket resolves no ".."."""
+    scheme, mark, inside = home.rpartition("://")
+    return f"{scheme}{mark}{posixpath.normpath(posixpath.join(inside, base.path))}"
 
 
 def write(directory: epath.PathLike, metadata: Metadata, tokenizer_files: Mapping[str, bytes]) -> None:
@@ -198,14 +204,18 @@ def missing(directory: epath.PathLike) -> str:
     if exists(directory):
         return (f"{directory}: no {FILE} here, so this is no llava_jax checkpoint; name a directory that `convert` or "
                 "`train` wrote (a run has its model.json once it has begun to train)")  # fmt: skip
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", str(directory)):
-        name = directory.name
-        hub = (f"; if it is a model on Hugging Face: `hf download {directory} --local-dir {name}`, then "
-               f"`python -m llava_jax.convert import {name} DST`")  # fmt: skip
-    else:
-        hub = ""
+    hub = download(directory)
+    hub = hub and f"{hub}, then `python -m llava_jax.convert import {directory.name} DST`"
     return (f"{directory}: there is no such checkpoint. `convert import` and `convert assemble` write them from "
             f"downloaded weights, `train --workdir` those of a stage that you train{hub}")  # fmt: skip
+
+
+def download(directory: epath.PathLike) -> str:
+    """"; if it is a model on Hugging Face: `hf download ...`" for what could be the name of one; else ""."""
+    name = os.fspath(directory)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name) or exists(name):
+        return ""
+    return f"; if it is a model on Hugging Face: `hf download {name} --local-dir {name.partition('/')[2]}`"
 
 
 def _check_tokenizer(folder: epath.Path, wanted: Mapping[str, Any]) -> dict[str, bytes]:

@@ -26,8 +26,8 @@ from llava_jax.errors import UnusableCheckpoint
 
 __all__ = [
     "PARAMS", "TensorWriter", "Step", "absolute", "best_step", "check_specs", "fingerprint", "holding", "is_finished",
-    "latest_step", "tensor_specs", "load_params", "number", "numbered", "own_tensors", "own_specs", "sources",
-    "read_tensor", "staged", "steps",
+    "latest_step", "newest_step", "tensor_specs", "load_params", "number", "numbered", "own_tensors", "own_specs",
+    "sources", "read_tensor", "staged", "steps",
 ]  # fmt: skip
 
 _log = logging.getLogger(__name__)
@@ -55,14 +55,24 @@ def latest_step(directory: epath.PathLike) -> int | None:
 
     Raises: as `steps`.
     """
+    directory = epath.Path(directory)
+    newest, damaged = newest_step(directory)
+    for newer in damaged if newest is not None else ():
+        _name_damaged(directory, newer, newest)
+    return newest
+
+
+def newest_step(directory: epath.PathLike) -> tuple[int | None, list[int]]:
+    """The newest usable step, and the newer ones that were written to their end and are damaged.
+
+    Raises: as `steps`.
+    """
     directory, damaged = epath.Path(directory), list[int]()
     for step in reversed(numbered(directory)):
         if _is_usable(directory / str(step)):
-            for newer in damaged:
-                _name_damaged(directory, newer, step)
-            return step
+            return step, damaged
         damaged += [step] if is_finished(directory / str(step)) else []
-    return None
+    return None, damaged
 
 
 @functools.cache

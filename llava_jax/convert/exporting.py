@@ -33,6 +33,7 @@ from llava_jax.convert.prompting import OURS
 from llava_jax.convert.source import Source, adapted, merge_adapters, open_source
 from llava_jax.errors import UsageError
 from llava_jax.models import eva, lora, registry
+from llava_jax.models.flamingo import PerceiverConfig
 from llava_jax.models.parts import TowerConfig
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import anyres, ending, templates
@@ -139,7 +140,7 @@ def _generation(source: Source, pad_id: int) -> dict[str, Any]:
 
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     config, prompt = source.config, source.metadata.prompt
-    tiles = anyres.tiling(prompt.image_mode, prompt.tiling)
+    tiles = anyres.from_words(prompt.image_mode, prompt.tiling)
     kind = tiling.hub_kind(tiles)  # refuses before it writes
     if config.image_newline and kind == tiling.PLAIN:
         raise UsageError(
@@ -191,8 +192,10 @@ def _export_llama_proj(source: Source, partial: epath.Path, final: epath.Path) -
     decoder = [name for name in adapted(source) if name.startswith("llm/")]
     merged = merge_adapters(source, set(adapted(source)) - set(decoder))
     leaves = {name: spec for name, spec in merged.specs.items() if name.startswith("projector/")}
-    if set(leaves) != {"projector/0/kernel", "projector/0/bias"}:
-        raise UsageError(f"{source.directory}: the original code has no linear layer for {source.config.projector!r}")
+    no_place = isinstance(source.config.resampler, PerceiverConfig)  # a Q-Former is read from BLIP-2's own file
+    if no_place or set(leaves) != {"projector/0/kernel", "projector/0/bias"}:
+        raise UsageError(f"{source.directory}: the original code has no connector {source.config.projector!r}. "
+                         "`convert merge` writes a whole checkpoint of our own")  # fmt: skip
     for kernel in decoder:
         _check_original_adapter(source, kernel)
         leaves |= {name: source.specs[name] for name in (lora.beside(kernel, lora.A), lora.beside(kernel, lora.B))}

@@ -15,6 +15,7 @@ import safetensors
 from etils import epath
 
 from llava_jax import files, streams
+from llava_jax.checkpoint.model_json import download
 from llava_jax.convert import torch_zip
 from llava_jax.errors import MissingWeights, UnusableCheckpoint
 
@@ -161,21 +162,12 @@ def read_json(path: epath.Path) -> dict[str, Any]:
     try:
         content = json.loads(files.read(path))
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise MissingWeights(f"{path} is missing; wanted a copy of the whole directory") from None
+        raise MissingWeights(f"{path} is missing; want a copy of the whole directory{download(path.parent)}") from None
     except (ValueError, RecursionError) as error:
         raise UnusableCheckpoint(f"{path}: not valid JSON ({error}); download it again") from None
     if not isinstance(content, dict):
         raise UnusableCheckpoint(f"{path}: holds a {type(content).__name__}, wanted an object")
     return content
-
-
-def check_numbers(values: Mapping[str, Any], sizes: Sequence[str], eps: str, where: str) -> None:
-    """Raises UnusableCheckpoint unless a config's sizes are whole numbers above 0, and its eps a number above 0."""
-    for key in (*sizes, eps):
-        value = values[key]
-        if not isinstance(value, (int, float) if key == eps else int) or not value > 0:
-            kind = "number" if key == eps else "whole number"
-            raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted a {kind} above 0")
 
 
 def write_json(path: epath.PathLike, content: Any) -> None:

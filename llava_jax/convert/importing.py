@@ -48,6 +48,8 @@ def import_checkpoint(
       ValueError: `destination` exists, or an option is wrong.
     """
     directory = epath.Path(source)
+    if files.exists(directory / model_json.FILE):
+        raise UnusableCheckpoint(f"{directory} is a llava_jax checkpoint already ({model_json.FILE}): import nothing")
     content = read_json(directory / "config.json")
     try:
         config, parts, layout = _read(directory, content, vision)
@@ -71,7 +73,8 @@ def _read(
     _refuse_vision(vision, directory)
     if minigpt4.is_hub(content):
         tensors = open_tensors(directory)
-        config = minigpt4.read_hub(content, where, tensors, (content.get(OURS) or {}).get("ln_vision_eps"))
+        ln_eps = unread.kept(content.get(OURS), f"{where}: {OURS}").get("ln_vision_eps")
+        config = minigpt4.read_hub(content, where, tensors, ln_eps)
         return _seen(config, directory), [minigpt4.hub_part(config, tensors)], minigpt4.HUB_TYPE
     tower, _ = llava.hub_parts(content, where)
     tensors = open_tensors(directory)
@@ -138,10 +141,11 @@ def assemble(
     tower, part = _tower(vision, kind, select_layer, image_size)
     decoder, content, llm_tensors = _open_decoder(llm_directory)
     head = "lm_head.weight"
-    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), llm_tensors, head)
+    where = str(llm_directory / "config.json")
+    content = llava.with_head(content, where, llm_tensors, head)
     parts += [part, Part(("llm/",), llm_tensors, decoder.rows("model.", head))]
     config = _assembled(
-        tower, kind, decoder.read_config(content, str(llm_directory / "config.json")),
+        tower, kind, unread.read_part(decoder, content, where),
         None if pretrained is None else pretrained.config, newline,
     )  # fmt: skip
     fresh = _fresh(config, parts, seed) | _scales(added, config)
@@ -171,7 +175,7 @@ def _tower(
         return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
     part, content, tensors, prefix = _open_tower(directory)
     layer, feature = -2 if select_layer is None else select_layer, "patch"
-    config = part.read_config(content, str(directory / "config.json"), layer, feature)
+    config = unread.read_part(part, content, str(directory / "config.json"), layer, feature)
     config, rows = _with_image_numbers(config, directory), part.rows(prefix)
     if image_size is not None and image_size != config.image_size:
         config = dataclasses.replace(config, image_size=image_size)
@@ -189,11 +193,8 @@ def _open_tower(directory: epath.Path) -> tuple[Tower, dict[str, Any], TensorFil
     content = read_json(directory / "config.json")
     unread.refuse_quantised(content, str(directory))
     known = {name: part for part in registry.towers().values() for name in part.model_types}
-    kind = content.get("model_type", next(iter(known)))
-    if kind not in known:
-        wanted = ", ".join(map(repr, known))
-        raise UnusableCheckpoint(f"{directory}: model_type is {kind!r}; wanted a vision tower, one of {wanted}")
-    tensors, part = open_tensors(directory), known[kind]
+    part = unread.part_of(content.get("model_type", next(iter(known))), known, f"{directory}: the vision tower's")
+    tensors = open_tensors(directory)
     # transformers 5.6 and later write a lone vision model without "vision_model.".
     found = [prefix for prefix in ("vision_model.", "") if prefix + part.mark in tensors.specs]
     if not found:
@@ -206,10 +207,8 @@ def _open_decoder(directory: epath.Path) -> tuple[Decoder, dict[str, Any], Tenso
     """(kind, config.json, tensors) of a language model's directory. Raises UnusableCheckpoint on an unknown family."""
     content, known = read_json(directory / "config.json"), registry.decoders()
     unread.refuse_quantised(content, str(directory))
-    if content.get("model_type") not in known:
-        wanted = ", ".join(map(repr, known))
-        raise UnusableCheckpoint(f"{directory}: model_type is {content.get('model_type')!r}; wanted one of {wanted}")
-    return known[content["model_type"]], content, open_tensors(directory)
+    part = unread.part_of(content.get("model_type"), known, f"{directory}: the language model's")
+    return part, content, open_tensors(directory)
 
 
 def _assembled(
@@ -245,12 +244,12 @@ def _original(
     if vision is None and files.is_dir(directory / SIDE_TOWER):
         vision = directory / SIDE_TOWER
     name = content.get("mm_vision_tower")
-    known = name in hub and layout.vision + hub[name][0].mark in tensors.specs
+    known = name in list(hub) and layout.vision + hub[name][0].mark in tensors.specs
     if vision is None and not known:
         raise UsageError(
             f"{directory}: its vision tower {name!r} is not in it; download that model and give it as --vision"
         )
-    content = llava.with_head(content, bool(content.get("tie_word_embeddings")), tensors, layout.head)
+    content = llava.with_head(content, where, tensors, layout.head)
     if vision is None:
         part, sizes = hub[name]
         config = llava.read_original_config(content, where, part, part.config_json(sizes), tensors)
@@ -265,13 +264,16 @@ def _original(
 
 
 def _projector_file(tensors: TensorFiles) -> tuple[str, llava.Layout]:
-    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word."""
+    """(kind, layout) of a file of `mm_projector` tensors, whatever stands before that word. A config.json beside it, as
+    stage 1 of the original code and `export --format projector` leave one, names connectors that are no mere layers."""
     first = next(iter(tensors.specs), "")
     prefix, mark, _ = first.partition("mm_projector.")
     if not mark:
         raise UnusableCheckpoint(f"{tensors.path}: begins with tensor {first!r}; wanted mm_projector's or llama_proj's")
     layout = llava.ORIGINAL._replace(projector=prefix + mark)
-    return llava.projector_kind(list(tensors.specs), layout.projector, {}), layout
+    beside = tensors.path.parent / "config.json"
+    content = read_json(beside) if files.is_file(beside) else {}
+    return llava.projector_kind(list(tensors.specs), layout.projector, content), layout
 
 
 def _fresh(config: LlavaConfig, parts: Sequence[Part], seed: int) -> dict[str, np.ndarray]:
@@ -339,7 +341,7 @@ def _write(
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Checks that everything fits, then writes the checkpoint. A parameter is of the first part that can hold it."""
-    anyres.check(anyres.tiling(prompt.image_mode, prompt.tiling), config.image_newline, config.image_features)
+    anyres.check(anyres.from_words(prompt.image_mode, prompt.tiling), config.image_newline, config.image_features)
     words = tokenizer.load(words_directory, prompt.legacy)
     ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:

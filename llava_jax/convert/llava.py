@@ -125,7 +125,7 @@ def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
     """
     kind = content.get("model_type", tiling.PLAIN)
     towers, decoders = registry.towers().values(), registry.decoders()
-    if kind in decoders:
+    if kind in list(decoders):
         raise UnusableCheckpoint(
             f"{where}: model_type is {kind!r}, a language model alone; wanted 'llava'. `convert assemble DST --vision "
             "TOWER_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
@@ -143,10 +143,7 @@ def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
         part = content.get(f"{name}_config")
         if not isinstance(part, Mapping):
             raise UnusableCheckpoint(f"{where}: {name}_config is missing; wanted transformers' config of that part")
-        said = part.get("model_type", usual)
-        if said not in kinds:
-            raise UnusableCheckpoint(f"{where}: {name} model_type is {said!r}; wanted one of {', '.join(kinds)}")
-        found.append(kinds[said])
+        found.append(unread.part_of(part.get("model_type", usual), kinds, f"{where}: {name}"))
     return found[1], found[0]
 
 
@@ -162,13 +159,12 @@ def original_decoder(content: Mapping[str, Any], where: str) -> Decoder:
     # Files of the first LLaVA say "llava" or their decoder's own type.
     types = {name: part for part in decoders for name in (part.original[1], f"llava_{part.kind}", part.kind)}
     said, kind = content.get("architectures"), content.get("model_type") or "llava"
-    if said and (len(said) != 1 or said[0] not in classes):
+    if said and said not in [[name] for name in classes]:
         raise UnusableCheckpoint(f"{where}: architectures {said}; wanted one of {', '.join(classes)}")
-    if kind not in types:
-        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted one of {', '.join(types)}")
-    if said and kind != "llava" and types[kind] is not classes[said[0]]:
+    part = unread.part_of(kind, types, f"{where}:")
+    if said and kind != "llava" and part is not classes[said[0]]:
         raise UnusableCheckpoint(f"{where}: model_type is {kind!r}, architectures name a {said[0]}; want one model's")
-    return classes[said[0]] if said else types[kind]
+    return classes[said[0]] if said else part
 
 
 def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tensors: TensorFiles) -> LlavaConfig:
@@ -189,25 +185,37 @@ def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tens
         del features["full"]  # a class token has no place among the lines of tiles
     strategy = content.get("vision_feature_select_strategy", hub.strategy)
     layer = content.get("vision_feature_layer", hub.layer)
-    if strategy not in features or not isinstance(layer, int):
+    if strategy not in list(features) or type(layer) is not int:
         raise UnusableCheckpoint(
             f"{where}: vision_feature_select_strategy {strategy!r}, vision_feature_layer {layer!r}; "
             f"wanted {' or '.join(features)}, and one number"
         )
     text = content["text_config"]
-    tied = content.get("tie_word_embeddings") or text.get("tie_word_embeddings")
-    text = with_head(text, bool(tied), tensors, layout.head)
+    text = with_head(text, where, tensors, layout.head, content)
     return LlavaConfig(
-        vision=tower.read_config(content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
+        vision=unread.read_part(tower, content["vision_config"], f"{where}: vision_config", layer, features[strategy]),
         projector="mlp2x_gelu",
-        llm=decoder.read_config(text, f"{where}: text_config"),
+        llm=unread.read_part(decoder, text, f"{where}: text_config"),
         image_newline=tiled,
     )
 
 
-def with_head(content: Mapping[str, Any], tied: bool, tensors: TensorFiles, head: str) -> dict[str, Any]:
-    """The config with embeddings tied only where the output matrix is not stored, since what is stored counts."""
-    return {**content, "tie_word_embeddings": bool(tied) and head not in tensors.specs}
+def with_head(
+    content: Mapping[str, Any], where: str, tensors: TensorFiles, head: str, around: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """The config with embeddings tied only where the output matrix is not stored, since what is stored counts.
+
+    Args:
+      around: the config.json that `content` is an object of; either may say it.
+
+    Raises:
+      UnusableCheckpoint: what they say is no truth value.
+    """
+    said = [part.get("tie_word_embeddings") for part in (content, around or {})]
+    wrong = [value for value in said if value is not None and not isinstance(value, bool)]
+    if wrong:
+        raise UnusableCheckpoint(f"{where}: tie_word_embeddings is {wrong[0]!r}; wanted true or false")
+    return {**content, "tie_word_embeddings": any(said) and head not in tensors.specs}
 
 
 def read_original_config(
@@ -229,13 +237,15 @@ def read_original_config(
         said = content["mm_projector_type"]
         raise UnusableCheckpoint(f"{where}: mm_projector_type {said!r}, but the tensors are {projector!r}")
     feature = content.get("mm_vision_select_feature", "patch") if tower.class_token else "patch"  # it reads all anyway
-    vision = tower.read_config(sizes, f"{where}: its tower", content.get("mm_vision_select_layer", -2), feature)
+    layer = content.get("mm_vision_select_layer", -2)
+    if type(layer) is not int:
+        raise UnusableCheckpoint(f"{where}: mm_vision_select_layer is {layer!r}; wanted one number")
+    vision = unread.read_part(tower, sizes, f"{where}: its tower", layer, feature)
     if _blocks(tensors, ORIGINAL.vision) == tower.kept(vision).layers:
         vision = tower.kept(vision)
+    llm = unread.read_part(decoder, content, where)
     newline = ORIGINAL.newline in tensors.specs or content.get("mm_patch_merge_type") == "spatial_unpad"
-    return LlavaConfig(
-        vision=vision, projector=projector, llm=decoder.read_config(content, where), image_newline=newline
-    )
+    return LlavaConfig(vision=vision, projector=projector, llm=llm, image_newline=newline)
 
 
 def _blocks(tensors: TensorFiles, prefix: str) -> int:
@@ -293,7 +303,7 @@ def original_config_json(
       select_layer: counted in the tower as it is fetched.
       prompt: the checkpoint's `PromptMetadata`.
     """
-    decoder, tiles = registry.decoder_of(config.llm), anyres.tiling(prompt.image_mode, prompt.tiling)
+    decoder, tiles = registry.decoder_of(config.llm), anyres.from_words(prompt.image_mode, prompt.tiling)
     return {
         **decoder.config_json(config.llm, vocab, dtype),
         "architectures": [decoder.original[0]],

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import llava, unread, views
 from llava_jax.convert.files import TensorFiles, open_tensors, read_json
 from llava_jax.convert.table import Part
@@ -75,18 +76,17 @@ def read_hub(content: Mapping[str, Any], where: str, tensors: TensorFiles, ln_ep
     """
     text = _section(content, "text_config", where)
     decoders = registry.decoders()
-    if text.get("model_type") not in decoders:
+    if text.get("model_type") not in list(decoders):
         raise UnusableCheckpoint(
             f"{where}: text model_type is {text.get('model_type')!r}; wanted one of {', '.join(decoders)}. Tower and "
             "Q-Former can still be had of it: `assemble --vision DIR --connector DIR --llm LLAMA_DIR`"
         )
-    tied = content.get("tie_word_embeddings") or text.get("tie_word_embeddings")
     sizes = _section(content, "vision_config", where)
-    vision = eva.read_config(sizes, f"{where}: vision_config", -1, "cls_patch")
-    text = llava.with_head(text, bool(tied), tensors, _HEAD)
+    vision = unread.read_part(eva.PART, sizes, f"{where}: vision_config", -1, "cls_patch")
+    text = llava.with_head(text, where, tensors, _HEAD, content)
     return LlavaConfig(
         vision=vision, projector="qformer",
-        llm=decoders[text["model_type"]].read_config(text, f"{where}: text_config"),
+        llm=unread.read_part(decoders[text["model_type"]], text, f"{where}: text_config"),
         ln_vision_eps=vision.eps if ln_eps is None else ln_eps, resampler=_hub_qformer(content, where),
     )  # fmt: skip
 
@@ -144,7 +144,8 @@ def tower(path: epath.Path, select_feature: str, image_size: int | None) -> tupl
     else:
         content, tensors = _open_hub(path)
         where = str(path / "config.json")
-        config = eva.read_config(_section(content, "vision_config", where), where, -1, select_feature)
+        sizes = _section(content, "vision_config", where)
+        config = unread.read_part(eva.PART, sizes, f"{where}: vision_config", -1, select_feature)
         names, prefix, tensors = eva.HUB, eva.HUB_PREFIX, views.with_split_biases(tensors)
         ignored = (r"(?!vision_model\.).*", r"vision_model\.post_layernorm\..*")
     if image_size is not None and image_size != config.image_size:
@@ -223,7 +224,7 @@ def hub_config_json(
     if not isinstance(config.vision, EvaConfig) or not isinstance(config.resampler, QFormerConfig):
         raise UsageError(
             f"the Hugging Face format has no model with the connector {config.projector!r} on this tower; only EVA "
-            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu"
+            "with a Q-Former (BLIP-2) and LLaVA with mlp2x_gelu. `convert merge` writes a whole checkpoint of our own"
         )
     return {
         "architectures": [HUB_CLASS],
@@ -256,7 +257,7 @@ def _section(content: Mapping[str, Any], key: str, where: str) -> Mapping[str, A
 
 def _want(path: epath.Path, what: str) -> None:
     if not files.exists(path):
-        raise MissingWeights(f"{path}: no such file or directory; wanted {what}")
+        raise MissingWeights(f"{path}: no such file or directory; wanted {what}{model_json.download(path)}")
 
 
 def _open_hub(directory: epath.Path) -> tuple[dict[str, Any], TensorFiles]:

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax import files
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import llava, table, tiling
+from llava_jax.convert import llava, table, tiling, unread
 from llava_jax.convert.files import TensorFiles, open_files, read_json
 from llava_jax.convert.peft import CONFIG, PREFIX, PROMPT
 from llava_jax.convert.prompting import PromptOptions, original_mode
@@ -33,8 +33,9 @@ _VOCABULARY = ("llm/embed/table", "llm/head/kernel")
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",), "bias": ("none",), "fan_in_fan_out": (False,), "use_dora": (False,), "use_qalora": (False,),
     "lora_bias": (False,), "layer_replication": (None,), "alora_invocation_tokens": (None,),
-    "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
+    "use_rslora": (False, True), "init_lora_weights": (True, False, "gaussian", "orthogonal", "eva"),
 }  # fmt: skip
+_NUMBERS = {"r": "rank_pattern", "lora_alpha": "alpha_pattern"}  # key -> that of modules with their own
 
 
 class Tensor(NamedTuple):
@@ -105,10 +106,26 @@ def _read_config(directory: epath.Path) -> dict[str, Any]:
                 f"{directory / CONFIG}: {key} is {content[key]!r}; wanted {allowed[0]!r}. Merge it in peft "
                 "(merge_and_unload), save that model, and import it"
             )
-    for key in ("r", "lora_alpha"):
-        if not isinstance(content.get(key), int | float) or content[key] <= 0:
-            raise UnusableCheckpoint(f"{directory / CONFIG}: {key} is {content.get(key)!r}; wanted a number above 0")
+    for key, patterns in _NUMBERS.items():
+        _check_number(content.get(key), f"{directory / CONFIG}: {key}")
+        _check_patterns(content.get(patterns) or {}, f"{directory / CONFIG}: {patterns}")
     return content
+
+
+def _check_patterns(own: Any, where: str) -> None:
+    if not isinstance(own, dict):
+        raise UnusableCheckpoint(f"{where} is {own!r}; wanted an object of numbers")
+    for form, value in own.items():
+        _check_number(value, f"{where}: {form}")
+        try:
+            re.compile(form)
+        except re.error as error:
+            raise UnusableCheckpoint(f"{where}: {form!r} is no regular expression ({error})") from None
+
+
+def _check_number(value: Any, where: str) -> None:
+    if type(value) not in (int, float) or not 0 < value < math.inf:
+        raise UnusableCheckpoint(f"{where} is {value!r}; wanted a number above 0")
 
 
 def _weights(directory: epath.Path) -> epath.Path:
@@ -251,7 +268,8 @@ def _whole(found: Iterable[Tensor]) -> list[Entry]:
 
 def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> model_json.PromptMetadata:
     """Options first, then what the adapter's directory says, then the base."""
-    kept = read_json(directory / PROMPT) if files.is_file(directory / PROMPT) else {}
+    file = directory / PROMPT
+    kept = unread.kept(read_json(file) if files.is_file(file) else {}, str(file))
     content = read_json(directory / "config.json") if files.is_file(directory / "config.json") else {}
     if llava.is_original(content):
         tiles = tiling.read_original(content, str(directory / "config.json"), base.config.vision.image_size)
@@ -266,6 +284,6 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
         kept.get("image_start_end", said.image_start_end),
         kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
     )
-    anyres.check(anyres.tiling(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
+    anyres.check(anyres.from_words(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt

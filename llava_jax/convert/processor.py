@@ -1,5 +1,6 @@
 """The image and processor files of a Hugging Face directory, both ways."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from llava_jax.convert import tiling
 from llava_jax.convert.files import read_json
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import registry
-from llava_jax.models.parts import TowerConfig
+from llava_jax.models.parts import NUMBERS, TowerConfig
 from llava_jax.prompt.anyres import ANYRES, Tiling
 
 _BICUBIC = 3
@@ -41,6 +42,8 @@ def read_settings(directory: epath.PathLike) -> ImageSettings:
     directory = epath.Path(directory)
     nested, alone = directory / "processor_config.json", directory / "preprocessor_config.json"
     content = read_json(nested).get("image_processor") if files.is_file(nested) else None
+    if content is not None and not isinstance(content, Mapping):
+        raise UnusableCheckpoint(f"{nested}: image_processor is {content!r}; wanted an object")
     if content is None:  # transformers takes the nested one where both are there
         content = read_json(alone) if files.is_file(alone) else None
     if content is None:
@@ -49,13 +52,21 @@ def read_settings(directory: epath.PathLike) -> ImageSettings:
     for key, value in fixed.items():
         if content.get(key, value) != value:
             raise UnusableCheckpoint(f"{directory}: its image processor has {key} {content[key]!r}; wanted {value!r}")
+    rescale = content.get("rescale_factor")
+    if rescale is not None and not (type(rescale) in NUMBERS and math.isclose(rescale, 1 / 255, rel_tol=1e-3)):
+        raise UnusableCheckpoint(f"{directory}: its image processor has rescale_factor {rescale!r}; wanted 1/255")
     resample = content.get("resample", _BICUBIC)
-    if resample not in RESAMPLE:
+    if resample not in list(RESAMPLE):
         raise UnusableCheckpoint(f"{directory}: its image processor has resample {resample!r}; wanted 2 or 3")
     numbers = {"resample": RESAMPLE[resample]}
     for ours, theirs in (("mean", "image_mean"), ("std", "image_std")):
-        if content.get(theirs):
-            numbers[ours] = tuple(content[theirs])
+        value = content.get(theirs)
+        if value is not None:
+            fits = isinstance(value, list) and len(value) == 3 and all(type(number) in NUMBERS for number in value)
+            if not fits or (ours == "std" and not min(value) > 0):
+                wish = "three numbers above 0" if ours == "std" else "three numbers"
+                raise UnusableCheckpoint(f"{directory}: its image processor has {theirs} {value!r}; wanted {wish}")
+            numbers[ours] = tuple(map(float, value))
     mode, side = _mode(content, str(directory)), _side(content)
     if mode != ANYRES:
         return ImageSettings(mode, side, numbers)
@@ -66,8 +77,8 @@ def read_settings(directory: epath.PathLike) -> ImageSettings:
 def _check_tiles(content: Mapping[str, Any], side: int | None, where: str) -> None:
     """Tiles of the crop's size are resized to `size` once more, and cropped again."""
     size = content.get("size")
-    sides = set(size.values()) if isinstance(size, Mapping) else {size}
-    if size is not None and sides != {side}:
+    sides = size.values() if isinstance(size, Mapping) else [size]
+    if size is not None and any(one != side for one in sides):
         raise UnusableCheckpoint(f"{where}: its image processor has size {size!r} and tiles of {side!r} pixels; wanted "
                                  "the same")  # fmt: skip
 

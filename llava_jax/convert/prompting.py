@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax.checkpoint.model_json import PromptMetadata
-from llava_jax.convert import llava, minigpt4, processor, tiling
+from llava_jax.convert import llava, minigpt4, processor, tiling, unread
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
@@ -39,7 +39,7 @@ def read(
       UnusableCheckpoint: tiles that we cannot cut, or other ones in the image processor's file.
       UsageError: nobody says the image mode.
     """
-    kept = content.get(OURS) or {}
+    kept = unread.kept(content.get(OURS), f"{directory / 'config.json'}: {OURS}")
     if minigpt4.is_hub(content):
         usual = processor.read_settings(directory).mode or "squash"
         kept = {"template": minigpt4.TEMPLATES["qformer"], "image_mode": usual} | kept

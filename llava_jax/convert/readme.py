@@ -1,6 +1,7 @@
 """README.md of what `export` writes: what it is, how to load it, how to write a prompt for it."""
 
 import json
+import re
 
 from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
@@ -74,12 +75,18 @@ Build the token ids with `llava_jax.prompt`, or write the prompt by hand as the 
 
 _ORIGINAL = """# {name}
 
-A LLaVA exported by llava_jax in the format of the original code ({code}): {model}.
+A LLaVA exported by llava_jax in the format of the original code: {model}.
 
 Conversation template: `{template}`. Images: {images}.
 
-{tower}
+{readers}{rename} {tower}
 """
+_CODE = {  # repository -> the decoders that it has
+    "haotian-liu/LLaVA": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
+    "LLaVA-NeXT": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
+}
+_UNREAD = """Only llava_jax reads it (`python -m llava_jax.convert import`): neither haotian-liu/LLaVA nor LLaVA-NeXT
+has such a tower, connector and decoder together."""
 _ADAPTER = """# {name}
 
 A LoRA adapter exported by llava_jax, for {base}.
@@ -131,12 +138,46 @@ def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str 
             "The vision tower lies in `vision_tower/`. `mm_vision_tower` in config.json holds its absolute path, the "
             "only form that the original code takes: change it when this directory moves."
         )
-    tiles = anyres.tiling(prompt.image_mode, prompt.tiling)
-    newer = tiles is not None and (tiles.max_tiles > 0 or not tiles.several)
     return _ORIGINAL.format(
         name=name, model=_model(config), template=prompt.template, images=_IMAGES[prompt.image_mode], tower=where,
-        code="LLaVA-VL/LLaVA-NeXT" if newer else "haotian-liu/LLaVA",
+        readers=_readers(config, prompt, tower), rename=_rename(config, name),
     )  # fmt: skip
+
+
+def _rename(config: LlavaConfig, name: str) -> str:
+    """What the directory's name lacks: the original code chooses a decoder's class by words in it.
+
+    Source: llava/model/builder.py of LLaVA@c121f04 and of LLaVA-NeXT@df17966.
+    """
+    words = {kind: part.original[1].removeprefix("llava").strip("_") for kind, part in registry.decoders().items()}
+    own = words[registry.decoder_of(config.llm).kind]
+    others = [word for word in words.values() if word and word not in own and word in name.lower()]
+    if own in name.lower() and not others:
+        return ""
+    wish = f"without {others[0]!r}, which is of another language model" if others else f"with {own!r} in it"
+    return f" That code chooses a model's class by the directory's name: give it one {wish}."
+
+
+def _readers(config: LlavaConfig, prompt: PromptMetadata, name: str | None) -> str:
+    """Which original code loads a model whose tower it fetches by `name`, None: by its path.
+
+    It takes what lies at a path for a CLIP. LLaVA-NeXT fetches a SigLIP by its name, wants 729 features and always has
+    those before the last layer. Mistral and Qwen forget there how a rope was scaled.
+
+    Source: llava/model/{multimodal_encoder,multimodal_projector,language_model} of LLaVA@c121f04, LLaVA-NeXT@df17966.
+    """
+    vision, (decoder, _) = config.vision, registry.decoder_of(config.llm).original
+    readers = [code for code, classes in _CODE.items() if decoder in classes]
+    part, tiles = registry.tower_of(vision), anyres.from_words(prompt.image_mode, prompt.tiling)
+    if tiles is not None and (tiles.max_tiles or not tiles.several):  # LLaVA knows no limit, and tiles every picture
+        readers = [code for code in readers if code == "LLaVA-NeXT"]
+    if part.hub_class != "CLIPVisionModel":
+        fits = name is not None and vision.features == 729 and vision.run_layers == part.hub[name].layers - 1
+        readers = [code for code in readers if fits and code == "LLaVA-NeXT"]
+    scaled = config.llm.rope_scaling is not None and decoder != "LlavaLlamaForCausalLM"
+    if scaled or not re.fullmatch(r"linear|identity|mlp\d+x_gelu", config.projector):
+        readers = []
+    return f"Read by {' and '.join(readers)}." if readers else _UNREAD
 
 
 def adapter(name: str, base: str | None, projector: bool, rank: int) -> str:

@@ -26,7 +26,8 @@ def inspect(directory: epath.PathLike, step: reader.Step = None) -> Iterator[str
         if key != "dtypes":
             yield f"source.{key} {json.dumps(value)}"
     for base in source.metadata.base:
-        yield f"base {base.path} step {base.step} {base.fingerprint[:15]} for {', '.join(base.patterns)}"
+        more = f" ... ({len(base.patterns)})" if len(base.patterns) > 3 else ""
+        yield f"base {base.path} step {base.step} {base.fingerprint[:15]} for {', '.join(base.patterns[:3])}{more}"
     width = max(len(name) for name in source.specs)
     own = reader.own_tensors(directory, step).folder
     for name, spec in source.specs.items():
@@ -43,8 +44,14 @@ def verify(directory: epath.PathLike, step: reader.Step = None) -> str:
 
     Raises:
       UnusableCheckpoint: something is missing, of the wrong shape, or changed since it was written; or it has no
-        checksum, so that nobody can know.
+        checksum, so that nobody can know; or a newer step, which readers pass over, is damaged.
     """
+    newest, damaged = reader.newest_step(directory)
+    if step is None and newest is not None and damaged:
+        raise UnusableCheckpoint(
+            f"{directory}: step {damaged[0]} is damaged, or was copied in part: copy it again, or verify the step that "
+            f"is taken in its place: --step {newest}"
+        )
     source = open_source(directory, step)
     progress = Progress("verifies", "leaves", [_nbytes(source, name) for name in source.specs])
     unknown = [name for name, leaves in source.tensors.items() if name not in leaves.checksums]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.prompt.anyres import ANYRES, MERGES, Size, Tiling
 
-_MAX = re.compile(r"anyres_max_(\d+)")
+_MAX = re.compile(r"anyres_max_(\d{1,6})")
 _GRIDS = 99  # tiles along a side at most
 
 
@@ -101,13 +101,13 @@ def _original_grids(pinpoints: Any, where: str, tile: int) -> tuple[Size, ...]:
     "(1x1),...,(2x3)" is 1x1, 1x2, 1x3, 2x1, 2x2, 2x3. Source: LLaVA-NeXT llava/mm_utils.py process_anyres_image.
     """
     if isinstance(pinpoints, str) and "x" in pinpoints:
-        found = [(int(width), int(height)) for width, height in re.findall(r"\((\d+)x(\d+)\)", pinpoints)]
+        found = [(int(width), int(height)) for width, height in re.findall(r"\((\d{1,6})x(\d{1,6})\)", pinpoints)]
         first, last = (found[0], found[-1]) if found else ((0, 0), (0, 0))
         if not all(1 <= a <= b <= _GRIDS for a, b in zip(first, last)):
             raise _no_grids(pinpoints, where, '"(1x1),...,(6x6)"')
         return tuple((x, y) for x in range(first[0], last[0] + 1) for y in range(first[1], last[1] + 1))
     if isinstance(pinpoints, str):
-        pair = r"[(\[]\s*(\d+)\s*,\s*(\d+)\s*[)\]]"
+        pair = r"[(\[]\s*(\d{1,6})\s*,\s*(\d{1,6})\s*[)\]]"
         if not re.fullmatch(rf"\s*[\[(]\s*{pair}(\s*,\s*{pair})*\s*,?\s*[\])]\s*", pinpoints):
             raise _no_grids(pinpoints, where, '"[(width, height), ...]"')
         pinpoints = [[int(width), int(height)] for width, height in re.findall(pair, pinpoints)]

@@ -3,9 +3,12 @@ refused by its name. And what a config.json calls its model, for every refusal.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
-from llava_jax.errors import UnusableCheckpoint
+from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.models.parts import Decoder, Tower
+
+P = TypeVar("P", Tower, Decoder)
 
 # Key of the original code's config.json -> its values in LLaVA-1.0, 1.5 and 1.6, and what any other means. How pictures
 # are cut into tiles, `convert.tiling` reads.
@@ -13,6 +16,19 @@ _ORIGINAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "s2": ((None, False), "an image is seen at several scales"),
     "mm_resampler_type": ((None,), "a resampler stands before the projector"),
 }
+_NAFLEX = "a SigLIP2 NaFlex, for pictures of any shape; a SigLIP2 of fixed resolution says 'siglip'"
+_MIXTURE = "a mixture of experts"
+# model_type of a part that is not here, but is easily taken for one that is -> what it is.
+_ALMOST = {
+    "siglip2": _NAFLEX, "siglip2_vision_model": _NAFLEX, "mixtral": _MIXTURE, "qwen2_moe": _MIXTURE,
+    "qwen3_moe": _MIXTURE,
+}  # fmt: skip
+_KEPT = {  # key that an export of ours writes -> whether a value may be one of it
+    "template": lambda value: isinstance(value, str), "image_start_end": lambda value: isinstance(value, bool),
+    "image_mode": lambda value: value in ["square", "pad", "squash", "anyres"],
+    "tiling": lambda value: isinstance(value, dict),
+    "ln_vision_eps": lambda value: value is None or isinstance(value, float),
+}  # fmt: skip
 _NAMES = ("model_type", "architectures", "mm_vision_tower")  # what a config.json calls its model and parts
 
 
@@ -48,6 +64,33 @@ def refuse_original(content: Mapping[str, Any], where: str) -> None:
             raise UnusableCheckpoint(
                 f"{where}: {key} is {content[key]!r}: {meaning}; wanted {wanted}, as LLaVA-1.0, 1.5 and 1.6 have it"
             )
+
+
+def part_of(said: Any, known: Mapping[str, P], where: str) -> P:
+    """The part whose `model_type` config.json says. Raises UnusableCheckpoint: there is none such."""
+    if isinstance(said, str) and said in known:
+        return known[said]
+    almost = f" ({_ALMOST[said]})" if isinstance(said, str) and said in _ALMOST else ""
+    raise UnusableCheckpoint(f"{where} model_type is {said!r}{almost}; wanted one of {', '.join(known)}")
+
+
+def read_part(part: Tower | Decoder, content: Mapping[str, Any], where: str, *feature: Any) -> Any:
+    """A part's config. Raises UnusableCheckpoint, also where a value is such as no model can have."""
+    try:
+        return part.read_config(content, where, *feature)
+    except UsageError as error:
+        raise UnusableCheckpoint(f"{where}: {error}") from None
+
+
+def kept(content: Any, where: str) -> dict[str, Any]:
+    """What an export of ours kept of the prompt. Raises UnusableCheckpoint: no export of ours has written that."""
+    content = {} if content is None else content
+    if not isinstance(content, dict):
+        raise UnusableCheckpoint(f"{where} is {content!r}; wanted an object of {', '.join(_KEPT)}")
+    for key, fits in _KEPT.items():
+        if key in content and not fits(content[key]):
+            raise UnusableCheckpoint(f"{where}: {key} is {content[key]!r}; no export of llava_jax has written that")
+    return content
 
 
 def identity(content: Mapping[str, Any]) -> str:

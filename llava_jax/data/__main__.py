@@ -66,7 +66,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
     sub.add_argument("--template", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
-    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show", help="tokenizer.model or a directory")
+    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show",
+                     help="tokenizer.model or a directory, such as CHECKPOINT/tokenizer")  # fmt: skip
     sub.add_argument("--legacy", choices=("true", "false"), help="LLaMA tokenizer mode; default: what its files say")
     sub.add_argument("--image-start-end", action="store_true", default=None,
                      help="<im_start> and <im_end> around each image, tokens if the tokenizer has them")  # fmt: skip
@@ -157,7 +158,8 @@ def _of_config(options: argparse.Namespace) -> report.Task:
     from llava_jax.train import inputs  # here only: it brings jax
 
     format, data = inputs.format_of(config), config.data
-    checks = Checks(rules(format.template, format.tokenizer), format, data.row_tokens, data.images_per_group)
+    checks = Checks(rules(format.template, format.tokenizer), format, data.sample_tokens or data.row_tokens,
+                    data.images_per_group)  # fmt: skip
     unchecked = () if options.open_images else ("pictures (--open-images)",)
     places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]

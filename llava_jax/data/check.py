@@ -28,6 +28,8 @@ from llava_jax.prompt.tokenizer import Tokenizer
 
 Listings = dict[epath.Path, frozenset[str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# Qwen-VL's, Phi-3's, InternLM-XComposer's, MiniGPT-4's and Video-LLaVA's signs.
+_FOREIGN_MARKER = re.compile(r"<(?:video|audio|img|Img|ImageHere|\|image(?:_pad|_\d+)?\||\|vision_start\|)>")
 _OTHER_ROOT = re.compile(r"[/\\]|[A-Za-z]:[/\\]|[A-Za-z][A-Za-z0-9+.-]*://")
 
 
@@ -168,6 +170,10 @@ def _text(texts: list[str], controls: Sequence[str]) -> Iterator[Problem]:
     surrogate = None if joined.isascii() else _SURROGATE.search(joined)
     if surrogate:
         yield Problem("lone_surrogate", f"{surrogate.group()!r}: half a character; repair the \\u escapes")
+    foreign = _FOREIGN_MARKER.search(joined)
+    if foreign:
+        yield Problem("foreign_marker", f"{foreign.group()!r} is read as letters: a picture is shown by {IMAGE_MARKER} "
+                      "and named under `image`")  # fmt: skip
     for control in controls:
         if control in joined:
             place = joined.index(control)

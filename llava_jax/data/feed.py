@@ -86,7 +86,7 @@ class Feed(abc.ABC):
     def __init__(
         self, *, sources: Sequence[Source], format: Format, schedule: Schedule, groups: int, row_tokens: int,
         images_per_group: int, part: Rows, skip_budget: float | int, threads: int, start_step: int, one_pass: bool,
-        mean_groups: int | None = None,
+        mean_groups: int | None = None, sample_tokens: int = 0,
     ):  # fmt: skip
         self.sources, self.format, self.schedule, self.one_pass = tuple(sources), format, schedule, one_pass
         self.groups, self.mean_groups = groups, mean_groups
@@ -95,10 +95,11 @@ class Feed(abc.ABC):
         starts = {place // whole * whole for place in self._own}
         self._read = sorted(start + i for start in starts for i in range(whole))
         self.row_tokens, self.images_per_group = row_tokens, images_per_group
+        self.sample_tokens = sample_tokens or row_tokens
         self.skip_budget, self.threads = skip_budget, threads
-        self.tally = Tally(self._own, row_tokens)
+        self.tally = Tally(self._own, self.sample_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
-        self._checks = Checks(rules(format.template, format.tokenizer), format, row_tokens, images_per_group)
+        self._checks = Checks(rules(format.template, format.tokenizer), format, self.sample_tokens, images_per_group)
         self._bad: dict[int, Finding] = {}
         self._bad_everywhere = SharedSet("bad")
         self._step = start_step
@@ -136,7 +137,7 @@ class Feed(abc.ABC):
 
     @property
     def lost_targets(self) -> int:
-        """Supervised tokens that `row_tokens` has cut off so far."""
+        """Supervised tokens that `sample_tokens` has cut off so far."""
         return int(self.tally.targets[:, 1].sum())
 
     @property
@@ -170,8 +171,9 @@ class Feed(abc.ABC):
                 self._note([sample for group in groups.values() for row in group for sample in row])
                 examples = self._examples(groups)
                 batch, _ = packed(
-                    examples, self._row_length(), self.images_per_group, self.format.image_size, self.format.resizes
-                )
+                    examples, self._row_length(), self.images_per_group, self.format.image_size, self.format.resizes,
+                    self.sample_tokens,
+                )  # fmt: skip
                 self.tally.note_targets(examples, batch.weights)
                 self._step += 1
                 yield batch, tuple(example.id for group in examples for row in group for example in row)
@@ -224,7 +226,7 @@ class Feed(abc.ABC):
         sums = dict.fromkeys((place // self.mean_groups for place in self._read), 0.0)
         for place, group in groups.items():
             for sample in (sample for row in group for sample in row):
-                kept, _ = cut(sample.example, self.row_tokens)
+                kept, _ = cut(sample.example, self.sample_tokens)
                 sums[place // self.mean_groups] += kept.weight * kept.learned[1:].sum()
         return [
             [[_weighted(sample.example, sums[place // self.mean_groups]) for sample in row] for row in groups[place]]

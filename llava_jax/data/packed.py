@@ -48,11 +48,13 @@ class Packed(Feed):
         images_per_group: int = 1, order: str = "shuffle", seed: int = 42, part: Rows = WHOLE,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0,
         cache_dir: epath.PathLike | None = None, one_pass: bool = False,
+        sample_tokens: int = 0,
     ):  # fmt: skip
         """
         Args:
           rows: of one global step, of which this process yields its part.
           row_tokens: of each row, image features counted; longer samples are cut, never inside an image.
+          sample_tokens: longer samples are cut at; 0: row_tokens. A row may hold more than the model has positions.
           rows_per_group: neighbouring rows that share a pool; part.of x rows_per_group divides `rows`.
           images_per_group: images of a pool.
           order: that samples are packed in, "shuffle" or "sequential".
@@ -79,11 +81,11 @@ class Packed(Feed):
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=rows // rows_per_group, row_tokens=row_tokens,
             images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
-            start_step=start_step, one_pass=one_pass,
+            start_step=start_step, one_pass=one_pass, sample_tokens=sample_tokens,
         )  # fmt: skip
         sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
-        tokens, images = np.minimum(sizes, [row_tokens, images_per_group]).T
+        tokens, images = np.minimum(sizes, [self.sample_tokens, images_per_group]).T
         self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups)
         first = self.plans.epoch(0)
         self._digest = hashlib.sha256(first.samples.tobytes() + first.starts.tobytes()).hexdigest()

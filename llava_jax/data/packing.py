@@ -39,7 +39,7 @@ def padded(
 
 def packed(
     groups: Sequence[Sequence[Sequence[Example]]], row_tokens: int, images_per_group: int, image_size: int,
-    resizes: bool = False,
+    resizes: bool = False, sample_tokens: int = 0,
 ) -> tuple[AnyBatch, int]:  # fmt: skip
     """Groups of rows of examples as a batch, padded on the right, and the number of targets that cutting lost.
 
@@ -58,11 +58,12 @@ def packed(
 
     Args:
       resizes: the model resizes features of large pictures; the batch is a `ResizedBatch`.
+      sample_tokens: what an example is cut at; 0: the row.
 
     Raises:
       ValueError: the examples of a row are longer than it, or a group holds more images than `images_per_group`.
     """
-    kept = [[[cut(example, row_tokens) for example in row] for row in group] for group in groups]
+    kept = [[[cut(example, sample_tokens or row_tokens) for example in row] for row in group] for group in groups]
     lost = sum(lost for group in kept for row in group for _, lost in row)
     rows = sum(map(len, groups))
     tokens, targets, positions, segments, slots = np.zeros((5, rows, row_tokens), np.int32)

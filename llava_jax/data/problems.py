@@ -32,6 +32,7 @@ REASONS = {
     "bad_text": (True, "the text cannot be encoded"),
     "too_many_images": (True, "more images than a row takes (data.images_per_group)"),
     "control_text": (False, "a separator written out in a turn: read as letters here, masked whole by LLaVA"),
+    "foreign_marker": (False, "another program's sign for a picture or a clip in a turn: read as letters"),
     "cut": (False, "longer than the row (data.row_tokens): its right end is not trained on"),
     "duplicate_id": (False, "an id that an earlier record has"),
     "unknown_key": (False, "a key that nothing reads; each is listed once"),

@@ -194,9 +194,13 @@ def _unknown(row: Mapping[str, Any], table: Mapping[str, str], prefix: str) -> l
         use = table.get(key)
         if use is READ or use is HARMLESS or value in _NOTHING:
             continue
-        if use is not None:
+        use = use or table.get(key.lower())
+        if use is READ:
+            use = f"keys are written in small letters: rename it to `{key.lower()}`"
+        if use is not None and use is not HARMLESS:
             raise _Unfit("unread_key", f"{prefix}{key}={brief(value)}: {use}")
-        unknown.append(prefix + key)
+        if use is None:
+            unknown.append(prefix + key)
     return unknown
 
 
@@ -236,9 +240,9 @@ def _text(row: Mapping[str, Any], where: str, slots: list[_Slot], unknown: list[
     """The message, with a marker for each of its parts that is a picture; adds these to `slots`."""
     name = "content" if row.get("content") is not None else "value"
     text = row.get(name)
+    if name == "content" and row.get("value") is not None:
+        raise _Unfit("bad_shape", f"{where} has both value and content: keep one of them")
     if isinstance(text, str):
-        if name == "content" and row.get("value") is not None:
-            raise _Unfit("bad_shape", f"{where} has both value and content: keep one of them")
         return text
     if not isinstance(text, list):
         raise _Unfit("bad_shape", f"{where}.{name}={brief(text)}: want a string, or a list of parts")
@@ -260,11 +264,16 @@ def _part(part: Any, where: str, slots: list[_Slot], unknown: list[str]) -> str:
         remedy = RECORD_KEYS.get(str(kind), "want one of " + ", ".join(_PARTS))
         raise _Unfit("unread_key", f"{where}.type={brief(kind)}: {remedy}")
     unknown += _unknown(part, PART_KEYS, "content[].")
+    pictures = [part[name] for name in ("image", "image_url", "path", "url") if part.get(name) not in _NOTHING]
     if kind == "text":
         if part.get("text") is None:
             raise _Unfit("bad_shape", f"{where}={brief(part)}: want a string as text")
+        if pictures:
+            raise _Unfit("bad_shape", f"{where}={brief(part)}: a picture in a part of text: want a part for each")
         return part["text"]
-    named = next((part[name] for name in ("image", "image_url", "path", "url") if part.get(name) is not None), None)
+    if part.get("text") or len(pictures) > 1:
+        raise _Unfit("bad_shape", f"{where}={brief(part)}: want one picture and no text in it: want a part for each")
+    named = pictures[0] if pictures else None
     named = named["url"] if isinstance(named, dict) and "url" in named else named
     index = part.get("index")
     if index is not None and (type(index) is not int or index < 0):

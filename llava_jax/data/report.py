@@ -130,7 +130,7 @@ def _check_out(out: str, task: Task) -> None:
         raise UsageError(f"--out {out} is of one file: name it as RECORDS beside --config")
     if epath.Path(out).suffix not in (".json", ".jsonl"):
         raise UsageError(f"--out {out}: want a name that ends in .json (one list) or .jsonl (a record a line)")
-    if epath.Path(out).exists():
+    if files.exists(out):
         raise UsageError(f"--out {out} exists already: remove it or choose another")
     if epath.Path(task.places[0].path).suffix not in (".json", ".jsonl"):
         raise UsageError(f"--out {out}: {task.places[0].path} is no JSON, whose records could be written again")

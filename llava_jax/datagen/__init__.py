@@ -1,1 +1,1 @@
-"""Instruction data: `generate` asks a language model for it, `filters` balances captions, `curate` mends captions."""
+"""Instruction data: `generate` by a language model, `filters` to balance captions, `curate` for MiniGPT-4's stage 2."""

@@ -1,6 +1,6 @@
 """`python -m llava_jax.datagen conversation | detail | reasoning | brief | filter | curate`: make instruction data.
 
-Killed or interrupted, each verb goes on where it was when it is run again: OUT/*_cache.jsonl holds all answers.
+Run again after a kill or an interrupt, each verb resumes where it was: OUT/*_cache.jsonl holds all answers.
 """
 
 import argparse
@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs one verb; the exit code: 0 done, 64 usage, 65 bad data, 66 no checkpoint, 75 not all answered: run again."""
     options = _parser().parse_args(arguments)
     return cli.run("datagen", lambda: options.run(options),
-                   "interrupted; what was answered is kept: run the same command again")  # fmt: skip
+                   "interrupted; the answers are saved: run the same command again")  # fmt: skip
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -37,10 +37,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=_generate, kind=kind)
         add_subjects(sub)
         add_endpoint(sub)
-        sub.add_argument("--attempts", type=int, default=1, help="at most so many answers until one is not refused")
+        sub.add_argument("--attempts", type=int, default=1, help="the most requests until an answer is not refused")
         _add_out(sub)
         _add_prompts(sub)
-    sub = verbs.add_parser("brief", help="stage 1's records: a brief question and a caption; asks nobody")
+    sub = verbs.add_parser("brief", help="stage 1's records: a brief question and a caption; needs no server")
     sub.set_defaults(run=_brief)
     add_subjects(sub)
     _add_out(sub)
@@ -50,10 +50,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_out(sub: argparse.ArgumentParser, draws: bool = True) -> None:
+def _add_out(sub: argparse.ArgumentParser, with_seed: bool = True) -> None:
     sub.add_argument("--out", metavar="DIR", required=True, type=cli.on_disk, help="a folder on a disk")
-    if draws:
-        sub.add_argument("--seed", type=int, default=0, help="of all that is drawn (by each picture's id)")
+    if with_seed:
+        sub.add_argument("--seed", type=int, default=0, help="of all random choices (by each picture's id)")
 
 
 def _add_prompts(sub: argparse.ArgumentParser) -> None:
@@ -63,7 +63,7 @@ def _add_prompts(sub: argparse.ArgumentParser) -> None:
 
 
 def _add_filter(verbs: Any) -> None:
-    text = "keep captions so that every noun phrase is there and none is there too often (CC3M to 595K)"
+    text = "select captions so that every noun phrase occurs and none occurs too often (CC3M to 595K)"
     sub = verbs.add_parser("filter", help=text, description=text)
     sub.set_defaults(run=_filter)
     sub.add_argument("--records", metavar="FILE", required=True, help=".json list or .jsonl of {id, image, caption}")
@@ -82,59 +82,59 @@ def _add_curate(verbs: Any) -> None:
     def step(name: str, text: str) -> argparse.ArgumentParser:
         sub = steps.add_parser(name, help=text, description=text)
         sub.set_defaults(run=_curate, step=name)
-        _add_out(sub, draws=name in ("describe", "export"))
+        _add_out(sub, with_seed=name in ("describe", "export"))
         return sub
 
-    sub = step("describe", "a checkpoint or an endpoint describes each picture, and goes on where that was short")
+    sub = step("describe", "a checkpoint or an endpoint describes each picture, and continues short descriptions")
     sub.add_argument("--images", metavar="DIR", required=True)
     sub.add_argument("--checkpoint", metavar="DIR", help="the describer; or give --base-url and --model")
     sub.add_argument("--template", help="of the checkpoint's prompt, if not its own; of a stage 1's: v0, or minigpt4")
     sub.add_argument("--slots", type=int, default=8, help="pictures at once on this machine; default 8")
-    sub.add_argument("--sample", type=int, help="only so many of the pictures, drawn by --seed (MiniGPT-4: 5000)")
-    sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="at most so many are short; default 80")
+    sub.add_argument("--sample", type=int, help="a random sample of the pictures, by --seed (MiniGPT-4: 5000)")
+    sub.add_argument("--short-tokens", type=int, default=SHORT_TOKENS, help="the longest short description; default 80")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
     add_endpoint(sub, required=False, max_new_tokens=DESCRIBE_TOKENS)
-    sub = step("correct", "a language model mends the language of each description")
+    sub = step("correct", "a language model corrects the language of each description")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/*.txt in place of ours")
     add_endpoint(sub)
-    step("filter", "rules drop what is broken, with the reason")
+    step("filter", "rules drop bad descriptions, with the reason")
     sub = step("review", "pages on which a person accepts, edits or rejects each one")
     sub.add_argument("--images", metavar="DIR", required=True)
     sub.add_argument("--per-page", type=int, default=200, help="pictures; default 200")
     sub = step("export", "filter_cap.json with image/ for MiniGPT-4, llava.json for LLaVA")
     sub.add_argument("--images", metavar="DIR", required=True)
     sub.add_argument("--decisions", metavar="FILE", nargs="+", help="what the review pages saved")
-    sub.add_argument("--no-review", action="store_true", help="take all that the rules left, seen by nobody")
+    sub.add_argument("--no-review", action="store_true", help="export all that no rule dropped, without a review")
     sub.add_argument("--prompts", metavar="DIR", default=shots.PROMPTS, help="holds curation/instructions.txt")
 
 
 def _generate(options: argparse.Namespace) -> int:
     if options.attempts < 1:
         raise UsageError(f"--attempts {options.attempts}: want at least 1")
-    found = read_subjects(options)
+    pictures = read_subjects(options)
     questions = _questions(options, shots.DETAIL)
     job = generate.Job(options.kind, shots.read(options.kind, options.prompts), questions, options.seed,
                        options.attempts, options.temperature, options.max_new_tokens)  # fmt: skip
     with open_client(options, options.out / f"{options.kind}_cache.jsonl") as client:
-        say = Progress(options.kind, len(found), lambda: client.spent)
-        result = generate.make(client, found, job, say)
-        spent = client.spent
-    report = generate.write(options.out, job, found, result, spent._asdict())
-    print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(found):,} pictures, "
+        progress = Progress(options.kind, len(pictures), lambda: client.usage)
+        result = generate.make(client, pictures, job, progress)
+        usage = client.usage
+    report = generate.write(options.out, job, pictures, result, usage._asdict())
+    print(f"{options.out / options.kind}.json: {report['records']:,} records of {len(pictures):,} pictures, "
           f"{report['refused']:,} answers refused {report['refused_reasons'] or ''}")  # fmt: skip
-    print(spent)
-    again = unanswered([row["reason"] for row in result.unanswered])
-    if not again and not result.records:
+    print(usage)
+    code = unanswered([row["reason"] for row in result.unanswered])
+    if not code and not result.records:
         raise DataError(f"{options.out / options.kind}.json holds no record: all {report['refused']:,} answers were "
                         f"refused, {report['refused_reasons']}: see {options.kind}_rejects.jsonl")  # fmt: skip
-    return again
+    return code
 
 
 def _brief(options: argparse.Namespace) -> int:
-    found = read_subjects(options)
-    made = generate.brief(found, _questions(options, shots.BRIEF), options.seed)
-    files.write_json(options.out / "brief.json", made)
-    print(f"{options.out / 'brief.json'}: {len(made):,} records")
+    pictures = read_subjects(options)
+    records = generate.brief(pictures, _questions(options, shots.BRIEF), options.seed)
+    files.write_json(options.out / "brief.json", records)
+    print(f"{options.out / 'brief.json'}: {len(records):,} records")
     return 0
 
 
@@ -142,8 +142,8 @@ def _questions(options: argparse.Namespace, name: str) -> Any:
     """The user's file, or the prompts folder's, or ours: LLaVA's own folder holds no questions."""
     if options.questions:
         return shots.lines(options.questions, "")
-    theirs = epath.Path(options.prompts) / name
-    return shots.lines(name, options.prompts if exists(theirs) else shots.PROMPTS)
+    path = epath.Path(options.prompts) / name
+    return shots.lines(name, options.prompts if exists(path) else shots.PROMPTS)
 
 
 def _filter(options: argparse.Namespace) -> int:
@@ -151,25 +151,26 @@ def _filter(options: argparse.Namespace) -> int:
     captions = [files.field(row, where, "caption", str, "a text") for where, row in rows]
     match options.phrases.split(":", 1):
         case ["runs"]:
-            found = map(phrases.runs, captions)
+            phrase_lists = map(phrases.runs, captions)
         case ["spacy", model]:
-            found = map(phrases.spacy_chunks(model), captions)
+            phrase_lists = map(phrases.spacy_chunks(model), captions)
         case _:
-            known = phrases.from_file(options.phrases)
+            phrases_by_id = phrases.from_file(options.phrases)
             identities = [str(files.field(row, where, "id", str | int, "a text or a number")) for where, row in rows]
-            lacking = [identity for identity in identities if identity not in known]
-            if lacking:
-                raise DataError(f"{options.phrases}: no phrases of {len(lacking)} records, {lacking[0]!r} the first")
-            found = (known[identity] for identity in identities)
-    balanced = filters.balance(list(map(tuple, found)), options.least, options.most, not options.literal, options.seed)
-    given = {name: vars(options)[name] for name in ("least", "most", "literal", "phrases", "seed")}
-    report = {"options": given, "records": len(rows), **balanced._asdict(), "kept": len(balanced.kept)}
-    files.write_json(options.out / "filtered.json", [rows[index][1] for index in balanced.kept])
+            missing = [identity for identity in identities if identity not in phrases_by_id]
+            if missing:
+                raise DataError(f"{options.phrases}: no phrases of {len(missing)} records, {missing[0]!r} the first")
+            phrase_lists = (phrases_by_id[identity] for identity in identities)
+    captions_phrases = list(map(tuple, phrase_lists))
+    selection = filters.balance(captions_phrases, options.least, options.most, not options.literal, options.seed)
+    settings = {name: vars(options)[name] for name in ("least", "most", "literal", "phrases", "seed")}
+    report = {"options": settings, "records": len(rows), **selection._asdict(), "kept": len(selection.kept)}
+    files.write_json(options.out / "filtered.json", [rows[index][1] for index in selection.kept])
     files.write_json(options.out / "filter_report.json", report)
-    print(f"{options.out / 'filtered.json'}: {len(balanced.kept):,} of {len(rows):,} captions; {balanced.phrases:,} "
-          f"phrases, {balanced.rare:,} of them rarer than {options.least}, {balanced.thinned:,} more frequent than "
-          f"{options.most}; {balanced.without:,} captions have only rare ones")  # fmt: skip
-    if not balanced.kept:
+    print(f"{options.out / 'filtered.json'}: {len(selection.kept):,} of {len(rows):,} captions; {selection.phrases:,} "
+          f"phrases, {selection.rare:,} of them rarer than {options.least}, {selection.thinned:,} more frequent than "
+          f"{options.most}; {selection.without:,} captions have only rare ones")  # fmt: skip
+    if not selection.kept:
         raise DataError(f"{options.records}: no caption is left of {len(rows):,}: lower --least {options.least}")
     return 0
 

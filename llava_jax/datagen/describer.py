@@ -1,4 +1,4 @@
-"""A checkpoint as the describer of `curate`, apart from it because it brings jax."""
+"""A checkpoint as the describer of `curate`; a module of its own because it imports jax."""
 
 import hashlib
 import json
@@ -14,7 +14,7 @@ from llava_jax.openai_client.cache import Cache
 from llava_jax.prompt.conversation import Conversation, Turn
 
 
-def checkpoint_asks(
+def checkpoint_describer(
     assistant: Assistant, name: str, cache: Cache, images: epath.PathLike, temperature: float, max_tokens: int
 ) -> Ask:
     """A describer from a checkpoint, `assistant.slots` pictures at a time; `cache` keeps its answers.
@@ -23,30 +23,30 @@ def checkpoint_asks(
     """
 
     def ask(dialogues: Iterable[tuple[str, Sequence[str]]]) -> Iterator[tuple[int, Answer | Failure]]:
-        waiting: list[tuple[int, str, Conversation]] = []
-        for index, (path, said) in enumerate(dialogues):
-            told = [name, path, *said, temperature, max_tokens]
-            key = hashlib.sha256(json.dumps(told).encode()).hexdigest()
-            if found := cache.get(key):
-                yield index, found
+        pending: list[tuple[int, str, Conversation]] = []
+        for index, (path, dialogue) in enumerate(dialogues):
+            request = [name, path, *dialogue, temperature, max_tokens]
+            key = hashlib.sha256(json.dumps(request).encode()).hexdigest()
+            if answer := cache.get(key):
+                yield index, answer
                 continue
-            turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(said)]
+            turns = [Turn(("user", "assistant")[i % 2], text) for i, text in enumerate(dialogue)]
             turns[0] = Turn("user", f"{MARKER}\n{turns[0].text}")
-            waiting.append((index, key, Conversation(tuple(turns), (path,), id=path)))
-            if len(waiting) == assistant.slots:
-                yield from answered(waiting)
-                waiting = []
-        if waiting:
-            yield from answered(waiting)
+            pending.append((index, key, Conversation(tuple(turns), (path,), id=path)))
+            if len(pending) == assistant.slots:
+                yield from replies_of(pending)
+                pending = []
+        if pending:
+            yield from replies_of(pending)
 
-    def answered(batch: list[tuple[int, str, Conversation]]) -> Iterator[tuple[int, Answer]]:
-        told = [conversation for _, _, conversation in batch]
-        replies = assistant.replies(told, max_tokens, temperature, image_root=images)
+    def replies_of(batch: list[tuple[int, str, Conversation]]) -> Iterator[tuple[int, Answer]]:
+        conversations = [conversation for _, _, conversation in batch]
+        replies = assistant.replies(conversations, max_tokens, temperature, image_root=images)
         for (index, key, _), reply in zip(batch, replies):
-            # The words' tokens alone: neither the end token nor a stop string counts as length.
+            # The text's tokens alone: neither the end token nor a stop string counts as length.
             tokens = len(assistant.format.tokenizer.encode(reply.text, bos=False))
             answer = Answer(reply.text, reply.ended_by, reply.prompt_tokens, tokens)
-            cache.keep(key, name, answer)
+            cache.put(key, name, answer)
             yield index, answer
 
     return ask

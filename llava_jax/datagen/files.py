@@ -1,4 +1,4 @@
-"""Files of this package: JSON lists and lines in; out, whole files, so that a kill leaves the old or the new one."""
+"""Reads JSON lists and lines of this package; writes whole files, so that a kill leaves the old or the new one."""
 
 import collections
 import json
@@ -35,10 +35,10 @@ def read_rows(path: epath.PathLike) -> Iterator[tuple[str, dict[str, Any]]]:
     if str(path).endswith(".jsonl"):
         rows = _lines(path)
     else:
-        told = read_json(path)
-        if not isinstance(told, list):
-            raise DataError(f"{path}: holds a {type(told).__name__}: want a list of objects, or a .jsonl file")
-        rows = ((f"{path}[{index}]", row) for index, row in enumerate(told))
+        value = read_json(path)
+        if not isinstance(value, list):
+            raise DataError(f"{path}: holds a {type(value).__name__}: want a list of objects, or a .jsonl file")
+        rows = ((f"{path}[{index}]", row) for index, row in enumerate(value))
     for where, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{where}: {brief(row)}: want an object")
@@ -64,16 +64,16 @@ def write_lines(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def field(row: dict[str, Any], where: str, name: str, kind: type | UnionType, wanted: str) -> Any:
+def field(row: dict[str, Any], where: str, name: str, kind: type | UnionType, expected: str) -> Any:
     """A field that must be there and of this type.
 
     Raises:
-      DataError: it is not; says what was wanted.
+      DataError: it is not; names the expected value.
     """
     if name not in row:
-        raise DataError(f"{where}: no field {name!r}: want {wanted}; it has {', '.join(map(repr, row)) or 'none'}")
+        raise DataError(f"{where}: no field {name!r}: want {expected}; it has {', '.join(map(repr, row)) or 'none'}")
     if not isinstance(row[name], kind) or isinstance(row[name], bool):
-        raise DataError(f"{where}: {name}={brief(row[name])}: want {wanted}")
+        raise DataError(f"{where}: {name}={brief(row[name])}: want {expected}")
     return row[name]
 
 
@@ -84,8 +84,8 @@ def image_path(row: dict[str, Any], where: str, name: str = "image") -> str:
       DataError: it is missing, empty or leads elsewhere.
     """
     path = field(row, where, name, str, "a path relative to the image folder")
-    leaves = path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/")
-    if not path or leaves or not encodable(path):
+    outside = path.startswith(("/", "\\")) or "://" in path or ".." in path.replace("\\", "/").split("/")
+    if not path or outside or not encodable(path):
         raise DataError(f"{where}: {name}={brief(path)}: want a path relative to the image folder")
     return path
 
@@ -99,7 +99,7 @@ def encodable(text: str) -> bool:
     return True
 
 
-def counted(names: Iterable[str]) -> dict[str, int]:
+def count(names: Iterable[str]) -> dict[str, int]:
     """{name: how often}, the most frequent first."""
     return dict(collections.Counter(names).most_common())
 

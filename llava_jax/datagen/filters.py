@@ -1,4 +1,4 @@
-"""CC3M's balancing by noun phrases, as the paper tells it: rare phrases go first and frequent ones are thinned out."""
+"""CC3M's balancing by noun phrases, as the paper describes it: rare phrases first, frequent ones subsampled."""
 
 import collections
 import hashlib
@@ -13,7 +13,7 @@ from llava_jax.errors import UsageError
 LEAST, MOST = 3, 100
 
 
-class Balanced(NamedTuple):
+class Selection(NamedTuple):
     """kept: indices, ascending. phrases: distinct ones; rare: those below `least`; thinned: those above `most`.
 
     without: captions that no phrase of at least `least` names.
@@ -28,7 +28,7 @@ class Balanced(NamedTuple):
 
 def balance(
     phrases: Sequence[Iterable[str]], least: int = LEAST, most: int = MOST, top_up: bool = True, seed: int = 0
-) -> Balanced:
+) -> Selection:
     """Which captions to keep.
 
     Phrases are visited from the rarest to the most frequent (equal ones by name); each adds its captions to the pool,
@@ -45,23 +45,24 @@ def balance(
     """
     if not 1 <= least <= most:
         raise UsageError(f"least={least}, most={most}: want 1 <= least <= most")
-    holders: dict[str, list[int]] = collections.defaultdict(list)
-    for index, found in enumerate(phrases):
-        for phrase in sorted({normalised(phrase) for phrase in found} - {""}):
-            holders[phrase].append(index)
-    common = {phrase: indices for phrase, indices in holders.items() if len(indices) >= least}
+    indices_by_phrase: dict[str, list[int]] = collections.defaultdict(list)
+    for index, caption_phrases in enumerate(phrases):
+        for phrase in sorted({normalised(phrase) for phrase in caption_phrases} - {""}):
+            indices_by_phrase[phrase].append(index)
+    common = {phrase: indices for phrase, indices in indices_by_phrase.items() if len(indices) >= least}
     pool: set[int] = set()
     for phrase in sorted(common, key=lambda phrase: (len(common[phrase]), phrase)):
-        pool.update(_chosen(phrase, common[phrase], pool, most, top_up, seed))
-    named = {index for indices in common.values() for index in indices}
+        pool.update(_sample(phrase, common[phrase], pool, most, top_up, seed))
+    covered = {index for indices in common.values() for index in indices}
     thinned = sum(len(indices) > most for indices in common.values())
-    return Balanced(sorted(pool), len(holders), len(holders) - len(common), thinned, len(phrases) - len(named))
+    rare = len(indices_by_phrase) - len(common)
+    return Selection(sorted(pool), len(indices_by_phrase), rare, thinned, len(phrases) - len(covered))
 
 
-def _chosen(phrase: str, indices: list[int], pool: set[int], most: int, top_up: bool, seed: int) -> list[int]:
+def _sample(phrase: str, indices: list[int], pool: set[int], most: int, top_up: bool, seed: int) -> list[int]:
     if len(indices) <= most:
         return indices
-    # The phrase's own numbers: the choice for one does not hang on which others there are.
+    # One generator a phrase: its choice does not depend on which other phrases there are.
     generator = random.Random(hashlib.sha256(f"{seed}|{phrase}".encode()).digest())
     if not top_up:
         return generator.sample(indices, most)

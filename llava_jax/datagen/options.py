@@ -1,4 +1,4 @@
-"""Options that several verbs share: how a server is asked, and where subjects come from."""
+"""Options that several verbs share: the server, and the source of the subjects."""
 
 import argparse
 from collections.abc import Sequence
@@ -15,14 +15,14 @@ ANSWER_TOKENS = 2048
 
 
 def add_endpoint(sub: argparse.ArgumentParser, required: bool = True, max_new_tokens: int = ANSWER_TOKENS) -> None:
-    """The server that is asked, how much it may cost, and how it is to answer."""
+    """The options of the server, its budget and its sampling."""
     server.add(sub, required)
     sub.add_argument("--temperature", type=float, help="default: the server's own")
     sub.add_argument("--max-new-tokens", type=int, default=max_new_tokens, help="of an answer; default %(default)s")
 
 
 def add_subjects(sub: argparse.ArgumentParser) -> None:
-    """What pictures there are and what is known of them."""
+    """The options of the pictures and their captions and boxes."""
     group = sub.add_argument_group("the pictures", "COCO annotation files or records of your own")
     group.add_argument("--captions", metavar="FILE", help="COCO: captions_*.json")
     group.add_argument("--instances", metavar="FILE", help="COCO: instances_*.json, the boxes")
@@ -44,7 +44,7 @@ def read_subjects(options: argparse.Namespace) -> Sequence[Subject]:
     if (options.captions is None) == (options.records is None):
         raise UsageError("want either --captions captions.json [--instances instances.json] or --records FILE")
     if options.records:
-        found = subjects.from_records(options.records)
+        pictures = subjects.from_records(options.records)
     else:
-        found = subjects.from_coco(options.captions, options.instances, options.crowds)
-    return found[: options.limit]
+        pictures = subjects.from_coco(options.captions, options.instances, options.crowds)
+    return pictures[: options.limit]

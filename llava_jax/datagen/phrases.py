@@ -9,7 +9,7 @@ from llava_jax.datagen.files import field, read_rows
 from llava_jax.errors import DataError, UsageError
 
 # Words that stand between noun phrases of captions: function words, auxiliaries, and the commonest verbs.
-_BETWEEN = frozenset(
+_SEPARATORS = frozenset(
     """a an the this that these those his her its their my your our some any each every both all another no of in on at
     by for from with without into onto over under above below behind beside between near next to through during across
     along around against toward towards up down out off inside outside as than like and or but nor so if while when
@@ -33,13 +33,13 @@ def runs(caption: str) -> list[str]:
 
     A rule of thumb in place of a tagger: it needs no model, and it is wrong where a verb is not in its list.
     """
-    found: list[list[str]] = [[]]
+    runs_of_words: list[list[str]] = [[]]
     for word in _WORD.findall(caption.lower()):
-        if word in _BETWEEN or not word[0].isalnum():
-            found.append([])
+        if word in _SEPARATORS or not word[0].isalnum():
+            runs_of_words.append([])
         else:
-            found[-1].append(word)
-    return [" ".join(words) for words in found if words]
+            runs_of_words[-1].append(word)
+    return [" ".join(words) for words in runs_of_words if words]
 
 
 def normalised(phrase: str) -> str:
@@ -51,7 +51,7 @@ def spacy_chunks(model: str) -> Phrases:
     """spaCy's noun chunks, as the paper used; model: an installed one, "en_core_web_sm".
 
     Raises:
-      ValueError: spaCy or the model is not installed; says how to get it.
+      ValueError: spaCy or the model is not installed; names the remedy.
     """
     try:
         import spacy
@@ -69,10 +69,10 @@ def from_file(path: epath.PathLike) -> dict[str, tuple[str, ...]]:
     Raises:
       FileNotFoundError: no such file. DataError: a row has another shape.
     """
-    found = {}
+    by_id = {}
     for where, row in read_rows(path):
         phrases = field(row, where, "phrases", list, "a list of texts")
         if not all(isinstance(phrase, str) for phrase in phrases):
             raise DataError(f"{where}: phrases={phrases!r}: want a list of texts")
-        found[str(field(row, where, "id", str | int, "a text or a number"))] = tuple(phrases)
-    return found
+        by_id[str(field(row, where, "id", str | int, "a text or a number"))] = tuple(phrases)
+    return by_id

@@ -15,23 +15,23 @@ PAGE = Path(__file__).parent / "review.html"
 def write(folder: Path, rows: Sequence[dict[str, Any]], picture: Callable[[str], str], per_page: int) -> list[Path]:
     """Writes 000.html, 001.html, ... with the rows that no rule dropped; their paths.
 
-    rows: of `curate.filtered`. picture: a path's data URL.
+    rows: of `curate.apply_rules`. picture: a path's data URL.
 
     Raises:
       ValueError: per_page is below 1.
     """
     if per_page < 1:
         raise UsageError(f"per_page={per_page}: want at least 1")
-    shown = [row for row in rows if row["dropped"] is None]
+    candidates = [row for row in rows if row["dropped"] is None]
     pages = []
-    for start in range(0, len(shown), per_page):
-        told = [{name: row[name] for name in ("image_id", "text", "corrected")} | {"picture": picture(row["image"])}
-                for row in shown[start : start + per_page]]  # fmt: skip
-        # Decisions are kept in the browser by this name: other texts are other decisions.
-        digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:8]
+    for start in range(0, len(candidates), per_page):
+        shown = [{name: row[name] for name in ("image_id", "text", "corrected")} | {"picture": picture(row["image"])}
+                 for row in candidates[start : start + per_page]]  # fmt: skip
+        # The browser stores decisions under this name: other texts have other decisions.
+        digest = hashlib.sha256(json.dumps(shown).encode()).hexdigest()[:8]
         path = folder / f"{start // per_page:03}.html"
         # "</script" and "<!--" mean something even inside of the script in which the texts lie.
         page = PAGE.read_text(encoding="utf-8").replace("PAGE", f"decisions_{path.stem}_{digest}")
-        files.write_text(path, page.replace("ROWS", json.dumps(told).replace("<", "\\u003c")))
+        files.write_text(path, page.replace("ROWS", json.dumps(shown).replace("<", "\\u003c")))
         pages.append(path)
     return pages

@@ -1,4 +1,4 @@
-"""Rules that drop a description without asking anybody: a table of names, each with what it refuses.
+"""Rules that drop a description: a table of names, each with its predicate.
 
 MiniGPT-4's paper says that hard-coded rules removed frequent errors, but publishes neither the rules nor a driver:
 these are ours.
@@ -29,14 +29,14 @@ def _words(text: str) -> list[str]:
     return re.findall(r"[\w'’-]+", text.lower())
 
 
-def _loops(text: str) -> bool:
+def _repeats(text: str) -> bool:
     words = _words(text)
     runs = collections.Counter(tuple(words[i : i + 4]) for i in range(len(words) - 3))
     sentences = [sentence.strip().lower() for sentence in _SENTENCE.split(text.rstrip(".!? ")) if sentence.strip()]
     return max(runs.values(), default=0) >= REPEATS or len(set(sentences)) < len(sentences)
 
 
-def _drifts(before: str, after: str) -> bool:
+def _changes_length(before: str, after: str) -> bool:
     old, new = len(_words(before)), len(_words(after))
     return not DRIFT[0] * old <= new <= DRIFT[1] * old
 
@@ -51,13 +51,13 @@ RULES: dict[str, Callable[[str, str], bool]] = {
     "too_short": lambda before, after: len(_words(after)) < LEAST_WORDS,
     "too_long": lambda before, after: len(_words(after)) > MOST_WORDS,
     "unfinished": lambda before, after: not after.rstrip().endswith(_ENDS),
-    "loop": lambda before, after: _loops(after),
+    "loop": lambda before, after: _repeats(after),
     "foreign": lambda before, after: sum(not c.isascii() for c in after) > FOREIGN_SHARE * len(after),
-    "drift": _drifts,
+    "drift": _changes_length,
 }
 DUPLICATE = "duplicate"  # the same text for an earlier picture; needs all of them, so `curate` checks it
 
 
-def refused(before: str, after: str) -> str | None:
+def refusal(before: str, after: str) -> str | None:
     """The name of the first rule that refuses a description, or None. before: as it was sent to be corrected."""
     return next((name for name, rule in RULES.items() if rule(before, after)), None)

@@ -1,6 +1,6 @@
-"""What the language model is told before it is asked: instructions and examples, read from the prompts folder.
+"""The few-shot prompt of the language model: instructions and examples, read from the prompts folder.
 
-A folder in the layout of LLaVA's own (playground/data/prompts) takes the place of ours:
+A folder in the layout of LLaVA's (playground/data/prompts) replaces ours:
 
     conversation/system_message.txt, conversation/000_caps.txt, conversation/000_conv.txt, ...
 """
@@ -22,7 +22,7 @@ BRIEF, DETAIL = "brief_questions.txt", "detail_questions.txt"
 class Kind(NamedTuple):
     """One kind of instruction data. folder: of its prompts; boxes: its contexts hold the boxes.
 
-    Conversations are made from the captions alone. Source: haotian-liu/LLaVA issue 87, and its few-shot files.
+    Conversations are generated from the captions alone. Source: haotian-liu/LLaVA issue 87, and its few-shot files.
     """
 
     folder: str
@@ -44,10 +44,10 @@ class Shots(NamedTuple):
 
     def messages(self, context: str) -> list[dict[str, Any]]:
         """The request: system, then user and assistant for each example, then the context."""
-        said = [{"role": "system", "content": self.system}]
-        for given, answer in self.examples:
-            said += [{"role": "user", "content": given}, {"role": "assistant", "content": answer}]
-        return [*said, {"role": "user", "content": context}]
+        messages_so_far = [{"role": "system", "content": self.system}]
+        for example, answer in self.examples:
+            messages_so_far += [{"role": "user", "content": example}, {"role": "assistant", "content": answer}]
+        return [*messages_so_far, {"role": "user", "content": context}]
 
 
 def read(kind: str, prompts: epath.PathLike = PROMPTS) -> Shots:
@@ -69,10 +69,10 @@ def lines(name: str, prompts: epath.PathLike = PROMPTS) -> Sequence[str]:
     Raises:
       FileNotFoundError: there is none. ValueError: it is empty.
     """
-    found = [line.strip() for line in _text(epath.Path(prompts) / name).splitlines() if line.strip()]
-    if not found:
+    texts = [line.strip() for line in _text(epath.Path(prompts) / name).splitlines() if line.strip()]
+    if not texts:
         raise UsageError(f"{epath.Path(prompts) / name}: empty: want one question a line")
-    return found
+    return texts
 
 
 def _text(path: epath.Path) -> str:

@@ -14,7 +14,7 @@ from llava_jax.files import is_bucket, listed
 from llava_jax.openai_client.cache import Cache
 from llava_jax.openai_client.options import open_client
 
-# What rows hold beside image_id and image, where they are answered.
+# Fields of answered rows, besides image_id and image.
 _FIELDS = {
     curate.DESCRIBED: {"text": str, "tokens": int},
     curate.CORRECTED: {"text": str, "corrected": str, "finish": str},
@@ -30,40 +30,43 @@ def _describe(options: argparse.Namespace) -> int:
         if options.sample < 1:
             raise UsageError(f"--sample {options.sample}: want at least 1")
         paths = sorted(random.Random(options.seed).sample(paths, min(options.sample, len(paths))))
-    broken = curate.unreadable(paths, options.images)
-    sound = sorted(set(paths) - {row["image"] for row in broken})
-    words = curate.Wording(*(_wording(options, name) for name in ("describe.txt", "continue.txt")))
+    unreadable = curate.unreadable(paths, options.images)
+    readable = sorted(set(paths) - {row["image"] for row in unreadable})
+    prompts = curate.Prompts(*(_prompt(options, name) for name in ("describe.txt", "continue.txt")))
     if options.checkpoint is None:
         with open_client(options, options.out / "describe_cache.jsonl") as client:
-            ask = curate.endpoint_asks(client, options.images, options.temperature, options.max_new_tokens)
-            start = functools.partial(Progress, spent=lambda: client.spent)
-            rows = curate.describe(sound, ask, words, options.short_tokens, start)
-            print(client.spent)
+            ask = curate.endpoint_describer(client, options.images, options.temperature, options.max_new_tokens)
+            start = functools.partial(Progress, usage=lambda: client.usage)
+            rows = curate.describe(readable, ask, prompts, options.short_tokens, start)
+            print(client.usage)
     else:
-        rows = _by_checkpoint(options, sound, words)
-    rows = sorted([*rows, *broken], key=lambda row: row["image"])
+        rows = _describe_by_checkpoint(options, readable, prompts)
+    rows = sorted([*rows, *unreadable], key=lambda row: row["image"])
     files.write_lines(options.out / curate.DESCRIBED, rows)
     continued = sum(row.get("second") is not None for row in rows)
-    counts = f"{len(rows):,} pictures, {continued:,} continued, {len(broken):,} unreadable"
+    counts = f"{len(rows):,} pictures, {continued:,} continued, {len(unreadable):,} unreadable"
     print(f"{options.out / curate.DESCRIBED}: {counts}")
-    if not sound:
-        raise DataError(f"{options.images}: none of {len(broken):,} pictures can be read: {broken[0]['unanswered']}")
-    return unanswered([row["unanswered"] for row in rows if "unanswered" in row and row not in broken])
+    if not readable:
+        raise DataError(f"{options.images}: none of {len(unreadable):,} pictures can be read: "
+                        f"{unreadable[0]['unanswered']}")  # fmt: skip
+    return unanswered([row["unanswered"] for row in rows if "unanswered" in row and row not in unreadable])
 
 
-def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.Wording) -> list[dict[str, Any]]:
+def _describe_by_checkpoint(
+    options: argparse.Namespace, paths: list[str], prompts: curate.Prompts
+) -> list[dict[str, Any]]:
     from llava_jax.datagen import describer  # here only: it brings the model, which the other steps need not
     from llava_jax.generate.assistant import Assistant
 
     assistant = Assistant.open(options.checkpoint, slots=options.slots, template=options.template)
-    place = options.checkpoint if is_bucket(options.checkpoint) else os.path.realpath(options.checkpoint)
-    # Its steps are part of the name: a checkpoint that was trained further answers anew.
-    name = f"{place} {[path.name for path in listed(place)]} {options.template}"
+    checkpoint = options.checkpoint if is_bucket(options.checkpoint) else os.path.realpath(options.checkpoint)
+    # Its steps are part of the name: a checkpoint that was trained further is asked again.
+    name = f"{checkpoint} {[path.name for path in listed(checkpoint)]} {options.template}"
     cache = Cache(options.out / "describe_cache.jsonl")
     try:
-        ask = describer.checkpoint_asks(assistant, name, cache, options.images, options.temperature or 0.0,
-                                        options.max_new_tokens)  # fmt: skip
-        return curate.describe(paths, ask, words, options.short_tokens, Progress)
+        ask = describer.checkpoint_describer(assistant, name, cache, options.images, options.temperature or 0.0,
+                                             options.max_new_tokens)  # fmt: skip
+        return curate.describe(paths, ask, prompts, options.short_tokens, Progress)
     finally:
         cache.close()
 
@@ -71,20 +74,20 @@ def _by_checkpoint(options: argparse.Namespace, paths: list[str], words: curate.
 def _correct(options: argparse.Namespace) -> int:
     rows = _rows(options, curate.DESCRIBED, "describe")
     with open_client(options, options.out / "correct_cache.jsonl") as client:
-        start = functools.partial(Progress, spent=lambda: client.spent)
+        start = functools.partial(Progress, usage=lambda: client.usage)
         limit = options.max_new_tokens, 0.0 if options.temperature is None else options.temperature
-        done = curate.correct(client, rows, _wording(options, "correct.txt"), *limit, start)
-        spent = client.spent
-    files.write_lines(options.out / curate.CORRECTED, done)
-    changed = sum(row["corrected"] != row["text"] for row in done if "corrected" in row)
-    print(f"{options.out / curate.CORRECTED}: {len(done):,} descriptions, {changed:,} changed\n{spent}")
-    return unanswered([row["unanswered"] for row in done if "unanswered" in row])
+        corrected = curate.correct(client, rows, _prompt(options, "correct.txt"), *limit, start)
+        usage = client.usage
+    files.write_lines(options.out / curate.CORRECTED, corrected)
+    changed = sum(row["corrected"] != row["text"] for row in corrected if "corrected" in row)
+    print(f"{options.out / curate.CORRECTED}: {len(corrected):,} descriptions, {changed:,} changed\n{usage}")
+    return unanswered([row["unanswered"] for row in corrected if "unanswered" in row])
 
 
 def _filter(options: argparse.Namespace) -> int:
-    rows = curate.filtered(_rows(options, curate.CORRECTED, "correct"))
+    rows = curate.apply_rules(_rows(options, curate.CORRECTED, "correct"))
     files.write_lines(options.out / curate.FILTERED, rows)
-    dropped = files.counted(row["dropped"] for row in rows if row["dropped"])
+    dropped = files.count(row["dropped"] for row in rows if row["dropped"])
     print(f"{options.out / curate.FILTERED}: {len(rows) - sum(dropped.values()):,} of {len(rows):,} left, "
           f"dropped: {dropped or 'none'}")  # fmt: skip
     if sum(dropped.values()) == len(rows):
@@ -103,24 +106,24 @@ def _review(options: argparse.Namespace) -> int:
 
 def _export(options: argparse.Namespace) -> int:
     if bool(options.decisions) == options.no_review:
-        raise UsageError("want the review's --decisions FILE ..., or --no-review to take what nobody has seen")
+        raise UsageError("want the review's --decisions FILE ..., or --no-review to export without a review")
     rows = _rows(options, curate.FILTERED, "filter")
-    decided = None if options.no_review else curate.decisions(options.decisions)
-    taken, counts = curate.chosen(rows, decided)
+    decisions = None if options.no_review else curate.decisions(options.decisions)
+    selection, counts = curate.select(rows, decisions)
     described = _rows(options, curate.DESCRIBED, "describe")
     instructions = shots.lines("curation/instructions.txt", options.prompts)
-    curate.export(options.out, taken, options.images, instructions, options.seed)
-    report = {"pictures": len(described), "exported": len(taken), "reviewed": not options.no_review, **counts,
+    curate.export(options.out, selection, options.images, instructions, options.seed)
+    report = {"pictures": len(described), "exported": len(selection), "reviewed": not options.no_review, **counts,
               "continued": sum(row.get("second") is not None for row in described),
               "changed": sum(row["corrected"] != row["text"] for row in rows),
-              "dropped_reasons": files.counted(row["dropped"] for row in rows if row["dropped"]),
+              "dropped_reasons": files.count(row["dropped"] for row in rows if row["dropped"]),
               "tokens": sorted(row["tokens"] for row in described if "tokens" in row)}  # fmt: skip
     files.write_json(options.out / "report.json", report)
-    shown = ", ".join(f"{count:,} {name}" for name, count in counts.items())
-    print(f"{options.out / 'filter_cap.json'} and llava.json: {len(taken):,} of {len(described):,} pictures; {shown}"
-          + (" (UNREVIEWED)" if options.no_review else ""))  # fmt: skip
-    if not taken:
-        raise DataError(f"{options.out / 'llava.json'} holds no record: {shown}")
+    summary = ", ".join(f"{count:,} {name}" for name, count in counts.items())
+    print(f"{options.out / 'filter_cap.json'} and llava.json: {len(selection):,} of {len(described):,} pictures; "
+          f"{summary}" + (" (UNREVIEWED)" if options.no_review else ""))  # fmt: skip
+    if not selection:
+        raise DataError(f"{options.out / 'llava.json'} holds no record: {summary}")
     return 0
 
 
@@ -139,7 +142,7 @@ def _rows(options: argparse.Namespace, name: str, step: str) -> list[dict[str, A
     return rows
 
 
-def _wording(options: argparse.Namespace, name: str) -> str:
+def _prompt(options: argparse.Namespace, name: str) -> str:
     return "\n".join(shots.lines(f"curation/{name}", options.prompts))
 
 

@@ -1,4 +1,4 @@
-"""What is told about a picture in its place: captions, and boxes with names, from COCO or records of one's own."""
+"""The text that stands for a picture: captions, and boxes with names, from COCO or from the user's records."""
 
 import collections
 from typing import Any, NamedTuple
@@ -8,11 +8,11 @@ from etils import epath
 from llava_jax.datagen.files import brief, encodable, field, image_path, read_json, read_rows
 from llava_jax.errors import DataError
 
-_MOST_PIXELS = 1 << 30  # of a side
+_MAX_PIXELS = 1 << 30  # of a side
 
 
 class Box(NamedTuple):
-    """A thing and its place. bounds: left, top, right, bottom as shares of width and height, from the upper left."""
+    """An object and its bounds: left, top, right, bottom as shares of width and height, from the upper left."""
 
     category: str
     bounds: tuple[float, float, float, float]
@@ -40,8 +40,8 @@ def context(subject: Subject, boxes: bool) -> str:
     captions = "\n".join(caption.strip() for caption in subject.captions)
     if not boxes or not subject.boxes:
         return captions
-    things = [f"{box.category}: {[round(float(bound), 3) for bound in box.bounds]}" for box in subject.boxes]
-    return captions + "\n\n" + "\n".join(things)
+    objects = [f"{box.category}: {[round(float(bound), 3) for bound in box.bounds]}" for box in subject.boxes]
+    return captions + "\n\n" + "\n".join(objects)
 
 
 def from_records(path: epath.PathLike) -> list[Subject]:
@@ -60,8 +60,8 @@ def from_records(path: epath.PathLike) -> list[Subject]:
         if not encodable(str(identity)):
             raise DataError(f"{where}: id={identity!r}: half a character, which no file can hold")
         boxes = field({"boxes": row.get("instances", []), **row}, where, "boxes", list, "a list of boxes")
-        found = tuple(_box(box, f"{where}: boxes[{index}]") for index, box in enumerate(boxes))
-        subjects.append(Subject(str(identity), image_path(row, where), _captions(row, where), found))
+        parsed_boxes = tuple(_box(box, f"{where}: boxes[{index}]") for index, box in enumerate(boxes))
+        subjects.append(Subject(str(identity), image_path(row, where), _captions(row, where), parsed_boxes))
     if not subjects:
         raise DataError(f"{path}: holds no records")
     _check_ids(subjects, str(path))
@@ -77,18 +77,18 @@ def from_coco(captions: epath.PathLike, instances: epath.PathLike | None = None,
     Raises:
       FileNotFoundError: no such file. DataError: the file is no COCO annotation file; names the row.
     """
-    told = _coco(captions, "captions_train2017.json")
+    annotations = _coco(captions, "captions_train2017.json")
     texts: dict[int, list[str]] = collections.defaultdict(list)
-    for where, row in _rows(told, "annotations", captions):
+    for where, row in _rows(annotations, "annotations", captions):
         texts[field(row, where, "image_id", int, "a number")].append(field(row, where, "caption", str, "a text"))
     boxes = {} if instances is None else _instances(instances, crowds)
     subjects = []
-    for where, row in _rows(told, "images", captions):
+    for where, row in _rows(annotations, "images", captions):
         number = field(row, where, "id", int, "a number")
         image = image_path(row, where, "file_name")
-        kept = tuple(" ".join(text.split()) for text in texts.get(number, []) if text.strip())
-        if kept:
-            subjects.append(Subject(f"{number:012}", image, kept, tuple(boxes.get(number, ()))))
+        image_captions = tuple(" ".join(text.split()) for text in texts.get(number, []) if text.strip())
+        if image_captions:
+            subjects.append(Subject(f"{number:012}", image, image_captions, tuple(boxes.get(number, ()))))
     if not subjects:
         raise DataError(f"{captions}: no image has a caption")
     _check_ids(subjects, str(captions))
@@ -96,38 +96,39 @@ def from_coco(captions: epath.PathLike, instances: epath.PathLike | None = None,
 
 
 def _instances(path: epath.PathLike, crowds: bool) -> dict[int, list[Box]]:
-    told = _coco(path, "instances_train2017.json")
+    annotations = _coco(path, "instances_train2017.json")
     names = {field(row, where, "id", int, "a number"): field(row, where, "name", str, "a text")
-             for where, row in _rows(told, "categories", path)}  # fmt: skip
+             for where, row in _rows(annotations, "categories", path)}  # fmt: skip
     sizes = {field(row, where, "id", int, "a number"): tuple(field(row, where, side, int, "pixels, at least 1") for side
-             in ("width", "height")) for where, row in _rows(told, "images", path)}  # fmt: skip
+             in ("width", "height")) for where, row in _rows(annotations, "images", path)}  # fmt: skip
     boxes: dict[int, list[Box]] = collections.defaultdict(list)
-    for where, row in _rows(told, "annotations", path):
+    for where, row in _rows(annotations, "annotations", path):
         image = field(row, where, "image_id", int, "a number")
         category = field(row, where, "category_id", int, "a number")
-        if image not in sizes or min(sizes[image]) < 1 or max(sizes[image]) > _MOST_PIXELS:
+        if image not in sizes or min(sizes[image]) < 1 or max(sizes[image]) > _MAX_PIXELS:
             raise DataError(f"{where}: image_id={image}: want one of the file's images, with width and height")
         if category not in names:
             raise DataError(f"{where}: category_id={category}: want one of the file's {len(names)} categories")
         if row.get("iscrowd") and not crowds:
             continue
         width, height = sizes[image]
-        left, top, wide, high = _four(row, where)
-        edges = (left / width, top / height, (left + wide) / width, (top + high) / height)
+        left, top, box_width, box_height = _four(row, where)
+        edges = (left / width, top / height, (left + box_width) / width, (top + box_height) / height)
         boxes[image].append(Box(names[category], tuple(min(max(edge, 0.0), 1.0) for edge in edges)))
     return boxes
 
 
 def _coco(path: epath.PathLike, example: str) -> dict[str, Any]:
-    told = read_json(path)
-    if not isinstance(told, dict) or not {"images", "annotations"} <= told.keys():
+    annotations = read_json(path)
+    if not isinstance(annotations, dict) or not {"images", "annotations"} <= annotations.keys():
         raise DataError(f"{path}: want COCO's object with 'images' and 'annotations', as in {example}; own records are "
                         "given with --records")  # fmt: skip
-    return told
+    return annotations
 
 
-def _rows(told: dict[str, Any], name: str, path: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
-    rows = [(f"{path}: {name}[{index}]", row) for index, row in enumerate(field(told, str(path), name, list, "a list"))]
+def _rows(annotations: dict[str, Any], name: str, path: epath.PathLike) -> list[tuple[str, dict[str, Any]]]:
+    values = field(annotations, str(path), name, list, "a list")
+    rows = [(f"{path}: {name}[{index}]", row) for index, row in enumerate(values)]
     for where, row in rows:
         if not isinstance(row, dict):
             raise DataError(f"{where}: {brief(row)}: want an object")
@@ -135,10 +136,11 @@ def _rows(told: dict[str, Any], name: str, path: epath.PathLike) -> list[tuple[s
 
 
 def _captions(row: dict[str, Any], where: str) -> tuple[str, ...]:
-    told = [row["caption"]] if "captions" not in row and "caption" in row else row.get("captions")
-    if not isinstance(told, list) or not told or not all(isinstance(text, str) and text.strip() for text in told):
-        raise DataError(f"{where}: captions={brief(told)}: want a list of texts, at least one, none empty")
-    return tuple(" ".join(text.split()) for text in told)
+    captions = [row["caption"]] if "captions" not in row and "caption" in row else row.get("captions")
+    if not (isinstance(captions, list) and captions
+            and all(isinstance(text, str) and text.strip() for text in captions)):  # fmt: skip
+        raise DataError(f"{where}: captions={brief(captions)}: want a list of texts, at least one, none empty")
+    return tuple(" ".join(text.split()) for text in captions)
 
 
 def _box(box: Any, where: str) -> Box:
@@ -153,15 +155,15 @@ def _box(box: Any, where: str) -> Box:
 
 
 def _four(row: dict[str, Any], where: str) -> tuple[float, float, float, float]:
-    told = field(row, where, "bbox", list, "four numbers")
-    if len(told) != 4 or not all(type(edge) in (int, float) and abs(edge) <= _MOST_PIXELS for edge in told):
-        raise DataError(f"{where}: bbox={brief(told)}: want four numbers")
-    return tuple(float(edge) for edge in told)
+    edges = field(row, where, "bbox", list, "four numbers")
+    if len(edges) != 4 or not all(type(edge) in (int, float) and abs(edge) <= _MAX_PIXELS for edge in edges):
+        raise DataError(f"{where}: bbox={brief(edges)}: want four numbers")
+    return tuple(float(edge) for edge in edges)
 
 
 def _check_ids(subjects: list[Subject], path: str) -> None:
     counts = collections.Counter(subject.id for subject in subjects)
-    twice = [identity for identity, count in counts.items() if count > 1]
-    if twice:
-        raise DataError(f"{path}: {len(twice)} ids occur more than once, {twice[0]!r} the first: make them "
-                        "different, for what is drawn and exported goes by the id")  # fmt: skip
+    duplicates = [identity for identity, count in counts.items() if count > 1]
+    if duplicates:
+        raise DataError(f"{path}: {len(duplicates)} ids occur more than once, {duplicates[0]!r} the first: make them "
+                        "different, as random choices and exports are keyed by the id")  # fmt: skip

@@ -1,1 +1,1 @@
-"""The whole story in miniature: a drawn world, base models that talk about it, and the two stages that let them see."""
+"""LLaVA and MiniGPT-4 in miniature: a synthetic world, base models that know its texts, and the two training stages."""

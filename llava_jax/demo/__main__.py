@@ -1,8 +1,8 @@
 """`python -m llava_jax.demo [--family minigpt4] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
 
-The first tells LLaVA's story, or MiniGPT-4's, in miniature: a drawn world, base models that can talk about it but not
-see, the two stages of training and what is lost without them, a test set on pictures never seen, and an export for
-transformers. It ends with a table and writes DIR/demo.json and DIR/report.html. The second trains the base models anew.
+The first runs LLaVA, or MiniGPT-4, in miniature: a synthetic world, base models that know it from text alone, the two
+stages of training and ablations of them, a test set of held-out pictures, and an export for transformers. It prints a
+table and writes DIR/demo.json and DIR/report.html. The second trains the base models again.
 """
 
 import argparse
@@ -14,28 +14,28 @@ from pathlib import Path
 from llava_jax import cli
 from llava_jax.errors import UsageError
 
-# Of story.FAMILIES. jax, and what brings it, is imported after the arguments are read: a usage error is to be quick.
+# Of story.FAMILIES. jax, and the modules that import it, are imported after parsing, so that a usage error is quick.
 FAMILIES = ("llava", "minigpt4")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        return cli.run("demo", lambda: _bases(words[1:]) if words[:1] == ["bases"] else _demo(words))
+        return cli.run("demo", lambda: _bases(args[1:]) if args[:1] == ["bases"] else _demo(args))
     except SystemExit as stop:  # --help, or a usage error that is printed
         return int(stop.code or 0)
 
 
-def _demo(words: list[str]) -> int:
+def _demo(args: list[str]) -> int:
     parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
-    text = "a new directory (default: runs/demo, or runs/demo_minigpt4)"
-    parser.add_argument("--workdir", type=cli.on_disk, help=text)
+    workdir_help = "a new directory (default: runs/demo, or runs/demo_minigpt4)"
+    parser.add_argument("--workdir", type=cli.on_disk, help=workdir_help)
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
-    options = parser.parse_args(words)
-    usual = "runs/demo" if options.family == "llava" else f"runs/demo_{options.family}"
-    workdir = Path(options.workdir or usual)
+    options = parser.parse_args(args)
+    default = "runs/demo" if options.family == "llava" else f"runs/demo_{options.family}"
+    workdir = Path(options.workdir or default)
     _check(workdir, options.seed)
     if workdir.exists() and any(workdir.iterdir()):
         raise UsageError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
@@ -44,7 +44,7 @@ def _demo(words: list[str]) -> int:
 
     cli.show_progress()
     process.keep_compilations()
-    outcome = story.tell(workdir, options.seed, story.FAMILIES[options.family])
+    outcome = story.run_family(workdir, options.seed, story.FAMILIES[options.family])
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
     print(report.table(outcome))
@@ -52,17 +52,17 @@ def _demo(words: list[str]) -> int:
     picture = workdir / story.WORLD / name
     print(f"\nA conversation with stage 2 about {picture}:")
     print("\n".join(f"  {role}: {text}" for role, text in turns))
-    print(f"\nIn {outcome.secs:.0f} s. Open {workdir}/report.html, or go on talking:\n"
+    print(f"\nIn {outcome.secs:.0f} s. Open {workdir}/report.html, or continue the conversation:\n"
           f"  python -m llava_jax.chat --checkpoint {workdir}/stage2 --image {picture}")
     return 0
 
 
-def _bases(words: list[str]) -> int:
+def _bases(args: list[str]) -> int:
     text = "trains the demo's base models, about an hour on two busy cores; see demo/bases.py"
     parser = cli.Parser("python -m llava_jax.demo bases", description=text)
     parser.add_argument("directory", nargs="?", type=cli.on_disk, help="default: the package's own")
     parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args(words)
+    options = parser.parse_args(args)
     directory = options.directory or Path(__file__).parent / "assets"
     _check(directory, options.seed)
     from llava_jax.demo import bases

@@ -1,11 +1,11 @@
 """Trains the demo's base models: `python -m llava_jax.demo bases`, about an hour on two busy cores.
 
-It makes the directories `clip/`, `llama/` and `blip2/` (a tower and its Q-Former) as Hugging Face would hold them, in
-float16; the demo reads them through `convert assemble`, the way real weights come in. Pictures are of training scenes
-only; a quarter of LLaMA's texts also speak of the pairs that no picture shows, as books do.
+It writes the directories `clip/`, `llama/` and `blip2/` (a tower and its Q-Former) in Hugging Face's format, in
+float16; the demo reads them through `convert assemble`, as real weights are read. Pictures are of training scenes
+only; a quarter of LLaMA's texts also name the pairs that no picture shows, as books do.
 
-The `llama/` and the `blip2/` that ship were made by this code with seed 0 (the tokenizer comes out again byte for byte;
-weights were not made twice). The `clip/` that ships was made when captions still said "top left" for "northwest": the
+The shipped `llama/` and `blip2/` come from this code with seed 0 (the tokenizer is reproduced byte for byte; the
+weights were trained once). The shipped `clip/` was trained when captions still said "top left" for "northwest": the
 same scenes and steps, so expect a tower as good but not the same file.
 """
 
@@ -51,7 +51,7 @@ BLIP2 = LlavaConfig(
 BLIP2_CONFIG = Path(__file__).parent / "blip2.py"
 BLIP2_SIZES = Sizes(train=8000, heldout=40, unseen=40, heldout_per_kind=4, unseen_per_kind=2)
 ROW_TOKENS = 128
-UNLEARNED_WEIGHT = 0.1  # of tokens that are no answer: enough to make it a language model
+UNSUPERVISED_WEIGHT = 0.1  # of tokens that are no answer: enough to make it a language model
 LOG_EVERY = 50
 
 
@@ -59,12 +59,12 @@ class Plan(NamedTuple):
     """How long and how fast a base model is trained."""
 
     steps: int
-    rate: float
+    lr: float
     rows: int  # of a batch: families of pictures, or texts
 
 
-CLIP_PLAN = Plan(steps=1000, rate=1.5e-3, rows=16)
-LLM_PLAN = Plan(steps=4000, rate=2e-3, rows=16)
+CLIP_PLAN = Plan(steps=1000, lr=1.5e-3, rows=16)
+LLM_PLAN = Plan(steps=4000, lr=2e-3, rows=16)
 FAMILIES = 1000  # of eight pictures each
 
 
@@ -72,7 +72,7 @@ def train(
     directory: Path, seed: int = 0, clip_plan: Plan = CLIP_PLAN, llm_plan: Plan = LLM_PLAN,
     qformer_steps: int | None = None, sizes: Sizes = BLIP2_SIZES,
 ) -> None:  # fmt: skip
-    """Makes `directory`/clip, `directory`/llama and `directory`/blip2; prints how it goes.
+    """Trains and writes `directory`/clip, `directory`/llama and `directory`/blip2; prints the progress.
 
     qformer_steps: in place of those of the config `blip2.py`.
     """
@@ -93,52 +93,54 @@ def train_tower(name: str, vision: TowerConfig, tokenizer: Tokenizer, plan: Plan
     rng = np.random.default_rng([seed, 1])
     album = clip.Album(FAMILIES, rng)
     batches = iter(lambda: album.pairs(plan.rows, rng, tokenizer), None)
-    first, loss = clip.init(jax.random.key(seed), vision), partial(clip.loss, vision=vision)
-    return _fit(name, first, loss, batches, plan)["vision"]
+    initial, loss = clip.init(jax.random.key(seed), vision), partial(clip.loss, vision=vision)
+    return _fit(name, initial, loss, batches, plan)["vision"]
 
 
 def train_blip2(directory: Path, eva: Mapping[str, Any], seed: int, steps: int | None, sizes: Sizes) -> None:
-    """Makes `directory`/blip2 of a tower and `directory`/llama: all blocks but the last, and a Q-Former for it.
+    """Writes `directory`/blip2 from a tower and `directory`/llama: all blocks but the last, and a Q-Former for it.
 
-    Training is the `Trainer`'s, from a checkpoint to a checkpoint.
+    The `Trainer` trains it, from a checkpoint to a checkpoint.
     """
-    first = params.flatten(jax.device_get(init_params(BLIP2, jax.random.key(seed))))
-    kept = {**eva, "blocks": jax.tree.map(lambda leaf: leaf[: BLIP2.vision.layers], eva["blocks"])}
-    _write_blip2(directory / "blip2", first | params.flatten({"vision": kept}))
+    initial = params.flatten(jax.device_get(init_params(BLIP2, jax.random.key(seed))))
+    shortened = {**eva, "blocks": jax.tree.map(lambda tensor: tensor[: BLIP2.vision.layers], eva["blocks"])}
+    _write_blip2(directory / "blip2", initial | params.flatten({"vision": shortened}))
     with tempfile.TemporaryDirectory() as folder:
-        work, place = Path(folder), directory / "blip2"
+        work, blip2_dir = Path(folder), directory / "blip2"
         records.write(work / "world", seed + 1, sizes)
-        importing.assemble(work / "base", place, directory / "llama", seed=seed, connector=place)
+        importing.assemble(work / "base", blip2_dir, directory / "llama", seed=seed, connector=blip2_dir)
         settings = {"model.base": work / "base", "data.sources.0.path": work / "world" / records.FINETUNE,
                     "data.sources.0.images": work / "world", "train.seed": seed}  # fmt: skip
         settings |= {} if steps is None else {"train.steps": steps}
         Trainer(config.load(BLIP2_CONFIG, settings), workdir=work / "run").fit()
-        _write_blip2(place, params.flatten(reader.load_params(work / "run", _of_blip2(first))))
+        _write_blip2(blip2_dir, params.flatten(reader.load_params(work / "run", _blip2_names(initial))))
 
 
-def _of_blip2(names: Iterable[str]) -> list[str]:
-    """The leaves that ship: without the decoder, and without the linear layer that learned with the Q-Former."""
+def _blip2_names(names: Iterable[str]) -> list[str]:
+    """The shipped parameters: without the decoder, and without the linear layer that was trained with the Q-Former."""
     return [name for name in names if name.startswith(("vision/", "ln_vision/", "resampler/"))]
 
 
 def train_llama(tokenizer: Tokenizer, plan: Plan, seed: int) -> dict[str, Any]:
     """Parameters of the decoder."""
-    one = jnp.zeros((1, 1), jnp.int32)
-    first = Llama(LLM).init(jax.random.key(seed), jnp.zeros((1, 1, LLM.width)), one, one)["params"]
-    return _fit("llama", _spread(first), _text_loss, _texts(tokenizer, plan, seed), plan)
+    token_ids = jnp.zeros((1, 1), jnp.int32)
+    initial = Llama(LLM).init(jax.random.key(seed), jnp.zeros((1, 1, LLM.width)), token_ids, token_ids)["params"]
+    return _fit("llama", _rescale(initial), _text_loss, _texts(tokenizer, plan, seed), plan)
 
 
-def _spread(tree: Mapping[str, Any]) -> dict[str, Any]:
-    """First values of a decoder of this width: embeddings of variance 1, kernels of 1 / inputs.
+def _rescale(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Initial values of a decoder of this width: embeddings of variance 1, kernels of 1 / inputs.
 
-    LLaMA's deviation of 0.02 suits widths of thousands; from it, looking a word up in the text is learned later:
+    LLaMA's deviation of 0.02 suits widths of thousands; from it, the model learns later to look up a word in the text:
     after 200 steps of 16 rows 0.37 of the answers were exact, from these values 0.46 (2 CPU cores, jax 0.10.2).
     """
-    scales = (("embed/table", lambda leaf: 1 / 0.02), ("blocks/.*/kernel", lambda leaf: leaf.shape[1] ** -0.5 / 0.02),
-              (".*", lambda leaf: 1.0))  # fmt: skip
+    scales = (
+        ("embed/table", lambda tensor: 1 / 0.02), ("blocks/.*/kernel", lambda tensor: tensor.shape[1] ** -0.5 / 0.02),
+        (".*", lambda tensor: 1.0),
+    )  # fmt: skip
     flat = params.flatten(tree)
     factors = params.lookup(flat, scales, "first values")
-    return params.unflatten({name: leaf * factors[name](leaf) for name, leaf in flat.items()})
+    return params.unflatten({name: tensor * factors[name](tensor) for name, tensor in flat.items()})
 
 
 def _texts(tokenizer: Tokenizer, plan: Plan, seed: int) -> Iterator[Batch]:
@@ -154,33 +156,33 @@ def _text_loss(tree: Any, batch: Batch) -> tuple[Float[Array, ""], Float[Array, 
     hidden = model.apply(variables, x, batch.positions, batch.segments)
     logits = model.apply(variables, hidden, method="head")
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), batch.targets[..., None], axis=-1)[..., 0]
-    weights = jnp.maximum(batch.weights, UNLEARNED_WEIGHT * (batch.targets > 0))
+    weights = jnp.maximum(batch.weights, UNSUPERVISED_WEIGHT * (batch.targets > 0))
     right = (logits.argmax(axis=-1) == batch.targets) * batch.weights
     return (losses * weights).sum() / weights.sum(), right.sum() / batch.weights.sum()
 
 
-def _fit(name: str, first: Any, loss: Callable[..., Any], batches: Iterator[Any], plan: Plan) -> dict[str, Any]:
+def _fit(name: str, initial: Any, loss: Callable[..., Any], batches: Iterator[Any], plan: Plan) -> dict[str, Any]:
     """AdamW over all parameters for `plan.steps` batches; `loss(params, batch)` returns (loss, share right)."""
     settings = config.Train(
-        lr=plan.rate, steps=plan.steps, warmup_ratio=0.05, b2=0.98, weight_decay=0.01, clip_norm=1.0
+        lr=plan.lr, steps=plan.steps, warmup_ratio=0.05, b2=0.98, weight_decay=0.01, clip_norm=1.0
     )  # fmt: skip
-    adam = optimizer.build(settings, {leaf: plan.rate for leaf in params.flatten(first)}, plan.steps)
+    adam = optimizer.build(settings, {param_name: plan.lr for param_name in params.flatten(initial)}, plan.steps)
 
     def update(tree: Any, state: Any, step: Array, batch: Any) -> tuple[Any, Any, Array]:
         (value, right), gradient = jax.value_and_grad(loss, has_aux=True)(tree, batch)
         change, state = adam.update(gradient, state, tree, step=step)
         return jax.tree.map(jnp.add, tree, change), state, jnp.stack([value, right])
 
-    jitted = jax.jit(update, donate_argnums=(0, 1))
-    tree, state, start, seen = first, adam.init(first), time.monotonic(), []
+    jitted_update = jax.jit(update, donate_argnums=(0, 1))
+    tree, state, start, pending = initial, adam.init(initial), time.monotonic(), []
     for step in range(plan.steps):
-        tree, state, numbers = jitted(tree, state, jnp.int32(step), next(batches))
-        seen.append(numbers)
+        tree, state, numbers = jitted_update(tree, state, jnp.int32(step), next(batches))
+        pending.append(numbers)
         if (step + 1) % LOG_EVERY == 0 or step + 1 == plan.steps:
-            mean = np.mean(jax.device_get(seen), axis=0)
+            mean = np.mean(jax.device_get(pending), axis=0)
             print(f"{name}: step {step + 1}/{plan.steps}  loss {mean[0]:.4f}  right {mean[1]:.3f}  "
                   f"{time.monotonic() - start:.0f} s", flush=True)  # fmt: skip
-            seen = []
+            pending = []
     return jax.device_get(tree)
 
 
@@ -205,11 +207,11 @@ def _write_clip(directory: Path, tree: Mapping[str, Any]) -> None:
     config_json = {"architectures": ["CLIPVisionModel"], **clip_part.config_json(vision), "torch_dtype": "float16"}
     files.write_json(directory / "config.json", config_json)
     files.write_json(directory / "preprocessor_config.json", processor.preprocessor_json(vision, "square"))
-    leaves = params.flatten({"vision": tree})
-    _write_weights(directory, leaves, clip_part.rows("vision_model."), vit.first_layers(vision))
+    tensors = params.flatten({"vision": tree})
+    _write_weights(directory, tensors, clip_part.rows("vision_model."), vit.first_layers(vision))
 
 
-def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
+def _write_blip2(directory: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """A BLIP-2 directory without a language model."""
     assert isinstance(BLIP2.resampler, QFormerConfig)
     config_json = {
@@ -219,15 +221,15 @@ def _write_blip2(directory: Path, leaves: Mapping[str, np.ndarray]) -> None:
     }  # fmt: skip
     files.write_json(directory / "config.json", config_json)
     files.write_json(directory / "preprocessor_config.json", processor.blip_json(BLIP2.vision))
-    _write_weights(directory, {name: leaves[name] for name in _of_blip2(leaves)}, minigpt4.hub_rows(BLIP2), {})
+    _write_weights(directory, {name: tensors[name] for name in _blip2_names(tensors)}, minigpt4.hub_rows(BLIP2), {})
 
 
 def _write_weights(
-    directory: Path, leaves: Mapping[str, np.ndarray], rows: list[Row], first_layers: Mapping[str, int]
+    directory: Path, params_by_name: Mapping[str, np.ndarray], rows: list[Row], first_layers: Mapping[str, int]
 ) -> None:
-    """model.safetensors in float16, by the same table that reads it back."""
-    leaves = {name: np.asarray(leaf, np.float16) for name, leaf in leaves.items()}
-    found = table.entries(leaves, rows, first_layers, "conversion")
-    specs = {name: files.Spec(entry.their_shape, np.dtype(np.float16)) for entry in found for name in entry.theirs}
-    tensors = (pair for entry in found for pair in table.their_tensors(entry, leaves[entry.ours]))
+    """Writes model.safetensors in float16, by the same table that reads it back."""
+    params_by_name = {name: np.asarray(tensor, np.float16) for name, tensor in params_by_name.items()}
+    entries = table.entries(params_by_name, rows, first_layers, "conversion")
+    specs = {name: files.Spec(entry.their_shape, np.dtype(np.float16)) for entry in entries for name in entry.theirs}
+    tensors = (pair for entry in entries for pair in table.their_tensors(entry, params_by_name[entry.ours]))
     files.write_safetensors(directory / "model.safetensors", views.joined_specs(specs), views.joined(tensors))

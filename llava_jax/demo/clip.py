@@ -1,4 +1,4 @@
-"""The demo's tiny CLIPs: a vision tower and a text encoder that learn which caption belongs to which picture.
+"""The demo's tiny CLIPs: a vision tower and a text encoder, trained to match captions and pictures.
 
 One tower is CLIP's own, one EVA's. The text encoders exist to train them and do not ship. Source: Radford et al. 2021,
 section 2.3.
@@ -30,7 +30,7 @@ TEXT = LlamaConfig(
     vocab=512, width=128, mlp_width=256, layers=2, heads=4, kv_heads=4, head_width=32, max_positions=32
 )  # fmt: skip
 FAMILY = 8  # scenes of a batch that differ from each other in a word or two
-HIGHEST_SCALE = 100.0  # CLIP's bound on its inverse temperature
+MAX_SCALE = 100.0  # CLIP's bound on its inverse temperature
 
 
 class Pairs(NamedTuple):
@@ -53,12 +53,12 @@ class Album:
 
     def pairs(self, families: int, rng: np.random.Generator, tokenizer: Tokenizer) -> Pairs:
         """All scenes of some families, each with a caption in its usual or in another order."""
-        chosen = rng.choice(len(self._scenes), size=families, replace=False)
-        tokens, last = _tokenized([scene for i in chosen for scene in self._scenes[i]], rng, tokenizer)
-        return Pairs(self._pixels[chosen].reshape(-1, *self._pixels.shape[2:]), tokens, last)
+        indices = rng.choice(len(self._scenes), size=families, replace=False)
+        tokens, last = _tokenize([scene for i in indices for scene in self._scenes[i]], rng, tokenizer)
+        return Pairs(self._pixels[indices].reshape(-1, *self._pixels.shape[2:]), tokens, last)
 
 
-def _tokenized(scenes: list[Scene], rng: np.random.Generator, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
+def _tokenize(scenes: list[Scene], rng: np.random.Generator, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.zeros((len(scenes), TEXT.max_positions), np.int32)
     last = np.zeros(len(scenes), np.int32)
     for row, scene in enumerate(scenes):
@@ -71,13 +71,13 @@ def _tokenized(scenes: list[Scene], rng: np.random.Generator, tokenizer: Tokeniz
 def init(key: Array, vision: TowerConfig) -> dict[str, Any]:
     """Random parameters: `vision` (the tower, named as in a LLaVA), `text`, `joint` (norm, projections and scale)."""
     keys = jax.random.split(key, 4)
-    one = jnp.zeros((1, 1), jnp.int32)
+    token_ids = jnp.zeros((1, 1), jnp.int32)
     side, width = vision.image_size, vision.width
     tower = _tower(vision).init(keys[0], jnp.zeros((1, side, side, 3), jnp.uint8))["params"]
-    norm = {"post_ln": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}  # a CLIP has it among its own leaves
+    norm = {"post_ln": {"scale": jnp.ones(width), "bias": jnp.zeros(width)}}  # a CLIP tower has it among its parameters
     return {
         "vision": tower,
-        "text": Llama(TEXT).init(keys[1], jnp.zeros((1, 1, TEXT.width)), one, one)["params"],
+        "text": Llama(TEXT).init(keys[1], jnp.zeros((1, 1, TEXT.width)), token_ids, token_ids)["params"],
         "joint": ({} if "tail" in tower else norm) | {
             "image": jax.random.normal(keys[2], (width, width)) * width**-0.5,
             "text": jax.random.normal(keys[3], (TEXT.width, width)) * TEXT.width**-0.5,
@@ -94,7 +94,7 @@ def loss(params: Any, pairs: Pairs, vision: TowerConfig) -> tuple[Float[Array, "
     """Contrastive loss in both directions, and the share of pictures that find their caption."""
     images = _unit(_image_vectors(params, pairs.pixels, vision))
     texts = _unit(_text_vectors(params, pairs.tokens, pairs.last))
-    scale = jnp.minimum(jnp.exp(params["joint"]["log_scale"]), HIGHEST_SCALE)
+    scale = jnp.minimum(jnp.exp(params["joint"]["log_scale"]), MAX_SCALE)
     logits = scale * images @ texts.T
     losses = [-jnp.diagonal(jax.nn.log_softmax(logits, axis=axis)).mean() for axis in (0, 1)]
     return sum(losses) / 2, (logits.argmax(axis=1) == jnp.arange(len(logits))).mean()

@@ -1,7 +1,7 @@
 """Config of the demo's MiniGPT-4, stage 2: instructions; only the linear layer is trained (see `story.py`).
 
-Differs from MiniGPT-4: asked in the words of LLaVA's template, the only ones that the tiny LLaMA has read, as MiniGPT-4
-asks Vicuna in Vicuna's own; and about all that a picture shows, where MiniGPT-4 has descriptions alone.
+Differs from MiniGPT-4: the template is LLaVA's, the only one in the tiny LLaMA's training texts, as MiniGPT-4 uses
+Vicuna's own for Vicuna; and the records cover all that a picture shows, where MiniGPT-4 has descriptions alone.
 """
 
 from typing import Any

@@ -1,4 +1,4 @@
-"""The world on disk: pictures as JPEG files, captions and instructions as LLaVA JSON, and the test sets' questions."""
+"""The world on disk: JPEG files, captions and instructions as LLaVA JSON, and the test sets' questions."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from llava_jax.demo import world
 from llava_jax.demo.world import Question, Scene
 
 PRETRAIN, FINETUNE, FINETUNE_BLIND = "pretrain.json", "finetune.json", "finetune_blind.json"
-BLANK = "blank.jpg"  # the picture that a blind model sees
+BLANK = "blank.jpg"  # the picture in every record of a blind model
 DIALOGUES = 2  # about each training picture
 
 
@@ -73,8 +73,8 @@ def _draw(directory: Path, part: str, scenes: list[Scene], rng: np.random.Genera
 
 
 def _record(picture: str, turns: list[tuple[str, str]], suffix: str = "") -> dict[str, Any]:
-    said = [{"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn)]
-    return {"id": f"{Path(picture).stem}{suffix}", "image": picture, "conversations": said}
+    messages = [{"from": role, "value": text} for turn in turns for role, text in zip(("human", "gpt"), turn)]
+    return {"id": f"{Path(picture).stem}{suffix}", "image": picture, "conversations": messages}
 
 
 def _write_json(path: Path, records: list[dict[str, Any]]) -> None:

@@ -6,7 +6,7 @@ from llava_jax.config import Source, default
 
 
 def get_config() -> Any:
-    """LLaVA's stage 1 (configs/llava15_7b_pretrain.py) with sizes and rates for a model of a million parameters."""
+    """LLaVA's stage 1 (configs/llava15_7b_pretrain.py) sized for a model of a million parameters."""
     config = default()
     config.model.update(dtype="float32", remat="none")
     config.prompt.update(template="plain", image_mode="pad")

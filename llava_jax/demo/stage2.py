@@ -1,4 +1,4 @@
-"""Config of the demo's stage 2: instructions; projector and decoder move, the tower does not (see `story.py`)."""
+"""Config of the demo's stage 2: instructions; projector and decoder are trainable, the tower is frozen."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from llava_jax.config import start_from
 
 
 def get_config() -> Any:
-    """LLaVA's stage 2 (configs/llava15_7b_finetune.py) with sizes and rates for a model of a million parameters."""
+    """LLaVA's stage 2 (configs/llava15_7b_finetune.py) sized for a model of a million parameters."""
     config = start_from(__file__, "stage1.py")
     config.prompt.template = "v1"
     config.data.update(batch_samples=16, row_tokens=128)

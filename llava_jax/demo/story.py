@@ -1,5 +1,4 @@
-"""The paper's story, run through the functions behind the commands: what each stage gives, and what doing less loses.
-"""
+"""The paper's two stages and their ablations in miniature, run through the functions behind the commands."""
 
 import contextlib
 import io
@@ -22,11 +21,11 @@ from llava_jax.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parent
 WORLD, BASE, BASE_LAST_LAYER, EXPORT = "world", "base", "base_last_layer", "export_hf"
-ECHOED = ("step ", "error", "goes on")  # beginnings of the lines of a run that the demo shows
+PROGRESS_PREFIXES = ("step ", "error", "goes on")  # beginnings of the lines of a run that the demo shows
 
 
 class Run(NamedTuple):
-    """One training: its folder, what it is, its config, where it starts and what it reads; its name in tables."""
+    """One training run: its folder, title, config, start checkpoint and records; its label in tables."""
 
     name: str
     title: str
@@ -41,17 +40,17 @@ class Run(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A system whose story is told.
+    """A system that the demo trains.
 
-    bases: {folder: what `importing.assemble` makes it of}. told: the story in one sentence.
+    bases: {folder: the arguments of `importing.assemble`}. summary: one sentence for the report.
     """
 
     bases: dict[str, dict[str, Any]]
     runs: tuple[Run, ...]
-    told: str
+    summary: str
 
     @property
-    def examined(self) -> tuple[Run, ...]:
+    def evaluated(self) -> tuple[Run, ...]:
         """The runs with a label, the blind one first."""
         return tuple(sorted((run for run in self.runs if run.label), key=lambda run: not run.blind))
 
@@ -93,7 +92,7 @@ FAMILIES = {
 
 
 class Outcome(NamedTuple):
-    """What a demo found. results: {run: {test_set: Result}}; losses: {run: loss at every step}; chat: (who, text)."""
+    """A demo's results: {run: {test_set: Result}}; losses: {run: loss at every step}; chat: (picture, (role, text))."""
 
     family: Family
     test_sets: dict[str, TestSet]
@@ -103,30 +102,31 @@ class Outcome(NamedTuple):
     secs: float
 
 
-def tell(
+def run_family(
     workdir: Path, seed: int, family: Family, sizes: Sizes = records.SIZES, steps: Sequence[int] | None = None
 ) -> Outcome:
-    """Runs the whole story of a family in `workdir`, which is new.
+    """Trains and evaluates all runs of a family in `workdir`, which is new.
 
     steps: of the two stages, in place of those of their configs.
     """
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
-    _say(start, "draws the world")
+    _log(start, "draws the world")
     test_sets = records.write(workdir / WORLD, seed, sizes)
-    _say(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
+    _log(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
         importing.assemble(workdir / name, **parts, seed=seed)
     results: dict[str, dict[str, Result]] = {}
     for run in family.runs:
-        _say(start, f"trains {run.name}, {run.title}")
+        _log(start, f"trains {run.name}, {run.title}")
         _train(workdir, run, seed, steps)
         if run.label:
             assistant = test_set.open_assistant(workdir / run.name)
-            taken = {name: test_set.take(assistant, one, workdir / WORLD, run.blind) for name, one in test_sets.items()}
-            results[run.name] = taken
-            _say(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in taken.items()))
-    _say(start, "exports stage 2 for transformers")
+            scores = {name: test_set.evaluate(assistant, questions, workdir / WORLD, run.blind)
+                      for name, questions in test_sets.items()}  # fmt: skip
+            results[run.name] = scores
+            _log(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in scores.items()))
+    _log(start, "exports stage 2 for transformers")
     exporting.export("hf", workdir / "stage2", workdir / EXPORT)
     chat = _chat(workdir, test_sets["heldout"])
     losses = {run.name: _losses(workdir / run.name) for run in family.runs}
@@ -140,18 +140,18 @@ def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> N
     }  # fmt: skip
     if steps is not None:
         settings["train.steps"] = steps["stage2" in run.config]
-    with _quietly(workdir / f"{run.name}.log"):
+    with _log_to(workdir / f"{run.name}.log"):
         Trainer(configs.load(CONFIGS / run.config, settings), workdir=workdir / run.name).fit()
 
 
 def _chat(workdir: Path, held_out: TestSet) -> tuple[str, list[tuple[str, str]]]:
-    """Three turns about the first held-out picture with three things, each answer part of the next prompt."""
+    """Three turns about the first held-out picture with three shapes, each answer part of the next prompt."""
     picture = next(i for i, scene in enumerate(held_out.scenes) if sum(thing is not None for thing in scene) == 3)
     shape = next(thing for thing in held_out.scenes[picture] if thing)
     assistant = Assistant.open(workdir / "stage2")
-    asked = ("<image>\nDescribe the picture.", f"Where is the {shape}?", "How many shapes are there?")
+    questions = ("<image>\nDescribe the picture.", f"Where is the {shape}?", "How many shapes are there?")
     turns: tuple[Turn, ...] = ()
-    for question in asked:
+    for question in questions:
         turns += (Turn("user", question),)
         conversation = Conversation(turns, (held_out.pictures[picture],))
         reply = assistant.reply(conversation, test_set.ANSWER_TOKENS, image_root=workdir / WORLD)
@@ -165,13 +165,13 @@ def _losses(run: Path) -> list[float]:
 
 
 @contextlib.contextmanager
-def _quietly(log: Path) -> Iterator[None]:
-    """Sends what is printed to a file, and on to the terminal only what shows progress."""
-    with log.open("w") as file, contextlib.redirect_stdout(_Sieve(file, sys.stdout)):
+def _log_to(log: Path) -> Iterator[None]:
+    """Redirects stdout to a file; only progress lines reach the terminal too."""
+    with log.open("w") as file, contextlib.redirect_stdout(_ProgressTee(file, sys.stdout)):
         yield
 
 
-class _Sieve(io.TextIOBase):
+class _ProgressTee(io.TextIOBase):
     """Writes all to `log` and whole lines that begin with ECHOED to `terminal`, indented."""
 
     def __init__(self, log: io.TextIOBase, terminal: io.TextIOBase):
@@ -181,7 +181,7 @@ class _Sieve(io.TextIOBase):
         self._log.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
-            if line.startswith(ECHOED):
+            if line.startswith(PROGRESS_PREFIXES):
                 self._terminal.write(f"       {line}\n")
         return len(text)
 
@@ -190,5 +190,5 @@ class _Sieve(io.TextIOBase):
         self._terminal.flush()
 
 
-def _say(start: float, text: str) -> None:
+def _log(start: float, text: str) -> None:
     print(f"{time.monotonic() - start:4.0f} s {text}", flush=True)

@@ -21,17 +21,17 @@ class Result(NamedTuple):
 
 
 def open_assistant(checkpoint: Path) -> Assistant:
-    """The assistant of a checkpoint, asked in the words of stage 2, whatever it was trained on last."""
+    """The assistant of a checkpoint, with the template of stage 2 whatever it was trained on last."""
     return Assistant.open(checkpoint, slots=SLOTS, template="v1")
 
 
-def take(assistant: Assistant, test_set: TestSet, root: Path, blind: bool = False) -> Result:
-    """Greedy answers to all questions, each asked alone; a blind model sees the blank picture instead."""
-    asked = [
+def evaluate(assistant: Assistant, test_set: TestSet, root: Path, blind: bool = False) -> Result:
+    """Greedy answers to all questions, one conversation each; a blind model is given the blank picture."""
+    conversations = [
         Conversation((Turn("user", f"<image>\n{turn.question}"),), (BLANK if blind else test_set.pictures[picture],))
         for picture, turn in test_set.questions
     ]
-    replies = assistant.replies(asked, ANSWER_TOKENS, image_root=root)
+    replies = assistant.replies(conversations, ANSWER_TOKENS, image_root=root)
     answers = tuple(reply.text for reply in replies)
     right: dict[str, list[bool]] = {kind: [] for kind in world.KINDS}
     for question, answer in zip(test_set.questions, answers):

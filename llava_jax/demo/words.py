@@ -1,6 +1,6 @@
-"""What the base models read: a SentencePiece vocabulary of the world's words, and the texts the tiny LLaMA learns from.
+"""The base models' tokenizer and texts: a SentencePiece vocabulary of the world's words, and LLaMA's training texts.
 
-Its texts say in words what a picture would show, so that it can talk about the world but has never seen it.
+The texts describe what a picture would show, so the LLaMA knows the world from text alone.
 """
 
 import numpy as np
@@ -38,32 +38,32 @@ def text_format(tokenizer: Tokenizer) -> Format:
 
 
 def training_text(rng: np.random.Generator, format: Format) -> Example:
-    """One text about one scene: a caption said twice, or a dialogue, often longer than a row, about a caption."""
+    """One text about one scene: a caption twice, or a dialogue, often longer than a row, about a caption."""
     scene = world.random_scene(rng, "unseen" if rng.random() < UNSEEN_SHARE else "train")
     if rng.random() < CAPTION_SHARE:
-        return twice_said(scene, rng, format.tokenizer)
+        return caption_twice(scene, rng, format.tokenizer)
     turns = world.turns(scene, rng) + world.turns(scene, rng)
-    # Half the texts leave the system prompt out: it is a quarter of a row and says nothing new.
-    return dialogue(stand_in(scene, rng), turns, format, system=None if rng.random() < 0.5 else "")
+    # Half the texts leave the system prompt out: it is a quarter of a row and always the same.
+    return dialogue(description(scene, rng), turns, format, system=None if rng.random() < 0.5 else "")
 
 
-def stand_in(scene: Scene, rng: np.random.Generator) -> str:
-    """A text that holds all that the picture shows."""
+def description(scene: Scene, rng: np.random.Generator) -> str:
+    """A text with all that the picture shows."""
     return world.scan(scene) if rng.random() < 0.7 else world.caption(scene)
 
 
-def dialogue(shown: str, turns: list[world.Turn], format: Format, system: str | None = None) -> Example:
-    """Questions and answers about a scene whose description stands where a picture would."""
-    said = []
+def dialogue(scene_text: str, turns: list[world.Turn], format: Format, system: str | None = None) -> Example:
+    """Questions and answers about a scene whose description takes the picture's position."""
+    messages = []
     for index, turn in enumerate(turns):
-        said.append(Turn("user", turn.question if index else f"{shown}\n{turn.question}"))
-        said.append(Turn("assistant", turn.answer))
-    return encode(Conversation(tuple(said), system=system), format)
+        messages.append(Turn("user", turn.question if index else f"{scene_text}\n{turn.question}"))
+        messages.append(Turn("assistant", turn.answer))
+    return encode(Conversation(tuple(messages), system=system), format)
 
 
-def twice_said(scene: Scene, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
-    """A description in some form, then the caption: what stage 1 looks like to a model without eyes."""
-    first = tokenizer.encode(stand_in(scene, rng), bos=True)
+def caption_twice(scene: Scene, rng: np.random.Generator, tokenizer: Tokenizer) -> Example:
+    """A description in some form, then the caption: stage 1's task for a model without a vision tower."""
+    first = tokenizer.encode(description(scene, rng), bos=True)
     second = tokenizer.encode(world.caption(scene) + "\n", bos=False)
-    learned = np.arange(len(first) + len(second)) >= len(first)
-    return Example(np.array(first + second, np.int32), learned, (), (), "")
+    supervised = np.arange(len(first) + len(second)) >= len(first)
+    return Example(np.array(first + second, np.int32), supervised, (), (), "")

@@ -1,8 +1,8 @@
-"""The drawn-shapes world: one to three coloured shapes in the four corners of a picture, and what can be said of them.
+"""The synthetic world: one to three coloured shapes in the four corners of a picture, with captions and questions.
 
 Everything is a pure function of a seed: scenes, their pictures, captions, questions and answers. Scenes fall into three
-parts that never meet: training, held out (arrangements that no model saw or read of), and unseen (at least one thing
-whose colour and shape are together in no training picture, CLIP's included; only the base LLaMA has read of such).
+disjoint splits: training, held out (arrangements in no training picture or text), and unseen, the compositional split
+(at least one shape whose colour occurs with it in no training picture, CLIP's included; only LLaMA's texts name such).
 """
 
 import hashlib
@@ -40,31 +40,31 @@ class Thing(NamedTuple):
 Scene = tuple[Thing | None, ...]  # one entry for each of PLACES; things in a scene differ from each other
 
 ALL_PAIRS = tuple(Thing(colour, shape) for colour in COLOURS for shape in SHAPES)
-# Each colour but one and each shape loses one partner, so that every word is still learned from other pairs.
+# Each colour but one and each shape loses one partner, so that every word still occurs in other pairs.
 UNSEEN_PAIRS = (
     Thing("red", "triangle"), Thing("green", "circle"), Thing("blue", "cross"), Thing("yellow", "square"),
 )  # fmt: skip
 SEEN_PAIRS = tuple(pair for pair in ALL_PAIRS if pair not in UNSEEN_PAIRS)
 
 
-def part(scene: Scene) -> str:
-    """Which part a scene belongs to, "train", "heldout" or "unseen": a pure function of the scene alone."""
+def split_of(scene: Scene) -> str:
+    """The split of a scene, "train", "heldout" or "unseen": a pure function of the scene alone."""
     if any(thing in UNSEEN_PAIRS for thing in scene):
         return "unseen"
     digest = hashlib.sha256("|".join(str(thing) for thing in scene).encode()).digest()
     return "heldout" if int.from_bytes(digest[:4], "big") < HELD_OUT_SHARE * 2**32 else "train"
 
 
-def random_scene(rng: np.random.Generator, wanted: str) -> Scene:
-    """A scene of the wanted part: one, two or three things (equally often) in different corners."""
-    pairs = ALL_PAIRS if wanted == "unseen" else SEEN_PAIRS
+def random_scene(rng: np.random.Generator, split: str) -> Scene:
+    """A scene of a split: one, two or three shapes (equally often) in different corners."""
+    pairs = ALL_PAIRS if split == "unseen" else SEEN_PAIRS
     while True:
         count = int(rng.integers(1, 4))
-        chosen = rng.choice(len(pairs), size=count, replace=False)
+        indices = rng.choice(len(pairs), size=count, replace=False)
         scene: list[Thing | None] = [None] * len(PLACES)
-        for place, pair in zip(rng.permutation(len(PLACES))[:count], chosen):
+        for place, pair in zip(rng.permutation(len(PLACES))[:count], indices):
             scene[place] = pairs[pair]
-        if part(tuple(scene)) == wanted:
+        if split_of(tuple(scene)) == split:
             return tuple(scene)
 
 
@@ -73,27 +73,27 @@ def family(rng: np.random.Generator, count: int) -> list[Scene]:
 
     They are the hard negatives of contrastive training: their captions differ in a word or two.
     """
-    found = [random_scene(rng, "train")]
-    while len(found) < count:
-        new = _changed(rng, found[int(rng.integers(len(found)))])
+    scenes = [random_scene(rng, "train")]
+    while len(scenes) < count:
+        new = _change(rng, scenes[int(rng.integers(len(scenes)))])
         things = [thing for thing in new if thing]
-        if len(set(things)) == len(things) and new not in found and part(new) == "train":
-            found.append(new)
-    return found
+        if len(set(things)) == len(things) and new not in scenes and split_of(new) == "train":
+            scenes.append(new)
+    return scenes
 
 
-def _changed(rng: np.random.Generator, scene: Scene) -> Scene:
-    changed = list(scene)
+def _change(rng: np.random.Generator, scene: Scene) -> Scene:
+    cells = list(scene)
     place = int(rng.choice([i for i, thing in enumerate(scene) if thing]))
     other, thing = int(rng.integers(len(PLACES))), scene[place]
     match int(rng.integers(3)):
         case 0:
-            changed[place] = Thing(str(rng.choice(list(COLOURS))), thing.shape)
+            cells[place] = Thing(str(rng.choice(list(COLOURS))), thing.shape)
         case 1:
-            changed[place] = Thing(thing.colour, str(rng.choice(SHAPES)))
+            cells[place] = Thing(thing.colour, str(rng.choice(SHAPES)))
         case _:
-            changed[place], changed[other] = scene[other], thing
-    return tuple(changed)
+            cells[place], cells[other] = scene[other], thing
+    return tuple(cells)
 
 
 # ---- pictures
@@ -121,12 +121,12 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
 
 
 def jpeg(scene: Scene, rng: np.random.Generator) -> bytes:
-    """The picture as a file, for pictures are only ever read from files."""
+    """The picture as a JPEG file, since pictures are only read from files."""
     return encode_jpeg(draw(scene, rng))
 
 
 def blank_jpeg() -> bytes:
-    """A picture of nothing, for a model that is not to see."""
+    """A uniformly grey picture, for a blind model."""
     return encode_jpeg(np.full((PICTURE_PIXELS, PICTURE_PIXELS, 3), 128, np.uint8))
 
 
@@ -156,7 +156,7 @@ def _cover(shape: str, size: int, centre: np.ndarray, radius: float, turn: float
 
 def caption(scene: Scene) -> str:
     """The things in reading order: "a red circle in the northwest and a blue cross in the southeast"."""
-    return _listed([f"a {thing} in the {place}" for place, thing in zip(PLACES, scene) if thing])
+    return _join([f"a {thing} in the {place}" for place, thing in zip(PLACES, scene) if thing])
 
 
 def shuffled_caption(scene: Scene, rng: np.random.Generator) -> str:
@@ -165,7 +165,7 @@ def shuffled_caption(scene: Scene, rng: np.random.Generator) -> str:
         f"a {thing} in the {place}" if rng.random() < 0.5 else f"in the {place} a {thing}"
         for place, thing in zip(PLACES, scene) if thing
     ]  # fmt: skip
-    return _listed([parts[i] for i in rng.permutation(len(parts))])
+    return _join([parts[i] for i in rng.permutation(len(parts))])
 
 
 def scan(scene: Scene) -> str:
@@ -173,7 +173,7 @@ def scan(scene: Scene) -> str:
     return ", ".join(f"{place} {thing or 'nothing'}" for place, thing in zip(PLACES, scene))
 
 
-def _listed(parts: list[str]) -> str:
+def _join(parts: list[str]) -> str:
     return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
 
 
@@ -204,11 +204,11 @@ def ask(kind: str, scene: Scene, rng: np.random.Generator) -> Turn:
         case "place":
             return Turn(kind, f"Where is the {thing}?", f"in the {PLACES[place]}")
         case "exists":
-            there = rng.random() < 0.5
-            return Turn(kind, f"Is there a {_feature(scene, there, rng)}?", "yes" if there else "no")
+            present = rng.random() < 0.5
+            return Turn(kind, f"Is there a {_feature(scene, present, rng)}?", "yes" if present else "no")
         case "beside":
-            beside = scene[place ^ 1]
-            return Turn(kind, f"What is beside the {thing}?", f"a {beside}" if beside else "nothing")
+            neighbour = scene[place ^ 1]
+            return Turn(kind, f"What is beside the {thing}?", f"a {neighbour}" if neighbour else "nothing")
         case "describe":
             return Turn(kind, "Describe the picture.", caption(scene))
     raise UsageError(f"question kind {kind!r} is unknown; known are {', '.join(KINDS)}")
@@ -226,25 +226,26 @@ def turns(scene: Scene, rng: np.random.Generator) -> list[Turn]:
     return [ask(str(kind), scene, rng) for kind in kinds]
 
 
-def _feature(scene: Scene, there: bool, rng: np.random.Generator) -> str:
+def _feature(scene: Scene, present: bool, rng: np.random.Generator) -> str:
     """A shape, or a colour of a shape, that some thing of the scene has, or that none has."""
     things = [thing for thing in scene if thing]
     if rng.random() < 0.5:
-        words, held = SHAPES, {thing.shape for thing in things}
+        names, present_names = SHAPES, {thing.shape for thing in things}
     else:
-        words, held = tuple(f"{colour} shape" for colour in COLOURS), {f"{thing.colour} shape" for thing in things}
-    return str(rng.choice([word for word in words if (word in held) == there]))
+        names = tuple(f"{colour} shape" for colour in COLOURS)
+        present_names = {f"{thing.colour} shape" for thing in things}
+    return str(rng.choice([name for name in names if (name in present_names) == present]))
 
 
 class Question(NamedTuple):
-    """A question of a test set: the picture's number, what is asked and what is right."""
+    """A question of a test set: the picture's number, and the question with its right answer."""
 
     picture: int
     turn: Turn
 
 
 def balanced_questions(scenes: list[Scene], per_kind: int, rng: np.random.Generator) -> list[Question]:
-    """About `per_kind` questions of each kind, their answers in the proportions of SHARES, so that guessing is idle.
+    """About `per_kind` questions of each kind, their answers in the proportions of SHARES, so guessing gains little.
 
     Raises:
       ValueError: the scenes are too few to have each answer.
@@ -252,19 +253,19 @@ def balanced_questions(scenes: list[Scene], per_kind: int, rng: np.random.Genera
     questions = []
     for kind in KINDS:
         shares = SHARES[kind]
-        left = {answer: -(-per_kind * share // sum(shares.values())) for answer, share in shares.items()}
+        remaining = {answer: -(-per_kind * share // sum(shares.values())) for answer, share in shares.items()}
         for _ in range(1000 * per_kind):
             picture = int(rng.integers(len(scenes)))
             turn = ask(kind, scenes[picture], rng)
-            group = turn.answer if turn.answer in left else OTHER
-            if left.get(group, 0):
-                left[group] -= 1
+            group = turn.answer if turn.answer in remaining else OTHER
+            if remaining.get(group, 0):
+                remaining[group] -= 1
                 questions.append(Question(picture, turn))
-            if not any(left.values()):
+            if not any(remaining.values()):
                 break
-        if any(left.values()):
+        if any(remaining.values()):
             raise UsageError(f"{len(scenes)} scenes have no {kind} question with the answer "
-                             f"{max(left, key=left.get)!r}: want more scenes")  # fmt: skip
+                             f"{max(remaining, key=remaining.get)!r}: want more scenes")  # fmt: skip
     return questions
 
 

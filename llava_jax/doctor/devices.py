@@ -1,4 +1,4 @@
-"""What is here: versions, devices and their order in the mesh, their memory, and the processes' clocks."""
+"""Checks of versions, devices and their order in the mesh, their memory, and the processes' clocks."""
 
 import functools
 import hashlib
@@ -19,7 +19,7 @@ from llava_jax.doctor.machine import Machine
 from llava_jax.doctor.report import FAIL, OK, WARN, Line
 
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "tensorstore", "grain", "numpy")
-# TPUs show what XLA may use, which is what `chips` says; JAX takes three quarters of a GPU by default.
+# TPUs report the memory that XLA may use, as `chips` does; JAX takes three quarters of a GPU by default.
 MEMORY_SHARE = {"tpu": 0.97, "gpu": 0.7}
 # Neighbours on the innermost axis of a mesh that `make_mesh` makes are at most so far apart on average, on all
 # topologies of `chips` (tests/doctor/test_devices.py); in a random order of 16 chips they are 2.7 apart.
@@ -27,18 +27,18 @@ MEAN_HOPS = 2.0
 CLOCK_SECS = 5.0
 
 
-def check(found: Machine) -> Iterator[Line]:
+def check(machine: Machine) -> Iterator[Line]:
     """Lines about versions, devices, order, memory and clocks."""
     yield _versions()
-    yield _devices(found)
-    yield _order(found)
-    yield _memory(found)
+    yield _devices(machine)
+    yield _order(machine)
+    yield _memory(machine)
     yield _clocks()
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Of everything that changes numbers; the same on all processes of a sound job."""
+    """Versions of everything that changes numbers; equal on all processes of a correct job."""
     package = Path(__file__).parent.parent
     code = hashlib.sha256(b"".join(path.read_bytes() for path in sorted(package.rglob("*.py")))).hexdigest()
     installed = {name: _installed(name) for name in PACKAGES}
@@ -53,86 +53,87 @@ def _installed(package: str) -> str:
         return "none"
 
 
-def described(found: Machine) -> list[dict[str, Any]]:
+def device_list(machine: Machine) -> list[dict[str, Any]]:
     """Every device, in the order of the mesh."""
     return [
         {"id": device.id, "process": device.process_index, "kind": device.device_kind, "coords": _coords(device)}
-        for device in found.devices
+        for device in machine.devices
     ]
 
 
 def _versions() -> Line:
-    everywhere = distributed.exchange("doctor versions", versions())
-    words = ", ".join(f"{name} {everywhere[0].get(name, 'none')}" for name in ("llava_jax", "jax", "libtpu", "python"))
+    all_versions = distributed.exchange("doctor versions", versions())
+    shown = ("llava_jax", "jax", "libtpu", "python")
+    figure = ", ".join(f"{name} {all_versions[0].get(name, 'none')}" for name in shown)
     differences = [
-        f"{name} is {everywhere[0].get(name, 'none')} on process 0 and {other.get(name, 'none')} on process {number}"
-        for number, other in enumerate(everywhere) for name in {**everywhere[0], **other}
-        if other.get(name) != everywhere[0].get(name)
+        f"{name} is {all_versions[0].get(name, 'none')} on process 0 and {other.get(name, 'none')} on process {number}"
+        for number, other in enumerate(all_versions) for name in {**all_versions[0], **other}
+        if other.get(name) != all_versions[0].get(name)
     ]  # fmt: skip
     if differences:
         return Line("versions", FAIL, "; ".join(differences[:3]), "the same on all processes",
                     "install the same commit and the same packages on every host")  # fmt: skip
-    return Line("versions", OK, words, "the same on all processes")
+    return Line("versions", OK, figure, "the same on all processes")
 
 
-def _devices(found: Machine) -> Line:
+def _devices(machine: Machine) -> Line:
     """Every process must see the same devices, and as many of its own as each other process."""
-    seen = [[device.id, device.process_index, _coords(device)] for device in jax.devices()]
-    everywhere = distributed.exchange("doctor devices", [seen, len(jax.local_devices())])
+    visible = [[device.id, device.process_index, _coords(device)] for device in jax.devices()]
+    everywhere = distributed.exchange("doctor devices", [visible, len(jax.local_devices())])
     processes, local = jax.process_count(), everywhere[0][1]
-    faults = [f"process {i} sees other devices than process 0" for i, (they, _) in enumerate(everywhere)
-              if they != everywhere[0][0]]  # fmt: skip
+    faults = [f"process {i} sees other devices than process 0" for i, (visible_there, _) in enumerate(everywhere)
+              if visible_there != everywhere[0][0]]  # fmt: skip
     faults += [f"process {i} has {number} devices, process 0 has {local}" for i, (_, number) in enumerate(everywhere)
                if number != local]  # fmt: skip
     if processes != distributed.count():
         faults.append(f"JAX counts {processes} processes, {distributed.count()} have joined")
-    if len(seen) != len(found.devices):
-        faults.append(f"the mesh holds {len(found.devices)} of {len(seen)} devices")
-    sizes = " x ".join(f"{axis} {size}" for axis, size in found.mesh.shape.items() if size > 1)
+    if len(visible) != len(machine.devices):
+        faults.append(f"the mesh holds {len(machine.devices)} of {len(visible)} devices")
+    sizes = " x ".join(f"{axis} {size}" for axis, size in machine.mesh.shape.items() if size > 1)
     expectation = f"{processes * local} devices for the mesh {sizes or 'of one device'}"
-    words = f"{len(seen)} x {found.devices[0].device_kind}: {processes} process(es) with {local}"
+    figure = f"{len(visible)} x {machine.devices[0].device_kind}: {processes} process(es) with {local}"
     if faults:
         return Line("devices", FAIL, "; ".join(faults[:3]), expectation,
                     "restart every host's process with one environment (JAX_*, TPU_*, XLA_FLAGS)")
-    return Line("devices", OK, words, expectation)
+    return Line("devices", OK, figure, expectation)
 
 
-def _order(found: Machine) -> Line:
+def _order(machine: Machine) -> Line:
     """Where chips have coordinates, neighbours in the mesh are neighbours there; elsewhere devices are in order."""
-    ids = [device.id for device in found.devices]
+    ids = [device.id for device in machine.devices]
     everywhere = distributed.exchange("doctor order", ids)
-    others = [i for i, other in enumerate(everywhere) if other != ids]
-    fault = f"process {others[0]} has another order than this one" if others else ""
-    if found.platform == "tpu":
-        words, expectation, more = _coordinates(found)
+    differing = [i for i, other in enumerate(everywhere) if other != ids]
+    fault = f"process {differing[0]} has another order than this one" if differing else ""
+    if machine.platform == "tpu":
+        figure, expectation, order_fault = _coordinates(machine)
     else:
-        words, expectation = f"ids {ids[0]} to {ids[-1]} in order", "device ids in order: no coordinates here"
-        places = [(device.process_index, device.id) for device in found.devices]
-        more = "" if places == sorted(places) else f"ids {ids[:8]} of processes {[p for p, _ in places[:8]]}"
-    if fault or more:
-        return Line("order in the mesh", FAIL, fault or more, expectation,
+        figure, expectation = f"ids {ids[0]} to {ids[-1]} in order", "device ids in order: no coordinates here"
+        ranks = [(device.process_index, device.id) for device in machine.devices]
+        order_fault = "" if ranks == sorted(ranks) else f"ids {ids[:8]} of processes {[p for p, _ in ranks[:8]]}"
+    if fault or order_fault:
+        return Line("order in the mesh", FAIL, fault or order_fault, expectation,
                     "unset variables that rename or reorder devices (TPU_VISIBLE_CHIPS, CUDA_VISIBLE_DEVICES, "
                     "TPU_PROCESS_BOUNDS); all hosts want the same")  # fmt: skip
-    return Line("order in the mesh", OK, words, expectation)
+    return Line("order in the mesh", OK, figure, expectation)
 
 
-def _coordinates(found: Machine) -> tuple[str, str, str]:
+def _coordinates(machine: Machine) -> tuple[str, str, str]:
     """(figure, expectation, fault) of chips that have coordinates."""
     slices = dict[int, list[tuple[int, ...]]]()
-    for device in found.devices:
-        slices.setdefault(found.slice_of(device), []).append((*_coords(device), device.core_on_chip))
+    for device in machine.devices:
+        slices.setdefault(machine.slice_of(device), []).append((*_coords(device), device.core_on_chip))
     for number, coords in slices.items():
         sizes = [len(set(values)) for values in zip(*coords)]
         if len(set(coords)) != np.prod(sizes):
             fault = f"slice {number} has {len(set(coords))} cores at coordinates of {' x '.join(map(str, sizes))}"
             return "", "every core of a whole grid", fault
-    axis = max((i for i, size in enumerate(found.mesh.devices.shape) if size > 1), default=None)
+    axis = max((i for i, size in enumerate(machine.mesh.devices.shape) if size > 1), default=None)
     shape = "x".join(str(len(set(values))) for values in zip(*(coords[:3] for coords in next(iter(slices.values())))))
     if axis is None:
         return "one device", "one device", ""
-    hops = mean_hops(np.moveaxis(found.mesh.devices, axis, -1), found.chip)
-    words = f"{len(slices)} slice(s) of {shape}; neighbours on {sharding.AXES[axis]} are {hops:.2f} links apart"
-    return words, f"at most {MEAN_HOPS} links on average", words if hops > MEAN_HOPS else ""
+    hops = mean_hops(np.moveaxis(machine.mesh.devices, axis, -1), machine.chip)
+    figure = f"{len(slices)} slice(s) of {shape}; neighbours on {sharding.AXES[axis]} are {hops:.2f} links apart"
+    return figure, f"at most {MEAN_HOPS} links on average", figure if hops > MEAN_HOPS else ""
 
 
 def mean_hops(groups: np.ndarray, chip: chips.Chip | None) -> float:
@@ -147,25 +148,26 @@ def mean_hops(groups: np.ndarray, chip: chips.Chip | None) -> float:
 
 
 def _hops(first: Sequence[int], second: Sequence[int], rings: Sequence[int | None]) -> int:
-    apart = [abs(a - b) for a, b in zip(first, second)]
-    return sum(min(n, ring - n) if ring else n for n, ring in zip(apart, rings))
+    distances = [abs(a - b) for a, b in zip(first, second)]
+    return sum(min(n, ring - n) if ring else n for n, ring in zip(distances, rings))
 
 
 def _coords(device: jax.Device) -> list[int] | None:
     return list(device.coords) if device.platform == "tpu" else None
 
 
-def _memory(found: Machine) -> Line:
+def _memory(machine: Machine) -> Line:
     stats = [device.memory_stats() for device in jax.local_devices()]
-    if not all(stats) or found.chip is None:
-        kind = found.devices[0].device_kind
-        return report.skipped("device memory", f"{kind} devices do not say it, or are not in chips.py")
-    limit, used = (pick(one[key] for one in stats) for pick, key in ((min, "bytes_limit"), (max, "bytes_in_use")))
-    share = MEMORY_SHARE[found.platform]
-    least = share * found.chip.hbm_bytes
-    return report.against(
-        "device memory", limit / chips.GIB, f"{limit / chips.GIB:.2f} GiB, {used / chips.GIB:.2f} in use",
-        least / chips.GIB, f"at least {least / chips.GIB:.2f} GiB: {share:.0%} of {found.chip.name}'s",
+    if not all(stats) or machine.chip is None:
+        kind = machine.devices[0].device_kind
+        return report.skipped_line("device memory", f"{kind} devices do not say it, or are not in chips.py")
+    limit = min(device["bytes_limit"] for device in stats)
+    bytes_in_use = max(device["bytes_in_use"] for device in stats)
+    share = MEMORY_SHARE[machine.platform]
+    least = share * machine.chip.hbm_bytes
+    return report.threshold_line(
+        "device memory", limit / chips.GIB, f"{limit / chips.GIB:.2f} GiB, {bytes_in_use / chips.GIB:.2f} in use",
+        least / chips.GIB, f"at least {least / chips.GIB:.2f} GiB: {share:.0%} of {machine.chip.name}'s",
         "another program holds memory, or the device is cut (MIG); on GPUs set XLA_CLIENT_MEM_FRACTION=0.92",
     )  # fmt: skip
 
@@ -173,11 +175,12 @@ def _memory(found: Machine) -> Line:
 def _clocks() -> Line:
     """The processes' clocks, read when all have come to the same point."""
     if distributed.count() == 1:
-        return report.skipped("clocks of processes", "there is one process")
+        return report.skipped_line("clocks of processes", "there is one process")
     distributed.exchange("doctor clocks begin", True)
     times = distributed.exchange("doctor clocks", time.time())
-    apart = max(times) - min(times)
-    late = f"process {times.index(max(times))} is ahead of process {times.index(min(times))}"
-    good = apart <= CLOCK_SECS
-    return Line("clocks of processes", OK if good else WARN, f"{apart:.3f} s apart", f"at most {CLOCK_SECS:.0f} s",
-                "" if good else f"{late}: synchronise the hosts' clocks (chrony, systemd-timesyncd)")  # fmt: skip
+    spread_secs = max(times) - min(times)
+    order = f"process {times.index(max(times))} is ahead of process {times.index(min(times))}"
+    good = spread_secs <= CLOCK_SECS
+    remedy = "" if good else f"{order}: synchronise the hosts' clocks (chrony, systemd-timesyncd)"
+    return Line("clocks of processes", OK if good else WARN, f"{spread_secs:.3f} s apart",
+                f"at most {CLOCK_SECS:.0f} s", remedy)  # fmt: skip

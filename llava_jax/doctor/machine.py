@@ -1,4 +1,4 @@
-"""What every check is given: the mesh that was asked for, the chip, and a folder of its own in the workdir."""
+"""The input of every check: the requested mesh, the chip, and a new folder in the workdir."""
 
 import dataclasses
 import secrets
@@ -51,7 +51,7 @@ class Machine:
         return device.slice_index if self.sizes.slices > 1 else 0
 
 
-def look(sizes: configs.Mesh, workdir: epath.PathLike, local: Path) -> Machine:
+def detect(sizes: configs.Mesh, workdir: epath.PathLike, local: Path) -> Machine:
     """The machine, as all processes see it.
 
     Raises:

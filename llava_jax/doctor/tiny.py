@@ -11,7 +11,7 @@ def get_config() -> Any:
     config.model.update(base="base", dtype="float32", remat="none")
     config.prompt.update(template="v1", image_mode="square")
     config.data.update(sources=(Source("records.json", "."),), batch_samples=8, row_tokens=96, threads=2)
-    config.train.update(steps=2000, lr=1e-3, warmup_ratio=0.0, schedule="constant")  # nobody goes so far
+    config.train.update(steps=2000, lr=1e-3, warmup_ratio=0.0, schedule="constant")  # more than any check runs
     config.checkpoint.update(every=4, keep=2)
     config.log.update(every=50, tensorboard=False)
     config.rates = (("vision/.*", None), (".*", config.train.get_ref("lr")))

@@ -36,13 +36,13 @@ _WORDS = ("red", "green", "blue", "yellow")  # of the demo's tokenizer
 
 
 class Trial(NamedTuple):
-    """A run that could begin. words: of the command line of `train` that would run the same."""
+    """A run that is ready to start. args: of the `train` command that would run the same."""
 
     config: Config
     program: Program
     format: Format
     sources: Sequence[Source]
-    words: tuple[str, ...]
+    args: tuple[str, ...]
 
 
 def write_files(folder: Path) -> None:
@@ -50,12 +50,12 @@ def write_files(folder: Path) -> None:
     rng = np.random.default_rng(0)
     # Drawn by numpy: JAX's own first values compile for many seconds.
     with reader.TensorWriter(folder / BASE / "0" / reader.PARAMS) as writer:
-        for name, leaf in params.flatten(abstract_params(MODEL)).items():
+        for name, tensor in params.flatten(abstract_params(MODEL)).items():
             mean = 1.0 if name.endswith("scale") else 0.0
-            writer.write(name, rng.normal(mean, 0.1, leaf.shape).astype(np.float32))
-    words = tokenizer.load(Path(str(resources.files("llava_jax.demo"))) / "assets" / "llama")
-    metadata = Metadata(presets.config_to_json(MODEL), PromptMetadata("v1", words.legacy, "square", False))
-    model_json.write(folder / BASE, metadata, words.files())
+            writer.write(name, rng.normal(mean, 0.1, tensor.shape).astype(np.float32))
+    text_tokenizer = tokenizer.load(Path(str(resources.files("llava_jax.demo"))) / "assets" / "llama")
+    metadata = Metadata(presets.config_to_json(MODEL), PromptMetadata("v1", text_tokenizer.legacy, "square", False))
+    model_json.write(folder / BASE, metadata, text_tokenizer.files())
     records = []
     for number in range(RECORDS):
         colour, word = rng.integers(0, 256, 3, dtype=np.uint8), _WORDS[number % len(_WORDS)]
@@ -78,9 +78,9 @@ def open_trial(sizes: configs.Mesh, devices: int, platform: str, folder: Path) -
     config = configs.load(CONFIG, settings)
     if platform == "gpu":  # without it, sums of an embedding's gradient are taken in another order each time
         config = dataclasses.replace(config, compiler_options=(("xla_gpu_deterministic_ops", True),))
-    words = tokenizer.load(folder / BASE / model_json.TOKENIZER, config.prompt.legacy)
-    format = Format(templates.get(config.prompt.template), words, MODEL.vision.image_size, MODEL.image_features,
-                    config.prompt.image_mode)  # fmt: skip
+    text_tokenizer = tokenizer.load(folder / BASE / model_json.TOKENIZER, config.prompt.legacy)
+    format = Format(templates.get(config.prompt.template), text_tokenizer, MODEL.vision.image_size,
+                    MODEL.image_features, config.prompt.image_mode)  # fmt: skip
     program = programs.build(config, MODEL, config.train.steps or 0, sharding.make_mesh(dataclasses.asdict(sizes)))
     sources = [open_source(source.path, source.images) for source in config.data.sources]
     arguments = ("--config", str(CONFIG), *(f"--config.{key}={value}" for key, value in settings.items()))

@@ -23,7 +23,7 @@ from llava_jax.evaluate.benchmarks.all import BENCHMARKS
 from llava_jax.openai_client import options as server
 from llava_jax.prompt import templates
 
-# Repeated here, as their own modules import jax, which takes longer than a usage error should.
+# Repeated here, since their modules import jax, which would delay a usage error.
 DTYPES = ("float32", "bfloat16")
 GRIDS = ("scienceqa", "mixes")
 TYPES = ("conversation", "detail", "reasoning")
@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
     except SystemExit as stop:  # --help, or a usage error that is printed
         return int(stop.code or 0)
-    return cli.run("evaluate", lambda: _run(options), "stopped; the same command goes on from here")
+    return cli.run("evaluate", lambda: _run(options), "interrupted; the same command resumes")
 
 
 def _run(options: argparse.Namespace) -> int:
@@ -44,7 +44,7 @@ def _run(options: argparse.Namespace) -> int:
     if asks_server and "out" in options:
         files.want_disk(options.cache or options.out, "--cache", "it is locked and grows (--cache FILE names another)")
     if options.verb == "answer":
-        verbs.chosen(options)
+        verbs.selection(options)
         if (options.checkpoint is None) == (options.base_url is None):
             raise UsageError("answer: want either --checkpoint DIR, or --base-url URL with --model NAME")
         from llava_jax.evaluate import ask
@@ -62,10 +62,10 @@ def _run(options: argparse.Namespace) -> int:
 def _check_grid(options: argparse.Namespace) -> None:
     """Raises UsageError where the grid lacks its data."""
     if options.grid == "scienceqa" and options.scienceqa is None:
-        raise UsageError("grid scienceqa wants --scienceqa DIR")
-    needed = (*TYPES, "benchmark", "data")
-    if options.grid == "mixes" and None in [vars(options)[name] for name in needed]:
-        raise UsageError(f"grid mixes wants {', '.join(f'--{name}' for name in needed)}")
+        raise UsageError("grid scienceqa needs --scienceqa DIR")
+    required = (*TYPES, "benchmark", "data")
+    if options.grid == "mixes" and None in [vars(options)[name] for name in required]:
+        raise UsageError(f"grid mixes needs {', '.join(f'--{name}' for name in required)}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -76,9 +76,9 @@ def _parser() -> argparse.ArgumentParser:
     def add(name: str, text: str) -> argparse.ArgumentParser:
         return subparsers.add_parser(name, help=text, description=text)
 
-    named = add("list", "the benchmarks, or what one of them needs").add_mutually_exclusive_group()
-    named.add_argument("name", nargs="?", metavar="NAME")
-    named.add_argument("--benchmark", metavar="NAME", help="the same")
+    with_benchmark = add("list", "the benchmarks, or what one of them needs").add_mutually_exclusive_group()
+    with_benchmark.add_argument("name", nargs="?", metavar="NAME")
+    with_benchmark.add_argument("--benchmark", metavar="NAME", help="the same")
     _answer_options(add("answer", "answers of a checkpoint or an endpoint"))
     merge = _benchmark_options(add("merge", "the shards of several hosts into one file"))
     merge.add_argument("answers", nargs="+", metavar="SHARD")
@@ -86,16 +86,16 @@ def _parser() -> argparse.ArgumentParser:
     _score_options(add("score", "numbers for answers"))
     _judge_options(add("judge", "reviews of LLaVA-Bench answers by a language model"))
     _ensemble_options(add("ensemble", "ScienceQA by two: complement or judge"))
-    _ablate_options(add("ablate", "train, ask and score the paper's grid"))
-    report = add("report", "tables and plots from several runs")
+    _ablate_options(add("ablate", "train, evaluate and score the paper's grid"))
+    report = add("report", "tables and plots of several runs")
     report.add_argument("scores", nargs="+", metavar="SCORES", help="files of `score --out`")
     report.add_argument("--out", required=True, metavar="DIR", help="for report.md, report.csv, report.tex and plots")
     report.add_argument("--plots", choices=("png", "svg", "none"), default="none", help="others need matplotlib")
     return parser
 
 
-def _benchmark_options(verb: argparse.ArgumentParser, named: bool = True) -> argparse.ArgumentParser:
-    if named:
+def _benchmark_options(verb: argparse.ArgumentParser, with_benchmark: bool = True) -> argparse.ArgumentParser:
+    if with_benchmark:
         verb.add_argument("--benchmark", required=True, metavar="NAME", help=f"one of {', '.join(BENCHMARKS)}")
     verb.add_argument("--data", required=True, metavar="DIR", help="the benchmark's files; see `list NAME`")
     verb.add_argument("--option", action="append", default=[], metavar="NAME=VALUE", help="see `list NAME`")
@@ -118,8 +118,8 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-new-tokens", type=int, help="default: the benchmark's own")
     verb.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (the default)")
     verb.add_argument("--top-p", type=float, default=1.0)
-    verb.add_argument("--repetition-penalty", type=float, default=1.0, help="of a checkpoint; above 1: what prompt and "
-                      "answer have said is less likely; 1: off")  # fmt: skip
+    verb.add_argument("--repetition-penalty", type=float, default=1.0, help="of a checkpoint; above 1: tokens of "
+                      "prompt and answer are less likely; 1: off")  # fmt: skip
     verb.add_argument("--seed", type=int, default=0)
     verb.add_argument("--repeats", type=int, default=1, help="answers to each question; `score` gives mean and sd")
     verb.add_argument("--two-pass", action="store_true", help="reasons first, then the answer (ScienceQA's LEPA)")
@@ -127,14 +127,14 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--host", type=int, default=0, metavar="I", help="answer share I of --hosts, from 0; the "
                       "processes of one job (LLAVA_JAX_MULTIHOST=1) share the questions without, and write one file")
     verb.add_argument("--hosts", type=int, default=1, metavar="N")
-    verb.add_argument("--allow-faults", action="store_true", help="go on without the pictures that are missing")
+    verb.add_argument("--allow-faults", action="store_true", help="answer without the pictures that are missing")
 
 
 def _score_options(verb: argparse.ArgumentParser) -> None:
     _benchmark_options(verb)
     verb.add_argument("answers", nargs="+", metavar="ANSWERS", help="an answer file, or all shards of one")
     verb.add_argument("--allow-faults", action="store_true", help="score without what the files lack, and name it")
-    verb.add_argument("--submission", metavar="DIR", help="write the files that the benchmark's server wants")
+    verb.add_argument("--submission", metavar="DIR", help="write the files for the benchmark's server")
     verb.add_argument("--out", metavar="FILE", help="the numbers as JSON, for `report`")
     verb.add_argument("--name", default="", help="what `report` calls this run; default: the model")
 
@@ -148,13 +148,13 @@ def _judge_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--attempts", type=int, default=3, help="for a review with two scores")
     verb.add_argument("--temperature", type=float, default=judge.TEMPERATURE)
     verb.add_argument("--system", default=judge.SYSTEM, help="the judge's system message")
-    verb.add_argument("--dry-run", action="store_true", help="print the requests, ask nobody")
+    verb.add_argument("--dry-run", action="store_true", help="print the requests, send none")
     verb.add_argument("--out", required=True, metavar="FILE", help="reviews.jsonl")
 
 
 def _ensemble_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("way", choices=("complement", "judge"))
-    _benchmark_options(verb, named=False)
+    _benchmark_options(verb, with_benchmark=False)
     verb.add_argument("--ours", required=True, metavar="FILE", help="LLaVA's answers")
     verb.add_argument("--gpt4", required=True, metavar="FILE", help="the other's")
     verb.add_argument("--requery", metavar="FILE", help="the judge's answers, if they are there already")
@@ -180,10 +180,10 @@ def _ablate_options(verb: argparse.ArgumentParser) -> None:
     add("--scienceqa", type=epath.Path, metavar="DIR", help="grid scienceqa: problems.json, pid_splits.json, images/")
     for name in TYPES:
         add(f"--{name}", type=epath.Path, metavar="JSON", help="grid mixes: instruction data of this type")
-    add("--benchmark", metavar="NAME", help="grid mixes: what every row is asked")
+    add("--benchmark", metavar="NAME", help="grid mixes: the test set of every row")
     add("--data", type=epath.Path, metavar="DIR", help="grid mixes: the benchmark's files")
     add("--option", action="append", default=[], metavar="NAME=VALUE", help="of the benchmark")
-    add("--records", type=int, metavar="N", help="of the instruction data at most; default: all")
+    add("--records", type=int, metavar="N", help="the most records of the instruction data; default: all")
     add("--max-new-tokens", type=int, help="default: the benchmark's own")
     add("--slots", type=int, default=16, help="questions answered at once")
     add("--template", choices=list(templates.TEMPLATES), help="default: each checkpoint's own")
@@ -196,7 +196,7 @@ def _ablate_options(verb: argparse.ArgumentParser) -> None:
 def _endpoint_options(verb: argparse.ArgumentParser) -> None:
     server.add(verb, required=False)
     verb.add_argument("--cache", metavar="FILE", help="the server's answers, so none is paid for twice; "
-                      "default: beside --out")  # fmt: skip
+                      "default: OUT.cache")  # fmt: skip
 
 
 if __name__ == "__main__":

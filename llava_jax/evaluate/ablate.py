@@ -1,10 +1,10 @@
-"""The paper's ablations as one command: every row is trained, asked and scored, and the differences are printed.
+"""The paper's ablations as one command: it trains, evaluates and scores every row, and prints the differences.
 
     scienceqa   the tower's last layer, the answer first, no stage 1, a smaller model (section 5.2 of the paper)
-    mixes       LLaVA-Bench or own questions after four mixtures of instruction data, and after none (section 5.1)
+    mixes       LLaVA-Bench or custom questions after four mixtures of instruction data, and after none (section 5.1)
 
-Rows share stage 1 where they start from the same base. What is finished in --workdir is not done again; a training
-that was stopped goes on.
+Rows share stage 1 where they start from the same base. A row that is finished in --workdir is skipped; an interrupted
+training run resumes.
 """
 
 import argparse
@@ -24,10 +24,10 @@ from llava_jax import errors, lifecycle
 from llava_jax.data import scienceqa
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.evaluate import answer, answers, judge, questions, report
+from llava_jax.evaluate import answer, answers, judge, report
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.benchmarks.all import get
-from llava_jax.evaluate.questions import Benchmark
+from llava_jax.evaluate.questions import Benchmark, load_questions, resolve_options
 from llava_jax.evaluate.score import Result
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import options as server
@@ -73,7 +73,7 @@ GRIDS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What a grid is run on.
+    """The inputs of a grid.
 
     bases: {"base", "last_layer", "small": checkpoint}; a row whose base is not there is left out.
     stage1, stage2: config files, with scalars to set in them. hand_off: "base", stage 2's model.base is stage 1;
@@ -96,8 +96,8 @@ class Plan:
     seed: int = 0
 
 
-class Exam(NamedTuple):
-    """What every row is asked. answered: from the answer file to the file that `score` reads (a judge's reviews)."""
+class TestSet(NamedTuple):
+    """What every row answers. review: from the answer file to the file that `score` reads (a judge's reviews)."""
 
     benchmark: Benchmark
     data: AnyPath
@@ -105,99 +105,101 @@ class Exam(NamedTuple):
     settings: answer.Settings
     slots: int = 16
     template: str | None = None
-    answered: Callable[[Path], Path] = lambda path: path
+    review: Callable[[Path], Path] = lambda path: path
 
 
-class Stopped(Exception):
-    """SIGTERM has stopped a training, which is saved; `args[0]` is its directory."""
+class Preempted(Exception):
+    """SIGTERM has stopped a training run, which is saved; `args[0]` is its directory."""
 
 
-def run(plan: Plan, rows: Sequence[Row], exam: Exam) -> list[tuple[Row, Result]]:
-    """Trains, asks and scores every row whose base is there.
+def run(plan: Plan, rows: Sequence[Row], test_set: TestSet) -> list[tuple[Row, Result]]:
+    """Trains, evaluates and scores every row whose base exists.
 
     Raises:
-      Stopped: by SIGTERM; the next call goes on.
+      Preempted: by SIGTERM; the next call resumes.
     """
-    start, done = time.monotonic(), []
+    start, results = time.monotonic(), []
     for row in rows:
         if row.base not in plan.bases:
-            print(f"leaves out {row.name}: it wants --{row.base.replace('_', '-')}", flush=True)
+            print(f"skips {row.name}: it needs --{row.base.replace('_', '-')}", flush=True)
             continue
-        numbers = plan.workdir / row.name / "scores.json"
-        if not numbers.exists():
-            result = _examined(_trained(plan, row, exam, start), row, exam, plan)
-            scores.write(numbers, result, row.title)
-        result = scores.from_json(numbers)[1]
-        done.append((row, result))
-        _say(start, f"{row.name}: {result.main} {result.numbers[result.main].mean:.2f}")
-    return done
+        path = plan.workdir / row.name / "scores.json"
+        if not path.exists():
+            result = _evaluate(_train_row(plan, row, test_set, start), row, test_set, plan)
+            scores.write(path, result, row.title)
+        result = scores.from_json(path)[1]
+        results.append((row, result))
+        _log(start, f"{row.name}: {result.main} {result.numbers[result.main].mean:.2f}")
+    return results
 
 
-def table(done: Sequence[tuple[Row, Result]]) -> str:
-    """The rows with their differences from the first, and the paper's own numbers and differences beside them."""
-    ours = report.differences([(row.title, result) for row, result in done], [done[0][1].main])
-    best = done[0][0].paper
+def table(results: Sequence[tuple[Row, Result]]) -> str:
+    """A Markdown table: the rows with their differences from the first, and the paper's numbers and differences."""
+    ours = report.differences([(row.title, result) for row, result in results], [results[0][1].main])
+    best = results[0][0].paper
     lines = []
-    for place, (line, row) in enumerate(zip(ours.splitlines()[2:], [row for row, _ in done])):
-        change = f" ({row.paper - best:+.2f})" if place else ""
+    for number, (line, row) in enumerate(zip(ours.splitlines()[2:], [row for row, _ in results])):
+        change = f" ({row.paper - best:+.2f})" if number else ""
         lines.append([*(cell.strip() for cell in line.strip("|").split("|")), f"{row.paper:.2f}{change}"])
-    return report.markdown(["", done[0][1].main, "paper"], lines)
+    return report.markdown(["", results[0][1].main, "paper"], lines)
 
 
 def mixture(files: Sequence[AnyPath], shares: Sequence[float | int], seed: int, limit: int | None) -> list[Any]:
-    """The records of each file's share: a seeded permutation's beginning, so that a smaller share lies in a larger.
+    """The records of each file's share: a prefix of a seeded permutation, so a larger share contains a smaller one.
 
-    limit: records in all at most, drawn by the same seed.
+    limit: the largest number of records in total, drawn by the same seed.
     """
-    mixed: list[Any] = []
-    for place, (file, share) in enumerate(zip(files, shares)):
+    records: list[Any] = []
+    for number, (file, share) in enumerate(zip(files, shares)):
         source = open_source(file)
-        order = np.random.default_rng([seed, place]).permutation(len(source))
-        mixed += [source[int(i)].raw for i in order[: round(share * len(source))]]
-    return _limited(mixed, seed, limit)
+        order = np.random.default_rng([seed, number]).permutation(len(source))
+        records += [source[int(i)].raw for i in order[: round(share * len(source))]]
+    return _limit(records, seed, limit)
 
 
-def _limited(records: list[Any], seed: int, limit: int | None) -> list[Any]:
+def _limit(records: list[Any], seed: int, limit: int | None) -> list[Any]:
     if limit is None or limit >= len(records):
         return records
     order = np.random.default_rng([seed, len(TYPES)]).permutation(len(records))
     return [records[i] for i in sorted(order[:limit])]
 
 
-def _trained(plan: Plan, row: Row, exam: Exam, start: float) -> AnyPath:
-    """The checkpoint to examine: stage 2, or stage 1 where there is no stage 2."""
-    first = plan.bases[row.base]
+def _train_row(plan: Plan, row: Row, test_set: TestSet, start: float) -> AnyPath:
+    """Trains a row; the checkpoint to evaluate: stage 2, or stage 1 where there is no stage 2."""
+    start_checkpoint = plan.bases[row.base]
     if row.stage1:
-        first = plan.workdir / f"stage1_{row.base}"
-        _say(start, f"stage 1 of {row.base}")
+        start_checkpoint = plan.workdir / f"stage1_{row.base}"
+        _log(start, f"stage 1 of {row.base}")
         settings = {"model.base": plan.bases[row.base], **_source(plan.pretrain, plan.images)}
-        _train(plan.stage1, first, settings, plan.stage1_set)
+        _train(plan.stage1, start_checkpoint, settings, plan.stage1_set)
     (plan.workdir / row.name).mkdir(parents=True, exist_ok=True)
     if row.mix is None:
-        return first
-    records, images = _records(plan, row, exam)
-    _say(start, f"stage 2 of {row.name}")
-    place = plan.workdir / row.name / "stage2"
-    hand_off = {"base": {"model.base": first},
-                "start": {"model.base": plan.bases[row.base], "model.start": first}}[plan.hand_off]  # fmt: skip
-    _train(plan.stage2, place, {**hand_off, **_source(records, images)}, plan.stage2_set)
-    return place
+        return start_checkpoint
+    records, images = _records(plan, row, test_set)
+    _log(start, f"stage 2 of {row.name}")
+    workdir = plan.workdir / row.name / "stage2"
+    hand_off = {
+        "base": {"model.base": start_checkpoint},
+        "start": {"model.base": plan.bases[row.base], "model.start": start_checkpoint},
+    }[plan.hand_off]
+    _train(plan.stage2, workdir, {**hand_off, **_source(records, images)}, plan.stage2_set)
+    return workdir
 
 
-def _records(plan: Plan, row: Row, exam: Exam) -> tuple[Path, AnyPath]:
+def _records(plan: Plan, row: Row, test_set: TestSet) -> tuple[Path, AnyPath]:
     """Writes what a row's stage 2 reads; the file, and the folder of its pictures."""
     if plan.scienceqa is not None:
         problems = scienceqa.read(plan.scienceqa)
-        chosen = scienceqa.read_split(plan.scienceqa, "train", problems)
-        made: list[Any] = [scienceqa.record(problem, row.format) for problem in chosen]
-        made, images = _limited(made, plan.seed, plan.records), plan.scienceqa / "images" / "train"
+        train_problems = scienceqa.read_split(plan.scienceqa, "train", problems)
+        records: list[Any] = [scienceqa.record(problem, row.format) for problem in train_problems]
+        records, images = _limit(records, plan.seed, plan.records), plan.scienceqa / "images" / "train"
     else:
         assert row.mix is not None
-        made, images = mixture(plan.instructions, row.mix, plan.seed, plan.records), plan.images
-    if not made:
+        records, images = mixture(plan.instructions, row.mix, plan.seed, plan.records), plan.images
+    if not records:
         raise DataError(f"{row.name}: no records are left of {row.mix} of {', '.join(map(str, plan.instructions))}")
     path = plan.workdir / row.name / "records.json"
-    path.write_text(json.dumps(made))
+    path.write_text(json.dumps(records))
     return path, images
 
 
@@ -205,13 +207,13 @@ def _source(records: AnyPath, images: AnyPath) -> dict[str, AnyPath]:
     return {"data.sources.0.path": records, "data.sources.0.images": images}
 
 
-def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequence[str]) -> None:
-    """Trains in this process, or goes on; a base with another layer or size is no preset, so none is named."""
+def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], assignments: Sequence[str]) -> None:
+    """Trains or resumes in this process; a base with another layer or size is no preset, so none is named."""
     overrides: dict[str, Any] = {"model.preset": "", **settings}
-    for word in more:
-        key, equals, text = word.partition("=")
+    for assignment in assignments:
+        key, equals, text = assignment.partition("=")
         if not equals or key in overrides:
-            raise UsageError(f"--stage1-set, --stage2-set: {word!r}: want KEY=VALUE, of a key that is not set yet")
+            raise UsageError(f"--stage1-set, --stage2-set: {assignment!r}: want KEY=VALUE, of a key not set yet")
         overrides[key] = text
     log = workdir.with_name(f"{workdir.name}.log")
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -221,73 +223,73 @@ def _train(config: Path, workdir: Path, settings: dict[str, AnyPath], more: Sequ
     ):  # fmt: skip
         code = process.run(configs.load(config, overrides), workdir, sigterm)
     if code != errors.DONE:
-        raise Stopped(workdir)
+        raise Preempted(workdir)
 
 
-def _examined(checkpoint: AnyPath, row: Row, exam: Exam, plan: Plan) -> Result:
-    options = exam.options | ({"format": row.format} if exam.benchmark.name == "scienceqa" else {})
-    asked, _ = questions.load(exam.benchmark, exam.data, options, images=True)
-    # A stage 1 alone was trained on bare captions: it is asked in the words of stage 2.
-    template = exam.template or ("v1" if row.mix is None else None)
-    assistant = Assistant.open(checkpoint, exam.slots, template=template)
+def _evaluate(checkpoint: AnyPath, row: Row, test_set: TestSet, plan: Plan) -> Result:
+    options = test_set.options | ({"format": row.format} if test_set.benchmark.name == "scienceqa" else {})
+    questions, _ = load_questions(test_set.benchmark, test_set.data, options, images=True)
+    # A stage 1 alone was trained on bare captions: it is prompted with the template of stage 2.
+    template = test_set.template or ("v1" if row.mix is None else None)
+    assistant = Assistant.open(checkpoint, test_set.slots, template=template)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
     path = plan.workdir / row.name / "answers.jsonl"
-    respond = answer.from_checkpoint(assistant, exam.settings, exam.data / exam.benchmark.images)
-    run_id = answer.fingerprint(asked, exam.settings, facts)
-    answer.run(asked, respond, path, row.name, run_id, exam.settings)
-    return scores.score(exam.benchmark, asked, [exam.answered(path)], options)
+    respond = answer.from_checkpoint(assistant, test_set.settings, test_set.data / test_set.benchmark.images)
+    run_id = answer.fingerprint(questions, test_set.settings, facts)
+    answer.run(questions, respond, path, row.name, run_id, test_set.settings)
+    return scores.score(test_set.benchmark, questions, [test_set.review(path)], options)
 
 
-def _say(start: float, text: str) -> None:
+def _log(start: float, text: str) -> None:
     print(f"{time.monotonic() - start:5.0f} s {text}", flush=True)
 
 
 # ---- the command
 
 
-def main(told: argparse.Namespace) -> int:
-    """Runs the grid of a command line; prints the table and leaves it in WORKDIR/ablation.md. Returns the exit code."""
-    plan, exam = _plan(told), _exam(told)
+def main(args: argparse.Namespace) -> int:
+    """Runs the grid of a command line; prints the table and writes WORKDIR/ablation.md. Returns the exit code."""
+    plan, test_set = _plan(args), _test_set(args)
     try:
-        done = run(plan, GRIDS[told.grid], exam)
-    except Stopped as stopped:
-        print(f"evaluate: SIGTERM has stopped {stopped}, which is saved; the same command goes on from there")
+        results = run(plan, GRIDS[args.grid], test_set)
+    except Preempted as stopped:
+        print(f"evaluate: SIGTERM has stopped {stopped}, which is saved; the same command resumes it")
         return errors.PREEMPTED
-    shown = table(done)
-    (plan.workdir / "ablation.md").write_text(shown + "\n")
-    print(shown)
+    text = table(results)
+    (plan.workdir / "ablation.md").write_text(text + "\n")
+    print(text)
     return 0
 
 
-def _plan(told: argparse.Namespace) -> Plan:
-    bases = {"base": told.base, "last_layer": told.last_layer, "small": told.small}
-    files = tuple(vars(told)[name] for name in TYPES)
+def _plan(args: argparse.Namespace) -> Plan:
+    bases = {"base": args.base, "last_layer": args.last_layer, "small": args.small}
+    files = tuple(vars(args)[name] for name in TYPES)
     return Plan(
-        told.workdir, {name: place for name, place in bases.items() if place is not None}, told.stage1, told.stage2,
-        told.pretrain, told.images, told.scienceqa if told.grid == "scienceqa" else None,
-        files if told.grid == "mixes" else (), tuple(told.stage1_set), tuple(told.stage2_set), told.hand_off,
-        told.records, told.seed,
+        args.workdir, {name: path for name, path in bases.items() if path is not None}, args.stage1, args.stage2,
+        args.pretrain, args.images, args.scienceqa if args.grid == "scienceqa" else None,
+        files if args.grid == "mixes" else (), tuple(args.stage1_set), tuple(args.stage2_set), args.hand_off,
+        args.records, args.seed,
     )  # fmt: skip
 
 
-def _exam(told: argparse.Namespace) -> Exam:
-    mixes = told.grid == "mixes"
-    benchmark = get(told.benchmark if mixes else "scienceqa")
-    options = questions.resolved(benchmark, told.option)
-    data = told.data if mixes else told.scienceqa
-    settings = answer.Settings(told.max_new_tokens or benchmark.tokens)
-    asked, _ = questions.load(benchmark, data, options, images=True)  # what it lacks is said before anything is trained
+def _test_set(args: argparse.Namespace) -> TestSet:
+    mixes = args.grid == "mixes"
+    benchmark = get(args.benchmark if mixes else "scienceqa")
+    options = resolve_options(benchmark, args.option)
+    data = args.data if mixes else args.scienceqa
+    settings = answer.Settings(args.max_new_tokens or benchmark.tokens)
+    questions, _ = load_questions(benchmark, data, options, images=True)  # raises before anything is trained
 
-    def reviewed(path: Path) -> Path:
+    def review(path: Path) -> Path:
         out = path.with_name("reviews.jsonl")
-        candidates = {one.id: one for one in answers.merge(asked, [path])}
-        with server.open_client(told, told.cache or f"{out}.cache") as judging:
-            answers.write(out, judge.review(asked, candidates, rules, judging, told.repeats))
+        candidates = {row.id: row for row in answers.merge(questions, [path])}
+        with server.open_client(args, args.cache or f"{out}.cache") as client:
+            answers.write(out, judge.review(questions, candidates, rules, client, args.repeats))
         return out
 
-    if not any("rule" in (question.facts or {}) for question in asked):
-        return Exam(benchmark, data, options, settings, told.slots, told.template)
-    if told.rules is None or told.base_url is None or told.model is None:
-        raise UsageError(f"--benchmark {benchmark.name} wants a judge: --rules, --base-url and --model")
-    rules = judge.rules(told.rules, asked)
-    return Exam(benchmark, data, options, settings, told.slots, told.template, reviewed)
+    if not any("rule" in (question.facts or {}) for question in questions):
+        return TestSet(benchmark, data, options, settings, args.slots, args.template)
+    if args.rules is None or args.base_url is None or args.model is None:
+        raise UsageError(f"--benchmark {benchmark.name} needs a judge: --rules, --base-url and --model")
+    rules = judge.rules(args.rules, questions)
+    return TestSet(benchmark, data, options, settings, args.slots, args.template, review)

@@ -1,7 +1,7 @@
-"""Questions in, an answer file out: from a checkpoint or an endpoint, in shards, going on where a kill stopped it.
+"""Questions in, an answer file out: from a checkpoint or an endpoint, in shards, resumable after a kill.
 
-Each host answers its own questions into its own file. A row depends on its question and the settings alone, never on
-the batch, the host or the order; so merged shards are, byte for byte, what one host would have written.
+Each host answers its share of the questions into its own file. A row depends on its question and the settings alone,
+not on the batch, the host or the order; so merged shards equal, byte for byte, the file of a single host.
 """
 
 import base64
@@ -41,7 +41,7 @@ _MEDIA = {b"\xff\xd8": "jpeg", b"\x89P": "png", b"RI": "webp", b"GI": "gif"}
 
 @dataclass(frozen=True)
 class Settings:
-    """How answers are made. two_pass: reasons first, then the letter alone, as ScienceQA was first answered.
+    """How answers are generated. two_pass: reasons first, then the letter alone, as ScienceQA was first answered.
 
     system: replaces the template's system text; None keeps it. repeats: answers to each question.
     """
@@ -61,14 +61,14 @@ class Settings:
 
 
 class Job(NamedTuple):
-    """One answer that is wanted: a question and which of its repeats."""
+    """One answer to generate: a question and the number of its repeat."""
 
     question: Question
     repeat: int
 
 
 class Response(NamedTuple):
-    """What came of a job: a text, or why there is none."""
+    """The outcome of a job: a text, or why there is none."""
 
     text: str
     ended_by: str = "stop"
@@ -76,7 +76,7 @@ class Response(NamedTuple):
     detail: str = ""
 
 
-# Jobs in, (their place, what came of it) out, in any order.
+# Jobs in, (index of a job, its response) out, in any order.
 Responder = Callable[[Sequence[Job]], Iterator[tuple[int, Response]]]
 
 
@@ -94,8 +94,8 @@ def from_checkpoint(assistant: Assistant, settings: Settings, folder: epath.Path
         step = assistant.slots * BATCHES
         for start in range(0, len(jobs), step):
             batch = jobs[start : start + step]
-            for place, said in enumerate(_replies(assistant, settings, folder, batch)):
-                yield start + place, said
+            for index, response in enumerate(_replies(assistant, settings, folder, batch)):
+                yield start + index, response
 
     return respond
 
@@ -106,51 +106,51 @@ def from_endpoint(client: Client, settings: Settings, folder: epath.PathLike) ->
     A picture that cannot be read, or lies outside of `folder`, is not sent: its question is a row with `bad_image`.
 
     Raises:
-      UsageError: two passes, which want the model to go on from its own words, or a repetition penalty.
+      UsageError: two passes, in which the model continues its own text, or a repetition penalty.
     """
     if settings.two_pass:
-        raise UsageError("two passes want --checkpoint: a server cannot go on from an answer it has begun")
+        raise UsageError("two passes want --checkpoint: a server cannot continue an answer from a given prefix")
     if settings.repetition_penalty != 1:
         penalty = settings.repetition_penalty
         raise UsageError(f"repetition_penalty={penalty} wants --checkpoint: OpenAI's protocol has none")
 
     def respond(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:
-        places, refused = list[int](), list[tuple[int, Response]]()
+        indices, faults = list[int](), list[tuple[int, Response]]()
 
         def requests() -> Iterator[Request]:
-            for place, job in enumerate(jobs):
+            for index, job in enumerate(jobs):
                 try:
                     request = _request(job, settings, epath.Path(folder))
                 except (ValueError, OSError) as error:
-                    refused.append((place, Response("", "", "bad_image", str(error))))
+                    faults.append((index, Response("", "", "bad_image", str(error))))
                     continue
-                places.append(place)
+                indices.append(index)
                 yield request
 
         for number, outcome in client.ask_many(requests()):
             if isinstance(outcome, Failure):
-                yield places[number], Response("", "", "not_answered", outcome.reason)
+                yield indices[number], Response("", "", "not_answered", outcome.reason)
             else:
-                yield places[number], Response(outcome.text.strip(), outcome.finish_reason)
-        yield from refused
+                yield indices[number], Response(outcome.text.strip(), outcome.finish_reason)
+        yield from faults
 
     return respond
 
 
 def fingerprint(questions: Sequence[Question], settings: Settings, model: Mapping[str, Any]) -> str:
-    """A hash of all that the answers depend on: the questions' words, the settings and what the model is."""
-    chosen = dataclasses.asdict(settings)
-    if settings.repetition_penalty == 1:  # so that files of a version without it go on
-        del chosen["repetition_penalty"]
-    told = {"questions": [(q.id, q.text) for q in questions], "settings": chosen, **model}
-    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+    """A hash of all that the answers depend on: the questions' text, the settings and the model's identity."""
+    settings_json = dataclasses.asdict(settings)
+    if settings.repetition_penalty == 1:  # so that files of a version without it are resumed
+        del settings_json["repetition_penalty"]
+    facts = {"questions": [(q.id, q.text) for q in questions], "settings": settings_json, **model}
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def weights_id(assistant: Assistant) -> str:
-    """A hash of the first row of every parameter: little to read, and any training moves some of them."""
+    """A hash of the first row of every parameter: little to read, and any training changes some of them."""
     digest = hashlib.sha256()
-    for leaf in jax.tree.leaves(assistant.params):
-        row = leaf[(0,) * (leaf.ndim - 1)]
+    for param in jax.tree.leaves(assistant.params):
+        row = param[(0,) * (param.ndim - 1)]
         if not row.is_fully_addressable:
             row = multihost_utils.process_allgather(row, tiled=True)
         digest.update(np.asarray(row, np.float32).tobytes())
@@ -161,8 +161,8 @@ def shard(path: epath.PathLike, host: int, hosts: int) -> epath.Path:
     """The file of one host: answers.jsonl is answers-00000-of-00002.jsonl for the first of two."""
     if not 0 <= host < hosts:
         raise UsageError(f"--host {host}: want 0 to {hosts - 1}, as there are --hosts {hosts}")
-    place = epath.Path(path)
-    return place if hosts == 1 else place.with_name(f"{place.stem}-{host:05}-of-{hosts:05}{place.suffix}")
+    out = epath.Path(path)
+    return out if hosts == 1 else out.with_name(f"{out.stem}-{host:05}-of-{hosts:05}{out.suffix}")
 
 
 def run(
@@ -172,72 +172,73 @@ def run(
 ) -> tuple[Answer, ...]:  # fmt: skip
     """Answers this host's share of the questions into its file, and returns all that the file then holds.
 
-    Answers that the file has already are kept; a last line that a kill cut off is made anew. Rows are appended as
-    they come, in a bucket each `FLUSH_SECS`; at the end the file is written once more in the questions' order.
+    Answers already in the file are kept; a last line that a kill truncated is generated again. Rows are appended as
+    they come, in a bucket every `FLUSH_SECS`; at the end the file is rewritten in the questions' order.
 
     Args:
-      faults: questions that cannot be asked; each becomes a row that says why.
+      faults: questions that cannot be asked; each becomes a row with the fault.
 
     Raises:
       DataError: the file holds answers of another run.
     """
-    place = shard(path, host, hosts)
-    mine = list(questions)[host::hosts]
-    done = resume(place, run_id)
-    unable = {fault.id: fault for fault in faults}
-    jobs = [Job(question, repeat) for question in mine for repeat in range(settings.repeats)]
-    todo = [job for job in jobs if (job.question.id, job.repeat) not in done]
-    ready = [job for job in todo if job.question.id not in unable]
-    if len(done):
-        print(f"goes on after {len(done):,} of {len(jobs):,} answers in {place}", flush=True)
-    flushed = time.monotonic()
-    with contextlib.closing(GrowingFile(place, "".join(map(answers.line, done.values())).encode())) as file:
-        said = _unable(todo, unable, model, run_id)
-        for answer in _chained(said, _answers(ready, respond, model, run_id)):
-            done[answer.id, answer.repeat] = answer
+    out = shard(path, host, hosts)
+    share = list(questions)[host::hosts]
+    answered = resume(out, run_id)
+    fault_by_id = {fault.id: fault for fault in faults}
+    jobs = [Job(question, repeat) for question in share for repeat in range(settings.repeats)]
+    pending = [job for job in jobs if (job.question.id, job.repeat) not in answered]
+    ready = [job for job in pending if job.question.id not in fault_by_id]
+    if len(answered):
+        print(f"resumes after {len(answered):,} of {len(jobs):,} answers in {out}", flush=True)
+    last_flush = time.monotonic()
+    with contextlib.closing(GrowingFile(out, "".join(map(answers.line, answered.values())).encode())) as file:
+        fault_rows = _fault_answers(pending, fault_by_id, model, run_id)
+        for answer in _chain(fault_rows, _answers(ready, respond, model, run_id)):
+            answered[answer.id, answer.repeat] = answer
             file.add(answers.line(answer).encode())
-            if time.monotonic() - flushed > FLUSH_SECS:
+            if time.monotonic() - last_flush > FLUSH_SECS:
                 file.flush()
-                flushed = time.monotonic()
-    found = tuple(answers.ordered(questions, done.values()))
-    answers.write(place, found)
-    return found
+                last_flush = time.monotonic()
+    ordered = tuple(answers.in_order(questions, answered.values()))
+    answers.write(out, ordered)
+    return ordered
 
 
 def _replies(
     assistant: Assistant, settings: Settings, folder: epath.PathLike, batch: Sequence[Job]
 ) -> Iterator[Response]:
-    """What came of each job, in order. Repeats differ by their seeds: each is the same however many are wanted."""
+    """The response of each job, in order. Repeats differ by seed: each is the same whatever their number."""
     texts: dict[int, Response] = {}
     for repeat in sorted({job.repeat for job in batch}):
-        places = [place for place, job in enumerate(batch) if job.repeat == repeat]
-        asked = [conversation(batch[place].question, settings.system) for place in places]
+        indices = [index for index, job in enumerate(batch) if job.repeat == repeat]
+        conversations = [conversation(batch[index].question, settings.system) for index in indices]
         limits = {"temperature": settings.temperature, "top_p": settings.top_p, "seed": settings.seed + repeat,
                   "image_root": folder, "repetition_penalty": settings.repetition_penalty}  # fmt: skip
-        first = assistant.replies(asked, settings.max_new_tokens, **limits)
+        first = assistant.replies(conversations, settings.max_new_tokens, **limits)
         if settings.two_pass:
             reasons = [reply.text.split(DIVIDER)[0].rstrip() for reply in first]
-            begun = [dataclasses.replace(one, begun=text + ANSWER_HEADER) for one, text in zip(asked, reasons)]
-            second = assistant.replies(begun, ANSWER_TOKENS, **limits)
-            for place, text, reply in zip(places, reasons, second):
-                texts[place] = Response(f"{text}\n The answer is {reply.text}", reply.ended_by)
+            prefixed = [dataclasses.replace(prompt, begun=text + ANSWER_HEADER)
+                        for prompt, text in zip(conversations, reasons)]  # fmt: skip
+            second = assistant.replies(prefixed, ANSWER_TOKENS, **limits)
+            for index, text, reply in zip(indices, reasons, second):
+                texts[index] = Response(f"{text}\n The answer is {reply.text}", reply.ended_by)
         else:
-            texts.update({place: Response(reply.text, reply.ended_by) for place, reply in zip(places, first)})
-    yield from (texts[place] for place in range(len(batch)))
+            texts.update({index: Response(reply.text, reply.ended_by) for index, reply in zip(indices, first)})
+    yield from (texts[index] for index in range(len(batch)))
 
 
 def _request(job: Job, settings: Settings, folder: epath.Path) -> Request:
     parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": _data_url(image, folder)}}
                                    for image in job.question.images]  # fmt: skip
-    words = job.question.text
-    user = {"role": "user", "content": [*parts, {"type": "text", "text": words}] if parts else words}
+    text = job.question.text
+    user = {"role": "user", "content": [*parts, {"type": "text", "text": text}] if parts else text}
     system = [{"role": "system", "content": settings.system}] if settings.system else []
     return Request([*system, user], settings.temperature, settings.top_p if settings.temperature else None,
                    settings.max_new_tokens, choice=job.repeat)  # fmt: skip
 
 
 def _data_url(image: str | bytes, folder: epath.Path) -> str:
-    """The picture as it is where servers can read its kind, otherwise as JPEG.
+    """The picture unchanged where servers can read its format, otherwise as JPEG.
 
     Raises:
       ValueError: it is no picture, or its path or a link leads out of the folder; nothing else leaves the machine.
@@ -249,51 +250,51 @@ def _data_url(image: str | bytes, folder: epath.Path) -> str:
     return f"data:image/{_MEDIA[data[:2]]};base64,{base64.b64encode(data).decode()}"
 
 
-def resume(place: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
-    """What an earlier start has answered; rows of a fault are asked again.
+def resume(path: epath.Path, run_id: str) -> dict[tuple[str, int], Answer]:
+    """The answers of an earlier run; rows with a fault are asked again.
 
     Raises:
       DataError: the file holds answers of another run, or is broken.
     """
-    if not files.exists(place):
+    if not files.exists(path):
         return {}
-    found = answers.read([place])
-    broken = [fault for fault in found.faults if fault.kind != "truncated_line"]
-    if broken:
-        raise DataError(f"{place}: {broken[0]}: mend or delete the file")
-    other = {answer.metadata.get("run") for answer in found.answers} - {run_id}
-    if other:
+    contents = answers.read([path])
+    faults = [fault for fault in contents.faults if fault.kind != "truncated_line"]
+    if faults:
+        raise DataError(f"{path}: {faults[0]}: correct or delete the file")
+    other_runs = {answer.metadata.get("run") for answer in contents.answers} - {run_id}
+    if other_runs:
         raise DataError(
-            f"{place} holds answers of another run (model, settings or questions differ): name another --out, or "
-            "delete the file to answer anew"
+            f"{path} holds answers of another run (model, settings or questions differ): name another --out, or "
+            "delete the file to start again"
         )
-    return {(answer.id, answer.repeat): answer for answer in found.answers if "fault" not in answer.metadata}
+    return {(answer.id, answer.repeat): answer for answer in contents.answers if "fault" not in answer.metadata}
 
 
 def _answers(jobs: Sequence[Job], respond: Responder, model: str, run_id: str) -> Iterator[Answer]:
-    start, shown = time.monotonic(), time.monotonic()
-    for number, (place, said) in enumerate(respond(jobs), 1):
-        job = jobs[place]
-        metadata: dict[str, Any] = {"run": run_id, "ended_by": said.ended_by}
+    start, last_log = time.monotonic(), time.monotonic()
+    for number, (index, response) in enumerate(respond(jobs), 1):
+        job = jobs[index]
+        metadata: dict[str, Any] = {"run": run_id, "ended_by": response.ended_by}
         metadata |= {"repeat": job.repeat} if job.repeat else {}
-        metadata |= {"fault": said.fault, "detail": said.detail} if said.fault else {}
-        yield Answer(job.question.id, said.text, model, job.question.text, metadata)
-        if (now := time.monotonic()) - shown > LOG_SECS:
-            shown, rate = now, number / (now - start)
-            left = (len(jobs) - number) / rate
-            print(f"answer {number:,}/{len(jobs):,}  {rate:.1f}/s  ETA {left:,.0f} s", flush=True)
+        metadata |= {"fault": response.fault, "detail": response.detail} if response.fault else {}
+        yield Answer(job.question.id, response.text, model, job.question.text, metadata)
+        if (now := time.monotonic()) - last_log > LOG_SECS:
+            last_log, rate = now, number / (now - start)
+            remaining_secs = (len(jobs) - number) / rate
+            print(f"answer {number:,}/{len(jobs):,}  {rate:.1f}/s  ETA {remaining_secs:,.0f} s", flush=True)
 
 
-def _unable(jobs: Sequence[Job], unable: Mapping[str, Fault], model: str, run_id: str) -> Iterator[Answer]:
+def _fault_answers(jobs: Sequence[Job], fault_by_id: Mapping[str, Fault], model: str, run_id: str) -> Iterator[Answer]:
     for job in jobs:
-        if job.question.id in unable:
-            fault = unable[job.question.id]
+        if job.question.id in fault_by_id:
+            fault = fault_by_id[job.question.id]
             assert fault.kind in FAULTS, fault
             metadata = {"run": run_id, "fault": fault.kind, "detail": fault.detail}
             metadata |= {"repeat": job.repeat} if job.repeat else {}
             yield Answer(job.question.id, "", model, job.question.text, metadata)
 
 
-def _chained(*parts: Iterable[Answer]) -> Iterator[Answer]:
+def _chain(*parts: Iterable[Answer]) -> Iterator[Answer]:
     for part in parts:
         yield from part

@@ -1,9 +1,9 @@
-"""The file between the verbs: answers.jsonl, one answer a line, in the field names of LLaVA's own answer files.
+"""The answer file, answers.jsonl: one answer a line, in the field names of LLaVA's own answer files.
 
     {"question_id": "7", "prompt": "What is it?", "text": "A cat.", "model_id": "runs/stage2", "metadata": {}}
 
-`metadata.repeat` numbers answers to one question that were asked for several times; `metadata.run` is a hash of all
-that the answers depend on; `metadata.fault` names what kept the question from being answered.
+`metadata.repeat` numbers the answers to one question that was asked several times; `metadata.run` is a hash of all
+that the answers depend on; `metadata.fault` names the reason why the question has no answer.
 """
 
 import collections
@@ -57,78 +57,78 @@ def read(paths: Sequence[epath.PathLike]) -> AnswerFile:
     Raises:
       DataError: a file does not exist.
     """
-    kept: dict[tuple[str, int], Answer] = {}
+    by_key: dict[tuple[str, int], Answer] = {}
     faults: list[Fault] = []
     for path in map(epath.Path, paths):
         if not files.exists(path):
             raise DataError(f"answer file {path} does not exist: `answer` writes it")
-        rows, broken = lines(path)
-        faults += broken
+        rows, unreadable = lines(path)
+        faults += unreadable
         for where, row in rows:
             answer = _answer(row, where)
             if isinstance(answer, Fault):
                 faults.append(answer)
-            elif (key := (answer.id, answer.repeat)) in kept:
-                same = "the same text" if kept[key].text == answer.text else "another text"
+            elif (key := (answer.id, answer.repeat)) in by_key:
+                same = "the same text" if by_key[key].text == answer.text else "another text"
                 faults.append(Fault("duplicate_id", answer.id, f"an earlier row answers it, with {same}", where))
             else:
-                kept[key] = answer
-    return AnswerFile(tuple(kept.values()), tuple(faults))
+                by_key[key] = answer
+    return AnswerFile(tuple(by_key.values()), tuple(faults))
 
 
 def match(questions: Sequence[Question], answers: Iterable[Answer]) -> tuple[dict[int, dict[str, str]], list[Fault]]:
-    """{repeat: {id: text}}, in the questions' order, and what does not fit: no answer, an unknown id, an empty text."""
-    asked = {question.id: question for question in questions}
-    unknown = f"the benchmark asks no such question; its ids are such as {next(iter(asked), '')!r}"
-    given: dict[int, dict[str, Answer]] = collections.defaultdict(dict)
+    """{repeat: {id: text}}, in the questions' order, and faults: no answer, an unknown id, an empty text."""
+    by_id = {question.id: question for question in questions}
+    unknown = f"the benchmark asks no such question; its ids are such as {next(iter(by_id), '')!r}"
+    by_repeat: dict[int, dict[str, Answer]] = collections.defaultdict(dict)
     faults = []
     for answer in answers:
-        if answer.id not in asked:
+        if answer.id not in by_id:
             faults.append(Fault("unknown_id", answer.id, unknown))
         elif "fault" in answer.metadata:
             faults.append(Fault(answer.metadata["fault"], answer.id, str(answer.metadata.get("detail", ""))))
         else:
-            given[answer.repeat][answer.id] = answer
-    for repeat, of_repeat in sorted(given.items() or {0: {}}.items()):
-        again = f" in repeat {repeat}" if repeat else ""
-        named = {fault.id for fault in faults}
+            by_repeat[answer.repeat][answer.id] = answer
+    for repeat, answers_of_repeat in sorted(by_repeat.items() or {0: {}}.items()):
+        suffix = f" in repeat {repeat}" if repeat else ""
+        faulty_ids = {fault.id for fault in faults}
         for question in questions:
-            if question.id not in of_repeat and question.id not in named:
-                faults.append(Fault("missing_answer", question.id, f"no row answers it{again}"))
-            elif question.id in of_repeat and not of_repeat[question.id].text.strip():
-                faults.append(Fault("empty_answer", question.id, f"its text is empty{again}"))
-    return {repeat: {q.id: of_repeat[q.id].text for q in questions if q.id in of_repeat}
-            for repeat, of_repeat in sorted(given.items())}, faults  # fmt: skip
+            if question.id not in answers_of_repeat and question.id not in faulty_ids:
+                faults.append(Fault("missing_answer", question.id, f"no row answers it{suffix}"))
+            elif question.id in answers_of_repeat and not answers_of_repeat[question.id].text.strip():
+                faults.append(Fault("empty_answer", question.id, f"its text is empty{suffix}"))
+    return {repeat: {q.id: answers_of_repeat[q.id].text for q in questions if q.id in answers_of_repeat}
+            for repeat, answers_of_repeat in sorted(by_repeat.items())}, faults  # fmt: skip
 
 
 def merge(questions: Sequence[Question], paths: Sequence[epath.PathLike]) -> tuple[Answer, ...]:
-    """The answers of all hosts, in the benchmark's order: what one host alone would have written.
+    """The answers of all hosts, in the benchmark's order: equal to the file of a single host.
 
     Raises:
       DataError: a broken line, an id twice, an unknown one, or none for a question; names each.
     """
-    found = read(paths)
-    _, faults = match(questions, found.answers)
-    faults = [*found.faults, *faults]
+    contents = read(paths)
+    _, faults = match(questions, contents.answers)
+    faults = [*contents.faults, *faults]
     blocking = [fault for fault in faults if FAULTS[fault.kind][0] and fault.kind not in ("missing_image",)]
     if blocking:
         raise DataError("\n".join([f"{len(blocking)} faults in {', '.join(map(str, paths))}",
                                    *(f"  {fault}" for fault in blocking)]))  # fmt: skip
-    runs = {answer.metadata.get("run", "") for answer in found.answers}
+    runs = {answer.metadata.get("run", "") for answer in contents.answers}
     if len(runs) > 1:
         raise DataError(f"{', '.join(map(str, paths))} hold answers of {len(runs)} different runs (metadata.run: "
                         f"{', '.join(sorted(runs))}): merge the shards of one")  # fmt: skip
-    return tuple(ordered(questions, found.answers))
+    return tuple(in_order(questions, contents.answers))
 
 
-def ordered(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterator[Answer]:
+def in_order(questions: Sequence[Question], answers: Iterable[Answer]) -> Iterator[Answer]:
     """The answers in the questions' order, repeats of one question together."""
-    place = {question.id: number for number, question in enumerate(questions)}
-    yield from sorted(answers, key=lambda answer: (place[answer.id], answer.repeat))
+    position = {question.id: number for number, question in enumerate(questions)}
+    yield from sorted(answers, key=lambda answer: (position[answer.id], answer.repeat))
 
 
 def write(path: epath.PathLike, answers: Iterable[Answer]) -> None:
-    """Writes the file whole: it is never seen half written."""
+    """Writes the file atomically."""
     files.write_whole(path, "".join(map(line, answers)).encode())
 
 

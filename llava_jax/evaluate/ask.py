@@ -1,4 +1,4 @@
-"""The verb `answer`: the questions of a benchmark, a checkpoint or an endpoint, and the file of their answers."""
+"""The verb `answer`: reads a benchmark's questions, asks a checkpoint or an endpoint, writes the answer file."""
 
 import argparse
 import contextlib
@@ -8,9 +8,9 @@ from etils import epath
 
 from llava_jax import distributed, errors
 from llava_jax.errors import UsageError
-from llava_jax.evaluate import answer, hosts, questions, verbs
+from llava_jax.evaluate import answer, hosts, verbs
 from llava_jax.evaluate.answers import Answer
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Fault, Question, load_questions
 from llava_jax.generate import placement
 from llava_jax.generate.assistant import Assistant
 from llava_jax.generate.sampling import Sampling
@@ -18,60 +18,63 @@ from llava_jax.generate.sampling import Sampling
 
 def run(options: argparse.Namespace) -> int:
     """Answers; the exit code: 65 where a question has none. It is the same on all processes of a job."""
-    benchmark, chosen = verbs.chosen(options)
-    place = answer.shard(options.out, options.host, options.hosts)  # refuses a wrong --host before anything is read
+    benchmark, benchmark_options = verbs.selection(options)
+    out = answer.shard(options.out, options.host, options.hosts)  # refuses a wrong --host before anything is read
     with contextlib.ExitStack() as stack:
         stack.push(hosts.end_together)
-        if options.checkpoint is not None and options.hosts == 1:  # with --hosts each process is on its own
+        if options.checkpoint is not None and options.hosts == 1:  # with --hosts each process runs alone
             distributed.join()
-        asked, gone = questions.load(benchmark, options.data, chosen, images=True, allow_missing=options.allow_faults)
+        questions, missing = load_questions(benchmark, options.data, benchmark_options, images=True,
+                                            allow_missing=options.allow_faults)  # fmt: skip
         settings = _settings(options, benchmark.tokens)
         folder = epath.Path(options.data) / benchmark.images
         if options.checkpoint is not None:
-            found = _of_checkpoint(options, asked, settings, folder, gone)
+            results = _of_checkpoint(options, questions, settings, folder, missing)
         else:
-            found = _of_endpoint(options, asked, settings, folder, gone)
-        code = _summary(found, place) if distributed.index() == 0 else 0
+            results = _of_endpoint(options, questions, settings, folder, missing)
+        code = _summary(results, out) if distributed.index() == 0 else 0
         return distributed.exchange("exit code", code)[0]
 
 
 def _of_checkpoint(
-    options: argparse.Namespace, asked: Sequence[Question], settings: answer.Settings, folder: epath.Path,
-    gone: Sequence[questions.Fault],
+    options: argparse.Namespace, questions: Sequence[Question], settings: answer.Settings, folder: epath.Path,
+    missing: Sequence[Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
     assistant = Assistant.open(options.checkpoint, options.slots, options.dtype, options.step, options.template)
     respond = answer.from_checkpoint(assistant, settings, folder)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
-    run_id, name = answer.fingerprint(asked, settings, facts), options.name or str(options.checkpoint)
+    run_id, name = answer.fingerprint(questions, settings, facts), options.name or str(options.checkpoint)
 
     def run(respond: answer.Responder, host: int, of: int) -> tuple[Answer, ...]:
-        return answer.run(asked, respond, options.out, name, run_id, settings, host, of, gone)
+        return answer.run(questions, respond, options.out, name, run_id, settings, host, of, missing)
 
     if distributed.count() == 1:
         return run(respond, options.host, options.hosts)
-    return hosts.run_all(run, asked, respond, options.out, run_id, placement.spans_processes(assistant.mesh))
+    return hosts.run_all(run, questions, respond, options.out, run_id, placement.spans_processes(assistant.mesh))
 
 
 def _of_endpoint(
-    options: argparse.Namespace, asked: Sequence[Question], settings: answer.Settings, folder: epath.Path,
-    gone: Sequence[questions.Fault],
+    options: argparse.Namespace, questions: Sequence[Question], settings: answer.Settings, folder: epath.Path,
+    missing: Sequence[Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
     with verbs.client(options, f"{answer.shard(options.out, options.host, options.hosts)}.cache") as client:
         respond = answer.from_endpoint(client, settings, folder)
         facts = {"endpoint": client.endpoint.base_url, "model": client.endpoint.model}
-        run_id, name = answer.fingerprint(asked, settings, facts), options.name or client.endpoint.model
-        found = answer.run(asked, respond, options.out, name, run_id, settings, options.host, options.hosts, gone)
-        print(client.spent)
-    return found
+        run_id, name = answer.fingerprint(questions, settings, facts), options.name or client.endpoint.model
+        results = answer.run(
+            questions, respond, options.out, name, run_id, settings, options.host, options.hosts, missing
+        )
+        print(client.usage)
+    return results
 
 
-def _summary(found: Sequence[Answer], place: epath.Path) -> int:
+def _summary(results: Sequence[Answer], out: epath.Path) -> int:
     """Prints what the file holds; the exit code."""
-    faults = [one for one in found if "fault" in one.metadata]
-    print(f"{len(found) - len(faults):,} answers, {len(faults):,} questions without one, in {place}")
-    for one in faults:
-        print(f"  id={one.id!r} {one.metadata['fault']}: {one.metadata['detail']}")
-    return errors.DATA if any(one.metadata["fault"] != "missing_image" for one in faults) else 0
+    faults = [row for row in results if "fault" in row.metadata]
+    print(f"{len(results) - len(faults):,} answers, {len(faults):,} questions without one, in {out}")
+    for row in faults:
+        print(f"  id={row.id!r} {row.metadata['fault']}: {row.metadata['detail']}")
+    return errors.DATA if any(row.metadata["fault"] != "missing_image" for row in faults) else 0
 
 
 def _settings(options: argparse.Namespace, tokens: int) -> answer.Settings:

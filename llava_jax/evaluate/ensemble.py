@@ -1,7 +1,7 @@
-"""ScienceQA answered by two: LLaVA and a text-only GPT-4, joined as published, from their answer files.
+"""The published ensembles for ScienceQA: combines the answer files of LLaVA and of a text-only GPT-4.
 
-complement: GPT-4's answer wherever one can be read, else LLaVA's.
-judge: where the two answers differ a judge is asked anew with both at hand; its answer if it can be read, else LLaVA's.
+complement: GPT-4's answer wherever one can be parsed, else LLaVA's.
+judge: where the two answers differ, a judge reads both and answers; its answer if it can be parsed, else LLaVA's.
 Source: haotian-liu/LLaVA llava/eval/eval_science_qa_gpt4.py and eval_science_qa_gpt4_requery.py @ c121f04.
 """
 
@@ -14,34 +14,38 @@ from llava_jax.evaluate.questions import LETTERS, Question
 from llava_jax.openai_client import Client, Failure, Request
 
 TEMPERATURE, MAX_TOKENS = 0.0, 1024
-# Ours: the published prompt is not known. The last sentence is what the parser wants.
+# Ours: the published prompt is not known. The parser needs the last sentence.
 SYSTEM = "You settle disagreements about multiple-choice questions."
 DEMAND = ("Weigh both answers, trust neither, and decide for yourself; you cannot see the picture, if there is one, "
           'but assistant B could. End with one sentence of exactly this form: "The answer is X.", where X is the '
           "letter of your choice. Write that sentence only once.")  # fmt: skip
 
 
-class Joined(NamedTuple):
-    """An ensemble's answers, in the questions' order, and how often each side was taken."""
+class Ensemble(NamedTuple):
+    """An ensemble's answers, in the questions' order, and how many of them come from each side."""
 
     answers: tuple[Answer, ...]
-    taken: dict[str, int]
+    counts: dict[str, int]
 
 
-def complement(questions: Sequence[Question], ours: Mapping[str, Answer], gpt4: Mapping[str, Answer]) -> Joined:
+def complement(questions: Sequence[Question], ours: Mapping[str, Answer], gpt4: Mapping[str, Answer]) -> Ensemble:
     """GPT-4's letter where its text has exactly one "The answer is X.", else LLaVA's whole text.
 
     Differs from LLaVA: what neither side answers is wrong, there it is a random choice.
     """
-    return _joined(questions, ours, {"gpt4": gpt4})
+    return _combine(questions, ours, {"gpt4": gpt4})
 
 
-def judged(questions: Sequence[Question], ours: Mapping[str, Answer], requeried: Mapping[str, Answer]) -> Joined:
-    """The judge's letter wherever it was asked and one can be read, else LLaVA's whole text."""
-    return _joined(questions, ours, {"judge": requeried})
+def prefer_judge(
+    questions: Sequence[Question], ours: Mapping[str, Answer], judge_answers: Mapping[str, Answer]
+) -> Ensemble:
+    """The judge's letter wherever it was asked and one can be parsed, else LLaVA's whole text."""
+    return _combine(questions, ours, {"judge": judge_answers})
 
 
-def disputed(questions: Sequence[Question], ours: Mapping[str, Answer], gpt4: Mapping[str, Answer]) -> list[Question]:
+def disputed_questions(
+    questions: Sequence[Question], ours: Mapping[str, Answer], gpt4: Mapping[str, Answer]
+) -> list[Question]:
     """Questions on which the two differ; a GPT-4 text without an answer differs from every letter."""
     return [question for question in questions
             if letter(ours[question.id].text) != sentence_letter(gpt4[question.id].text)
@@ -52,15 +56,15 @@ def requery(
     questions: Sequence[Question], ours: Mapping[str, Answer], gpt4: Mapping[str, Answer], client: Client
 ) -> list[Answer]:
     """The judge's answers to the disputed questions; the client's cache keeps each call from being billed twice."""
-    asked = disputed(questions, ours, gpt4)
-    requests = [_request(question, gpt4[question.id].text, ours[question.id].text) for question in asked]
-    found: dict[str, Answer] = {}
-    for place, outcome in client.ask_many(requests):
-        identity = asked[place].id
+    disputed = disputed_questions(questions, ours, gpt4)
+    requests = [_request(question, gpt4[question.id].text, ours[question.id].text) for question in disputed]
+    by_id: dict[str, Answer] = {}
+    for index, outcome in client.ask_many(requests):
+        identity = disputed[index].id
         failed = isinstance(outcome, Failure)
         metadata = {"fault": "not_answered", "detail": outcome.reason} if failed else {}
-        found[identity] = Answer(identity, "" if failed else outcome.text, client.endpoint.model, "", metadata)
-    return [found[question.id] for question in asked]
+        by_id[identity] = Answer(identity, "" if failed else outcome.text, client.endpoint.model, "", metadata)
+    return [by_id[question.id] for question in disputed]
 
 
 def judge_text(question: Question, first: str, second: str) -> str:
@@ -78,16 +82,16 @@ def _request(question: Question, first: str, second: str) -> Request:
     return Request(messages, TEMPERATURE, max_tokens=MAX_TOKENS)
 
 
-def _joined(
+def _combine(
     questions: Sequence[Question], ours: Mapping[str, Answer], preferred: Mapping[str, Mapping[str, Answer]]
-) -> Joined:
-    ((name, theirs),) = preferred.items()
-    made, taken = [], {name: 0, "ours": 0}
+) -> Ensemble:
+    ((name, other),) = preferred.items()
+    answers, counts = [], {name: 0, "ours": 0}
     for question in questions:
-        found = sentence_letter(theirs[question.id].text) if question.id in theirs else FAILED
-        side = "ours" if found == FAILED else name
-        text = ours[question.id].text if found == FAILED else f"The answer is {found}."
+        choice = sentence_letter(other[question.id].text) if question.id in other else FAILED
+        source = "ours" if choice == FAILED else name
+        text = ours[question.id].text if choice == FAILED else f"The answer is {choice}."
         model = f"{ours[question.id].model} + {name}"
-        taken[side] += 1
-        made.append(Answer(question.id, text, model, question.text, {"from": side}))
-    return Joined(tuple(made), taken)
+        counts[source] += 1
+        answers.append(Answer(question.id, text, model, question.text, {"from": source}))
+    return Ensemble(tuple(answers), counts)

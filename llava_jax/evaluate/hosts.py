@@ -1,7 +1,7 @@
-"""Several processes that answer one benchmark: each its own share of the questions, or all of them every question.
+"""Several processes that answer one benchmark: each a share of the questions, or all of them every question.
 
-A model that the devices of each process can hold is there in each, and the shards are merged in the end. A larger one
-lies on the devices of all processes, which then make each answer together; process 0 keeps it.
+A model that fits the devices of each process is replicated, and the shards are merged at the end. A larger one is
+sharded over the devices of all processes, which then compute each answer together; process 0 writes it.
 """
 
 import traceback
@@ -17,38 +17,39 @@ from llava_jax.evaluate.answer import Job, Responder, Response
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import Question
 
-Run = Callable[[Responder, int, int], tuple[Answer, ...]]  # (responder, host, hosts): `answer.run`
+RunFunction = Callable[[Responder, int, int], tuple[Answer, ...]]  # (responder, host, hosts): `answer.run`
 
 
 def run_all(
-    run: Run, questions: Sequence[Question], respond: Responder, out: epath.PathLike, run_id: str, together: bool
+    run: RunFunction, questions: Sequence[Question], respond: Responder, out: epath.PathLike, run_id: str,
+    spans_processes: bool,
 ) -> tuple[Answer, ...]:  # fmt: skip
     """The answers to all questions, on process 0; on the others those of their own share, if they have one.
 
     Args:
-      together: the model lies on the devices of all processes.
+      spans_processes: the model lies on the devices of all processes.
 
     Raises:
       UsageError: the processes have not the same command, checkpoint or `out`.
     """
     distributed.agree({"--out": str(out), "the run (questions, settings and checkpoint)": run_id})
-    if together:
-        return _together(run, questions, respond)
+    if spans_processes:
+        return _answer_together(run, questions, respond)
     index, count = distributed.index(), distributed.count()
     shards = [answer.shard(out, number, count) for number in range(count)]
     answers.write(shards[index], answer.resume(shards[index], run_id).values())
     _check_shared(out, shards)
-    mine = run(respond, index, count)
+    share = run(respond, index, count)
     distributed.exchange("answered", True)
     if index:
-        return mine
+        return share
     merged = answers.merge(questions, shards)
     answers.write(out, merged)
     return merged
 
 
-def _together(run: Run, questions: Sequence[Question], respond: Responder) -> tuple[Answer, ...]:
-    """Process 0 knows what is left to answer; the others compute the same."""
+def _answer_together(run: RunFunction, questions: Sequence[Question], respond: Responder) -> tuple[Answer, ...]:
+    """Process 0 sends the jobs that are not answered yet; the others compute the same."""
 
     def lead(jobs: Sequence[Job]) -> Iterator[tuple[int, Response]]:
         distributed.exchange("jobs", [[job.question.id, job.repeat] for job in jobs])
@@ -63,13 +64,13 @@ def _together(run: Run, questions: Sequence[Question], respond: Responder) -> tu
 
 
 def _check_shared(out: epath.PathLike, shards: Sequence[epath.Path]) -> None:
-    """Refuses a place where process 0, which merges the shards, does not see those of the others."""
+    """Raises UsageError where process 0, which merges the shards, does not see those of the others."""
     distributed.exchange("shards are there", True)
-    gone = [number for number, shard in enumerate(shards) if not files.exists(shard)]
-    gone = distributed.exchange("shards that are not seen", gone)[0]
-    if gone:
+    unseen = [number for number, shard in enumerate(shards) if not files.exists(shard)]
+    unseen = distributed.exchange("shards that are not seen", unseen)[0]
+    if unseen:
         raise UsageError(
-            f"--out {out}: process 0 does not see what process {gone[0]} of {len(shards)} writes beside it: want a "
+            f"--out {out}: process 0 does not see what process {unseen[0]} of {len(shards)} writes next to it: want a "
             "place that all hosts share; or start each with --host I --hosts N, and `merge` their files"
         )
 

@@ -1,7 +1,7 @@
-"""A language model reviews answers: the reference's first, the candidate's second, each with a score.
+"""A language model reviews pairs of answers: the reference's first, the candidate's second, each with a score.
 
-The reviews are an answer file of their own, which `score` reads; requests are cached, so a second start bills nothing
-again, and a review without two scores is asked for anew a few times before it is left as it is.
+The reviews are an answer file, which `score` reads; requests are cached, so a second run bills nothing again, and a
+review without two scores is requested again a few times before it is kept as it is.
 """
 
 import json
@@ -22,11 +22,11 @@ from llava_jax.openai_client import Client, Failure, Request
 TEMPERATURE, MAX_TOKENS = 0.2, 1024
 # Ours: the original's own line can be given with --system.
 SYSTEM = "You judge answers of assistants with care, and your judgement is exact and useful."
-_ATTEMPTS_APART = 1000  # numbers of choices in the cache: repeat * this + attempt
+_ATTEMPT_STRIDE = 1000  # numbers of choices in the cache: repeat * this + attempt
 
 
 class Task(NamedTuple):
-    """One review that is wanted."""
+    """One review to request."""
 
     question: Question
     candidate: str
@@ -40,16 +40,16 @@ def rules(path: epath.PathLike, questions: Sequence[Question]) -> dict[str, dict
     Raises:
       DataError: it has another shape, or lacks the rule of a question's kind.
     """
-    place = epath.Path(path)
-    if not files.exists(place):
+    rules_path = epath.Path(path)
+    if not files.exists(rules_path):
         raise DataError(f"rules {path} do not exist: the original is llava/eval/table/rule.json of haotian-liu/LLaVA")
-    told = read_json(place)
-    wanted = {llava_bench.rule_name(question) for question in questions}
-    for name in sorted(wanted):
-        rule = told.get(name) if isinstance(told, dict) else None
+    contents = read_json(rules_path)
+    names = {llava_bench.rule_name(question) for question in questions}
+    for name in sorted(names):
+        rule = contents.get(name) if isinstance(contents, dict) else None
         if not isinstance(rule, dict) or not all(isinstance(rule.get(key), str) for key in ("role", "prompt")):
             raise DataError(f'{path}: rule {name!r}: want {{"role": ..., "prompt": ...}}')
-    return {name: told[name] for name in wanted}
+    return {name: contents[name] for name in names}
 
 
 def review(
@@ -63,36 +63,37 @@ def review(
     """
     if repeats < 1 or attempts < 1:
         raise UsageError(f"repeats={repeats}, attempts={attempts}: want at least 1 of each")
-    left = [Task(question, candidates[question.id].text, repeat) for repeat in range(repeats) for question in questions]
-    done: dict[tuple[str, int], Answer] = {}
-    while left:
-        again = []
-        requests = (_request(task, rules, system, temperature) for task in left)
-        for place, outcome in client.ask_many(requests):
-            task = left[place]
+    pending = [Task(question, candidates[question.id].text, repeat)
+               for repeat in range(repeats) for question in questions]  # fmt: skip
+    reviews: dict[tuple[str, int], Answer] = {}
+    while pending:
+        retries = []
+        requests = (_request(task, rules, system, temperature) for task in pending)
+        for index, outcome in client.ask_many(requests):
+            task = pending[index]
             failed = isinstance(outcome, Failure)
             if not failed and llava_bench.tolerant_scores(outcome.text) is None and task.attempt + 1 < attempts:
-                again.append(task._replace(attempt=task.attempt + 1))
+                retries.append(task._replace(attempt=task.attempt + 1))
                 continue
             metadata = {"repeat": task.repeat, "attempts": task.attempt + 1,
                         "candidate": candidates[task.question.id].model}  # fmt: skip
             metadata |= {"fault": "not_answered", "detail": outcome.reason} if failed else {}
             text = "" if failed else outcome.text
-            done[task.question.id, task.repeat] = Answer(task.question.id, text, client.endpoint.model, "", metadata)
-        left = again
-    return [done[question.id, repeat] for question in questions for repeat in range(repeats)]
+            reviews[task.question.id, task.repeat] = Answer(task.question.id, text, client.endpoint.model, "", metadata)
+        pending = retries
+    return [reviews[question.id, repeat] for question in questions for repeat in range(repeats)]
 
 
 def _request(task: Task, rules: Mapping[str, Mapping[str, str]], system: str, temperature: float) -> Request:
     rule = rules[llava_bench.rule_name(task.question)]
-    words = llava_bench.request_text(task.question, task.candidate, rule)
-    messages = [{"role": "system", "content": system}, {"role": "user", "content": words}]
-    return Request(messages, temperature, max_tokens=MAX_TOKENS, choice=task.repeat * _ATTEMPTS_APART + task.attempt)
+    text = llava_bench.request_text(task.question, task.candidate, rule)
+    messages = [{"role": "system", "content": system}, {"role": "user", "content": text}]
+    return Request(messages, temperature, max_tokens=MAX_TOKENS, choice=task.repeat * _ATTEMPT_STRIDE + task.attempt)
 
 
 def requests_text(questions: Sequence[Question], candidates: Mapping[str, Answer],
                   rules: Mapping[str, Mapping[str, str]], system: str = SYSTEM) -> str:  # fmt: skip
-    """The requests as JSON lines, to be looked at before money is spent (`judge --dry-run`)."""
+    """The requests as JSON lines, for inspection before they are paid for (`judge --dry-run`)."""
     rows = []
     for question in questions:
         request = _request(Task(question, candidates[question.id].text, 0), rules, system, TEMPERATURE)

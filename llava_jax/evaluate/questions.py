@@ -1,6 +1,6 @@
-"""What a benchmark is: questions, an official rule that turns answers into numbers, and the files that it wants.
+"""The type of a benchmark: questions, an official rule that turns answers into numbers, and the files that it needs.
 
-Every benchmark is one module of `benchmarks/` with one `Benchmark`; the commands know nothing else of it.
+Every benchmark is one module of `benchmarks/` with one `Benchmark`, the only thing that the commands import from it.
 """
 
 import json
@@ -18,7 +18,7 @@ LETTER = "Answer with the option's letter from the given choices directly."  # S
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 FILE = "FILE"  # an allowed value of an option: any path
 
-# kind -> (is it a fault of a file, what it means). A file's faults stop `score` until they are mended or allowed;
+# kind -> (is it a fault of a file, its meaning). A file's faults stop `score` until they are corrected or allowed;
 # a model's failings are part of its score: the official rule counts them as wrong, and each is listed by its id.
 FAULTS = {
     "truncated_line": (True, "the line is no JSON, as a kill leaves it"),
@@ -58,11 +58,11 @@ class BadBenchmark(DataError):
 class Question:
     """One question.
 
-    id: unique within the benchmark. text: what is asked, without a picture's marker.
+    id: unique within the benchmark. text: without a picture's marker.
     images: paths relative to the benchmark's picture folder, or encoded bytes.
     kind: the category that numbers are broken down by. choices: how many lettered choices there are; 0: none.
-    truth: what is right, in the benchmark's own form; None where only a server knows.
-    facts: what else its rule reads.
+    truth: the right answer, in the benchmark's own form; None where only a server has it.
+    facts: further inputs of its rule.
     """
 
     id: str
@@ -77,8 +77,7 @@ class Question:
 class Score(NamedTuple):
     """Numbers of one run. numbers: {column: value}, in the order of the benchmark's own table; main: its headline.
 
-    counts: {what was counted: how many}; findings: failings of the model. lacking: what the rule makes of these, and
-    of answers that are not there.
+    counts: {label: number}; findings: failings of the model. lacking: how the rule counts these, and missing answers.
     """
 
     numbers: dict[str, float]
@@ -102,25 +101,25 @@ class Need(NamedTuple):
 
 Answers = Mapping[str, str]  # {question id: the answer's text}
 Options = Mapping[str, str]
-Read = tuple[list[Question], list[Fault]]
+ReadResult = tuple[list[Question], list[Fault]]
 
 
 class Benchmark(NamedTuple):
     """One benchmark.
 
     images: folder of the pictures below the data directory.
-    needs: what must lie there. read: its questions, and the faults of its files.
+    needs: the required files. read: its questions, and the faults of its files.
     score: its official rule, None where only a server has the truth.
-    submit: {file name: content} of what its server wants, from its data directory, questions and answers; or None.
-    tokens: of an answer at most. options: {name: allowed values, the default first}. ids: what ids look like, for who
-    brings answers with others.
+    submit: {file name: content} for its server, from its data directory, questions and answers; or None.
+    tokens: the limit of an answer. options: {name: allowed values, the default first}. ids: the form of its ids, for
+    the error about unknown ids.
     """
 
     name: str
     title: str
     images: str
     needs: tuple[Need, ...]
-    read: Callable[[epath.Path, Options], Read]
+    read: Callable[[epath.Path, Options], ReadResult]
     score: Callable[[Sequence[Question], Answers, Options], Score] | None = None
     submit: Callable[[epath.Path, Sequence[Question], Answers, Options], dict[str, bytes]] | None = None
     tokens: int = 16
@@ -128,19 +127,19 @@ class Benchmark(NamedTuple):
     ids: str = ""
 
 
-def load(
+def load_questions(
     benchmark: Benchmark, directory: epath.PathLike, options: Options, images: bool = False, allow_missing: bool = False
-) -> Read:
+) -> ReadResult:
     """The benchmark's questions, and a fault for each picture that is missing and allowed to be.
 
     images: look for the pictures' files.
 
     Raises:
-      DataError: a file is missing (says which, from where and in which layout), or has faults (names each).
+      DataError: a file is missing (names it, its source and the layout), or has faults (names each).
     """
     root = epath.Path(directory)
-    wanted = [need for need in _wanted(benchmark, options) if images or not need.pictures]
-    missing = [need for need in wanted if not files.exists(root / need.path)]
+    needs = [need for need in _active_needs(benchmark, options) if images or not need.pictures]
+    missing = [need for need in needs if not files.exists(root / need.path)]
     if missing:
         raise DataError("\n".join([
             f"{benchmark.name}: {directory} lacks {len(missing)} of what {benchmark.title} needs:",
@@ -149,15 +148,15 @@ def load(
         ]))  # fmt: skip
     questions, faults = benchmark.read(root, options)
     faults += _faults(questions)
-    gone = _missing_images(questions, root / benchmark.images) if images else []
-    if faults or (gone and not allow_missing):
-        raise bad(f"{benchmark.name}: {directory}", [*faults, *gone])
+    missing_images = _missing_images(questions, root / benchmark.images) if images else []
+    if faults or (missing_images and not allow_missing):
+        raise bad_benchmark(f"{benchmark.name}: {directory}", [*faults, *missing_images])
     if not questions:
         raise DataError(f"{benchmark.name}: {directory} holds no questions")
-    return questions, gone
+    return questions, missing_images
 
 
-def resolved(benchmark: Benchmark, given: Sequence[str]) -> dict[str, str]:
+def resolve_options(benchmark: Benchmark, assignments: Sequence[str]) -> dict[str, str]:
     """All options of the benchmark, from words such as "split=val"; the first of the allowed values is the default.
 
     Raises:
@@ -165,17 +164,17 @@ def resolved(benchmark: Benchmark, given: Sequence[str]) -> dict[str, str]:
     """
     allowed = benchmark.options or {}
     options = {name: values[0] for name, values in allowed.items()}
-    for word in given:
-        name, equals, value = word.partition("=")
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
         if name not in allowed or not equals:
-            raise UsageError(f"--option {word}: {benchmark.name} knows {_spelled(allowed)}")
+            raise UsageError(f"--option {assignment}: {benchmark.name} knows {_option_text(allowed)}")
         if value not in allowed[name] and FILE not in allowed[name]:
-            raise UsageError(f"--option {word}: want one of {', '.join(allowed[name])}")
+            raise UsageError(f"--option {assignment}: want one of {', '.join(allowed[name])}")
         options[name] = value
     return options
 
 
-def bad(where: str, faults: Sequence[Fault]) -> BadBenchmark:
+def bad_benchmark(where: str, faults: Sequence[Fault]) -> BadBenchmark:
     """The error that names every fault."""
     return BadBenchmark("\n".join([f"{where}: {len(faults)} faults", *(f"  {fault}" for fault in faults)]))
 
@@ -189,7 +188,7 @@ def lines(path: epath.Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
         try:
             rows.append((f"{path}:{number}", json.loads(line)))
         except (ValueError, RecursionError) as error:
-            faults.append(Fault("truncated_line", _id_within(line), f"{error}; it begins {line[:60]!r}",
+            faults.append(Fault("truncated_line", _id_in_line(line), f"{error}; it begins {line[:60]!r}",
                                 f"{path}:{number}"))  # fmt: skip
     return rows, faults
 
@@ -202,35 +201,35 @@ def sound_lines(path: epath.Path) -> list[tuple[str, Any]]:
     """
     rows, faults = lines(path)
     if faults:
-        raise bad(str(path), faults)
+        raise bad_benchmark(str(path), faults)
     return rows
 
 
 def with_choices(question: str, choices: Sequence[str], suffix: str = LETTER) -> str:
     """The question, a line for each choice, and what to answer with."""
-    listed = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices)]
-    return "\n".join([question, *listed, suffix])
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices)]
+    return "\n".join([question, *lines, suffix])
 
 
 def percent(right: int | float, of: int) -> float:
-    """100 right / of; 0 for an empty group (its count in `Score.counts` says that it is empty)."""
+    """100 right / of; 0 for an empty group (its count in `Score.counts` is 0)."""
     return 100 * right / of if of else 0.0
 
 
 def _missing_images(questions: Sequence[Question], folder: epath.Path) -> list[Fault]:
     """A fault for each picture that is not in the folder; each file is looked for once."""
     names = {image for question in questions for image in question.images if isinstance(image, str)}
-    gone = files.missing(folder, names)
+    missing = files.missing(folder, names)
     return [Fault("missing_image", question.id, f"{folder / image} does not exist")
-            for question in questions for image in question.images if image in gone]  # fmt: skip
+            for question in questions for image in question.images if image in missing]  # fmt: skip
 
 
 def _faults(questions: Sequence[Question]) -> Iterator[Fault]:
-    seen = set[str]()
+    ids = set[str]()
     for question in questions:
-        if question.id in seen:
+        if question.id in ids:
             yield Fault("duplicate_id", question.id, "an earlier question has it too")
-        seen.add(question.id)
+        ids.add(question.id)
         if not question.text.strip():
             yield Fault("empty_question", question.id, "its text is empty")
         if isinstance(question.truth, str) and not question.truth.strip():
@@ -241,21 +240,21 @@ def _faults(questions: Sequence[Question]) -> Iterator[Fault]:
                 yield Fault("wrong_truth", question.id, f"its right answer {question.truth!r} is none of {letters}")
 
 
-def _wanted(benchmark: Benchmark, options: Options) -> Iterator[Need]:
+def _active_needs(benchmark: Benchmark, options: Options) -> Iterator[Need]:
     for need in benchmark.needs:
         name, equals, value = need.only.partition("=")
         if not equals or options[name] == value:
             yield need
 
 
-def _spelled(allowed: Mapping[str, tuple[str, ...]]) -> str:
+def _option_text(allowed: Mapping[str, tuple[str, ...]]) -> str:
     return ", ".join(f"{name}={'|'.join(filter(None, values))}" for name, values in allowed.items()) or "no options"
 
 
-def _id_within(line: str) -> str:
+def _id_in_line(line: str) -> str:
     """The id at the beginning of a broken line, as far as it can be read."""
     for key in ('"question_id":', '"id":'):
-        head, found, rest = line.partition(key)
-        if found:
+        head, separator, rest = line.partition(key)
+        if separator:
             return rest.split(",")[0].split("}")[0].strip().strip('"')
     return "?"

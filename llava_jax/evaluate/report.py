@@ -1,4 +1,4 @@
-"""Scores of several runs as the papers show them: a row a run, a column a number, published rows beside; and plots.
+"""Tables and plots of several runs' scores in the papers' layout: a row a run, a column a number, and published rows.
 
 Tables are Markdown, CSV and LaTeX. matplotlib is imported here alone, and only for plots: `pip install ".[report]"`.
 """
@@ -84,11 +84,11 @@ def write(paths: Sequence[epath.PathLike], directory: epath.PathLike, plots: str
     tables = {FILE: page(results), CSV: comma_separated(results), LATEX: latex(results)}
     content = {name: text.encode("utf-8", "backslashreplace") for name, text in tables.items()}
     for name in _benchmarks(results) if plots != "none" else ():
-        content[f"{name}.{plots}"] = plot(_of(results, name), PUBLISHED.get(name, ()), plots)
-    place = epath.Path(directory)
+        content[f"{name}.{plots}"] = plot(_results_of(results, name), PUBLISHED.get(name, ()), plots)
+    folder = epath.Path(directory)
     for name, data in content.items():
-        files.write_whole(place / name, data)
-    return tuple(str(place / name) for name in content)
+        files.write_whole(folder / name, data)
+    return tuple(str(folder / name) for name in content)
 
 
 def page(results: Sequence[tuple[str, Result]]) -> str:
@@ -98,10 +98,10 @@ def page(results: Sequence[tuple[str, Result]]) -> str:
     if len(names) > 1:
         parts += [_overview(results, names), ""]
     for name in names:
-        members = _of(results, name)
-        one = table(members, PUBLISHED.get(name, ()))
-        rows = _emphasised(one, str, lambda cell: f"**{cell}**")
-        parts += [f"## {one.title}", "", markdown(["", *one.columns], rows), ""]
+        members = _results_of(results, name)
+        summary = table(members, PUBLISHED.get(name, ()))
+        rows = _bold_rows(summary, str, lambda cell: f"**{cell}**")
+        parts += [f"## {summary.title}", "", markdown(["", *summary.columns], rows), ""]
         parts += [f"- {run}: {line}" for run, result in members for line in _remarks(result)] + [""]
     return "\n".join(parts).rstrip() + "\n"
 
@@ -114,9 +114,9 @@ def comma_separated(results: Sequence[tuple[str, Result]]) -> str:
     for name in _benchmarks(results):
         for row in PUBLISHED.get(name, ()):
             lines.writerows((name, row.name, 1, column, value, "", "") for column, value in row.numbers.items())
-        for run, result in _of(results, name):
+        for run, result in _results_of(results, name):
             for column, value in result.numbers.items():
-                empty = scores.shown(result, column) == "-"
+                empty = scores.cell_text(result, column) == "-"
                 cells = ("", "") if empty else (f"{value.mean:.4f}", f"{value.sd:.4f}")
                 lines.writerow((name, run, 0, column, *cells, result.repeats))
     return out.getvalue()
@@ -126,24 +126,24 @@ def latex(results: Sequence[tuple[str, Result]]) -> str:
     """A tabular for each benchmark, with the rules of the package booktabs; the headline's column is bold."""
     parts = ["% needs \\usepackage{booktabs}"]
     for name in _benchmarks(results):
-        one = table(_of(results, name), PUBLISHED.get(name, ()))
-        rows = [_tex_row(row) for row in _emphasised(one, _tex, lambda cell: rf"\textbf{{{cell}}}")]
-        if one.published:
-            rows.insert(one.published, r"\midrule")
-        columns = "l" + "r" * len(one.columns)
-        parts += ["", f"% {_tex(one.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
-                  _tex_row(["", *map(_tex, one.columns)]), r"\midrule", *rows, r"\bottomrule",
+        summary = table(_results_of(results, name), PUBLISHED.get(name, ()))
+        rows = [_tex_row(row) for row in _bold_rows(summary, _tex, lambda cell: rf"\textbf{{{cell}}}")]
+        if summary.published:
+            rows.insert(summary.published, r"\midrule")
+        columns = "l" + "r" * len(summary.columns)
+        parts += ["", f"% {_tex(summary.title)}", rf"\begin{{tabular}}{{{columns}}}", r"\toprule",
+                  _tex_row(["", *map(_tex, summary.columns)]), r"\midrule", *rows, r"\bottomrule",
                   r"\end{tabular}"]  # fmt: skip
     return "\n".join(parts) + "\n"
 
 
-def _emphasised(one: Table, escape: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
+def _bold_rows(summary: Table, escape: Callable[[str], str], bold: Callable[[str], str]) -> list[list[str]]:
     """The table's rows, escaped; the headline's column is bold in the rows that are not published ones."""
     rows = []
-    for number, (run, cells) in enumerate(one.rows):
-        ours = number >= one.published
-        rows.append([escape(run), *(bold(escape(cell)) if ours and column == one.main and cell else escape(cell)
-                                    for column, cell in zip(one.columns, cells))])  # fmt: skip
+    for number, (run, cells) in enumerate(summary.rows):
+        ours = number >= summary.published
+        rows.append([escape(run), *(bold(escape(cell)) if ours and column == summary.main and cell else escape(cell)
+                                    for column, cell in zip(summary.columns, cells))])  # fmt: skip
     return rows
 
 
@@ -152,7 +152,7 @@ def _tex_row(cells: Sequence[str]) -> str:
 
 
 def _tex(text: str) -> str:
-    escaped = _TEX.sub(lambda found: _TEX_NAMES.get(found[0], "\\" + found[0]), " ".join(text.split()))
+    escaped = _TEX.sub(lambda match: _TEX_NAMES.get(match[0], "\\" + match[0]), " ".join(text.split()))
     return escaped.replace("±", r"$\pm$")
 
 
@@ -161,7 +161,7 @@ def table(members: Sequence[tuple[str, Result]], published: Sequence[Published] 
     columns = tuple(dict.fromkeys(column for _, result in members for column in result.numbers))
     rows = [(row.name, tuple(f"{row.numbers[column]:.2f}" if column in row.numbers else "" for column in columns))
             for row in published]  # fmt: skip
-    rows += [(run, tuple(scores.shown(result, column) for column in columns)) for run, result in members]
+    rows += [(run, tuple(scores.cell_text(result, column) for column in columns)) for run, result in members]
     result = members[0][1]
     return Table(result.title, columns, tuple(rows), result.main, len(published))
 
@@ -171,11 +171,11 @@ def differences(members: Sequence[tuple[str, Result]], columns: Sequence[str] = 
     columns = columns or list(members[0][1].numbers)
     base = members[0][1].numbers
     rows = []
-    for place, (run, result) in enumerate(members):
+    for number, (run, result) in enumerate(members):
         cells = []
         for column in columns:
             mean = result.numbers[column].mean
-            cells.append(f"{mean:.2f}" if not place else f"{mean:.2f} ({mean - base[column].mean:+.2f})")
+            cells.append(f"{mean:.2f}" if not number else f"{mean:.2f} ({mean - base[column].mean:+.2f})")
         rows.append([run, *cells])
     return markdown(["", *columns], rows)
 
@@ -215,8 +215,8 @@ def plot(members: Sequence[tuple[str, Result]], published: Sequence[Published], 
     axes.barh(range(len(bars)), [value.mean for value in values], xerr=[value.sd for value in values], color=colours)
     axes.set_yticks(range(len(bars)), names)
     axes.invert_yaxis()
-    for place, value in enumerate(values):
-        axes.annotate(f"{value.mean:.2f}", (value.mean, place), (4, 0), textcoords="offset points", va="center")
+    for number, value in enumerate(values):
+        axes.annotate(f"{value.mean:.2f}", (value.mean, number), (4, 0), textcoords="offset points", va="center")
     axes.set_title(f"{members[0][1].title}: {main}")
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.12)
@@ -227,17 +227,17 @@ def plot(members: Sequence[tuple[str, Result]], published: Sequence[Published], 
 
 def _overview(results: Sequence[tuple[str, Result]], names: Sequence[str]) -> str:
     runs = list(dict.fromkeys(run for run, _ in results))
-    found = {(run, result.benchmark): result for run, result in results}
-    titles = {name: _of(results, name)[0][1].title for name in names}
+    by_run = {(run, result.benchmark): result for run, result in results}
+    titles = {name: _results_of(results, name)[0][1].title for name in names}
     rows = []
     for run in runs:
-        held = [found.get((run, name)) for name in names]
-        rows.append([run, *(scores.shown(one, one.main) if one else "" for one in held)])
+        cells = [by_run.get((run, name)) for name in names]
+        rows.append([run, *(scores.cell_text(cell, cell.main) if cell else "" for cell in cells)])
     return markdown(["", *titles.values()], rows)
 
 
 def _remarks(result: Result) -> list[str]:
-    """What stands behind a row: how many questions, repeats and failings."""
+    """The counts of a run: its questions, repeats and failings."""
     kinds: dict[str, int] = {}
     for finding in result.findings:
         kinds[finding.kind] = kinds.get(finding.kind, 0) + 1
@@ -253,5 +253,5 @@ def _benchmarks(results: Sequence[tuple[str, Result]]) -> list[str]:
     return list(dict.fromkeys(result.benchmark for _, result in results))
 
 
-def _of(results: Sequence[tuple[str, Result]], name: str) -> list[tuple[str, Result]]:
+def _results_of(results: Sequence[tuple[str, Result]], name: str) -> list[tuple[str, Result]]:
     return [(run, result) for run, result in results if result.benchmark == name]

@@ -1,8 +1,8 @@
-"""Answers in, numbers out: no model, no accelerator, and nothing that is counted as wrong without being named.
+"""Answers in, numbers out: no model, no accelerator, and every answer that is counted as wrong is listed.
 
-Two policies meet here. Faults of files (a truncated line, an id twice, a question without an answer, a picture that
-was missing) stop the scoring, each named by its id, until they are mended or allowed; allowed, they count as wrong, or
-as what the benchmark's rule makes of them.
+There are two policies. Faults of files (a truncated line, an id twice, a question without an answer, a picture that
+was missing) stop the scoring, each named by its id, until they are fixed or allowed; allowed, they count as wrong, or
+as the benchmark's rule counts them.
 Failings of the model (an empty answer, a letter that is no choice, a text without an answer) are what a benchmark
 measures: its official rule counts them, and each is listed.
 """
@@ -30,8 +30,8 @@ class Value(NamedTuple):
 class Result(NamedTuple):
     """Numbers of one run of one benchmark.
 
-    model: what answered, also where a judge's reviews of it are scored. counts: of the first repeat. findings: faults
-    that were allowed and failings of the model; lacking: what the rule makes of them.
+    model: the one that answered, also where a judge's reviews of it are scored. counts: of the first repeat. findings:
+    faults that were allowed and failings of the model; lacking: how the rule counts them.
     """
 
     benchmark: str
@@ -56,33 +56,33 @@ def score(
     Raises:
       DataError: the files have faults and `allow_faults` is not set (names every one), or hold no answer at all, or
         questions of the user's own have no truth.
-      UsageError: the benchmark's truth is with its server, which wants the files of `submission`.
+      UsageError: only the benchmark's server has the truth; it takes the files of `submission`.
     """
-    untold = [question.id for question in questions if question.truth is None]
-    if untold and benchmark.submit is None:
-        raise DataError(f"{benchmark.name}: no truth for {len(untold):,} questions, {untold[0]!r} the first: give each "
-                        "an answer to be scored")  # fmt: skip
-    if benchmark.score is None or untold:
+    without_truth = [question.id for question in questions if question.truth is None]
+    if without_truth and benchmark.submit is None:
+        raise DataError(f"{benchmark.name}: no truth for {len(without_truth):,} questions, {without_truth[0]!r} the "
+                        "first: give each an answer to be scored")  # fmt: skip
+    if benchmark.score is None or without_truth:
         raise UsageError(f"{benchmark.name}: not all of its answers are public (options {dict(options)}): "
-                         "--submission DIR writes what its server wants")  # fmt: skip
-    found = answers.read(paths)
-    by_repeat, unfit = answers.match(questions, found.answers)
-    faults = [*found.faults, *unfit]
-    refused = [fault for fault in faults if FAULTS[fault.kind][0]]
-    where, unknown = ", ".join(map(str, paths)), any(fault.kind == "unknown_id" for fault in unfit)
-    if refused and not allow_faults:
+                         "--submission DIR writes the files for its server")  # fmt: skip
+    contents = answers.read(paths)
+    by_repeat, unmatched = answers.match(questions, contents.answers)
+    faults = [*contents.faults, *unmatched]
+    blocking = [fault for fault in faults if FAULTS[fault.kind][0]]
+    where, unknown = ", ".join(map(str, paths)), any(fault.kind == "unknown_id" for fault in unmatched)
+    if blocking and not allow_faults:
         raise DataError("\n".join([
-            f"{where}: {len(refused)} faults, so no score; mend them, or score without with --allow-faults:",
-            *(f"  {fault}" for fault in refused),
+            f"{where}: {len(blocking)} faults, so no score; correct them, or score without with --allow-faults:",
+            *(f"  {fault}" for fault in blocking),
             *([f"ids of {benchmark.name} are {benchmark.ids}"] if benchmark.ids and unknown else []),
         ]))  # fmt: skip
     if not by_repeat:
         raise DataError(f"{where}: no answer to any of the {len(questions)} questions of {benchmark.name}")
-    scores = [benchmark.score(questions, given, options) for given in by_repeat.values()]
-    models = sorted(set(map(_answered_by, found.answers)))
+    scores = [benchmark.score(questions, texts, options) for texts in by_repeat.values()]
+    models = sorted(set(map(_answering_model, contents.answers)))
     return Result(
         benchmark.name, benchmark.title, ", ".join(models), dict(options), len(questions), len(scores), _values(scores),
-        scores[0].main, scores[0].counts, (*faults, *(finding for one in scores for finding in one.findings)),
+        scores[0].main, scores[0].counts, (*faults, *(finding for part in scores for finding in part.findings)),
         scores[0].lacking,
     )  # fmt: skip
 
@@ -91,7 +91,7 @@ def submission(
     benchmark: Benchmark, questions: Sequence[Question], paths: Sequence[epath.PathLike], options: Options,
     data: epath.PathLike, directory: epath.PathLike,
 ) -> tuple[str, ...]:  # fmt: skip
-    """Writes the files that the benchmark's server wants into `directory`; their paths. data: the benchmark's files.
+    """Writes the files for the benchmark's server into `directory`; their paths. data: the benchmark's files.
 
     Raises:
       DataError: a question has no answer or several, or a line is broken; names each. ValueError: it has no server.
@@ -101,14 +101,14 @@ def submission(
     merged = answers.merge(questions, paths)
     if any(answer.repeat for answer in merged):
         raise UsageError(f"{', '.join(map(str, paths))}: holds repeats; a server wants one answer to a question")
-    place = epath.Path(directory)
+    folder = epath.Path(directory)
     contents = benchmark.submit(epath.Path(data), questions, {answer.id: answer.text for answer in merged}, options)
     for name, content in contents.items():
-        files.write_whole(place / name, content)
-    return tuple(str(place / name) for name in contents)
+        files.write_whole(folder / name, content)
+    return tuple(str(folder / name) for name in contents)
 
 
-def _answered_by(answer: answers.Answer) -> str:
+def _answering_model(answer: answers.Answer) -> str:
     """The model; of a judge's review, the candidate that it is about."""
     candidate = answer.metadata.get("candidate")
     return candidate if isinstance(candidate, str) and candidate else answer.model
@@ -159,8 +159,8 @@ def _check(run: Any, result: Result) -> None:
         raise ValueError("the options or the main number are missing")
 
 
-def shown(result: Result, column: str) -> str:
-    """A number as people read it: "81.50 ± 0.25" of several repeats, "-" of an empty group, "" where there is none."""
+def cell_text(result: Result, column: str) -> str:
+    """A number as a table's cell: "81.50 ± 0.25" of several repeats, "-" of an empty group, "" where there is none."""
     if column not in result.numbers:
         return ""
     if result.counts.get(f"{column} of") == 0:
@@ -169,7 +169,7 @@ def shown(result: Result, column: str) -> str:
     return f"{value.mean:.2f}" + (f" ± {value.sd:.2f}" if result.repeats > 1 else "")
 
 
-def text(result: Result, listed: int = 20) -> str:
+def text(result: Result, limit: int = 20) -> str:
     """The result for a terminal: columns, counts of findings, and the first `listed` findings of each kind."""
     options = ", ".join(f"{name}={value}" for name, value in result.options.items() if value)
     lines = [f"{result.title}: {result.questions:,} questions, model {result.model or '(not named)'}"
@@ -177,18 +177,18 @@ def text(result: Result, listed: int = 20) -> str:
     width = max(map(len, result.numbers))
     for name in result.numbers:
         of = f"   of {result.counts[f'{name} of']:,}" if f"{name} of" in result.counts else ""
-        lines.append(f"{'*' if name == result.main else ' '} {name:<{width}} {shown(result, name):>8}{of}")
+        lines.append(f"{'*' if name == result.main else ' '} {name:<{width}} {cell_text(result, name):>8}{of}")
     for kind, (of_file, meaning) in FAULTS.items():
         members = [finding for finding in result.findings if finding.kind == kind]
         if members:
             lines.append(f"{len(members):,} {kind}: {meaning}; {result.lacking}{' (allowed)' if of_file else ''}")
-            lines += [f"  {finding}" for finding in members[:listed]]
-            lines += [f"  and {len(members) - listed:,} more, in the file of --out"] * (len(members) > listed)
+            lines += [f"  {finding}" for finding in members[:limit]]
+            lines += [f"  and {len(members) - limit:,} more, in the file of --out"] * (len(members) > limit)
     return "\n".join(lines)
 
 
 def _values(scores: Sequence[Score]) -> dict[str, Value]:
     columns: Mapping[str, Any] = scores[0].numbers
-    taken = {name: [one.numbers[name] for one in scores] for name in columns}
+    by_column = {name: [score.numbers[name] for score in scores] for name in columns}
     return {name: Value(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0)
-            for name, values in taken.items()}  # fmt: skip
+            for name, values in by_column.items()}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The verbs that need no model: each reads files, calls one function of this package, and prints what came of it."""
+"""The verbs that need no model: each reads files, calls one function of this package, and prints its result."""
 
 import argparse
 import sys
@@ -6,27 +6,35 @@ from collections.abc import Callable, Sequence
 
 from llava_jax import errors
 from llava_jax.errors import DataError, UsageError
-from llava_jax.evaluate import answers, ensemble, judge, questions, report
+from llava_jax.evaluate import answers, ensemble, judge, report
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS, get
-from llava_jax.evaluate.questions import Benchmark, Question
+from llava_jax.evaluate.questions import (
+    Benchmark,
+    Fault,
+    Question,
+    ReadResult,
+    bad_benchmark,
+    load_questions,
+    resolve_options,
+)  # fmt: skip
 from llava_jax.openai_client import Client
 from llava_jax.openai_client import options as server
 
 
-def chosen(options: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]:
+def selection(options: argparse.Namespace) -> tuple[Benchmark, dict[str, str]]:
     """The benchmark of `--benchmark`, and all its options.
 
     Raises:
       UsageError: there is none of that name, or no such option.
     """
     benchmark = get(options.benchmark)
-    return benchmark, questions.resolved(benchmark, options.option)
+    return benchmark, resolve_options(benchmark, options.option)
 
 
 def client(options: argparse.Namespace, cache: str) -> Client:
-    """The server that is asked; cache: the file of its answers where `--cache` names none."""
+    """The client of the server; cache: the file of its answers where `--cache` names none."""
     return server.open_client(options, options.cache or cache)
 
 
@@ -47,24 +55,24 @@ def _list(options: argparse.Namespace) -> int:
 
 
 def _merge(options: argparse.Namespace) -> int:
-    asked, _ = _questions(options)
-    merged = answers.merge(asked, options.answers)
+    questions, _ = _questions(options)
+    merged = answers.merge(questions, options.answers)
     answers.write(options.out, merged)
     print(f"{len(merged):,} answers of {len(options.answers)} files in {options.out}")
     return 0
 
 
 def _score(options: argparse.Namespace) -> int:
-    benchmark, settings = chosen(options)
-    asked, _ = questions.load(benchmark, options.data, settings)
+    benchmark, settings = selection(options)
+    questions, _ = load_questions(benchmark, options.data, settings)
     if options.submission is not None:
         for path in scores.submission(
-            benchmark, asked, options.answers, settings, options.data, options.submission
+            benchmark, questions, options.answers, settings, options.data, options.submission
         ):  # fmt: skip
             print(f"wrote {path}")
-        if any(question.truth is None for question in asked):
+        if any(question.truth is None for question in questions):
             return 0
-    result = scores.score(benchmark, asked, options.answers, settings, options.allow_faults)
+    result = scores.score(benchmark, questions, options.answers, settings, options.allow_faults)
     print(scores.text(result))
     if options.out is not None:
         scores.write(options.out, result, options.name)
@@ -72,59 +80,59 @@ def _score(options: argparse.Namespace) -> int:
 
 
 def _judge(options: argparse.Namespace) -> int:
-    benchmark, settings = chosen(options)
-    asked, _ = questions.load(benchmark, options.data, settings)
-    if not all("rule" in (question.facts or {}) for question in asked):
+    benchmark, settings = selection(options)
+    questions, _ = load_questions(benchmark, options.data, settings)
+    if not all("rule" in (question.facts or {}) for question in questions):
         raise UsageError(f"--benchmark {benchmark.name}: a judge reviews LLaVA-Bench; `score` has the rule of this one")
-    candidates, rules = _whole(asked, options.answers), judge.rules(options.rules, asked)
+    candidates, rules = _complete_answers(questions, options.answers), judge.rules(options.rules, questions)
     if options.dry_run:
-        sys.stdout.write(judge.requests_text(asked, candidates, rules, options.system))
+        sys.stdout.write(judge.requests_text(questions, candidates, rules, options.system))
         return 0
     with client(options, f"{options.out}.cache") as reviewer:
-        reviews = judge.review(asked, candidates, rules, reviewer, options.repeats, options.attempts, options.system,
-                               options.temperature)  # fmt: skip
-        print(reviewer.spent)
+        reviews = judge.review(questions, candidates, rules, reviewer, options.repeats, options.attempts,
+                               options.system, options.temperature)  # fmt: skip
+        print(reviewer.usage)
     answers.write(options.out, reviews)
-    lost = [one for one in reviews if "fault" in one.metadata]
-    for one in lost:
-        print(f"  id={one.id!r} repeat {one.repeat} not_answered: {one.metadata['detail']}")
-    print(f"{len(reviews) - len(lost):,} reviews in {options.out}: `score` reads them")
-    return errors.DATA if lost else 0
+    unanswered = [row for row in reviews if "fault" in row.metadata]
+    for row in unanswered:
+        print(f"  id={row.id!r} repeat {row.repeat} not_answered: {row.metadata['detail']}")
+    print(f"{len(reviews) - len(unanswered):,} reviews in {options.out}: `score` reads them")
+    return errors.DATA if unanswered else 0
 
 
 def _ensemble(options: argparse.Namespace) -> int:
     options.benchmark = "scienceqa"
-    asked, _ = _questions(options)
-    ours, gpt4 = _whole(asked, [options.ours]), _whole(asked, [options.gpt4])
+    questions, _ = _questions(options)
+    ours, gpt4 = _complete_answers(questions, [options.ours]), _complete_answers(questions, [options.gpt4])
     if options.way == "complement":
-        joined = ensemble.complement(asked, ours, gpt4)
+        combined = ensemble.complement(questions, ours, gpt4)
     else:
-        joined = ensemble.judged(asked, ours, _requeried(options, asked, ours, gpt4))
-    answers.write(options.out, joined.answers)
-    print(", ".join(f"{count:,} answers of {side}" for side, count in joined.taken.items()) + f" in {options.out}")
+        combined = ensemble.prefer_judge(questions, ours, _judge_answers(options, questions, ours, gpt4))
+    answers.write(options.out, combined.answers)
+    print(", ".join(f"{count:,} answers of {side}" for side, count in combined.counts.items()) + f" in {options.out}")
     return 0
 
 
-def _requeried(
-    options: argparse.Namespace, asked: Sequence[Question], ours: dict[str, Answer], gpt4: dict[str, Answer]
+def _judge_answers(
+    options: argparse.Namespace, questions: Sequence[Question], ours: dict[str, Answer], gpt4: dict[str, Answer]
 ) -> dict[str, Answer]:
-    """The judge's answers: those of a file, or made now and kept beside the output."""
+    """The judge's answers: those of a file, or requested now and written to OUT.requery."""
     if options.requery is not None:
-        read = answers.read([options.requery])
-        _, faults = answers.match(asked, read.answers)
-        faults = [fault for fault in (*read.faults, *faults) if fault.kind not in ("missing_answer", "empty_answer")]
+        file = answers.read([options.requery])
+        _, faults = answers.match(questions, file.answers)
+        faults = [fault for fault in (*file.faults, *faults) if fault.kind not in ("missing_answer", "empty_answer")]
         if faults:
-            raise questions.bad(options.requery, faults)
-        replies: Sequence[Answer] = read.answers
+            raise bad_benchmark(options.requery, faults)
+        replies: Sequence[Answer] = file.answers
     else:
         with client(options, f"{options.out}.cache") as reviewer:
-            replies = ensemble.requery(asked, ours, gpt4, reviewer)
-            print(reviewer.spent)
+            replies = ensemble.requery(questions, ours, gpt4, reviewer)
+            print(reviewer.usage)
         answers.write(f"{options.out}.requery", replies)
-        lost = [questions.Fault("not_answered", one.id, one.metadata["detail"]) for one in replies if one.metadata]
-        if lost:
-            raise questions.bad(f"{options.out}.requery (the same command asks again)", lost)
-    return {one.id: one for one in replies}
+        faults_of_server = [Fault("not_answered", row.id, row.metadata["detail"]) for row in replies if row.metadata]
+        if faults_of_server:
+            raise bad_benchmark(f"{options.out}.requery (the same command asks again)", faults_of_server)
+    return {row.id: row for row in replies}
 
 
 def _report(options: argparse.Namespace) -> int:
@@ -133,17 +141,17 @@ def _report(options: argparse.Namespace) -> int:
     return 0
 
 
-def _whole(asked: Sequence[Question], paths: Sequence[str]) -> dict[str, Answer]:
+def _complete_answers(questions: Sequence[Question], paths: Sequence[str]) -> dict[str, Answer]:
     """One answer to every question; an empty one is an answer."""
-    merged = answers.merge(asked, paths)
-    if any(one.repeat or "fault" in one.metadata for one in merged):
+    merged = answers.merge(questions, paths)
+    if any(row.repeat or "fault" in row.metadata for row in merged):
         raise DataError(f"{', '.join(paths)}: holds repeats, or questions that were not answered; want one answer each")
-    return {one.id: one for one in merged}
+    return {row.id: row for row in merged}
 
 
-def _questions(options: argparse.Namespace) -> questions.Read:
-    benchmark, settings = chosen(options)
-    return questions.load(benchmark, options.data, settings)
+def _questions(options: argparse.Namespace) -> ReadResult:
+    benchmark, settings = selection(options)
+    return load_questions(benchmark, options.data, settings)
 
 
 VERBS: dict[str, Callable[[argparse.Namespace], int]] = {

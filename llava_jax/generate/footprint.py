@@ -22,7 +22,7 @@ class Footprint(NamedTuple):
 def footprint(model: Llava, mesh: Mesh, slots: int, shape: Shape) -> Footprint:
     """What `slots` requests of one shape take on each device of a mesh, with weights in the model's dtype.
 
-    The mesh may be of a topology (`plan.compile.find_place`); nothing is allocated.
+    The mesh may be of a topology (`plan.compile.find_target`); nothing is allocated.
     """
     runner = Engine(model, slots, model.config.llm.vocab, (), mesh)
     memory = [program.memory_analysis() for program in runner.compiled(weights(model, mesh), shape)]

@@ -10,7 +10,7 @@ from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import vit
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.names import SAME, Row, norm
-from llava_jax.models.parts import Content, Tower, check_numbers
+from llava_jax.models.parts import Content, Tower
 from llava_jax.models.vit import HiddenStateTower, VisionConfig
 
 # Defaults of transformers' CLIPVisionConfig, which config.json may leave out. Source: transformers 4.57.6 and 5.23.0.
@@ -76,9 +76,7 @@ def read_config(content: Content, where: str, select_layer: int, select_feature:
     if kind not in _TYPES:
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted {_TYPES[0]}")
     values = {**_DEFAULTS, **inner}
-    if values["num_channels"] != 3:
-        raise UnusableCheckpoint(f"{where}: num_channels {values['num_channels']}; wanted 3")
-    check_numbers(values, vit.SIZES, "layer_norm_eps", where)
+    vit.check_json(values, where, select_layer)
     return VisionConfig(
         **vit.sizes_of(values), act=values["hidden_act"], select_layer=select_layer, select_feature=select_feature
     )

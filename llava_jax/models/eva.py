@@ -20,7 +20,7 @@ from llava_jax.models import vit
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, stacked
 from llava_jax.models.names import CELL, LINEAR, PATCH, ROW, SAME, Row, linear, norm
-from llava_jax.models.parts import Content, Tower, TowerConfig, check_fixed, check_numbers
+from llava_jax.models.parts import Content, Tower, TowerConfig, check_fixed
 from llava_jax.models.vit import VisionTransformer
 
 
@@ -137,7 +137,7 @@ def read_config(content: Content, where: str, select_layer: int, select_feature:
     """
     values = {**_DEFAULTS, **content}
     check_fixed(values, _FIXED, where, "BLIP-2")
-    check_numbers(values, vit.SIZES, "layer_norm_eps", where)
+    vit.check_json({"num_channels": 3, **values}, where)
     return EvaConfig(**vit.sizes_of(values), select_feature=select_feature)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.decoder import LanguageModel
 from llava_jax.models.names import LINEAR, SAME, Row
-from llava_jax.models.parts import Content, Decoder, DecoderConfig, RopeScaling, check_fixed, check_numbers
+from llava_jax.models.parts import NUMBERS, Content, Decoder, DecoderConfig, RopeScaling, check_fixed, check_numbers
 
 # Defaults of transformers' LlamaConfig, which config.json may leave out. Source: transformers 4.57.6 and 5.23.0.
 DEFAULTS = {
@@ -27,6 +27,10 @@ _ROPE = {  # RopeScaling's fields of "llama3" -> their names
     "low_freq_factor": "low_freq_factor", "high_freq_factor": "high_freq_factor",
     "original_positions": "original_max_position_embeddings",
 }  # fmt: skip
+_ROPE_KINDS = {  # rope_type -> what its object must have
+    "default": (), "linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", *_ROPE.values()),
+}  # fmt: skip
+_ROPE_NUMBERS = ("rope_theta", *_ROPE_KINDS["llama3"])
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,8 @@ def read_config(content: Content, where: str) -> LlamaConfig:
 def refuse_window(values: Content, where: str, name: str) -> None:
     """Raises UnusableCheckpoint where some layer does not see the whole text."""
     window, layers = values["sliding_window"] if values["use_sliding_window"] else None, values["layer_types"]
-    if window is not None or layers not in (None, ["full_attention"] * values["num_hidden_layers"]):
+    whole = layers is None or (isinstance(layers, list) and set(map(str, layers)) == {"full_attention"})
+    if window is not None or not whole:
         raise UnusableCheckpoint(
             f"{where}: sliding_window is {window!r}, layer_types {str(layers)[:60]}; wanted neither: all layers of a "
             f"{name} see the whole text"
@@ -83,14 +88,21 @@ def read_sizes(values: Content, where: str) -> dict[str, Any]:
     Raises:
       UnusableCheckpoint: a size that is none, or rotary positions of another kind.
     """
-    optional = [key for key in ("num_key_value_heads", "head_dim") if values[key]]
+    optional = [key for key in ("num_key_value_heads", "head_dim") if values[key] is not None]
     check_numbers(values, (*_SIZES, *optional), "rms_norm_eps", where)
     heads = values["num_attention_heads"]
+    kv_heads, head_width = values["num_key_value_heads"] or heads, values["head_dim"] or values["hidden_size"] // heads
+    if heads % kv_heads:
+        raise UnusableCheckpoint(
+            f"{where}: num_key_value_heads is {kv_heads}; wanted a divisor of num_attention_heads={heads}"
+        )
+    if head_width % 2:
+        raise UnusableCheckpoint(f"{where}: head_dim is {head_width}; wanted an even number (rotary halves)")
     theta, scaling = _read_rope(values, where)
     return {
         "vocab": values["vocab_size"], "width": values["hidden_size"], "mlp_width": values["intermediate_size"],
-        "layers": values["num_hidden_layers"], "heads": heads, "kv_heads": values["num_key_value_heads"] or heads,
-        "head_width": values["head_dim"] or values["hidden_size"] // heads, "eps": values["rms_norm_eps"],
+        "layers": values["num_hidden_layers"], "heads": heads, "kv_heads": kv_heads, "head_width": head_width,
+        "eps": float(values["rms_norm_eps"]),
         "rope_theta": theta, "rope_scaling": scaling, "max_positions": values["max_position_embeddings"],
         "tie_embeddings": values["tie_word_embeddings"],
     }  # fmt: skip
@@ -98,24 +110,58 @@ def read_sizes(values: Content, where: str) -> dict[str, Any]:
 
 def _read_rope(values: Content, where: str) -> tuple[float, RopeScaling | None]:
     """transformers 5 keeps all in `rope_parameters`, 4 in `rope_theta` and `rope_scaling`."""
-    new, old = values["rope_parameters"] or {}, values["rope_scaling"] or {}
+    new, old = (_rope_object(values[key] or {}, f"{where}: {key}") for key in ("rope_parameters", "rope_scaling"))
+    _check_rope_number("rope_theta", values["rope_theta"], where)
+    if values.get("partial_rotary_factor") not in (None, 1):
+        raise UnusableCheckpoint(f"{where}: partial_rotary_factor is {values['partial_rotary_factor']!r}; wanted 1")
     thetas = {float(theta) for theta in (new.get("rope_theta"), values["rope_theta"]) if theta is not None}
     if len(thetas) > 1:
         raise UnusableCheckpoint(f"{where}: rope_theta {sorted(thetas)}, in rope_parameters and beside it; want one")
-    scalings = {_scaling(part, where) for part in (new, old) if part}
+    scalings = {_scaling(part) for part in (new, old) if part}
     if len(scalings) > 1:
         raise UnusableCheckpoint(f"{where}: rope_parameters {new} and rope_scaling {old} differ; want one")
     return next(iter(thetas), 10000.0), next(iter(scalings), None)
 
 
-def _scaling(part: Mapping[str, Any], where: str) -> RopeScaling | None:
-    kind = part.get("rope_type", part.get("type", "default"))
+def _rope_object(part: Any, where: str) -> Content:
+    """An object of config.json about rotary positions. Raises UnusableCheckpoint: not such as `models` has them."""
+    if not isinstance(part, Mapping):
+        raise UnusableCheckpoint(f"{where} is {part!r}; wanted null or an object with a rope_type")
+    kind = _rope_kind(part)
+    if not isinstance(kind, str) or kind not in _ROPE_KINDS:
+        raise UnusableCheckpoint(f"{where}: rope scaling {kind!r}; wanted one of {', '.join(_ROPE_KINDS)}")
+    for key, value in part.items():
+        whole = key == "partial_rotary_factor" and value == 1  # all of a head is rotated
+        if key in _ROPE_NUMBERS:
+            _check_rope_number(key, value, where)
+        elif key not in ("rope_type", "type") and value is not None and not whole:
+            shown = ", ".join(_ROPE_NUMBERS)
+            raise UnusableCheckpoint(f"{where}: {key} is {str(value)[:60]}; wanted no key but {shown}")
+    missing = [key for key in _ROPE_KINDS[kind] if part.get(key) is None]
+    if missing:
+        raise UnusableCheckpoint(f"{where}: {missing[0]} is missing; wanted a number for rope_type {kind!r}")
+    return part
+
+
+def _check_rope_number(key: str, value: Any, where: str) -> None:
+    kinds = (int,) if key == "original_max_position_embeddings" else NUMBERS
+    if value is not None and not (type(value) in kinds and value > 0):
+        kind = "whole number" if kinds == (int,) else "number"
+        raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted null or a {kind} above 0")
+
+
+def _rope_kind(part: Content) -> Any:
+    return part.get("rope_type", part.get("type", "default"))
+
+
+def _scaling(part: Content) -> RopeScaling | None:
+    kind = _rope_kind(part)
     if kind == "default":
         return None
-    if kind not in ("linear", "dynamic", "llama3"):
-        raise UnusableCheckpoint(f"{where}: rope scaling {kind!r}; wanted default, linear, dynamic or llama3")
-    own = {ours: part.get(theirs) for ours, theirs in _ROPE.items()} if kind == "llama3" else {}
-    return RopeScaling(kind, float(part["factor"]), **own)
+    if kind != "llama3":
+        return RopeScaling(kind, float(part["factor"]))
+    low, high, positions = (part[key] for key in _ROPE.values())
+    return RopeScaling(kind, float(part["factor"]), float(low), float(high), positions)
 
 
 def config_json(config: DecoderConfig, vocab: int, dtype: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ _DEFAULTS = llama.DEFAULTS | {
     "intermediate_size": 14336, "num_key_value_heads": 8, "max_position_embeddings": 4096 * 32, "sliding_window": 4096,
 }  # fmt: skip
 _FIXED = {"hidden_act": "silu"}
+_LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,14 @@ def read_config(content: Content, where: str) -> MistralConfig:
     """
     values = {**_DEFAULTS, **content}
     check_fixed(values, _FIXED, where, "Mistral")
+    sizes = llama.read_sizes(values, where)
     window, layers = values["sliding_window"], values["layer_types"]
-    if layers is not None and len(set(layers)) > 1:
-        raise UnusableCheckpoint(f"{where}: layer_types {str(layers)[:60]}; wanted the same of all layers")
+    if layers not in (None, *([kind] * values["num_hidden_layers"] for kind in _LAYER_TYPES)):
+        wish = " or ".join(_LAYER_TYPES)
+        raise UnusableCheckpoint(f"{where}: layer_types is {str(layers)[:60]}; wanted {wish} for all layers")
     if window is not None and not (type(window) is int and window > 0):
         raise UnusableCheckpoint(f"{where}: sliding_window is {window!r}; wanted null or a whole number above 0")
-    return MistralConfig(**llama.read_sizes(values, where), window=window)
+    return MistralConfig(**sizes, window=window)
 
 
 def config_json(config: MistralConfig, vocab: int, dtype: str) -> dict[str, Any]:

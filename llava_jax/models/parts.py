@@ -4,7 +4,7 @@ A part is one file that ends in one of these records; `models.registry` lists th
 asks what kind of a part it has before it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -154,6 +154,7 @@ class DecoderConfig(Sizes):
 
 
 Content = Mapping[str, Any]  # a config.json, or one object inside it
+NUMBERS = (int, float)  # types of its numbers; `true` is none
 
 
 @dataclass(frozen=True)
@@ -255,7 +256,15 @@ def check_fixed(values: Content, wanted: Mapping[str, Any], where: str, model: s
 def check_numbers(values: Content, sizes: Sequence[str], eps: str, where: str) -> None:
     """Raises UnusableCheckpoint unless a config's sizes are whole numbers above 0, and its eps a number above 0."""
     for key in (*sizes, eps):
-        value = values[key]
-        if not isinstance(value, (int, float) if key == eps else int) or not value > 0:
+        value, kinds = values[key], NUMBERS if key == eps else (int,)
+        if type(value) not in kinds or not value > 0:
             kind = "number" if key == eps else "whole number"
             raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted a {kind} above 0")
+
+
+def check_choice(values: Content, key: str, known: Collection[Any], where: str) -> None:
+    """Raises UnusableCheckpoint unless a config.json has one of the values that are known here."""
+    value = values[key]
+    if not any(type(value) is type(one) and value == one for one in known):
+        raise UnusableCheckpoint(f"{where}: {key} is {value!r}; wanted one of {', '.join(map(str, known))}")
+

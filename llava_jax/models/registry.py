@@ -4,9 +4,10 @@ import difflib
 import importlib
 import os
 import re
+import sys
 from typing import Any
 
-from llava_jax.errors import UsageError
+from llava_jax.errors import Foreign, UsageError
 from llava_jax.models import clip, eva, flamingo, llama, mistral, mlp, qformer, qwen, siglip
 from llava_jax.models.parts import Connector, Decoder, DecoderConfig, Tower, TowerConfig
 
@@ -15,7 +16,6 @@ VARIABLE = "LLAVA_JAX_PARTS"  # an environment variable: modules, with commas, t
 _towers = {part.kind: part for part in (clip.PART, siglip.PART, eva.PART)}
 _decoders = {part.kind: part for part in (llama.PART, mistral.PART, *qwen.PARTS)}
 _connectors = {part.name: part for part in (*mlp.PARTS, qformer.PART, *flamingo.PARTS)}
-_imported = set[str]()
 
 
 def register(part: Tower | Decoder | Connector) -> None:
@@ -104,10 +104,18 @@ def _own() -> str:
 
 
 def _import_parts() -> None:
-    for name in filter(None, os.environ.get(VARIABLE, "").split(",")):
-        if name not in _imported:
-            _imported.add(name)
-            try:
-                importlib.import_module(name)
-            except ImportError as error:
-                raise UsageError(f"{VARIABLE} names the module {name!r}: {error}") from None
+    tables = (_towers, _decoders, _connectors)
+    for name in filter(None, map(str.strip, os.environ.get(VARIABLE, "").split(","))):
+        if name in sys.modules:
+            continue
+        before = sum(map(len, tables))
+        with Foreign(lambda error, name=name: _fault(name, error)):
+            importlib.import_module(name)
+        if sum(map(len, tables)) == before:
+            raise UsageError(f"{VARIABLE} names the module {name!r}, which registers no part: want one that calls "
+                             "`llava_jax.register(part)` when it is imported")  # fmt: skip
+
+
+def _fault(name: str, error: BaseException) -> UsageError:
+    said = next(iter(str(error).splitlines()), "")
+    return UsageError(f"{VARIABLE} names the module {name!r}, which fails: {type(error).__name__}: {said}")

@@ -14,7 +14,7 @@ from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import clip, vit
 from llava_jax.models.layers import Params
 from llava_jax.models.names import CELL, LINEAR, SAME, Row, linear, norm
-from llava_jax.models.parts import Content, Tower, check, check_numbers
+from llava_jax.models.parts import Content, Tower, check, check_choice
 from llava_jax.models.vit import HiddenStateTower, VisionConfig
 
 HALF = (0.5, 0.5, 0.5)
@@ -92,9 +92,8 @@ def read_config(content: Content, where: str, select_layer: int, select_feature:
     kind = values.get("model_type", _TYPES[0])
     if kind not in _TYPES:
         raise UnusableCheckpoint(f"{where}: vision model_type {kind!r}; wanted {_TYPES[0]}")
-    if values["num_channels"] != 3:
-        raise UnusableCheckpoint(f"{where}: num_channels {values['num_channels']}; wanted 3")
-    check_numbers(values, vit.SIZES, "layer_norm_eps", where)
+    vit.check_json(values, where, select_layer)
+    check_choice(values, "vision_use_head", (True, False), where)
     return SiglipConfig(
         **vit.sizes_of(values), act=values["hidden_act"], select_layer=select_layer, select_feature=select_feature,
         pooled=values["vision_use_head"],

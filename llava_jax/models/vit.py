@@ -8,10 +8,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.attention import attention
 from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, through
 from llava_jax.models.names import PATCH, SAME, Row, linear, norm
-from llava_jax.models.parts import TowerConfig, check
+from llava_jax.models.parts import Content, TowerConfig, check, check_choice, check_numbers
 from llava_jax.models.remat import remat
 
 ACTIVATIONS = {
@@ -163,12 +164,28 @@ def first_layers(config: VisionConfig) -> dict[str, int]:
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "image_size", "patch_size")
 
 
+def check_json(values: Content, where: str, select_layer: int = -1) -> None:
+    """Raises UnusableCheckpoint unless a config.json, filled with its kind's defaults, is of a tower that runs here."""
+    check_numbers(values, SIZES, "layer_norm_eps", where)
+    check_choice(values, "num_channels", (3,), where)
+    check_choice(values, "hidden_act", ACTIVATIONS, where)
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width % heads:
+        raise UnusableCheckpoint(f"{where}: hidden_size is {width}; wanted a multiple of num_attention_heads={heads}")
+    layers = values["num_hidden_layers"]
+    if not 1 <= (select_layer if select_layer >= 0 else layers + 1 + select_layer) <= layers:
+        raise UnusableCheckpoint(
+            f"{where}: hidden state {select_layer} is wanted of {layers} layers; wanted one after a block: "
+            f"1 to {layers}, or -{layers} to -1"
+        )
+
+
 def sizes_of(values: Any) -> dict[str, Any]:
     """The fields of a TowerConfig out of a config.json whose numbers are checked."""
     return {
         "image_size": values["image_size"], "patch_size": values["patch_size"], "width": values["hidden_size"],
         "mlp_width": values["intermediate_size"], "layers": values["num_hidden_layers"],
-        "heads": values["num_attention_heads"], "eps": values["layer_norm_eps"],
+        "heads": values["num_attention_heads"], "eps": float(values["layer_norm_eps"]),
     }  # fmt: skip
 
 

@@ -1,7 +1,7 @@
-"""The cache of answers: a file of JSON lines that survives kill -9, and the only log a run needs to go on from.
+"""The cache of answers: a file of JSON lines that survives kill -9, and the only log that a run resumes from.
 
-Each request writes {"key", "sent"} before it leaves and its answer, or {"key", "failed"}, after, and {"key", "unsure"}
-for each attempt between that broke off. What was sent and never came back was in flight when a run was killed.
+Each request writes {"key", "sent"} before it is sent and its answer, or {"key", "failed"}, after, and {"key", "unsure"}
+for each attempt between that broke off. A request without an outcome was in flight when a run was killed.
 """
 
 import collections
@@ -16,18 +16,18 @@ from llava_jax.errors import UsageError
 from llava_jax.openai_client.wire import Answer
 
 _FIELDS = ("text", "finish_reason", "tokens_in", "tokens_out")
-# The kinds of lines: what each holds beside `key`. Older files have "sent" alone.
+# The kinds of lines: their fields besides `key`. Older files have "sent" alone.
 _KINDS = (
     {"sent": int, "tokens_in": int, "tokens_out": int}, {"unsure": int, "tokens_in": int, "tokens_out": int},
     {"failed": str}, {"text": str, "finish_reason": str, "tokens_in": int, "tokens_out": int}, {"sent": int},
 )  # fmt: skip
-_MOST = 1 << 53  # of a number in a line
+_MAX_NUMBER = 1 << 53  # of a number in a line
 
 
 class Cache:
     """Answers by key in a local file that one process at a time may open.
 
-    tokens: what the answers in the file took when it was opened, in and out. unsure: attempts that may have been
+    tokens: of the answers in the file when it was opened, in and out. unsure: attempts that may have been
     billed without an answer, those in flight at a kill included; unsure_tokens: by the estimates of their requests.
 
     Raises:
@@ -39,7 +39,7 @@ class Cache:
             raise UsageError(f"cache {str(path)!r}: want a local file, for it is locked and appended to")
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path, self.tokens, self.unsure, self.unsure_tokens = path, (0, 0), 0, (0, 0)
-        self._lock, self._places = threading.Lock(), {}  # key -> (offset, bytes) of its answer's line
+        self._lock, self._offsets = threading.Lock(), {}  # key -> (offset, bytes) of its answer's line
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -57,31 +57,31 @@ class Cache:
 
     def get(self, key: str) -> Answer | None:
         """The answer of this key."""
-        place = self._places.get(key)
-        if place is None:
+        position = self._offsets.get(key)
+        if position is None:
             return None
-        row = json.loads(os.pread(self._file, place[1], place[0]))
+        row = json.loads(os.pread(self._file, position[1], position[0]))
         return Answer(*(row[name] for name in _FIELDS), cached=True)
 
-    def sent(self, key: str, when: int, tokens: tuple[int, int]) -> None:
-        """Notes that a request leaves; when: Unix seconds; tokens: what it may be billed, in and out."""
+    def record_sent(self, key: str, when: int, tokens: tuple[int, int]) -> None:
+        """Records that a request is sent; when: Unix seconds; tokens: those it may be billed, in and out."""
         self._append({"key": key, "sent": when, "tokens_in": tokens[0], "tokens_out": tokens[1]})
 
-    def unsure_attempt(self, key: str, tokens: tuple[int, int]) -> None:
-        """Notes that an attempt broke off where the server may bill it."""
+    def record_unsure(self, key: str, tokens: tuple[int, int]) -> None:
+        """Records that an attempt broke off where the server may bill it."""
         self._append({"key": key, "unsure": 1, "tokens_in": tokens[0], "tokens_out": tokens[1]})
 
-    def failed(self, key: str, reason: str) -> None:
-        """Notes that a request came back without an answer; it will be asked again."""
+    def record_failure(self, key: str, reason: str) -> None:
+        """Records that a request has no answer; a later run sends it again."""
         self._append({"key": key, "failed": reason})
 
-    def keep(self, key: str, model: str, answer: Answer) -> None:
+    def put(self, key: str, model: str, answer: Answer) -> None:
         """Writes an answer; when this returns it is on the disk."""
         fields = (answer.text, answer.finish_reason, answer.tokens_in, answer.tokens_out)
-        place = self._append({"key": key, "model": model, **dict(zip(_FIELDS, fields))})
+        position = self._append({"key": key, "model": model, **dict(zip(_FIELDS, fields))})
         os.fsync(self._file)
         with self._lock:
-            self._places[key] = place
+            self._offsets[key] = position
 
     def _append(self, row: dict[str, Any]) -> tuple[int, int]:
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -97,42 +97,42 @@ class Cache:
         return start, len(line)
 
     def _read(self) -> None:
-        """Indexes the file; a last line that was torn by a kill is cut off, one that only lacks its end gets it."""
-        place, whole = 0, True
-        flying: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # key -> estimates of what was sent
-        answered, unsure = list[tuple[int, int]](), list[tuple[int, int]]()
+        """Indexes the file; cuts off a last line that a kill truncated, and ends one that lacks only its line end."""
+        offset, complete = 0, True
+        in_flight: dict[str, list[tuple[int, int]]] = collections.defaultdict(list)  # key -> estimates of what was sent
+        answer_tokens, unsure_tokens = list[tuple[int, int]](), list[tuple[int, int]]()
         with open(self.path, "rb") as file:
             for number, line in enumerate(file, 1):
-                row, whole = _parsed(line), line.endswith(b"\n")
-                if row is None and whole:
+                row, complete = _parse(line), line.endswith(b"\n")
+                if row is None and complete:
                     raise UsageError(f"cache {self.path}:{number}: no line of a cache: is this the right file? "
                                      "If it was damaged, take the line out")  # fmt: skip
                 if row is None:
-                    os.ftruncate(self._file, place)
-                    whole = True
+                    os.ftruncate(self._file, offset)
+                    complete = True
                     break
                 key, tokens = row["key"], (row.get("tokens_in", 0), row.get("tokens_out", 0))
                 if "sent" in row:
-                    flying[key].append(tokens)
+                    in_flight[key].append(tokens)
                 elif "unsure" in row:
-                    unsure.append(tokens)
-                elif flying[key]:
-                    flying[key].pop()
+                    unsure_tokens.append(tokens)
+                elif in_flight[key]:
+                    in_flight[key].pop()
                 if "text" in row:
-                    self._places[key] = (place, len(line))
-                    answered.append(tokens)
-                place += len(line)
-        if not whole:
+                    self._offsets[key] = (offset, len(line))
+                    answer_tokens.append(tokens)
+                offset += len(line)
+        if not complete:
             os.write(self._file, b"\n")
-        unsure += [tokens for lost in flying.values() for tokens in lost]
-        self.tokens, self.unsure, self.unsure_tokens = _sum(answered), len(unsure), _sum(unsure)
+        unsure_tokens += [tokens for estimates in in_flight.values() for tokens in estimates]
+        self.tokens, self.unsure, self.unsure_tokens = _sum(answer_tokens), len(unsure_tokens), _sum(unsure_tokens)
 
 
 def _sum(tokens: list[tuple[int, int]]) -> tuple[int, int]:
     return sum(one for one, _ in tokens), sum(one for _, one in tokens)
 
 
-def _parsed(line: bytes) -> dict[str, Any] | None:
+def _parse(line: bytes) -> dict[str, Any] | None:
     """A line of one of `_KINDS`, or None."""
     try:
         row = json.loads(line)
@@ -142,4 +142,4 @@ def _parsed(line: bytes) -> dict[str, Any] | None:
         return None
     fits = any(all(type(row.get(name)) is kind for name, kind in fields.items()) for fields in _KINDS)
     numbers = (value for value in row.values() if type(value) is int)
-    return row if fits and all(0 <= number < _MOST for number in numbers) else None
+    return row if fits and all(0 <= number < _MAX_NUMBER for number in numbers) else None

@@ -1,4 +1,4 @@
-"""`Client`: many questions at once, each retried, its answer kept, and all within a budget."""
+"""`Client`: sends many requests at once, retries each, caches the answers, and stays within a budget."""
 
 import hashlib
 import json
@@ -24,7 +24,7 @@ _LONGEST_BACKOFF_SECS = 60.0
 
 @dataclass(frozen=True)
 class Budget:
-    """What all requests of a cache file may take together, earlier runs included; None is no limit.
+    """The limit for all requests of a cache file together, earlier runs included; None is no limit.
 
     An attempt that broke off counts as what it may have been billed, by an estimate that is rather too high. Prices are
     dollars for a million tokens, as providers print them.
@@ -43,18 +43,18 @@ class Budget:
             raise UsageError(f"max_usd={self.max_usd} without prices: give usd_per_million_in and usd_per_million_out")
 
     def usd(self, tokens_in: int, tokens_out: int) -> float:
-        """What so many tokens cost."""
+        """The price of so many tokens."""
         return (tokens_in * self.usd_per_million_in + tokens_out * self.usd_per_million_out) / 1e6
 
     def allows(self, tokens_in: int, tokens_out: int) -> bool:
-        """Whether so much in all stays within it."""
+        """Whether so many tokens in all stay within the budget."""
         if self.max_tokens is not None and tokens_in + tokens_out > self.max_tokens:
             return False
         return self.max_usd is None or self.usd(tokens_in, tokens_out) <= self.max_usd
 
 
-class Spent(NamedTuple):
-    """What a client has done so far.
+class Usage(NamedTuple):
+    """Counts, tokens and money of a client so far.
 
     asked: requests sent to the server; cached: found in the cache; failed: without an answer; retries: further
     attempts; unsure: attempts that broke off and may have been billed, also those of earlier runs, and what was in
@@ -83,7 +83,7 @@ class Spent(NamedTuple):
 
 
 class Client:
-    """Questions in, answers out; as a context manager it lets go of the cache file at its end.
+    """Requests in, answers out; as a context manager it closes the cache file at its end.
 
         with Client(Endpoint("http://localhost:8000/v1", "my-model"), "answers.jsonl") as client:
             print(client.ask([{"role": "user", "content": "Is it raining?"}], temperature=0).text)
@@ -97,13 +97,13 @@ class Client:
     ) -> None:
         endpoint.key()
         self.endpoint, self.budget = endpoint, budget or Budget()
-        self._lock, self._held, self._stopped = threading.RLock(), (0, 0), ""
-        self._cache, self._spent = None, Spent()
+        self._lock, self._reserved, self._stop_reason = threading.RLock(), (0, 0), ""
+        self._cache, self._usage = None, Usage()
         if cache is not None:
             self._cache = Cache(Path(cache))
             tokens, unsure = self._cache.tokens, self._cache.unsure_tokens
             usd = self.budget.usd(*tokens)
-            self._spent = Spent(0, 0, 0, 0, self._cache.unsure, *tokens, usd, usd, *unsure, self.budget.usd(*unsure))
+            self._usage = Usage(0, 0, 0, 0, self._cache.unsure, *tokens, usd, usd, *unsure, self.budget.usd(*unsure))
         self._poster = Poster(endpoint.concurrency)
 
     def __enter__(self) -> "Client":
@@ -119,9 +119,9 @@ class Client:
             self._cache.close()
 
     @property
-    def spent(self) -> Spent:
+    def usage(self) -> Usage:
         """Counts, tokens and money so far."""
-        return self._spent
+        return self._usage
 
     def ask(
         self, messages: Sequence[dict[str, Any]], *, temperature: float | int | None = None,
@@ -142,10 +142,10 @@ class Client:
     def ask_many(self, requests: Iterable[Request]) -> Iterator[tuple[int, Answer | Failure]]:
         """(index, outcome) of every request as they complete, at most `concurrency` at once.
 
-        Requests are taken one by one as there is room for them. One that fails is a Failure and costs the others
-        nothing; of equal ones in flight one is sent. If the caller stops early, those in flight are waited for and
-        cached. Once the budget, the key or the address is found wanting, nothing more is sent: what is not in the
-        cache is a Failure that says so.
+        Requests are taken one by one as there is room for them. One that fails is a Failure and does not affect the
+        others; of equal ones in flight one is sent. If the caller stops early, those in flight are waited for and
+        cached. Once the budget is spent, or the key or the address is refused, nothing more is sent: what is not in
+        the cache is a Failure that says so.
         """
         flight: dict[str, tuple[Future, list[int]]] = {}
         closing = threading.Event()
@@ -156,35 +156,36 @@ class Client:
                     if key in flight:
                         flight[key][1].append(index)
                         continue
-                    if found := self._found(key):
-                        yield index, found
+                    if answer := self._cached_answer(key):
+                        yield index, answer
                         continue
                     while len(flight) == self.endpoint.concurrency or flight and not self._has_room(request):
-                        yield from self._arrived(flight)
-                    if refusal := self._refused(request):
+                        yield from self._collect(flight)
+                    if refusal := self._refusal(request):
                         yield index, refusal
                         continue
-                    flight[key] = (pool.submit(self._asked, key, request, closing), [index])
+                    flight[key] = (pool.submit(self._send, key, request, closing), [index])
                 while flight:
-                    yield from self._arrived(flight)
+                    yield from self._collect(flight)
             finally:
                 closing.set()
 
     def key(self, request: Request) -> str:
         """The request's name in the cache: sha256 of address, model, messages, sampling and choice."""
-        told = {"base_url": self.endpoint.base_url, "body": wire.body(self.endpoint, request), "choice": request.choice}
-        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
+        body = wire.body(self.endpoint, request)
+        parts = {"base_url": self.endpoint.base_url, "body": body, "choice": request.choice}
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-    def _found(self, key: str) -> Answer | None:
-        found = self._cache.get(key) if self._cache else None
-        if found:
+    def _cached_answer(self, key: str) -> Answer | None:
+        answer = self._cache.get(key) if self._cache else None
+        if answer:
             self._count(cached=1)
-        return found
+        return answer
 
-    def _arrived(self, flight: dict[str, tuple[Future, list[int]]]) -> Iterator[tuple[int, Answer | Failure]]:
-        """Waits for at least one request, and takes what is done out of `flight`."""
-        done, _ = wait([future for future, _ in flight.values()], return_when=FIRST_COMPLETED)
-        for key in [key for key, (future, _) in flight.items() if future in done]:
+    def _collect(self, flight: dict[str, tuple[Future, list[int]]]) -> Iterator[tuple[int, Answer | Failure]]:
+        """Waits for at least one request, and removes the completed ones from `flight`."""
+        done_futures, _ = wait([future for future, _ in flight.values()], return_when=FIRST_COMPLETED)
+        for key in [key for key, (future, _) in flight.items() if future in done_futures]:
             future, (first, *others) = flight.pop(key)
             outcome = future.result()
             yield first, outcome
@@ -192,61 +193,61 @@ class Client:
                 self._count(**{"failed" if isinstance(outcome, Failure) else "cached": 1})
                 yield index, outcome if isinstance(outcome, Failure) else replace(outcome, cached=True)
 
-    def _affordable(self, more: tuple[int, int] = (0, 0)) -> bool:
-        """Whether `more` tokens fit into the budget together with all that is under way and may have been billed."""
-        spent = self._spent
-        sums = zip((spent.tokens_in, spent.tokens_out), (spent.unsure_in, spent.unsure_out), self._held, more)
+    def _affordable(self, tokens: tuple[int, int] = (0, 0)) -> bool:
+        """Whether `tokens` fit into the budget beside those in flight and those that may have been billed."""
+        usage = self._usage
+        sums = zip((usage.tokens_in, usage.tokens_out), (usage.unsure_in, usage.unsure_out), self._reserved, tokens)
         return self.budget.allows(*map(sum, sums))
 
     def _has_room(self, request: Request) -> bool:
-        """Whether `_refused` can decide now: the budget has room for it, or nothing more is sent anyway."""
-        return bool(self._stopped) or self._affordable(wire.estimate(request))
+        """Whether `_refusal` can decide now: the budget has room for it, or nothing more is sent anyway."""
+        return bool(self._stop_reason) or self._affordable(wire.estimate(request))
 
-    def _refused(self, request: Request) -> Failure | None:
-        """Why nothing more may be sent; None, and the budget is held ready for this request."""
+    def _refusal(self, request: Request) -> Failure | None:
+        """Why nothing more may be sent; None, and the budget reserves the request's estimate."""
         with self._lock:
             if not self._has_room(request):
-                self._stopped = f"the budget has no room for another request; spent so far: {self._spent}; raise it"
-            if self._stopped:
+                self._stop_reason = f"the budget has no room for another request; spent so far: {self._usage}; raise it"
+            if self._stop_reason:
                 self._count(failed=1)
-                return Failure(self._stopped, hopeless=True)
-            self._hold(wire.estimate(request), 1)
+                return Failure(self._stop_reason, fatal=True)
+            self._reserve(wire.estimate(request), 1)
         return None
 
-    def _hold(self, tokens: tuple[int, int], sign: int) -> None:
+    def _reserve(self, tokens: tuple[int, int], sign: int) -> None:
         with self._lock:
-            self._held = (self._held[0] + sign * tokens[0], self._held[1] + sign * tokens[1])
+            self._reserved = (self._reserved[0] + sign * tokens[0], self._reserved[1] + sign * tokens[1])
 
-    def _count(self, **more: int | float) -> None:
+    def _count(self, **increments: int | float) -> None:
         with self._lock:
-            old = self._spent._asdict()
-            self._spent = self._spent._replace(**{name: old[name] + value for name, value in more.items()})
+            old = self._usage._asdict()
+            self._usage = self._usage._replace(**{name: old[name] + value for name, value in increments.items()})
 
-    def _asked(self, key: str, request: Request, closing: threading.Event) -> Answer | Failure:
-        """Sends, and writes down what came of it before anybody hears of it."""
+    def _send(self, key: str, request: Request, closing: threading.Event) -> Answer | Failure:
+        """Sends a request, and writes its outcome to the cache before it returns it."""
         tokens = wire.estimate(request)
         try:
             if self._cache:
-                self._cache.sent(key, int(time.time()), tokens)
+                self._cache.record_sent(key, int(time.time()), tokens)
             outcome = self._attempts(key, request, closing)
             if isinstance(outcome, Failure):
-                self._failed(key, outcome)
+                self._record_failure(key, outcome)
             else:
-                self._answered(key, outcome)
+                self._record_answer(key, outcome)
         finally:
-            self._hold(tokens, -1)
+            self._reserve(tokens, -1)
         return outcome
 
-    def _failed(self, key: str, failure: Failure) -> None:
+    def _record_failure(self, key: str, failure: Failure) -> None:
         self._count(asked=1, failed=1)
-        if failure.hopeless:
-            self._stopped = failure.reason
+        if failure.fatal:
+            self._stop_reason = failure.reason
         if self._cache:
-            self._cache.failed(key, failure.reason)
+            self._cache.record_failure(key, failure.reason)
 
-    def _answered(self, key: str, answer: Answer) -> None:
+    def _record_answer(self, key: str, answer: Answer) -> None:
         if self._cache:
-            self._cache.keep(key, self.endpoint.model, answer)
+            self._cache.put(key, self.endpoint.model, answer)
         tokens = answer.tokens_in, answer.tokens_out
         self._count(asked=1, tokens_in=tokens[0], tokens_out=tokens[1], usd=self.budget.usd(*tokens))
 
@@ -256,21 +257,21 @@ class Client:
             outcome, retry_secs, unsure = wire.exchange(self._poster, self.endpoint, request)
             self._count(retries=int(attempt > 1))
             if unsure:
-                self._broken_off(key, wire.estimate(request))
+                self._record_unsure(key, wire.estimate(request))
             if isinstance(outcome, Answer) or retry_secs is None:
                 return outcome
             if not self._affordable():
                 return replace(outcome, reason=f"{outcome.reason} (the budget has no room for another attempt)")
             backoff = min(self.endpoint.backoff_secs * 2 ** (attempt - 1), _LONGEST_BACKOFF_SECS)
-            # Drawn, so that requests that failed together do not come back together.
+            # Random, so that requests that failed together do not come back together.
             if attempt <= retries and closing.wait(max(retry_secs, backoff * random.uniform(0.5, 1))):
                 break
-        # What may pass is hopeless only if it did not.
+        # A transient status is fatal only if the retries did not help.
         return replace(outcome, reason=f"{outcome.reason} (after {attempt} attempts)",
-                       hopeless=outcome.hopeless and attempt > 1)  # fmt: skip
+                       fatal=outcome.fatal and attempt > 1)  # fmt: skip
 
-    def _broken_off(self, key: str, tokens: tuple[int, int]) -> None:
+    def _record_unsure(self, key: str, tokens: tuple[int, int]) -> None:
         """Counts an attempt that the server may bill, though no answer came."""
         if self._cache:
-            self._cache.unsure_attempt(key, tokens)
+            self._cache.record_unsure(key, tokens)
         self._count(unsure=1, unsure_in=tokens[0], unsure_out=tokens[1], unsure_usd=self.budget.usd(*tokens))

@@ -1,4 +1,4 @@
-"""The command-line options of a server and of what it may cost, the same in every command that asks one."""
+"""The command-line options of a server and of its budget, the same in every command that asks one."""
 
 import argparse
 import os

@@ -1,4 +1,4 @@
-"""One HTTP POST whose time and size are bounded whatever the server does; what the bytes mean is for `wire`."""
+"""One HTTP POST whose time and size are bounded whatever the server does; `wire` interprets the bytes."""
 
 import asyncio
 import http.cookiejar
@@ -42,10 +42,10 @@ class Poster:
       UsageError: a proxy or certificate that the environment names cannot be used.
     """
 
-    def __init__(self, kept_connections: int) -> None:
-        for chatty in ("httpx2", "httpcore2"):  # their debug lines hold a response's headers, with a key it may echo
-            logging.getLogger(chatty).setLevel(logging.WARNING)
-        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=kept_connections)
+    def __init__(self, idle_connections: int) -> None:
+        for library in ("httpx2", "httpcore2"):  # their debug lines hold a response's headers, with a key it may echo
+            logging.getLogger(library).setLevel(logging.WARNING)
+        limits = httpx2.Limits(max_connections=None, max_keepalive_connections=idle_connections)
         # Without cookies: a broken one would be sent back, and spoil the requests to come.
         cookies = http.cookiejar.CookieJar(http.cookiejar.DefaultCookiePolicy(allowed_domains=[]))
         try:
@@ -79,10 +79,10 @@ class Poster:
             nonlocal sent
             sent = sent or event.endswith("send_request_headers.started")
 
-        ours = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
+        defaults = {"Content-Type": "application/json", "Accept-Encoding": "gzip"}
         try:
             async with asyncio.timeout(limit_secs), self._http.stream(
-                "POST", url, content=content, headers={**ours, **headers}, extensions={"trace": trace}
+                "POST", url, content=content, headers={**defaults, **headers}, extensions={"trace": trace}
             ) as response:  # fmt: skip
                 return Response(response.status_code, response.headers, await _body(response))
         except TimeoutError:

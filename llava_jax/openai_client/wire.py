@@ -1,7 +1,7 @@
-"""One exchange with an OpenAI-compatible server: what is sent, what comes back, and what is worth another attempt.
+"""One exchange with an OpenAI-compatible server: the request, the response, and whether another attempt may help.
 
-The key is read from the environment when a request is sent; it is in no object that is printed, and it is cut out of
-all that the server says, so no log line, error, cache or report can hold it.
+The key is read from the environment when a request is sent; it is in no object that is printed, and it is removed from
+every text of the server, so no log line, error, cache or report can hold it.
 """
 
 import email.utils
@@ -20,25 +20,25 @@ from llava_jax.errors import UsageError
 from llava_jax.openai_client.post import NoResponse, Poster, Response
 
 KEY_VARIABLE = "OPENAI_API_KEY"
-_RETRIED = (404, 408, 409, 425, 429)  # and every 5xx
+_TRANSIENT = (404, 408, 409, 425, 429)  # and every 5xx
 # Key, address or model: no other request would fare better; 403 may be about one text. A gateway may answer 404 for a
 # while, so it is also in _RETRIED.
-_HOPELESS = (401, 404)
+_FATAL = (401, 404)
 _UNSURE = (504, 524)  # a gateway stopped waiting; the server behind it may have answered all the same
 _PICTURE_TOKENS = 1500  # for estimates only; high for one picture of 1,024 pixels a side
 _ANSWER_TOKENS = 1024  # the same, where a request has no max_tokens
 _BYTES_PER_TOKEN = 3  # the same: English has about four, Chinese three
-_MOST_TOKENS = 10_000_000  # of one answer; a server that counts more counts wrongly
-_SHOWN_CHARACTERS = 300  # of what a server says
+_MAX_ANSWER_TOKENS = 10_000_000  # of one answer; a server that counts more counts wrongly
+_MAX_CHARACTERS = 300  # of a server's message
 
 
 class AskError(ValueError):
-    """A request has no answer; the message says why, without the key."""
+    """A request has no answer; the message is the reason, without the key."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where questions go, and how patiently.
+    """The address of a server, with its timeouts and retries.
 
     base_url: up to and with the version, "https://api.openai.com/v1"; requests go to base_url/chat/completions.
     timeout_secs: of one attempt, from the connection to the last byte, and of a pause that the server asks for.
@@ -111,7 +111,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the server said. finish_reason: "stop" is whole, "length" cut short. cached: nothing was paid for it now."""
+    """The server's answer. finish_reason: "stop" is whole, "length" truncated. cached: not billed again."""
 
     text: str
     finish_reason: str
@@ -122,16 +122,16 @@ class Answer:
 
 @dataclass(frozen=True)
 class Failure:
-    """Why a request has no answer. hopeless: no other would have one (budget, key, address)."""
+    """Why a request has no answer. fatal: no other request would have one (budget, key, address)."""
 
     reason: str
-    hopeless: bool = False
+    fatal: bool = False
 
 
 class Exchange(NamedTuple):
-    """What came of one attempt.
+    """The outcome of one attempt.
 
-    retry_secs: another attempt may help, and the server wants to be left alone for so long; None: it would not help.
+    retry_secs: another attempt may help, after at least so long; None: it would not help.
     unsure: the attempt broke off where it may have been billed.
     """
 
@@ -149,8 +149,8 @@ def body(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         "seed": request.seed,
         "stop": list(request.stop) or None,
     }
-    sent = {name: value for name, value in fields.items() if value is not None}
-    return {"model": endpoint.model, "messages": list(request.messages)} | sent
+    given_fields = {name: value for name, value in fields.items() if value is not None}
+    return {"model": endpoint.model, "messages": list(request.messages)} | given_fields
 
 
 def exchange(poster: Poster, endpoint: Endpoint, request: Request) -> Exchange:
@@ -160,21 +160,21 @@ def exchange(poster: Poster, endpoint: Endpoint, request: Request) -> Exchange:
     try:
         content = json.dumps(body(endpoint, request), ensure_ascii=False).encode()
     except UnicodeEncodeError as error:  # JSON may hold half a character, which no request can
-        return Exchange(Failure(_shown(f"cannot be sent: {error}", key)))
+        return Exchange(Failure(_printable(f"cannot be sent: {error}", key)))
     try:
         response = poster.post(f"{endpoint.base_url}/chat/completions", content, headers, endpoint.timeout_secs)
     except NoResponse as error:
-        return Exchange(Failure(_shown(str(error), key)), 0.0, unsure=error.sent)
+        return Exchange(Failure(_printable(str(error), key)), 0.0, unsure=error.sent)
     if response.status != 200:
         return _refusal(response, endpoint.timeout_secs, key)
     answer = _answer(response, request, key)
     if answer is None:
-        return Exchange(Failure(_shown(f"no answer of this protocol: {_text(response)}", key)), 0.0, unsure=True)
+        return Exchange(Failure(_printable(f"no answer of this protocol: {_text(response)}", key)), 0.0, unsure=True)
     return Exchange(answer)
 
 
 def estimate(request: Request) -> tuple[int, int]:
-    """(in, out) tokens, rather too many, for a budget that must hold before the answer is there."""
+    """(in, out) tokens, rather too many, for a budget that must hold before the answer arrives."""
     length = pictures = 0
     for message in request.messages:
         content = message["content"]
@@ -186,17 +186,17 @@ def estimate(request: Request) -> tuple[int, int]:
 
 
 def _refusal(response: Response, longest_pause_secs: float | int, key: str) -> Exchange:
-    """What a status other than 200 means."""
+    """The exchange of a response whose status is not 200."""
     status, text = response.status, _text(response)
-    reason = _shown(f"HTTP {status}: {text}", key)
+    reason = _printable(f"HTTP {status}: {text}", key)
     retry_secs = None
-    if status in _RETRIED or status >= 500:
+    if status in _TRANSIENT or status >= 500:
         retry_secs = min(_retry_after(response.headers.get("retry-after", "")), longest_pause_secs)
     if "insufficient_quota" in text:
         retry_secs = None
-    elif status not in _HOPELESS:
+    elif status not in _FATAL:
         return Exchange(Failure(reason), retry_secs, unsure=status in _UNSURE)
-    return Exchange(Failure(f"{reason} (check key, base_url and model)", hopeless=True), retry_secs)
+    return Exchange(Failure(f"{reason} (check key, base_url and model)", fatal=True), retry_secs)
 
 
 def _retry_after(header: str) -> float:
@@ -204,8 +204,8 @@ def _retry_after(header: str) -> float:
     if header.strip().isdecimal():
         return float(header)
     try:
-        when = email.utils.parsedate_tz(header)
-        return max(0.0, email.utils.mktime_tz(when) - time.time()) if when else 0.0
+        parsed_date = email.utils.parsedate_tz(header)
+        return max(0.0, email.utils.mktime_tz(parsed_date) - time.time()) if parsed_date else 0.0
     except (ValueError, OverflowError):  # no such day, or one that no clock reaches
         return 0.0
 
@@ -223,10 +223,10 @@ def _answer(response: Response, request: Request, key: str) -> Answer | None:
     # Servers that count nothing are billed by our estimate, or a budget would never end.
     guesses = {"prompt_tokens": estimate(request)[0], "completion_tokens": -(-_length_bytes(text) // _BYTES_PER_TOKEN)}
     counts = [guess if usage.get(name) is None else usage[name] for name, guess in guesses.items()]
-    if not all(type(count) is int and 0 <= count <= _MOST_TOKENS for count in counts):
+    if not all(type(count) is int and 0 <= count <= _MAX_ANSWER_TOKENS for count in counts):
         return None
     text = text.encode("utf-8", "replace").decode()  # JSON may hold half a character, which no file can
-    return Answer(_without(text, key), _shown(reason, key), *counts)
+    return Answer(_redact(text, key), _printable(reason, key), *counts)
 
 
 def _length_bytes(text: str) -> int:
@@ -237,15 +237,15 @@ def _text(response: Response) -> str:
     return response.content.decode("utf-8", "replace")
 
 
-def _without(text: str, key: str) -> str:
+def _redact(text: str, key: str) -> str:
     return text.replace(key, "[key]") if key else text
 
 
-def _shown(text: str, key: str) -> str:
+def _printable(text: str, key: str) -> str:
     """One line for terminals and logs: without the key, control characters and what is beyond _SHOWN_CHARACTERS.
 
-    The key is cut out before the line is cut, or half of it could stay.
+    The key is removed before the line is cut, or half of it could stay.
     """
-    text = _without(text, key)[: 10 * _SHOWN_CHARACTERS]
+    text = _redact(text, key)[: 10 * _MAX_CHARACTERS]
     text = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
+    return text if len(text) <= _MAX_CHARACTERS else text[: _MAX_CHARACTERS - 3] + "..."

@@ -1,8 +1,8 @@
-"""Memory, work and time of a training run before anything is rented.
+"""Memory, FLOPs, time and cost of a training run, without a TPU.
 
     python -m llava_jax.plan --config configs/X.py --topology v5e:4x4 [--config.data.rows_per_chip=4 ...]
 
-It compiles the step that `train` would run, with the TPU's own compiler and without a TPU or an array.
+It compiles the step that `train` would run, with the TPU's own compiler and abstract arrays.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from llava_jax import chips, cli, files
 from llava_jax import config as configs
 from llava_jax.errors import UsageError
 
-# jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
+# jax, and the modules that import it, are imported by the functions that need them, so that a usage error is quick.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,8 +25,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str]) -> int:
-    words, overrides = cli.overrides(argv)
-    options = _parser().parse_args(words)
+    args, overrides = cli.overrides(argv)
+    options = _parser().parse_args(args)
     if options.topologies:
         print("\n".join(_topologies()))
         return 0
@@ -38,11 +38,11 @@ def _parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--config", metavar="FILE", help="the experiment; any of its scalars is set by --config.BRANCH.KEY=VALUE")
-    add("--topology", metavar="CHIP:SHAPE", help="where it would run, as v5e:4x4")
-    add("--slices", type=int, metavar="N", help="so many of them, joined by the data centre's network")
+    add("--topology", metavar="CHIP:SHAPE", help="the TPU slice, as v5e:4x4")
+    add("--slices", type=int, metavar="N", help="number of slices, joined by the data centre's network")
     add("--json", metavar="FILE", help="write the numbers there too")
     add("--price", type=float, metavar="USD", help="of one chip and hour")
-    add("--samples", type=int, metavar="N", help="samples of the whole run, where the data is not here to be counted")
+    add("--samples", type=int, metavar="N", help="samples of the whole run, where the data is not on this machine")
     add("--sample-tokens", type=int, metavar="N", help="mean tokens of a sample, its picture's included")
     add("--search", action="store_true", help="try rows x rematerialisation x mesh; print the fastest that fits")
     add("--topologies", action="store_true", help="list what --topology takes")
@@ -52,18 +52,18 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
     from llava_jax.plan import report
-    from llava_jax.plan.compile import build, compile_step, find_place, model_of
+    from llava_jax.plan.compile import build, compile_step, find_target, model_of
 
     _leave_accelerators()
     model = model_of(config)
-    place = find_place(config.mesh, options.topology)
-    program = build(config, place)
-    load = report.load_of(config, model, program, options.sample_tokens)
-    costs = report.Costs(_samples(config, options, load.samples), options.price)
-    compiled = compile_step(place, program, load.chunks)
-    print(report.page(compiled, load, costs), flush=True)
+    target = find_target(config.mesh, options.topology)
+    program = build(config, target)
+    workload = report.workload_of(config, model, program, options.sample_tokens)
+    costs = report.Costs(_samples(config, options, workload.samples), options.price)
+    compiled = compile_step(target, program, workload.chunks)
+    print(report.page(compiled, workload, costs), flush=True)
     if options.json:
-        _write(options.json, report.numbers(compiled, load, costs))
+        _write(options.json, report.numbers(compiled, workload, costs))
     return 0
 
 
@@ -76,40 +76,40 @@ def _search(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     if best is None:
         print("nothing that was tried fits; more chips, frozen_dtype=int8 or adapters (lora) need less memory")
         return 0
-    costs = report.Costs(_samples(config, options, best.load.samples), options.price)
-    print("\n".join(["", report.page(best.compiled, best.load, costs), "", "run it with:",
+    costs = report.Costs(_samples(config, options, best.workload.samples), options.price)
+    print("\n".join(["", report.page(best.compiled, best.workload, costs), "", "run it with:",
                      _command(options.config, overrides | best.overrides)]))  # fmt: skip
     if options.json:
-        _write(options.json, report.numbers(best.compiled, best.load, costs) | {"overrides": best.overrides})
+        _write(options.json, report.numbers(best.compiled, best.workload, costs) | {"overrides": best.overrides})
     return 0
 
 
 def _config(options: argparse.Namespace, overrides: dict[str, str]) -> configs.Config:
     for name in ("config", "topology"):
         if not vars(options)[name]:
-            raise UsageError(f"--{name} is missing; see --help, and --topologies for what there is")
+            raise UsageError(f"--{name} is missing; see --help, and --topologies for the list")
     chips.of_topology(options.topology)
     if options.slices is not None:
         overrides["mesh.slices"] = str(options.slices)
     config = configs.load(options.config, overrides)
-    _check_words(config)
+    _check_template(config)
     return config
 
 
-def _check_words(config: configs.Config) -> None:
+def _check_template(config: configs.Config) -> None:
     """Refuses a template that the tokenizer cannot write, where that is on this machine."""
     from llava_jax.checkpoint import model_json
     from llava_jax.prompt import ending, templates, tokenizer
 
     prompt, base = config.prompt, config.model.base
     template = templates.get(prompt.template)
-    place = prompt.tokenizer or (f"{base}/{model_json.TOKENIZER}" if base else "")
-    if place and files.exists(place):
-        ending.check(template, tokenizer.load(place, prompt.legacy), place, prompt.image_start_end)
+    tokenizer_path = prompt.tokenizer or (f"{base}/{model_json.TOKENIZER}" if base else "")
+    if tokenizer_path and files.exists(tokenizer_path):
+        ending.check(template, tokenizer.load(tokenizer_path, prompt.legacy), tokenizer_path, prompt.image_start_end)
 
 
 def _samples(config: configs.Config, options: argparse.Namespace, step_samples: float) -> int | None:
-    """Samples of the whole run: as told, by the steps, or counted where the data lies here; None: nobody knows."""
+    """Samples of the whole run: by --samples, by the steps, or counted where the data is here; None: unknown."""
     from llava_jax.data.sources import open_source
 
     epochs = config.train.epochs or 1
@@ -123,8 +123,8 @@ def _samples(config: configs.Config, options: argparse.Namespace, step_samples: 
 
 
 def _command(config: str, overrides: dict[str, str]) -> str:
-    words = [f"--config.{key}={value}" for key, value in overrides.items()]
-    return " ".join(["python -m llava_jax.train", f"--config {config}", "--workdir DIR", *words])
+    settings = [f"--config.{key}={value}" for key, value in overrides.items()]
+    return " ".join(["python -m llava_jax.train", f"--config {config}", "--workdir DIR", *settings])
 
 
 def _write(path: str, numbers: dict[str, Any]) -> None:

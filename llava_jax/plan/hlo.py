@@ -1,4 +1,4 @@
-"""What a compiled step does, read from its optimized HLO: matrix products and collectives, loops multiplied out.
+"""Counts matrix products and collectives of a compiled step in its optimized HLO, times the trip counts of loops.
 
 XLA's own cost analysis counts a loop's body once, so a scan over 32 layers looks like one. Here every computation is
 walked from the entry, and what a loop's body costs is multiplied by its trip count. Counted are dots, convolutions
@@ -58,7 +58,7 @@ class Cost:
     products: FLOPs by the name of the operation in the program that they come from.
     transfers: by channel or instruction; parts of one asynchronous collective share a channel.
     open_loops: loops whose trip count is in the data, by the name of their operation.
-    uncounted: kernels that nothing is known of.
+    uncounted: kernels of unknown cost.
     """
 
     products: Counter[str] = field(default_factory=Counter)
@@ -93,45 +93,45 @@ def cost(text: str, slices: int = 1, open_trips: int = 1) -> Cost:
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
     """(name of the entry computation, computations by name)."""
-    found, entry, name = dict[str, Computation](), "", ""
+    computations, entry, name = dict[str, Computation](), "", ""
     lines: list[str] = []
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
             entry, name, lines = head[2] if head[1] else entry, head[2], []
         elif line == "}" and name:
-            found[name], name = _computation(name, lines), ""
+            computations[name], name = _computation(name, lines), ""
         elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
             lines.append(line.strip())
         elif name and lines:
             lines[-1] += line  # a kernel's metadata may hold line breaks
-    return entry, found
+    return entry, computations
 
 
 def _computation(name: str, lines: Sequence[str]) -> Computation:
-    read = [_instruction(line.removeprefix("ROOT ")) for line in lines]
-    root = next((one.name for one, line in zip(read, lines) if line.startswith("ROOT ")), "")
-    return Computation(name, {one.name: one for one in read}, root)
+    instructions = [_instruction(line.removeprefix("ROOT ")) for line in lines]
+    root = next((op.name for op, line in zip(instructions, lines) if line.startswith("ROOT ")), "")
+    return Computation(name, {op.name: op for op in instructions}, root)
 
 
 def _instruction(line: str) -> Instruction:
     name, _, rest = re.sub(r"/\*.*?\*/", "", line).partition(" = ")
-    end = _closing(rest, 0) if rest.startswith("(") else rest.index(" ")
+    end = _closing_index(rest, 0) if rest.startswith("(") else rest.index(" ")
     shape, rest = rest[:end], rest[end:].lstrip()
     start = rest.index("(")
-    end = _closing(rest, start)
+    end = _closing_index(rest, start)
     literal = rest[start + 1 : end - 1]
-    operands = tuple(word.split()[-1].lstrip("%") for word in _split(literal) if word)
+    operands = tuple(operand.split()[-1].lstrip("%") for operand in _split(literal) if operand)
     return Instruction(name.lstrip("%"), shape, rest[:start], operands, literal, rest[end:])
 
 
-def _closing(text: str, start: int) -> int:
-    """The place after the parenthesis that closes the one at `start`."""
+def _closing_index(text: str, start: int) -> int:
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
-    for place in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[place], 0)
+    for index in range(start, len(text)):
+        depth += {"(": 1, ")": -1}.get(text[index], 0)
         if depth == 0:
-            return place + 1
+            return index + 1
     raise UsageError(f"HLO text has an open parenthesis: {text[start : start + 80]!r}")
 
 
@@ -167,52 +167,52 @@ class _Reader:
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str, fused: bool = False) -> Cost:
-        here = self.computations[name]
+        computation = self.computations[name]
         total = Cost()
-        for one in here.instructions.values():
-            total = _sum(total, self._own(here, one, fused))
-            for called, times, inside in self._calls(here, one):
-                total = _sum(total, _scaled(self.cost(called, fused or inside), times))
+        for op in computation.instructions.values():
+            total = _sum(total, self._own_cost(computation, op, fused))
+            for called, times, inside in self._calls(computation, op):
+                total = _sum(total, _scale(self.cost(called, fused or inside), times))
         return total
 
-    def _own(self, here: Computation, one: Instruction, fused: bool) -> Cost:
-        flops, kind = 0, one.opcode.removesuffix("-start")
-        if one.opcode in ("dot", "convolution"):
-            flops = _dot_flops(here, one) if one.opcode == "dot" else _convolution_flops(here, one)
-        elif one.opcode == "custom-call" and '"tpu_custom_call"' in one.attributes:
-            flops = _kernel_flops(here, one)
+    def _own_cost(self, computation: Computation, op: Instruction, fused: bool) -> Cost:
+        flops, kind = 0, op.opcode.removesuffix("-start")
+        if op.opcode in ("dot", "convolution"):
+            flops = _dot_flops(computation, op) if op.opcode == "dot" else _convolution_flops(computation, op)
+        elif op.opcode == "custom-call" and '"tpu_custom_call"' in op.attributes:
+            flops = _kernel_flops(computation, op)
             if flops is None:
-                return Cost(uncounted=(_op_name(one) or one.name,))
-        elif one.opcode == "while" and self._trips(here, one) is None:
-            return Cost(open_loops=(_op_name(one) or one.name,))
-        elif kind in COLLECTIVES or one.opcode == "send":
-            moved = self._transfer(here, one, kind)
-            key = _attribute(one, r"channel_id=(\d+)") if fused else ""
-            return Cost(transfers={f"channel {key}" if key else one.name: moved}) if moved else Cost()
-        return Cost(Counter({_op_name(one): flops})) if flops else Cost()
+                return Cost(uncounted=(_op_name(op) or op.name,))
+        elif op.opcode == "while" and self._trips(computation, op) is None:
+            return Cost(open_loops=(_op_name(op) or op.name,))
+        elif kind in COLLECTIVES or op.opcode == "send":
+            transfer = self._transfer(computation, op, kind)
+            key = _attribute(op, r"channel_id=(\d+)") if fused else ""
+            return Cost(transfers={f"channel {key}" if key else op.name: transfer}) if transfer else Cost()
+        return Cost(Counter({_op_name(op): flops})) if flops else Cost()
 
-    def _calls(self, here: Computation, one: Instruction) -> Iterator[tuple[str, int, bool]]:
+    def _calls(self, computation: Computation, op: Instruction) -> Iterator[tuple[str, int, bool]]:
         """(computation, times, whether it is a fusion's body) of all that an instruction calls."""
-        if one.opcode == "while":
-            trips = self._trips(here, one)
-            yield _attribute(one, r"body=%?([\w.\-]+)"), self.open_trips if trips is None else trips, False
-        elif one.opcode == "conditional":
-            branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", one.attributes)
-            listed = _attribute(one, r"branch_computations=\{([^}]*)\}")
-            branches += [name.strip().lstrip("%") for name in listed.split(",") if name.strip()]
-            yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the dearest branch
-        elif one.opcode in ("fusion", "call", "async-start"):
-            called = _attribute(one, r"(?:calls|to_apply)=%?([\w.\-]+)")
-            yield called, 1, one.opcode == "fusion"
+        if op.opcode == "while":
+            trips = self._trips(computation, op)
+            yield _attribute(op, r"body=%?([\w.\-]+)"), self.open_trips if trips is None else trips, False
+        elif op.opcode == "conditional":
+            branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.attributes)
+            names = _attribute(op, r"branch_computations=\{([^}]*)\}")
+            branches += [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
+            yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the costliest branch
+        elif op.opcode in ("fusion", "call", "async-start"):
+            called = _attribute(op, r"(?:calls|to_apply)=%?([\w.\-]+)")
+            yield called, 1, op.opcode == "fusion"
 
-    def _trips(self, here: Computation, loop: Instruction) -> int | None:
+    def _trips(self, computation: Computation, loop: Instruction) -> int | None:
         """How often a loop's body runs; None if that cannot be read.
 
         From XLA's own note, or from a condition `counter < constant` whose counter the body raises by a constant.
         """
-        known = _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
-        if known:
-            return int(known)
+        trip_count = _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
+        if trip_count:
+            return int(trip_count)
         condition = self.computations[_attribute(loop, r"condition=%?([\w.\-]+)")]
         body = self.computations[_attribute(loop, r"body=%?([\w.\-]+)")]
         test = condition.instructions[condition.root]
@@ -222,167 +222,170 @@ class _Reader:
         index = _attribute(counter, r"index=(\d+)") if counter.opcode == "get-tuple-element" else ""
         if not index:
             return None
-        last, first = _constant(condition, limit.name), _constant(here, _element(here, loop.operands[0], int(index)))
+        initial = _element(computation, loop.operands[0], int(index))
+        last, first = _constant(condition, limit.name), _constant(computation, initial)
         step = _step(body, int(index))
         return None if None in (last, first, step) else max(0, -(-(last - first) // step))
 
-    def _transfer(self, here: Computation, one: Instruction, kind: str) -> Transfer | None:
-        held = sum(size_bytes(here.instructions[name].shape) for name in one.operands if name in here.instructions)
-        if one.opcode == "send":  # between TPU slices the host's runtime does what the chips cannot
-            kind = _attribute(one, r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
-            return Transfer(kind, _op_name(one), _sent(kind, held, self.slices), True) if kind else None
-        if here.name.startswith("all-reduce-scatter"):  # an all-reduce fused with taking one's own part of it
+    def _transfer(self, computation: Computation, op: Instruction, kind: str) -> Transfer | None:
+        instructions = computation.instructions
+        operand_bytes = sum(size_bytes(instructions[name].shape) for name in op.operands if name in instructions)
+        if op.opcode == "send":  # between TPU slices the host's runtime does what the chips cannot
+            kind = _attribute(op, r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+            return Transfer(kind, _op_name(op), _ring_bytes(kind, operand_bytes, self.slices), True) if kind else None
+        if computation.name.startswith("all-reduce-scatter"):  # an all-reduce fused with taking one's own part of it
             kind = "reduce-scatter"
-        return Transfer(kind, _op_name(one), _sent(kind, held, _group(one)))
+        return Transfer(kind, _op_name(op), _ring_bytes(kind, operand_bytes, _group(op)))
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
     if not (b.products or b.transfers or b.open_loops or b.uncounted):
         return a
     transfers = dict(a.transfers)
-    for key, moved in b.transfers.items():
-        before = transfers.get(key)
-        # A fused collective goes on through several fusions under one channel: it moves its bytes once.
-        if before and key.startswith("channel "):
-            moved = max(before, moved, key=lambda one: one.bytes)
-        elif before:
-            moved = moved._replace(bytes=before.bytes + moved.bytes)
-        transfers[key] = moved
+    for key, transfer in b.transfers.items():
+        previous = transfers.get(key)
+        # A fused collective spans several fusions under one channel: it transfers its bytes once.
+        if previous and key.startswith("channel "):
+            transfer = max(previous, transfer, key=lambda candidate: candidate.bytes)
+        elif previous:
+            transfer = transfer._replace(bytes=previous.bytes + transfer.bytes)
+        transfers[key] = transfer
     return Cost(a.products + b.products, transfers, a.open_loops + b.open_loops, a.uncounted + b.uncounted)
 
 
-def _scaled(cost: Cost, times: int) -> Cost:
+def _scale(cost: Cost, times: int) -> Cost:
     if times == 1:
         return cost
     products = Counter({name: flops * times for name, flops in cost.products.items()})
-    transfers = {key: moved._replace(bytes=moved.bytes * times) for key, moved in cost.transfers.items()}
+    transfers = {key: transfer._replace(bytes=transfer.bytes * times) for key, transfer in cost.transfers.items()}
     return Cost(products, transfers, cost.open_loops, cost.uncounted)
 
 
-def _attribute(one: Instruction, pattern: str) -> str:
-    found = re.search(pattern, one.attributes)
-    return found[1] if found else ""
+def _attribute(op: Instruction, pattern: str) -> str:
+    match = re.search(pattern, op.attributes)
+    return match[1] if match else ""
 
 
-def _op_name(one: Instruction) -> str:
-    return _attribute(one, r'op_name="([^"]*)"')
+def _op_name(op: Instruction) -> str:
+    return _attribute(op, r'op_name="([^"]*)"')
 
 
-def _constant(here: Computation, name: str) -> int | None:
+def _constant(computation: Computation, name: str) -> int | None:
     """The value of an integer constant, through copies."""
-    one = here.instructions.get(name)
-    while one is not None and one.opcode in ("copy", "bitcast", "convert"):
-        one = here.instructions.get(one.operands[0])
-    if one is None or one.opcode != "constant" or not re.fullmatch(r"-?\d+", one.literal):
+    op = computation.instructions.get(name)
+    while op is not None and op.opcode in ("copy", "bitcast", "convert"):
+        op = computation.instructions.get(op.operands[0])
+    if op is None or op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.literal):
         return None
-    return int(one.literal)
+    return int(op.literal)
 
 
-def _element(here: Computation, name: str, index: int) -> str:
-    """The name of a tuple's element, "" if the tuple is not made here."""
-    one = here.instructions[name]
-    return one.operands[index] if one.opcode == "tuple" else ""
+def _element(computation: Computation, name: str, index: int) -> str:
+    """The name of a tuple's element, "" if this instruction builds no tuple."""
+    op = computation.instructions[name]
+    return op.operands[index] if op.opcode == "tuple" else ""
 
 
 def _step(body: Computation, index: int) -> int | None:
     """What a loop's body adds to element `index` of its state."""
-    raised = body.instructions.get(_element(body, body.root, index))
-    while raised is not None and raised.opcode in ("copy", "bitcast"):
-        raised = body.instructions.get(raised.operands[0])
-    if raised is None or raised.opcode != "add":
+    update = body.instructions.get(_element(body, body.root, index))
+    while update is not None and update.opcode in ("copy", "bitcast"):
+        update = body.instructions.get(update.operands[0])
+    if update is None or update.opcode != "add":
         return None
-    return next((value for value in (_constant(body, name) for name in raised.operands) if value), None)
+    return next((value for value in (_constant(body, name) for name in update.operands) if value), None)
 
 
-def _dot_flops(here: Computation, dot: Instruction) -> int:
-    (_, left), *_ = arrays(here.instructions[dot.operands[0]].shape)
+def _dot_flops(computation: Computation, dot: Instruction) -> int:
+    (_, left), *_ = arrays(computation.instructions[dot.operands[0]].shape)
     (_, out), *_ = arrays(dot.shape)
     inner = _attribute(dot, r"lhs_contracting_dims=\{([\d,]*)\}")
     return 2 * math.prod(out) * math.prod(left[int(d)] for d in inner.split(",") if d)
 
 
-def _convolution_flops(here: Computation, one: Instruction) -> int:
+def _convolution_flops(computation: Computation, op: Instruction) -> int:
     """Products with something other than padding; TPU writes a batched dot with the batch as a dilated dimension."""
-    (_, left), *_ = arrays(here.instructions[one.operands[0]].shape)
-    (_, right), *_ = arrays(here.instructions[one.operands[1]].shape)
-    (_, out), *_ = arrays(one.shape)
-    in_labels, kernel_labels, out_labels = re.split(r"_|->", _attribute(one, r"dim_labels=([\w>\-]+)"))
-    window, spatial = _window(one), 1
+    (_, left), *_ = arrays(computation.instructions[op.operands[0]].shape)
+    (_, right), *_ = arrays(computation.instructions[op.operands[1]].shape)
+    (_, out), *_ = arrays(op.shape)
+    in_labels, kernel_labels, out_labels = re.split(r"_|->", _attribute(op, r"dim_labels=([\w>\-]+)"))
+    window, spatial = _window(op), 1
     for d in (letter for letter in in_labels if letter.isdigit()):
         sizes = left[in_labels.index(d)], right[kernel_labels.index(d)], out[out_labels.index(d)]
-        spatial *= _meetings(*sizes, **{key: values[int(d)] for key, values in window.items()})
-    groups = int(_attribute(one, r"batch_group_count=(\d+)") or 1)
+        spatial *= _overlaps(*sizes, **{key: values[int(d)] for key, values in window.items()})
+    groups = int(_attribute(op, r"batch_group_count=(\d+)") or 1)
     batch = left[in_labels.index("b")] // groups
     return 2 * batch * spatial * right[kernel_labels.index("i")] * right[kernel_labels.index("o")]
 
 
-def _window(one: Instruction) -> dict[str, list[int]]:
+def _window(op: Instruction) -> dict[str, list[int]]:
     """{"stride": [...], "pad": [low ...], "lhs_dilate": [...], "rhs_dilate": [...]}, one number a dimension."""
-    text = _attribute(one, r"window=\{([^}]*)\}")
-    told = dict(word.split("=") for word in text.split())
-    dims = len(told["size"].split("x")) if told else 0
-    read = {"pad": [int(word.split("_")[0]) for word in told["pad"].split("x")] if "pad" in told else [0] * dims}
+    text = _attribute(op, r"window=\{([^}]*)\}")
+    fields = dict(value.split("=") for value in text.split())
+    dims = len(fields["size"].split("x")) if fields else 0
+    pads = fields["pad"].split("x") if "pad" in fields else ["0"] * dims
+    window = {"pad": [int(pad.split("_")[0]) for pad in pads]}
     for key in ("stride", "lhs_dilate", "rhs_dilate"):
-        read[key] = [int(word) for word in told[key].split("x")] if key in told else [1] * dims
-    return read
+        window[key] = [int(value) for value in fields[key].split("x")] if key in fields else [1] * dims
+    return window
 
 
 @functools.cache
-def _meetings(inner: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
+def _overlaps(inner: int, kernel: int, out: int, stride: int, pad: int, lhs_dilate: int, rhs_dilate: int) -> int:
     """Along one dimension: pairs of (result, element of the kernel) that meet an element of the input."""
-    place = np.arange(out)[:, None] * stride + np.arange(kernel) * rhs_dilate - pad
-    return int(np.sum((place >= 0) & (place <= (inner - 1) * lhs_dilate) & (place % lhs_dilate == 0)))
+    positions = np.arange(out)[:, None] * stride + np.arange(kernel) * rhs_dilate - pad
+    return int(np.sum((positions >= 0) & (positions <= (inner - 1) * lhs_dilate) & (positions % lhs_dilate == 0)))
 
 
 # Products of [T, H] x [H, S] size that each of flash attention's kernels (`models.flash`) makes of a tile.
 FLASH = {"forward": 2, "backward": 5}
 
 
-def _kernel_flops(here: Computation, one: Instruction) -> int | None:
+def _kernel_flops(computation: Computation, op: Instruction) -> int | None:
     """FLOPs of a flash attention kernel, whose products lie in its own code; None for another kernel.
 
     Its operands give the shapes and its metadata the tile. Counted is every tile on or below the diagonal: which of
     them hold a sample's queries and keys, and are computed, is in the data.
     """
-    kind = re.search(r"flash_(forward|backward)", one.attributes + one.name)
-    noted = re.search(r'"xprof_metadata":"(\{.*?\})"', one.attributes)
-    shapes = [dims for name in one.operands for type_, dims in arrays(here.instructions[name].shape)
+    kind = re.search(r"flash_(forward|backward)", op.attributes + op.name)
+    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', op.attributes)
+    shapes = [dims for name in op.operands for type_, dims in arrays(computation.instructions[name].shape)
               if type_ in ("bf16", "f32") and len(dims) >= 3]  # fmt: skip
-    if kind is None or noted is None or len(shapes) < 2:
+    if kind is None or metadata is None or len(shapes) < 2:
         return None
-    tile = json.loads(noted[1].replace('\\"', '"'))["tile"]
+    tile = json.loads(metadata[1].replace('\\"', '"'))["tile"]
     queries, keys = shapes[0], shapes[1]
     return 2 * FLASH[kind[1]] * math.prod(queries[:-2]) * queries[-1] * _tile_pairs(queries[-2], keys[-2], tile)
 
 
 def _tile_pairs(queries: int, keys: int, tile: int) -> int:
-    """(query, key) pairs in the tiles that a causal mask touches; queries may go on behind the last key."""
+    """(query, key) pairs in the tiles that a causal mask touches; there may be more queries than keys."""
     return int(np.sum(np.minimum(keys, np.arange(tile, queries + 1, tile))) * tile)
 
 
-def _group(one: Instruction) -> int:
+def _group(op: Instruction) -> int:
     """Devices that take part in a collective, from whichever of the ways in which XLA writes its groups."""
-    if one.opcode.startswith("collective-permute"):
+    if op.opcode.startswith("collective-permute"):
         return 2
-    listed = _attribute(one, r"replica_groups=\{\{([\d,]+)\}")
-    if listed:
-        return len(listed.split(","))
-    iota = _attribute(one, r"replica_groups=\[([\d,]+)\]<=")
+    members = _attribute(op, r"replica_groups=\{\{([\d,]+)\}")
+    if members:
+        return len(members.split(","))
+    iota = _attribute(op, r"replica_groups=\[([\d,]+)\]<=")
     if iota:
         return int(iota.split(",")[-1])
-    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", one.attributes)
+    axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.attributes)
     if axes is None:
-        raise UsageError(f"HLO text of {one.name} has replica groups of an unknown form: {one.attributes[:200]!r}")
+        raise UsageError(f"HLO text of {op.name} has replica groups of an unknown form: {op.attributes[:200]!r}")
     sizes = dict(re.findall(r"'([^']+)'=(\d+)", axes[1]))
     parts = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", axes[2])  # an axis, or a part of one: 'x':(2)4
     return math.prod(int(part or sizes[axis]) for axis, part in parts)
 
 
-def _sent(kind: str, held: int, devices: int) -> int:
+def _ring_bytes(kind: str, operand_bytes: int, devices: int) -> int:
     """Bytes that a device holding `held` of them sends in a ring of `devices`."""
     if kind in ("collective-permute", "collective-broadcast"):
-        return held
+        return operand_bytes
     if kind == "all-gather":
-        return held * (devices - 1)
+        return operand_bytes * (devices - 1)
     times = 2 if kind == "all-reduce" else 1  # reduce-scatter and all-to-all: all but its own part
-    return times * held * (devices - 1) // devices
+    return times * operand_bytes * (devices - 1) // devices

@@ -1,4 +1,4 @@
-"""What a compiled step means: memory, work, links, time and money, as numbers for programs and a page for people."""
+"""Memory, FLOPs, communication, time and cost of a compiled step, as JSON and as a page of text."""
 
 import math
 import re
@@ -10,30 +10,31 @@ from typing import Any
 from llava_jax import config as configs
 from llava_jax import sharding
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.plan.compile import Compiled, Place
+from llava_jax.plan.compile import CompiledStep, Target
+from llava_jax.prompt import anyres
 from llava_jax.train.loss import CHUNK
 from llava_jax.train.program import Program
 
 GIB = 2**30
-# Tokens of a record beside its picture's, and how many of them are learned. LLaVA-1.5's mixture is about 850 tokens
-# with 576 of the picture, of which half the text is answers; its captions are about 605, all text learned.
+# Text tokens of a record, and the share of them that is supervised. LLaVA-1.5's mixture is about 850 tokens with 576
+# of the picture, of which half the text is answers; its captions are about 605, all text supervised.
 TEXT_TOKENS = {"plain": (29, 1.0), "": (274, 0.5)}
-# Share of the positions that hold tokens in packed rows of at least so many. Source: tests/data/test_planner.py.
+# (least tokens of a row, share of its positions that hold tokens) of packed rows. Source: tests/data/test_planner.py.
 FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
 
-# Where an operation belongs, by the name that the program gives it; the first that matches.
+# The part of the model that an operation belongs to, by its name in the program; first match wins.
 PARTS = (
     ("tower and projector", r"/(vision|ln_vision|resampler|projector)/"),
     ("attention", r"/llm/.*(flash_|bkgts|btkgh|dot_product_attention)"),
     ("decoder", r"/llm/"),
     ("logits", ""),
 )
-AGAIN = "rematted_computation"
+REMATERIALISED = "rematted_computation"
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What a global step learns from, as `train.flops.ModelFlops` has it; and its samples."""
+    """The counts of a global step that `train.flops.ModelFlops` multiplies, and its samples."""
 
     samples: float
     tokens: int
@@ -41,63 +42,77 @@ class Workload:
     supervised: int
     images: int
     chunks: int  # of supervised positions that a device's loss takes one after another
-    said: str  # what was assumed
+    assumption: str  # in words, for the page
 
 
-def load_of(config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None) -> Workload:
-    """The load of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
-    text, learned = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
-    length = min(sample_tokens or model.image_features + text, config.data.row_tokens)
+def workload_of(
+    config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None
+) -> Workload:
+    """The workload of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
+    text, supervised_share = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
+    features, tiles = _picture(config.prompt, model)
+    length = min(sample_tokens or features + text, config.data.sample_tokens or config.data.row_tokens)
     rows, row_tokens = program.batch.tokens.shape
     packed = config.data.layout == "packed"
     fill = next(share for least, share in FILLS if row_tokens >= least)
     samples = fill * rows * row_tokens / length if packed else float(rows)
+    shown = f" of {tiles} tiles" if tiles > 1 else ""
     slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
-    supervised = int(samples * learned * max(1, length - model.image_features))
+    supervised = int(samples * supervised_share * max(1, length - features))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
     return Workload(
         samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
-        supervised=supervised, images=min(math.ceil(samples), slots), chunks=-(-supervised // (parts * CHUNK)),
-        said=f"records of {length} tokens with one picture, {100 * learned:.0f} % of the text learned"
+        supervised=supervised, images=min(math.ceil(samples * tiles), slots), chunks=-(-supervised // (parts * CHUNK)),
+        assumption=f"records of {length} tokens with one picture{shown}, {100 * supervised_share:.0f} % of the text "
+        "supervised"
         + (f", rows {100 * fill:.0f} % full" if packed else ", one in a row"),
     )  # fmt: skip
 
 
+def _picture(prompt: configs.Prompt, model: LlavaConfig) -> tuple[int, int]:
+    """Features and tiles of a picture; where they depend on its size, of the commonest of COCO's."""
+    tiling = anyres.tiling(prompt.image_mode, prompt.grids, prompt.merge, prompt.max_tiles, prompt.several)
+    if tiling is None:
+        return model.image_features, 1
+    layout = anyres.layout((640, 480), tiling, model.vision.image_size, model.image_features)
+    return len(layout.slots), layout.tiles
+
+
 @dataclass(frozen=True)
 class Work:
-    """FLOPs of a part of the model in one global step: what it must do, what it does, what of that is done again."""
+    """FLOPs of a part of the model in one global step: model FLOPs, executed, and rematerialised of these."""
 
     part: str
-    useful: int
+    model: int
     executed: int
-    again: int
+    rematerialised: int
 
 
-def work_of(compiled: Compiled, load: Workload) -> list[Work]:
-    """The parts of the model, in order. What is executed, neither useful nor again, is padding and masked pairs."""
+def work_of(compiled: CompiledStep, workload: Workload) -> list[Work]:
+    """The parts of the model, in order. The rest of the executed FLOPs is padding and masked pairs."""
     assert compiled.cost is not None
-    program, place = compiled.program, compiled.place
-    useful = useful_flops(program, load)
-    done, again = Counter[str](), Counter[str]()
+    program, target = compiled.program, compiled.target
+    by_part = model_flops(program, workload)
+    executed, rematerialised = Counter[str](), Counter[str]()
     for name, flops in compiled.cost.products.items():
         part = next(part for part, pattern in PARTS if re.search(pattern, name))
-        done[part] += flops * place.devices
-        again[part] += flops * place.devices if AGAIN in name else 0
-    return [Work(part, useful[part], done[part], again[part]) for part, _ in PARTS]
+        executed[part] += flops * target.devices
+        rematerialised[part] += flops * target.devices if REMATERIALISED in name else 0
+    return [Work(part, by_part[part], executed[part], rematerialised[part]) for part, _ in PARTS]
 
 
-def useful_flops(program: Program, load: Workload) -> dict[str, int]:
+def model_flops(program: Program, workload: Workload) -> dict[str, int]:
     """Model FLOPs by part."""
     flops = program.flops
     return {
-        "tower and projector": flops.images * load.images, "attention": flops.pairs * load.pairs,
-        "decoder": flops.tokens * load.tokens, "logits": flops.supervised * load.supervised,
+        "tower and projector": flops.images * workload.images, "attention": flops.pairs * workload.pairs,
+        "decoder": flops.tokens * workload.tokens, "logits": flops.supervised * workload.supervised,
     }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of a step at best, for each thing that must be done; all of them at once is the roofline."""
+    """Lower bounds of a step in seconds, for each resource; their maximum is the roofline."""
 
     compute: float
     links: float
@@ -108,29 +123,29 @@ class Times:
         return max(self.compute, self.links, self.between_slices)
 
 
-def times_of(compiled: Compiled) -> Times:
+def times_of(compiled: CompiledStep) -> Times:
     """Compute at the chip's peak, links at their full speed, all overlapped: no run can be faster.
 
-    What the memory's speed costs is left out: how much of the traffic stays on the chip is the compiler's secret.
+    Memory bandwidth is left out: the compiler does not say how much of the traffic stays on the chip.
     """
     assert compiled.cost is not None
-    place = compiled.place
-    near, far = (sum(_bytes(compiled, far=far).values()) for far in (False, True))
-    links = near / place.ici_bytes_per_sec if near else 0.0
-    return Times(compiled.cost.flops / place.chip.peak_flops, links, far / place.chip.dcn_bytes_per_sec)
+    target = compiled.target
+    link_bytes, slice_bytes = (sum(_bytes(compiled, crosses).values()) for crosses in (False, True))
+    links = link_bytes / target.ici_bytes_per_sec if link_bytes else 0.0
+    return Times(compiled.cost.flops / target.chip.peak_flops, links, slice_bytes / target.chip.dcn_bytes_per_sec)
 
 
-def _bytes(compiled: Compiled, far: bool) -> dict[str, int]:
+def _bytes(compiled: CompiledStep, between_slices: bool) -> dict[str, int]:
     assert compiled.cost is not None
-    found = Counter[str]()
-    for moved in compiled.cost.transfers.values():
-        found[moved.kind] += int(moved.bytes) if moved.between_slices == far else 0
-    return {kind: count for kind, count in sorted(found.items()) if count}
+    by_kind = Counter[str]()
+    for transfer in compiled.cost.transfers.values():
+        by_kind[transfer.kind] += int(transfer.bytes) if transfer.between_slices == between_slices else 0
+    return {kind: count for kind, count in sorted(by_kind.items()) if count}
 
 
 @dataclass(frozen=True)
 class Costs:
-    """How long and how dear. samples: of the whole run; None if nobody knows: then all is for a million of them."""
+    """Inputs of hours and money. samples: of the whole run; None if unknown: then all is for a million of them."""
 
     samples: int | None
     price: float | None  # of a chip and hour
@@ -139,49 +154,51 @@ class Costs:
         return (self.samples or 1_000_000) / samples_per_sec / 3600
 
 
-def numbers(compiled: Compiled, load: Workload, costs: Costs) -> dict[str, Any]:
-    """The plan as JSON: bytes are integers of one device, FLOPs those of one global step, None what is not known."""
-    place, memory = compiled.place, compiled.memory
-    useful = sum(useful_flops(compiled.program, load).values())
-    found: dict[str, Any] = {
-        "topology": place.topology, "slices": place.slices, "chips": place.chips, "mesh": dict(place.mesh.shape),
-        "fits": compiled.fits, "peak_hbm_bytes": memory.peak, "limit_hbm_bytes": place.chip.hbm_bytes,
-        "argument_bytes": memory.arguments, "temp_bytes": memory.temporaries, "parameter_bytes": memory.moving,
+def numbers(compiled: CompiledStep, workload: Workload, costs: Costs) -> dict[str, Any]:
+    """The plan as JSON: bytes are integers of one device, FLOPs those of one global step, None if unknown."""
+    target, memory = compiled.target, compiled.memory
+    model = sum(model_flops(compiled.program, workload).values())
+    content: dict[str, Any] = {
+        "topology": target.topology, "slices": target.slices, "chips": target.chips, "mesh": dict(target.mesh.shape),
+        "fits": compiled.fits, "peak_hbm_bytes": memory.peak, "limit_hbm_bytes": target.chip.hbm_bytes,
+        "argument_bytes": memory.arguments, "temp_bytes": memory.temporaries, "parameter_bytes": memory.trainable,
         "frozen_bytes": memory.frozen, "optimizer_bytes": memory.optimizer, "batch_bytes": memory.batch,
-        "host_bytes": memory.on_host, "assumed": load.said, "model_flops": useful, "executed_flops": None,
+        "host_bytes": memory.on_host, "assumed": workload.assumption, "model_flops": model, "executed_flops": None,
         "collective_bytes": None, "collective_bytes_between_slices": None, "step_secs_roofline": None,
         "mfu_roofline": None, "tokens_per_sec_roofline": None, "hours_roofline": None, "money_roofline": None,
         "samples": costs.samples, "compile_secs": round(compiled.secs, 1),
     }  # fmt: skip
     if compiled.cost is None:
-        return found
+        return content
     step = times_of(compiled).step
-    hours = costs.hours(load.samples / step)
-    return found | {
-        "executed_flops": compiled.cost.flops * place.devices,
-        "flops_by_part": {w.part: {"useful": w.useful, "executed": w.executed, "again": w.again}
-                          for w in work_of(compiled, load)},
-        "collective_bytes": _bytes(compiled, far=False),
-        "collective_bytes_between_slices": _bytes(compiled, far=True),
+    hours = costs.hours(workload.samples / step)
+    return content | {
+        "executed_flops": compiled.cost.flops * target.devices,
+        "flops_by_part": {w.part: {"useful": w.model, "executed": w.executed, "again": w.rematerialised}
+                          for w in work_of(compiled, workload)},
+        "collective_bytes": _bytes(compiled, between_slices=False),
+        "collective_bytes_between_slices": _bytes(compiled, between_slices=True),
         "step_secs_roofline": step,
-        "mfu_roofline": useful / (step * place.devices * place.chip.peak_flops),
-        "tokens_per_sec_roofline": load.tokens / step,
+        "mfu_roofline": model / (step * target.devices * target.chip.peak_flops),
+        "tokens_per_sec_roofline": workload.tokens / step,
         "hours_roofline": hours,
-        "money_roofline": None if costs.price is None else hours * place.chips * costs.price,
+        "money_roofline": None if costs.price is None else hours * target.chips * costs.price,
     }  # fmt: skip
 
 
-def page(compiled: Compiled, load: Workload, costs: Costs) -> str:
-    """What a person wants to see, top to bottom: does it fit, what is the work, how long, how dear."""
-    place = compiled.place
-    mesh = " x ".join(f"{axis} {size}" for axis, size in place.mesh.shape.items() if size > 1) or "one device"
-    slices = f"{place.slices} slices of " if place.slices > 1 else ""
-    lines = [f"{slices}{place.topology}: {place.chips} chips ({place.chip.kind}) on {place.hosts} host(s); mesh {mesh}",
-             f"compiled in {compiled.secs:.0f} s; assumed: {load.said}", "", *_memory_lines(compiled)]  # fmt: skip
+def page(compiled: CompiledStep, workload: Workload, costs: Costs) -> str:
+    """The plan as text, top to bottom: memory, FLOPs, time, cost."""
+    target = compiled.target
+    mesh = " x ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items() if size > 1) or "one device"
+    slices = f"{target.slices} slices of " if target.slices > 1 else ""
+    chips = f"{target.chips} chips ({target.chip.kind}) on {target.hosts} host(s)"
+    lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}",
+             f"compiled in {compiled.secs:.0f} s; assumed: {workload.assumption}", "",
+             *_memory_lines(compiled)]  # fmt: skip
     if compiled.cost is not None:
-        lines += ["", *_work_lines(compiled, load), "", *_time_lines(compiled, load), "", *_end_lines(
-            place, load, costs, times_of(compiled).step, sum(useful_flops(compiled.program, load).values())
-        )]  # fmt: skip
+        model = sum(model_flops(compiled.program, workload).values())
+        lines += ["", *_work_lines(compiled, workload), "", *_time_lines(compiled), "",
+                  *_end_lines(target, workload, costs, times_of(compiled).step, model)]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -190,64 +207,65 @@ LETTERS = {"parameters": "P", "frozen parameters": "F", "optimizer": "O", "batch
            "temporaries": "T"}  # fmt: skip
 
 
-def _memory_lines(compiled: Compiled) -> list[str]:
-    memory, limit = compiled.memory, compiled.place.chip.hbm_bytes
-    own = (memory.moving, memory.frozen, memory.optimizer, memory.batch)
-    rest = memory.arguments + memory.outputs - memory.aliased - sum(own)
-    held = dict(zip(LETTERS, (*own, max(0, rest), memory.temporaries)))
-    bar = "".join(LETTERS[name] * round(BAR * size / limit) for name, size in held.items())
-    cells = [[LETTERS[name] + " " + name, f"{size / GIB:.2f}"] for name, size in held.items() if size >= GIB / 200]
+def _memory_lines(compiled: CompiledStep) -> list[str]:
+    memory, limit = compiled.memory, compiled.target.chip.hbm_bytes
+    argument_bytes = (memory.trainable, memory.frozen, memory.optimizer, memory.batch)
+    padding = memory.arguments + memory.outputs - memory.aliased - sum(argument_bytes)
+    sizes = dict(zip(LETTERS, (*argument_bytes, max(0, padding), memory.temporaries)))
+    bar = "".join(LETTERS[name] * round(BAR * size / limit) for name, size in sizes.items())
+    cells = [[LETTERS[name] + " " + name, f"{size / GIB:.2f}"] for name, size in sizes.items() if size >= GIB / 200]
     verdict = "fits" if compiled.fits else "DOES NOT FIT"
     cells += [["peak", f"{memory.peak / GIB:.2f}"], ["limit", f"{limit / GIB:.2f}"]]
     if memory.on_host:
         cells.append(["on the host", f"{memory.on_host / GIB:.2f}"])
-    drawn = f"|{bar[:BAR]:<{BAR}}|{bar[BAR : 2 * BAR]}"
-    return [*table(["memory of a chip", "GiB"], cells), drawn, f"{verdict}: {memory.peak / limit:.0%} of the limit"]
+    drawing = f"|{bar[:BAR]:<{BAR}}|{bar[BAR : 2 * BAR]}"
+    return [*table(["memory of a chip", "GiB"], cells), drawing, f"{verdict}: {memory.peak / limit:.0%} of the limit"]
 
 
-def _work_lines(compiled: Compiled, load: Workload) -> list[str]:
-    works = work_of(compiled, load)
-    works.append(Work("all", *(sum(vars(w)[key] for w in works) for key in ("useful", "executed", "again"))))
+def _work_lines(compiled: CompiledStep, workload: Workload) -> list[str]:
+    works = work_of(compiled, workload)
+    works.append(Work("all", *(sum(vars(w)[key] for w in works) for key in ("model", "executed", "rematerialised"))))
     letter, unit = _unit(works[-1].executed)
-    cells = [[w.part, *(f"{flops / unit:,.1f}" for flops in (w.useful, w.again, w.executed - w.useful - w.again,
-             w.executed))] for w in works]  # fmt: skip
-    lines = table([f"work of a step, {letter}FLOP", "useful", "again", "padding, masks", "done"], cells)
+    columns = [(w.model, w.rematerialised, w.executed - w.model - w.rematerialised, w.executed) for w in works]
+    cells = [[w.part, *(f"{flops / unit:,.1f}" for flops in row)] for w, row in zip(works, columns)]
+    head = [f"work of a step, {letter}FLOP", "model", "rematerialised", "padding and masked", "executed"]
+    lines = table(head, cells)
     assert compiled.cost is not None
     if compiled.cost.open_loops:
-        lines.append(f"(the loss takes {CHUNK} learned positions at a time, here {load.chunks} times)")
+        lines.append(f"(the loss takes {CHUNK} supervised positions at a time, here {workload.chunks} times)")
     if compiled.cost.uncounted:
         lines.append(f"(not counted: {', '.join(dict.fromkeys(compiled.cost.uncounted))})")
     return lines
 
 
-def _time_lines(compiled: Compiled, load: Workload) -> list[str]:
+def _time_lines(compiled: CompiledStep) -> list[str]:
     times = times_of(compiled)
-    near, far = _bytes(compiled, far=False), _bytes(compiled, far=True)
-    letter, unit = _unit(sum(near.values()))
+    link_bytes, slice_bytes = _bytes(compiled, between_slices=False), _bytes(compiled, between_slices=True)
+    letter, unit = _unit(sum(link_bytes.values()))
     cells = [["matrix products", "", f"{times.compute:.3g}"]]
-    cells += [[f"  {kind}", f"{count / unit:.2f}", ""] for kind, count in near.items()]
-    cells += [["links to other chips", f"{sum(near.values()) / unit:.2f}", f"{times.links:.3g}"]]
-    if far:
-        cells += [["network between slices", f"{sum(far.values()) / unit:.2f}", f"{times.between_slices:.3g}"]]
-    return table(["a chip's step at best", f"{letter}B sent", "secs"], cells)
+    cells += [[f"  {kind}", f"{count / unit:.2f}", ""] for kind, count in link_bytes.items()]
+    cells += [["links to other chips", f"{sum(link_bytes.values()) / unit:.2f}", f"{times.links:.3g}"]]
+    if slice_bytes:
+        cells += [["network between slices", f"{sum(slice_bytes.values()) / unit:.2f}", f"{times.between_slices:.3g}"]]
+    return table(["roofline bound of a chip's step", f"{letter}B sent", "secs"], cells)
 
 
 def _unit(largest: int) -> tuple[str, float]:
-    """("T", 1e12) and so on: what makes the largest number readable."""
+    """("T", 1e12) and so on: the SI prefix of the largest number."""
     sizes = (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
     return next((pair for pair in sizes if largest >= pair[1]), ("", 1))
 
 
-def _end_lines(place: Place, load: Workload, costs: Costs, step: float, useful: int) -> list[str]:
-    hours = costs.hours(load.samples / step)
-    share = useful / (step * place.devices * place.chip.peak_flops)
-    what = f"{costs.samples:,} samples" if costs.samples else "a million samples"
-    lines = [f"a step takes {step:.3g} s or more ({load.samples:,.0f} samples): at most {load.tokens / step:,.0f} "
-             f"tokens/s, {100 * share:.1f} % MFU",
-             f"{what}: {hours:.2f} hours or more"]  # fmt: skip
+def _end_lines(target: Target, workload: Workload, costs: Costs, step: float, model: int) -> list[str]:
+    hours = costs.hours(workload.samples / step)
+    share = model / (step * target.devices * target.chip.peak_flops)
+    samples_text = f"{costs.samples:,} samples" if costs.samples else "a million samples"
+    lines = [f"a step takes {step:.3g} s or more ({workload.samples:,.0f} samples): at most "
+             f"{workload.tokens / step:,.0f} tokens/s, {100 * share:.1f} % MFU",
+             f"{samples_text}: {hours:.2f} hours or more"]  # fmt: skip
     if costs.price is not None:
-        lines[-1] += f", {hours * place.chips * costs.price:,.2f} at {costs.price} a chip and hour"
-    return [*lines, "(a bound, not a forecast: compute at peak, all communication hidden, memory traffic left out)"]
+        lines[-1] += f", {hours * target.chips * costs.price:,.2f} at {costs.price} a chip and hour"
+    return [*lines, "(a roofline bound: compute at peak, all communication hidden, memory traffic left out)"]
 
 
 def table(head: list[str], cells: Iterable[list[str]]) -> list[str]:

@@ -45,37 +45,45 @@ class Tiling:
         return self.merge == "spatial_unpad"
 
 
-def tiling(image_mode: str, words: Mapping[str, Any] | None) -> Tiling | None:
-    """The tiling that a config or a model.json describes; None where pictures are not tiled.
+def tiling(image_mode: str, grids: Any, merge: Any, max_tiles: Any, several: Any) -> Tiling | None:
+    """The tiling that a config describes; None where pictures are not tiled.
 
-    words: {"grids": "1x2 2x1 2x2", "merge", "max_tiles", "several": "anyres" or "pad"}; None or no grids: none.
+    Args:
+      grids: such as "1x2 2x1 2x2", columns x rows. The others as in `Tiling`; several: "anyres" or "pad".
 
     Raises:
       UsageError: grids that are none, an unknown merge, or grids without image_mode="anyres".
     """
-    grids = str(words["grids"]) if words else ""
     if image_mode != ANYRES:
         if grids:
             raise UsageError(f'prompt.grids={grids!r} with prompt.image_mode="{image_mode}": want "{ANYRES}", or no '
                              "grids")  # fmt: skip
         return None
-    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", grid) for grid in grids.split()]
-    if not words or not found or not all(found):
+    found = [re.fullmatch(r"([1-9]\d?)x([1-9]\d?)", grid) for grid in str(grids).split()]
+    if not found or not all(found):
         raise UsageError(f"prompt.grids={grids!r}: want columns x rows of each grid of tiles, such as "
                          '"1x2 2x1 2x2 3x1 1x3"')  # fmt: skip
-    merge, most, several = words["merge"], words["max_tiles"], words["several"]
     if merge not in MERGES:
         raise UsageError(f"prompt.merge={merge!r}: choose one of {', '.join(MERGES)}")
-    if type(most) is not int or most < 0 or (most and merge != "spatial_unpad"):
-        raise UsageError(f'prompt.max_tiles={most!r}: want 0 (no limit), or a number with merge="spatial_unpad"')
+    if type(max_tiles) is not int or max_tiles < 0 or (max_tiles and merge != "spatial_unpad"):
+        raise UsageError(f'prompt.max_tiles={max_tiles!r}: want 0 (no limit), or a number with merge="spatial_unpad"')
     if several not in (ANYRES, "pad"):
         raise UsageError(f'prompt.several={several!r}: want "{ANYRES}" or "pad"')
     sizes = tuple((int(match[1]), int(match[2])) for match in found if match)
-    return Tiling(sizes, merge, most, several == ANYRES)
+    return Tiling(sizes, merge, max_tiles, several == ANYRES)
+
+
+def from_words(image_mode: str, words: Mapping[str, Any] | None) -> Tiling | None:
+    """The tiling of a model.json, as `words` wrote it. Raises UsageError where it is none."""
+    words = words or {"grids": "", "merge": MERGES[-1], "max_tiles": 0, "several": ANYRES}
+    wanted = ("grids", "merge", "max_tiles", "several")
+    if set(words) != set(wanted):
+        raise UsageError(f"tiling of keys {sorted(words)}: want {', '.join(wanted)}")
+    return tiling(image_mode, *(words[key] for key in wanted))
 
 
 def words(tiling: Tiling | None) -> dict[str, Any] | None:
-    """The inverse of `tiling`."""
+    """What a model.json says of a tiling; None where pictures are not tiled."""
     if tiling is None:
         return None
     grids = " ".join(f"{columns}x{rows}" for columns, rows in tiling.grids)

@@ -12,6 +12,7 @@ from pathlib import Path
 from etils import epath
 
 from llava_jax.errors import Foreign, MissingFile, UsageError
+from llava_jax.files import exists
 from llava_jax.prompt import hub, llama, words
 from llava_jax.prompt.hub import HubTokenizer
 from llava_jax.prompt.llama import LlamaTokenizer, train_llama
@@ -43,7 +44,7 @@ def load(path: epath.PathLike, legacy: bool | None = None, added: tuple[str, ...
       ValueError: `legacy` is stated nowhere, or stated for a tokenizer that has none; the files are damaged.
     """
     path, where = epath.Path(path), str(path)
-    if not path.exists():
+    if not exists(path):
         raise MissingFile(f"tokenizer {path}: no such file or directory")
     if not path.is_dir():
         return llama.build(path.read_bytes(), words.stated({}, where), legacy, added, where)

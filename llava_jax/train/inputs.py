@@ -22,7 +22,7 @@ from llava_jax.prompt import anyres, ending, templates, tokenizer
 from llava_jax.prompt.encode import Format
 from llava_jax.train import program as programs
 
-ALL_BUT_ONE = 1 - 1e-9  # a skip budget
+ALL_BUT_ONE = 0.999999  # a skip budget
 
 
 def model_config(model: configs.Model) -> LlavaConfig:
@@ -66,18 +66,14 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
         raise UsageError(f"tokenizer {place} has {words.size} tokens, the model only {rows}: want one that fits it")
     template = templates.get(config.prompt.template)
     ending.check(template, words, str(place), config.prompt.image_start_end)
-    tiling = _tiling(config.prompt)
+    prompt = config.prompt
+    tiling = anyres.tiling(prompt.image_mode, prompt.grids, prompt.merge, prompt.max_tiles, prompt.several)
     anyres.check(tiling, sizes.image_newline, sizes.image_features)
     return Format(
         template, words, sizes.vision.image_size, sizes.image_features, config.prompt.image_mode,
         config.prompt.image_start_end, sizes.vision.mean, sizes.vision.resample,
         tiling,
     )  # fmt: skip
-
-
-def _tiling(prompt: configs.Prompt) -> anyres.Tiling | None:
-    words = {"grids": prompt.grids, "merge": prompt.merge, "max_tiles": prompt.max_tiles, "several": prompt.several}
-    return anyres.tiling(prompt.image_mode, words)
 
 
 def open_sources(config: configs.Config, dataset: Any) -> tuple[list[Source], list[Source]]:
@@ -130,7 +126,8 @@ def _feed(
         "one_pass": one_pass,
     }  # fmt: skip
     if data.layout == "packed":
-        return Packed(rows=programs.rows_of(data, mesh), rows_per_group=data.rows_per_group, **shared)
+        return Packed(rows=programs.rows_of(data, mesh), rows_per_group=data.rows_per_group,
+                      sample_tokens=data.sample_tokens, **shared)  # fmt: skip
     return Pipeline(
         batch_samples=data.batch_samples, lengths=data.lengths,
         group_samples=math.gcd(data.batch_samples, config.train.group_samples),

@@ -30,8 +30,8 @@ def before(config: configs.Config, rates: np.ndarray, samples: int, step_samples
       UsageError: no update has a learning rate.
     """
     updates = int((rates > 0).sum())
-    remedy = (f"{samples:,} samples in steps of {step_samples:,.0f} make {len(rates)} step(s): set "
-              f"{_fitting(config, samples, parts)}")  # fmt: skip
+    made = f", train.steps={config.train.steps}" if config.train.steps else f" make {len(rates)} step(s)"
+    remedy = f"{samples:,} samples in steps of {step_samples:,.0f}{made}: set {_fitting(config, samples, parts)}"
     if not updates and len(rates) >= FEW_UPDATES:
         raise UsageError(f"no update has a learning rate: train.lr={config.train.lr}; want it above 0")
     if not updates:
@@ -65,6 +65,9 @@ def after(row: Mapping[str, Any], model: DecoderConfig, warmup: int) -> list[str
         return ["a batch has no supervised tokens, so its loss is 0: see `python -m llava_jax.data show RECORDS`"]
     if row["loss"] == 0:
         return ["the loss is exactly 0: are the answers in the prompt, or the targets all one token?"]
+    if row["grad_norm"] == 0:
+        return ["the gradient of a step is exactly 0: nothing in its records reaches a parameter that `rates` trains. "
+                "Text without a picture teaches a projector nothing, and a tower's last block may never run"]
     chance = math.log(model.vocab)
     if row["step"] == warmup + SETTLED and row["loss"] >= chance:
         return [f"the loss after the warm-up is {row['loss']:.2f}, no better than guessing among {model.vocab:,} words "

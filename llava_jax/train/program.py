@@ -210,7 +210,7 @@ def check(config: configs.Config, model_config: LlavaConfig) -> None:
     """Raises ValueError where the model cannot read the rows of the config; takes no time."""
     data = config.data
     positions = model_config.llm.usable_positions
-    limits.check_rows(data.row_tokens, model_config.image_features, positions, data.lengths)
+    limits.check_rows(data.sample_tokens or data.row_tokens, model_config.image_features, positions, data.lengths)
 
 
 def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> AnyBatch:

@@ -89,7 +89,7 @@ def _fault(workdir: epath.Path, config: configs.Config) -> str:
     length = " To train on for longer, with the optimizer as it is: --config.train.lengthen=true."
     return (
         f"--workdir {workdir} holds a run with other settings: {'; '.join(changed)}. Go on with the old ones, or begin "
-        f"anew from its weights: --workdir NEW --config.{_start_key(config)}={workdir}"
+        f"anew from its weights: --workdir NEW --config.{_start_key(config)}={workdir}."
         f"{length if any(one.startswith(LENGTH) for one in changed) else ''}"
     )
 

@@ -151,6 +151,14 @@ def test_a_base_is_looked_for_beside_the_checkpoint_first_and_then_where_it_was(
     assert [str(place) for place in model_json.candidates("gs://b/new/ft", base)] == ["gs://b/new/base", "/old/base"]
 
 
+def test_a_base_is_looked_for_beside_what_a_link_points_to(tmp_path):
+    (tmp_path / "runs" / "ft").mkdir(parents=True)
+    (tmp_path / "latest").symlink_to(tmp_path / "runs" / "ft")
+    base = model_json.Base("../base", 1, "sums:0", (), "/old/base")
+    tried = [tmp_path / "base", tmp_path / "runs" / "base", "/old/base"]
+    assert [str(place) for place in model_json.candidates(tmp_path / "latest", base)] == [str(place) for place in tried]
+
+
 @pytest.mark.parametrize(
     "directory, files, message",
     [

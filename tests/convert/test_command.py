@@ -34,6 +34,8 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     code, text, error = run(capsys, "assemble", tmp_path / "new", "--vision", clip, "--llm", llm)
     assert code == 64 and error.count("\n") == 1 and "exists already and is not overwritten" in error
     assert {path.name for path in tmp_path.iterdir()} == {"ours", "out", "whole", "clip", "llm", "new"}
+    code, _, error = run(capsys, "import", ours, tmp_path / "twice")
+    assert code == 66 and "is a llava_jax checkpoint already (model.json): import nothing" in error
     leaf = next((tmp_path / "whole" / "0" / "params" / "vision.cls").glob("[0-9]*"))
     content = bytearray(leaf.read_bytes())
     content[3] ^= 4
@@ -50,7 +52,10 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     (["export", "--format", "gguf", "none", "DST"], 64, "invalid choice"),
     (["inspect", "none"], 66, "there is no such checkpoint"),
     (["verify", "none", "--step", "x"], 64, "want the number of a step, or best"),
-    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "model_type is 'llava'; wanted a vision tower"),
+    (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "tower's model_type is 'llava'; wanted one of clip"),
+    (["import", "llava-hf/llava-1.5-7b-hf", "DST"], 66, "hf download llava-hf/llava-1.5-7b-hf --local-dir"),
+    (["assemble", "DST", "--vision", "openai/clip", "--llm", "HUB"], 66, "`hf download openai/clip --local-dir clip`"),
+    (["import", "https://huggingface.co/llava-hf/x", "DST"], 64, "a path that begins with https://: want a path on a"),
     (["paint"], 64, "invalid choice"),
     ([], 64, "required"),
 ])  # fmt: skip

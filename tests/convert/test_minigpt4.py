@@ -329,5 +329,7 @@ def test_what_other_formats_cannot_hold_is_refused(tmp_path, assembled):
     importing.assemble(tmp_path / "perceiver", clip, llm, projector_type="perceiver")
     with pytest.raises(ValueError, match="no model with the connector 'perceiver' on this tower"):
         exporting.export("hf", tmp_path / "perceiver", tmp_path / "out")
+    with pytest.raises(ValueError, match="the original code has no connector 'perceiver'"):
+        exporting.export("projector", tmp_path / "perceiver", tmp_path / "out")  # its latents would be lost
     assert not (tmp_path / "out").exists() and reader.latest_step(tmp_path / "perceiver") == 0
     assert files.open_tensors(clip).specs

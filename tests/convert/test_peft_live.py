@@ -13,7 +13,8 @@ from safetensors.numpy import load_file
 
 from llava_jax.checkpoint import model_json
 from llava_jax.convert import exporting, importing, peft_import
-from llava_jax.convert.importing import UNSAID
+from llava_jax.convert.importing import UNSAID, PromptOptions
+from llava_jax.convert.source import open_source
 from llava_jax.models.presets import config_from_json
 from llava_jax.models.vit import normalise
 from tests.convert import adapters, tiny
@@ -115,3 +116,55 @@ def test_what_peft_saves_comes_in_and_goes_out_again(models, done, python):
 
 def error(found, wanted):
     return np.abs(found - wanted).max() / np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("decoder, tower", [
+    ("qwen2", "siglip"), pytest.param("qwen3", "siglip_headless", marks=pytest.mark.slow),
+    pytest.param("mistral", "siglip", marks=pytest.mark.slow),
+])  # fmt: skip
+def test_adapters_of_other_decoders_and_towers_go_out_and_come_in(tmp_path, decoder, tower):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import LlavaForConditionalGeneration
+
+    from tests.convert.test_parts_live import made_by_transformers
+
+    made_by_transformers(tmp_path / "in", decoder, tower)
+    importing.import_checkpoint(tmp_path / "in", tmp_path / "base", options=PromptOptions(template="v1"))
+    adapters.write_run(tmp_path / "run", tmp_path / "base", projector=False)
+    exporting.export("hf", tmp_path / "base", tmp_path / "model")
+    exporting.export("peft", tmp_path / "run", tmp_path / "out")
+
+    def load(name):
+        return LlavaForConditionalGeneration.from_pretrained(tmp_path / name).eval()
+
+    plain = load("model")
+    side, patch = plain.config.vision_config.image_size, plain.config.vision_config.patch_size
+    features = [plain.config.image_token_id] * (side // patch) ** 2
+    inputs = {"input_ids": torch.tensor([[1, 5, 9, *features, 17, 300]]), "pixel_values": torch.randn(1, 3, side, side)}
+
+    @torch.no_grad()
+    def check_same(adapted, checkpoint):
+        exporting.export("hf", tmp_path / checkpoint, tmp_path / f"{checkpoint} merged")
+        wanted = load(f"{checkpoint} merged")(**inputs).logits
+        assert (adapted(**inputs).logits - wanted).abs().max() <= 1e-5 * wanted.abs().max()
+        assert (plain_logits - wanted).abs().max() > 0.1
+
+    with torch.no_grad():
+        plain_logits = plain(**inputs).logits
+    check_same(PeftModel.from_pretrained(load("model"), tmp_path / "out").eval(), "run")
+    peft_import.import_adapter(tmp_path / "out", tmp_path / "back", tmp_path / "base", UNSAID)
+    one, two = (open_source(tmp_path / name) for name in ("run", "back"))
+    for name in one.specs:
+        np.testing.assert_array_equal(one.read(name), two.read(name))
+
+    # Of all linear layers with such names, in the tower and in the decoder.
+    targets = ["q_proj", "out_proj", "fc2", "up_proj"]
+    theirs = get_peft_model(load("model"), LoraConfig(r=3, lora_alpha=6, target_modules=targets)).eval()
+    with torch.no_grad():
+        for name, parameter in theirs.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.2)
+    theirs.save_pretrained(tmp_path / "theirs")
+    peft_import.import_adapter(tmp_path / "theirs", tmp_path / "ours", tmp_path / "base", UNSAID)
+    check_same(theirs, "ours")

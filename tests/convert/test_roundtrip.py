@@ -1,5 +1,6 @@
 """Weights in and out again, bit for bit, through every layout and dtype; no torch."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,10 +10,10 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, files, importing, reports
+from llava_jax.convert import exporting, files, importing, readme, reports
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint
-from llava_jax.models import clip
+from llava_jax.models import clip, mistral, presets, qwen
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import tokenizer
 from tests.convert import tiny
@@ -70,6 +71,16 @@ def test_verify_is_not_content_with_what_it_cannot_compare(half, tmp_path):
         reports.verify(tmp_path / "ours")
     reports.merge(tmp_path / "ours", tmp_path / "whole")
     assert reports.verify(tmp_path / "whole").endswith("all as they were written")
+
+
+def test_verify_is_not_content_with_an_older_step_than_the_damaged_newest(half, tmp_path):
+    shutil.copytree(half[1], tmp_path / "ours")
+    shutil.copytree(tmp_path / "ours" / "0", tmp_path / "ours" / "5")
+    assert reports.verify(tmp_path / "ours").endswith("all as they were written")
+    (tmp_path / "ours" / "5" / "params" / "_METADATA").write_text("{")
+    with pytest.raises(UnusableCheckpoint, match="step 5 is damaged, .*--step 0"):
+        reports.verify(tmp_path / "ours")
+    assert reports.verify(tmp_path / "ours", 0).endswith("all as they were written")
 
 
 def test_leaves_are_theirs_transposed_and_stacked(half):
@@ -176,6 +187,31 @@ def test_a_tower_that_the_hub_has_goes_into_the_original_files_themselves(tmp_pa
     assert same(loaded(tmp_path / "again"), loaded(half[1]))
 
 
+@pytest.mark.parametrize("decoder, name, words", [
+    ("llama", "llava-mistral", "give it one without 'mistral', which is of another language model."),
+    ("mistral", "llava-x", "give it one with 'mistral' in it."), ("qwen2", "llava", "give it one with 'qwen' in it."),
+    ("llama", "LLaVA-v1.5", ""), ("mistral", "llava-v1.6-Mistral-7b", ""), ("qwen2", "llava-qwen2.5", ""),
+    ("qwen3", "llava-qwen3", ""),
+])  # fmt: skip
+def test_a_readme_of_the_original_format_says_what_name_the_original_code_knows_the_decoder_by(decoder, name, words):
+    llm = {"llama": presets.get("tiny").llm, "mistral": mistral.MISTRAL_7B, "qwen2": qwen.QWEN25_7B,
+           "qwen3": qwen.QWEN3_8B}[decoder]  # fmt: skip
+    config = dataclasses.replace(presets.get("tiny"), llm=llm)
+    text = readme.original(config, model_json.PromptMetadata("v1", None, "pad", False), name, None)
+    assert words in text and bool(words) == ("That code chooses" in text)
+
+
+@pytest.mark.parametrize("preset, tower, words", [
+    ("llava15_7b", "openai/clip-vit-large-patch14-336", "Read by haotian-liu/LLaVA and LLaVA-NeXT."),
+    ("llava_qwen25_7b_siglip", "google/siglip-so400m-patch14-384", "Read by LLaVA-NeXT."),
+    ("llava_qwen25_7b_siglip", None, "Only llava_jax reads it"),
+    ("llava_qwen3_8b_siglip", "google/siglip-so400m-patch14-384", "Only llava_jax reads it"),
+])  # fmt: skip
+def test_a_readme_of_the_original_format_says_which_code_reads_it(preset, tower, words):
+    text = readme.original(presets.get(preset), model_json.PromptMetadata("v1", None, "pad", False), "llava-x", tower)
+    assert words in text
+
+
 def test_a_linear_projector_goes_through_the_original_format(tmp_path):
     tensors = {n: t for n, t in tiny.renamed(tiny.hub_tensors(), "original").items() if ".mm_projector.2" not in n}
     tensors = {n.replace("mm_projector.0.", "mm_projector."): t for n, t in tensors.items()}
@@ -208,6 +244,15 @@ def test_assemble_joins_a_tower_a_decoder_and_a_projector(tmp_path):
     importing.assemble(tmp_path / "c", vision, llm, projector_type="linear", select_layer=-1)
     specs = reader.tensor_specs(tmp_path / "c")
     assert "projector/2/bias" not in specs and specs["vision/blocks/q/kernel"].shape[0] == 3
+
+
+def test_a_projector_alone_comes_back_as_the_connector_that_its_config_names(tmp_path):
+    vision, llm, kind = tiny.write_clip(tmp_path / "clip"), tiny.write_llama(tmp_path / "llm"), "pixel_shuffle2_linear"
+    importing.assemble(tmp_path / "a", vision, llm, projector_type=kind)
+    exporting.export("projector", tmp_path / "a", tmp_path / "projector")
+    importing.assemble(tmp_path / "b", vision, llm, projector=tmp_path / "projector" / "mm_projector.bin", seed=9)
+    assert model_json.read(tmp_path / "b").model["projector"] == kind
+    assert same(loaded(tmp_path / "b"), loaded(tmp_path / "a"))
 
 
 def test_tied_embeddings_have_no_output_matrix_either_way(tmp_path):

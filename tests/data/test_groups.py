@@ -78,12 +78,12 @@ def expected(v1, tmp_path_factory):
 def test_on_the_device_orders_of_real_machines(v1, expected, topology):
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu, which knows the order of devices, is not installed")
-    from llava_jax.plan.compile import find_place
+    from llava_jax.plan.compile import find_target
 
     source, losses = expected
-    mesh = find_place(config.Mesh(), topology).mesh
+    mesh = find_target(config.Mesh(), topology).mesh
     if mesh.size > SAMPLES:  # the rest of the machine holds copies of the rows
-        mesh = find_place(config.Mesh(tensor=mesh.size // SAMPLES), topology).mesh
+        mesh = find_target(config.Mesh(tensor=mesh.size // SAMPLES), topology).mesh
     placed = sharding.of_array(mesh, (SAMPLES, 96), "batch", "tokens").devices_indices_map((SAMPLES, 96))
     assert [loss(fields) for fields in assembled(v1, source, placed)] == pytest.approx(losses, rel=1e-6)
 

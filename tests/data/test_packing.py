@@ -101,3 +101,10 @@ def test_what_fits_neither_its_row_nor_its_pool_raises():
         padded([pair], 4, 1, 2)
     with pytest.raises(ValueError, match=r"'x' fills its row to 5 of 4 tokens"):
         packed([[[example([1, 2], ". x"), pair]]], 4, 9, 2)
+
+
+def test_a_sample_may_be_shorter_than_its_row():
+    one, two = (Example(np.arange(1, 10, dtype=np.int32), np.ones(9, bool), (), (), name) for name in "ab")
+    batch, lost = packed([[[one, two]]], 16, 1, 2, sample_tokens=6)
+    assert lost == 6 and batch.segments[0].tolist() == [1] * 6 + [2] * 6 + [0] * 4
+    assert batch.positions.max() == 5

@@ -9,6 +9,7 @@ import pytest
 from llava_jax.data import planner
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import WINDOW, Plans, plan
+from llava_jax.prompt import anyres
 
 FEATURES, FRAME = 576, 42  # of an image; of the v1 template around a record's first question
 
@@ -210,3 +211,29 @@ def test_steps_of_epochs_are_counted_by_their_plans(plans):
     assert made.steps_of(1.001) == one + 1
     fill = made.fill()
     assert fill.samples_a_row == made.schedule.samples / (8 * one) and 0.7 < fill.positions < 1 > fill.slots > 0.5
+
+
+# Pictures of those parts: (width, height) and their share. COCO's and Visual Genome's commonest sizes; book covers and
+# TextCaps' pictures are guessed.
+COCO = (((640, 480), 0.6), ((480, 640), 0.22), ((640, 427), 0.18))
+GENOME = (((500, 375), 0.6), ((375, 500), 0.25), ((500, 333), 0.15))
+PICTURES = (COCO, COCO, COCO, COCO, GENOME, COCO, (((333, 500), 1.0),), COCO,
+            (((1024, 768), 0.7), ((768, 1024), 0.3)), COCO, GENOME)  # fmt: skip
+
+
+def test_rows_of_tiles_are_as_full_as_the_recipe_says():
+    """LLaVA-1.6's grids, rows of 10,240 positions with 20 tiles, samples of at most 4,096."""
+    tiling, rng = anyres.Tiling(((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))), np.random.default_rng(0)
+    found = []
+    for (records, median, sigma), pictures in zip((*PARTS, SHAREGPT), (*PICTURES, None)):
+        text = rng.lognormal(np.log(median), sigma, round(records * 2 * WINDOW / 665_298)).astype(int) + FRAME
+        if pictures is None:
+            found.append([text, np.zeros(len(text), int)])
+            continue
+        layouts = [anyres.layout(size, tiling, 336, FEATURES) for size, _ in pictures]
+        drawn = rng.choice(len(pictures), len(text), p=[share for _, share in pictures])
+        found.append([text + np.array([len(one.slots) for one in layouts])[drawn],
+                      np.array([one.tiles for one in layouts])[drawn]])  # fmt: skip
+    tokens, images = np.concatenate(found, axis=1)[:, rng.permutation(sum(len(part[0]) for part in found))]
+    positions, slots = filled(np.minimum(tokens, 4096), images, 10_240, 1, 20)
+    assert positions > 0.98 and slots > 0.93

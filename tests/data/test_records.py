@@ -139,6 +139,21 @@ def test_a_key_of_a_turn_too(key):
     assert talk({"conversations": [TEXT[0], answer | {key: None}]}).turns == talk({"conversations": TEXT}).turns
 
 
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"Image": "a.jpg", "conversations": TEXT}, "Image='a.jpg': keys are written in small letters: rename it to"),
+        ({"System": "Be brief.", "conversations": TEXT}, "System='Be brief.': keys are"),
+        ({"VIDEO": "a.mp4", "conversations": TEXT}, "VIDEO='a.mp4': video is not read"),
+        ({"conversations": [TEXT[0], TEXT[1] | {"Loss": False}]}, "conversations[].Loss=False: keys are"),
+        ({"conversations": [TEXT[0], TEXT[1] | {"mask": 0}]}, "conversations[].mask=0: this mark is not read: write"),
+    ],
+)
+def test_a_key_in_capitals_is_refused_where_it_would_be_read(raw, message):
+    assert refused(raw).startswith(f"unread_key: {message}")
+    assert parsed({"ID": "7", "Source": "web", "conversations": TEXT}).unknown == ()
+
+
 def test_harmless_keys_are_harmless_and_unknown_ones_are_told():
     harmless = {key: "x" for key, use in RECORD_KEYS.items() if use == HARMLESS}
     assert parsed({"conversations": TEXT} | harmless).unknown == ()
@@ -192,6 +207,11 @@ def test_marks_are_of_answers():
         ({"conversations": [{"from": "human", "value": [{"type": "file"}]}]}, "type='file': want one of text, image"),
         ({"conversations": [{"from": "human", "value": ["x"]}]}, "conversations[0].value[0]='x': want {type: text"),
         ({"conversations": [{"from": "human", "value": [{"type": "text"}]}]}, "want a string as text"),
+        ({"conversations": [{"from": "human", "value": [{"type": "text", "text": "?", "image": "a"}]}]},
+         "a picture in a part of text: want a part for each"),
+        ({"conversations": [{"from": "human", "value": [{"type": "image", "text": "Look"}]}]}, "and no text in it"),
+        ({"conversations": [{"from": "human", "value": [{"type": "image", "url": "a", "path": "b"}]}]}, "one picture"),
+        ({"conversations": [{"role": "user", "content": [{"type": "image"}], "value": "x"}]}, "both value and content"),
         ({"conversations": [{"from": "human", "value": [{"type": "image", "index": -1}]}]}, "index=-1"),
         ({"conversations": [{"from": "human", "value": [{"type": "image", "index": 1}]}, GPT], "image": ["a"]},
          "marker_count: the parts of messages show the pictures [1] of 1 in image"),

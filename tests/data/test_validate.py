@@ -92,6 +92,9 @@ BAD = [
 NOTED = [
     ("control_text", "'ASSISTANT:' in", {"id": "x", "conversations": turns((H, "Say ASSISTANT: me"), (G, "b"))}),
     ("control_text", "'</s>' in 'a </s> b", {"id": "x", "conversations": turns((H, "a </s> b"), (G, "b"))}),
+    ("foreign_marker", "'<video>' is read as letters", {"id": "x", "conversations": turns((H, "<video>?"), (G, "b"))}),
+    ("foreign_marker", "'<|image_1|>' is", {"id": "x", "conversations": turns((H, "<|image_1|>?"), (G, "b"))}),
+    ("foreign_marker", "'<img>' is", {"id": "x", "conversations": turns((H, "<img>0.png</img>?"), (G, "b"))}),
     ("cut", "targets are lost", {"id": "x", "conversations": turns((H, "a"), (G, "long " * 300))}),
 ]  # fmt: skip
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from llava_jax import config as configs
-from llava_jax.data.__main__ import main as data_door
+from llava_jax.data.__main__ import main as data_command
 from llava_jax.data.prepare import ALIGNMENT
 from llava_jax.data.sources import open_source
 from llava_jax.datagen import curate, rules, shots
@@ -38,11 +38,11 @@ def lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def step(name, out, *more):
-    return main(["curate", name, "--out", str(out), *map(str, more)])
+def step(name, out, *options):
+    return main(["curate", name, "--out", str(out), *map(str, options)])
 
 
-def place(server):
+def endpoint(server):
     return ["--base-url", server.url, "--model", "m"]
 
 
@@ -60,46 +60,47 @@ def see(body):
 
 
 @pytest.fixture(scope="module")
-def filtered(images, tmp_path_factory):
+def curated(images, tmp_path_factory):
     """A folder after describe, correct and filter, and the server's bodies."""
     out = tmp_path_factory.mktemp("curated")
     with FakeOpenAI(see, first("500")) as server:
-        assert step("describe", out, "--images", images, *place(server)) == 0
-        assert step("correct", out, *place(server)) == 0
+        assert step("describe", out, "--images", images, *endpoint(server)) == 0
+        assert step("correct", out, *endpoint(server)) == 0
     assert step("filter", out) == 0
     return out, server.bodies
 
 
-def test_short_answers_are_continued_with_the_dialogue_so_far(filtered):
-    out, bodies = filtered
+def test_short_answers_are_continued_with_the_dialogue_so_far(curated):
+    out, bodies = curated
     rows = lines(out / curate.DESCRIBED)
     assert len(rows) == PICTURES and 0 < sum(row["second"] is not None for row in rows) < PICTURES
     for row in rows:
         assert (row["second"] is not None) == (row["tokens"] <= 80)
         assert row["text"] == " ".join(f"{row['first']} {row['second'] or ''}".split())
-    told = [body["messages"] for body in bodies if body["messages"][-1]["content"] == "Continue"]
-    assert {tuple(message["role"] for message in messages) for messages in told} == {("user", "assistant", "user")}
-    (picture, words) = told[0][0]["content"]
-    assert base64.b64decode(picture["image_url"]["url"].split(",")[1])[:2] == b"\xff\xd8" and "picture" in words["text"]
+    dialogues = [body["messages"] for body in bodies if body["messages"][-1]["content"] == "Continue"]
+    assert {tuple(message["role"] for message in messages) for messages in dialogues} == {("user", "assistant", "user")}
+    (picture, text) = dialogues[0][0]["content"]
+    assert base64.b64decode(picture["image_url"]["url"].split(",")[1])[:2] == b"\xff\xd8" and "picture" in text["text"]
 
 
 @pytest.mark.parametrize("tokens, continued", [(80, True), (81, False), (0, True)])
 def test_eighty_tokens_are_short_and_eighty_one_are_not_and_one_continuation_is_enough(tokens, continued):
-    asked = []
+    requests = []
 
     def ask(dialogues):
-        for index, (path, said) in enumerate(dialogues):
-            asked.append((path, *said))
-            yield index, Answer("One." if len(said) == 1 else "Two.", "stop", 5, tokens if len(said) == 1 else 1)
+        for index, (path, dialogue) in enumerate(dialogues):
+            requests.append((path, *dialogue))
+            text, count = ("One.", tokens) if len(dialogue) == 1 else ("Two.", 1)
+            yield index, Answer(text, "stop", 5, count)
 
-    words = curate.Wording("tell", "go on")
-    (row,) = curate.describe(["a.jpg"], ask, words, SHORT_TOKENS, Progress)
+    prompts = curate.Prompts("tell", "go on")
+    (row,) = curate.describe(["a.jpg"], ask, prompts, SHORT_TOKENS, Progress)
     assert row["text"] == ("One. Two." if continued else "One.")
-    assert asked == [("a.jpg", "tell")] + [("a.jpg", "tell", "One.", "go on")] * continued
+    assert requests == [("a.jpg", "tell")] + [("a.jpg", "tell", "One.", "go on")] * continued
 
 
-def test_the_language_is_mended_and_both_texts_are_kept(filtered):
-    rows = lines(filtered[0] / curate.CORRECTED)
+def test_the_language_is_mended_and_both_texts_are_kept(curated):
+    rows = lines(curated[0] / curate.CORRECTED)
     assert all(row["corrected"].endswith("It is quiet.") and " teh " not in row["corrected"] for row in rows)
     assert any(" teh " in row["text"] for row in rows)
 
@@ -128,24 +129,24 @@ def test_the_language_is_mended_and_both_texts_are_kept(filtered):
 )
 def test_each_rule_refuses_what_it_names(name, before, after):
     before = " ".join([before] * 3) if name == "drift" and before == GOOD * 2 else before
-    found = [rule for rule in rules.RULES if rules.RULES[rule](before, after)]
-    assert name in found and rules.refused(before, after) == found[0]
+    names = [rule for rule in rules.RULES if rules.RULES[rule](before, after)]
+    assert name in names and rules.refusal(before, after) == names[0]
 
 
 def test_a_good_description_passes_every_rule():
-    assert rules.refused(GOOD, GOOD) is None
-    assert rules.refused(GOOD, f"{GOOD} “Café Zürich” is written on a sign in the window.") is None
+    assert rules.refusal(GOOD, GOOD) is None
+    assert rules.refusal(GOOD, f"{GOOD} “Café Zürich” is written on a sign in the window.") is None
     assert len(rules.RULES) == 11
 
 
-def test_rows_cut_short_or_said_twice_are_dropped():
+def test_truncated_and_repeated_rows_are_dropped():
     row = {"image_id": "a", "text": GOOD, "corrected": GOOD, "finish": "stop"}
     rows = [row, {**row, "image_id": "b"}, {**row, "image_id": "c", "finish": "length"}, {"unanswered": "x"}]
-    assert [done["dropped"] for done in curate.filtered(rows)] == [None, "duplicate", "unfinished"]
+    assert [checked["dropped"] for checked in curate.apply_rules(rows)] == [None, "duplicate", "unfinished"]
 
 
-def test_the_review_page_holds_pictures_and_texts_and_nothing_from_elsewhere(filtered, images, tmp_path):
-    out, _ = filtered
+def test_the_review_page_holds_pictures_and_texts_and_nothing_from_elsewhere(curated, images, tmp_path):
+    out, _ = curated
     rows = lines(out / curate.FILTERED)
     rows[0]["corrected"] += " </script><script>alert(1)</script>"
     (tmp_path / curate.FILTERED).write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -155,64 +156,64 @@ def test_the_review_page_holds_pictures_and_texts_and_nothing_from_elsewhere(fil
     text = pages[0].read_text()
     assert text.count("<script") == 2 and "alert(1)\\u003c/script>" in text
     assert not re.findall(r"(?:src|href)=|https?://", text) and text.count("data:image/jpeg;base64,") == 5
-    told = json.loads(re.search(r'id="rows">(.*?)</script>', text, re.DOTALL)[1])
-    assert [row["image_id"] for row in told] == [row["image_id"] for row in rows[:5]]
+    shown = json.loads(re.search(r'id="rows">(.*?)</script>', text, re.DOTALL)[1])
+    assert [row["image_id"] for row in shown] == [row["image_id"] for row in rows[:5]]
 
 
-def test_only_what_a_person_accepted_or_edited_is_exported(filtered, images, tmp_path, capsys):
-    out, _ = filtered
+def test_only_what_a_person_accepted_or_edited_is_exported(curated, images, tmp_path, capsys):
+    out, _ = curated
     for name in (curate.DESCRIBED, curate.FILTERED):
         (tmp_path / name).write_bytes((out / name).read_bytes())
     names = [row["image_id"] for row in lines(tmp_path / curate.FILTERED)]
-    decided = [{"image_id": names[0], "action": "accept"}, {"image_id": names[1], "action": "reject"},
-               {"image_id": names[2], "action": "edit", "caption": "A table,\nno more."},
-               {"image_id": names[3], "action": "accept"}]  # fmt: skip
-    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in decided))
-    (tmp_path / "later.jsonl").write_text(json.dumps(decided[3] | {"action": "reject"}))
+    decisions = [{"image_id": names[0], "action": "accept"}, {"image_id": names[1], "action": "reject"},
+                 {"image_id": names[2], "action": "edit", "caption": "A table,\nno more."},
+                 {"image_id": names[3], "action": "accept"}]  # fmt: skip
+    (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in decisions))
+    (tmp_path / "later.jsonl").write_text(json.dumps(decisions[3] | {"action": "reject"}))
     files = [tmp_path / "d.jsonl", tmp_path / "later.jsonl"]
     assert step("export", tmp_path, "--images", images, "--decisions", *files) == 0
-    told = json.loads((tmp_path / "filter_cap.json").read_text())
-    assert told == {"annotations": [
+    exported = json.loads((tmp_path / "filter_cap.json").read_text())
+    assert exported == {"annotations": [
         {"image_id": names[0], "caption": lines(tmp_path / curate.FILTERED)[0]["corrected"]},
         {"image_id": names[2], "caption": "A table, no more."}]}  # fmt: skip
     assert sorted(path.name for path in (tmp_path / "image").iterdir()) == [f"{names[i]}.jpg" for i in (0, 2)]
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["reviewed"] and [report[name] for name in ("accept", "edit", "reject", "undecided")] == [1, 1, 2, 4]
-    assert data_door(["validate", str(tmp_path / "llava.json"), "--images", str(tmp_path), "--open-images"]) == 0
+    assert data_command(["validate", str(tmp_path / "llava.json"), "--images", str(tmp_path), "--open-images"]) == 0
     assert "2 records, 0 bad" in capsys.readouterr().out
 
 
-def test_what_is_curated_goes_into_minigpt4s_second_stage_as_its_config_names_it(filtered, images, tmp_path,
+def test_what_is_curated_goes_into_minigpt4s_second_stage_as_its_config_names_it(curated, images, tmp_path,
                                                                                  monkeypatch, capsys):  # fmt: skip
     monkeypatch.chdir(tmp_path)
     config = configs.load(small.ROOT / "configs" / "minigpt4_13b_stage2.py")
     (records,) = config.data.sources
     out = Path("data/cc_sbu_align")
-    shutil.copytree(filtered[0], out)
+    shutil.copytree(curated[0], out)
     assert step("export", out, "--images", images, "--no-review") == 0
-    assert data_door(["prepare", "cc-sbu-align", "--from", str(out), "--out", "data"]) == 0
-    assert data_door(["validate", records.path, "--images", records.images, "--open-images"]) == 0
-    taken = {row["image_id"]: row["corrected"] for row in lines(out / curate.FILTERED) if row["dropped"] is None}
-    assert f"{len(taken)} records, 0 bad" in capsys.readouterr().out and len(taken) > 1
-    words = tokenizer.load(GOLDEN / "tiny_llama.model", legacy=True)
-    form = Format(templates.get(config.prompt.template), words, 28, 4, config.prompt.image_mode)
-    for place, folder, questions in (
+    assert data_command(["prepare", "cc-sbu-align", "--from", str(out), "--out", "data"]) == 0
+    assert data_command(["validate", records.path, "--images", records.images, "--open-images"]) == 0
+    captions = {row["image_id"]: row["corrected"] for row in lines(out / curate.FILTERED) if row["dropped"] is None}
+    assert f"{len(captions)} records, 0 bad" in capsys.readouterr().out and len(captions) > 1
+    model_tokenizer = tokenizer.load(GOLDEN / "tiny_llama.model", legacy=True)
+    format = Format(templates.get(config.prompt.template), model_tokenizer, 28, 4, config.prompt.image_mode)
+    for path, folder, questions in (
         (records.path, records.images, ALIGNMENT),
         (out / "llava.json", out, shots.lines("curation/instructions.txt", shots.PROMPTS)),
     ):
-        for record in open_source(place, folder):
-            example = encode(record.conversation, form, folder)
+        for record in open_source(path, folder):
+            example = encode(record.conversation, format, folder)
             (span,), (pixels,) = example.image_spans, example.images
             ids, end = example.tokens.tolist(), span.start + span.length
-            assert pixels.shape == (28, 28, 3) and words.decode(ids[: span.start]) == "###Human: <Img>"
-            asked, _, answer = words.decode(ids[end:]).partition(" ###Assistant: ")
-            assert asked.removeprefix("</Img> ") in questions
-            learned = words.decode(example.tokens[example.learned].tolist())
-            assert answer.strip() == learned == f"{taken[record.id]}###"
+            assert pixels.shape == (28, 28, 3) and model_tokenizer.decode(ids[: span.start]) == "###Human: <Img>"
+            question, _, answer = model_tokenizer.decode(ids[end:]).partition(" ###Assistant: ")
+            assert question.removeprefix("</Img> ") in questions
+            target = model_tokenizer.decode(example.tokens[example.learned].tolist())
+            assert answer.strip() == target == f"{captions[record.id]}###"
 
 
-def test_without_a_review_the_report_says_so(filtered, images, tmp_path):
-    out, _ = filtered
+def test_without_a_review_the_report_says_so(curated, images, tmp_path):
+    out, _ = curated
     for name in (curate.DESCRIBED, curate.FILTERED):
         (tmp_path / name).write_bytes((out / name).read_bytes())
     assert step("export", tmp_path, "--images", images) == 64
@@ -222,7 +223,7 @@ def test_without_a_review_the_report_says_so(filtered, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "row, words",
+    "row, message",
     [
         ({"image_id": "{first}", "action": "maybe"}, "want accept, edit or reject"),
         ({"image_id": "{first}", "action": "edit"}, "no field 'caption'"),
@@ -230,14 +231,14 @@ def test_without_a_review_the_report_says_so(filtered, images, tmp_path):
         ({"image_id": "stranger", "action": "accept"}, "'stranger': not one of"),
     ],
 )
-def test_a_decision_that_makes_no_sense_is_named(row, words, filtered, images, tmp_path, capsys):
-    out, _ = filtered
+def test_a_decision_that_makes_no_sense_is_named(row, message, curated, images, tmp_path, capsys):
+    out, _ = curated
     for name in (curate.DESCRIBED, curate.FILTERED):
         (tmp_path / name).write_bytes((out / name).read_bytes())
-    told = json.dumps(row).replace("{first}", lines(out / curate.FILTERED)[0]["image_id"])
-    (tmp_path / "d.jsonl").write_text(told)
+    decision = json.dumps(row).replace("{first}", lines(out / curate.FILTERED)[0]["image_id"])
+    (tmp_path / "d.jsonl").write_text(decision)
     assert step("export", tmp_path, "--images", images, "--decisions", tmp_path / "d.jsonl") == 65
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 def test_a_damaged_picture_and_a_failed_request_cost_only_themselves(images, tmp_path, capsys):
@@ -248,7 +249,7 @@ def test_a_damaged_picture_and_a_failed_request_cost_only_themselves(images, tmp
         return "400" if number == 1 else None
 
     with FakeOpenAI(see, fault) as server:
-        arguments = ["--images", damaged, *place(server), "--concurrency", 1]
+        arguments = ["--images", damaged, *endpoint(server), "--concurrency", 1]
         assert step("describe", tmp_path / "out", *arguments) == 75
         rows = lines(tmp_path / "out" / curate.DESCRIBED)
         assert sum("unanswered" in row for row in rows) == 2 and len(rows) == PICTURES
@@ -274,10 +275,10 @@ def test_steps_out_of_order_and_half_a_describer_are_refused(images, tmp_path, c
 def test_a_sample_is_drawn_by_the_seed(images, tmp_path):
     with FakeOpenAI(see) as server:
         for seed, out in ((0, "a"), (0, "b"), (1, "c")):
-            arguments = ["--images", images, *place(server), "--sample", 4, "--seed", seed]
+            arguments = ["--images", images, *endpoint(server), "--sample", 4, "--seed", seed]
             assert step("describe", tmp_path / out, *arguments) == 0
-    chosen = [[row["image_id"] for row in lines(tmp_path / out / curate.DESCRIBED)] for out in "abc"]
-    assert chosen[0] == chosen[1] != chosen[2] and len(chosen[0]) == 4
+    samples = [[row["image_id"] for row in lines(tmp_path / out / curate.DESCRIBED)] for out in "abc"]
+    assert samples[0] == samples[1] != samples[2] and len(samples[0]) == 4
 
 
 def test_a_checkpoint_describes_too_and_a_second_run_asks_it_nothing(images, tmp_path, monkeypatch):
@@ -287,11 +288,11 @@ def test_a_checkpoint_describes_too_and_a_second_run_asks_it_nothing(images, tmp
     tiny.save(tmp_path / "model")
     batches, replies = [], Assistant.replies
 
-    def watched(self, told, *arguments, **named):
-        batches.append(told)
-        return replies(self, told, *arguments, **named)
+    def record_batches(self, conversations, *arguments, **options):
+        batches.append(conversations)
+        return replies(self, conversations, *arguments, **options)
 
-    monkeypatch.setattr(Assistant, "replies", watched)
+    monkeypatch.setattr(Assistant, "replies", record_batches)
     arguments = ["--images", images, "--checkpoint", tmp_path / "model", "--slots", 4, "--max-new-tokens", 3,
                  "--sample", 4]  # fmt: skip
     assert step("describe", tmp_path / "out", *arguments) == 0

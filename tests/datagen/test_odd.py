@@ -14,8 +14,8 @@ from tests.odd import TEXTS, changed
 HALF = "bad \ud83d half"
 
 
-def run(*words):
-    return main([str(word) for word in words])
+def run(*args):
+    return main([str(arg) for arg in args])
 
 
 def write(path, rows):
@@ -34,12 +34,12 @@ def records(*captions):
 @pytest.mark.parametrize("kind", ["conversation", "detail", "reasoning"])
 def test_a_caption_with_half_a_character_costs_its_own_record(kind, tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", records("This is 0: x.", HALF, "This is 2: x."))
-    with FakeOpenAI(small.talk) as server:
+    with FakeOpenAI(small.reply) as server:
         assert run(kind, "--records", path, "--out", tmp_path, "--base-url", server.url, "--model", "m") == 75
         assert len(server.bodies) == 2
     assert [row["id"] for row in json.loads((tmp_path / f"{kind}.json").read_text())] == ["0", "2"]
-    (lost,) = lines(tmp_path / f"{kind}_unanswered.jsonl")
-    assert lost["id"] == "1" and lost["reason"].startswith("cannot be sent: ")
+    (unanswered,) = lines(tmp_path / f"{kind}_unanswered.jsonl")
+    assert unanswered["id"] == "1" and unanswered["reason"].startswith("cannot be sent: ")
     assert "1 without an answer, the last one: cannot be sent" in capsys.readouterr().err
 
 
@@ -62,13 +62,13 @@ def test_captions_are_filtered_without_being_changed(tmp_path):
 def test_escape_codes_of_a_server_reach_neither_terminal_nor_files(tmp_path, capsys):
     path = write(tmp_path / "r.jsonl", records("A cat."))
     with FakeOpenAI(lambda body: "\x1b[31mred\x07", always("length")) as server:
-        words = ("--records", path, "--base-url", server.url, "--model", "m\x1b")
-        assert run("detail", *words, "--out", tmp_path / "a") == 65
-    refused = (tmp_path / "a" / "detail_rejects.jsonl").read_text()
+        args = ("--records", path, "--base-url", server.url, "--model", "m\x1b")
+        assert run("detail", *args, "--out", tmp_path / "a") == 65
+    errors_seen = (tmp_path / "a" / "detail_rejects.jsonl").read_text()
     with FakeOpenAI(faults=always("escapes")) as server:
-        assert run("detail", *words[:2], "--base-url", server.url, "--model", "m", "--retries", 0, "--out",
+        assert run("detail", *args[:2], "--base-url", server.url, "--model", "m", "--retries", 0, "--out",
                    tmp_path / "b") == 75  # fmt: skip
-    texts = [*capsys.readouterr(), refused, *(file.read_text() for file in (tmp_path / "b").iterdir())]
+    texts = [*capsys.readouterr(), errors_seen, *(file.read_text() for file in (tmp_path / "b").iterdir())]
     assert not any("\x1b" in text or "\x07" in text for text in texts)
 
 
@@ -80,28 +80,28 @@ def test_deep_json_in_the_cache_is_one_line(tmp_path, capsys):
     assert "detail_cache.jsonl:1: no line of a cache" in error and error.count("\n") == 1
 
 
-def refused_or_read(words, files, capsys):
+def refused_or_read(args, files, capsys):
     """Runs the command with odd values in every place of every file; returns how many were refused."""
-    refused = 0
+    errors_seen = 0
     for path, rows in files.items():
-        whole = path.read_text()
+        original = path.read_text()
         for value in changed(rows):
             if path.suffix == ".jsonl":
                 write(path, value if isinstance(value, list) else [value])
             else:
                 path.write_text(json.dumps(value))
-            code = run(*words)
+            code = run(*args)
             error = capsys.readouterr().err
             assert code == 0 or (code in (64, 65) and error.count("\n") == 1), f"{path.name} {value!r} {error}"[:600]
-            refused += code != 0
+            errors_seen += code != 0
         for text in TEXTS:
             path.write_text(text)
-            assert run(*words) in (0, 64, 65) and capsys.readouterr().err.count("\n") <= 1
+            assert run(*args) in (0, 64, 65) and capsys.readouterr().err.count("\n") <= 1
         path.write_bytes(b"\xff\xfe\x00")
-        assert run(*words) == 65
-        path.write_text(whole)
+        assert run(*args) == 65
+        path.write_text(original)
         capsys.readouterr()
-    return refused
+    return errors_seen
 
 
 def test_odd_records_are_refused_in_one_line(tmp_path, capsys):
@@ -119,9 +119,9 @@ def test_odd_coco_files_are_refused_in_one_line(tmp_path, capsys):
     files = {tmp_path / "captions.json": captions, tmp_path / "instances.json": instances}
     for path, value in files.items():
         path.write_text(json.dumps(value))
-    words = ("brief", "--captions", tmp_path / "captions.json", "--instances", tmp_path / "instances.json", "--out",
-             tmp_path / "o")  # fmt: skip
-    assert refused_or_read(words, files, capsys) > 100
+    args = ("brief", "--captions", tmp_path / "captions.json", "--instances", tmp_path / "instances.json", "--out",
+            tmp_path / "o")  # fmt: skip
+    assert refused_or_read(args, files, capsys) > 100
 
 
 def test_odd_rows_between_the_steps_of_curate_are_refused_in_one_line(tmp_path, capsys):
@@ -136,20 +136,20 @@ def test_odd_rows_between_the_steps_of_curate_are_refused_in_one_line(tmp_path, 
     files = {tmp_path / name: [row] for name, row in rows.items()}
     for path, value in files.items():
         write(path, value)
-    decided = write(tmp_path / "decisions.jsonl", [{"image_id": "a", "action": "edit", "caption": "Black."}])
-    export = ("curate", "export", "--out", tmp_path, "--images", images, "--decisions", decided)
+    decisions = write(tmp_path / "decisions.jsonl", [{"image_id": "a", "action": "edit", "caption": "Black."}])
+    export = ("curate", "export", "--out", tmp_path, "--images", images, "--decisions", decisions)
     assert run(*export) == 0 and run("curate", "filter", "--out", tmp_path) == 0
     capsys.readouterr()
     corrected = {tmp_path / curate.CORRECTED: files[tmp_path / curate.CORRECTED]}
     assert refused_or_read(("curate", "filter", "--out", tmp_path), corrected, capsys) > 20
     write(tmp_path / curate.FILTERED, files[tmp_path / curate.FILTERED])
     del files[tmp_path / curate.CORRECTED]
-    files[decided] = lines(decided)
+    files[decisions] = lines(decisions)
     assert refused_or_read(export, files, capsys) > 50
     assert [path.name for path in tmp_path.parent.iterdir()] == ["work"], "nothing is written elsewhere"
 
 
-@pytest.mark.parametrize("words, code, message", [
+@pytest.mark.parametrize("args, code, message", [
     (("detail", "--prompts", "{tmp}/prompts"), 64, "byte 0 is no UTF-8 text"),
     (("detail", "--limit", 0), 64, "--limit 0: want at least 1"),
     (("detail", "--limit", -1), 64, "--limit -1"),
@@ -161,16 +161,16 @@ def test_odd_rows_between_the_steps_of_curate_are_refused_in_one_line(tmp_path, 
     (("detail", "--base-url", "http://[::1"), 64, "base_url"),
     (("curate", "describe", "--images", "{tmp}", "--sample", -3), 64, "--sample -3: want at least 1"),
 ])  # fmt: skip
-def test_numbers_that_cannot_be_are_refused_in_one_line(words, code, message, tmp_path, capsys):
+def test_numbers_that_cannot_be_are_refused_in_one_line(args, code, message, tmp_path, capsys):
     folder = tmp_path / "prompts" / "detail_description"
     folder.mkdir(parents=True)
     (folder / "system_message.txt").write_bytes(b"\xff\xfe")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.jpg")
     path = write(tmp_path / "r.jsonl", records("A cat."))
     usual = {"--base-url": "http://127.0.0.1:9/v1", "--model": "m", "--out": tmp_path / "o"}
-    usual |= {"--records": path} if words[0] == "detail" else {}
-    more = [word for pair in usual.items() if pair[0] not in words for word in pair]
-    assert run(*(str(word).replace("{tmp}", str(tmp_path)) for word in words), *more) == code
+    usual |= {"--records": path} if args[0] == "detail" else {}
+    options = [arg for pair in usual.items() if pair[0] not in args for arg in pair]
+    assert run(*(str(arg).replace("{tmp}", str(tmp_path)) for arg in args), *options) == code
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -1,4 +1,4 @@
-"""The shipped base models: small, whole, read like real weights, and able to talk about a caption given as text."""
+"""The shipped base models: small, complete, read like real weights, and able to answer about a caption."""
 
 import json
 
@@ -61,13 +61,13 @@ def test_transformers_takes_every_tensor_of_the_blip2():
         "vision_model.": transformers.Blip2VisionModel(config.vision_config),
         "qformer.": transformers.Blip2QFormerModel(config.qformer_config),
     }
-    left = set(tensors.specs)
+    remaining = set(tensors.specs)
     for prefix, model in parts.items():
-        mine = {name for name in left if name.startswith(prefix)}
-        state = {name.removeprefix(prefix): torch.tensor(tensors.read(name).astype(np.float32)) for name in mine}
+        names = {name for name in remaining if name.startswith(prefix)}
+        state = {name.removeprefix(prefix): torch.tensor(tensors.read(name).astype(np.float32)) for name in names}
         model.load_state_dict(state)  # strict: none is missing, none is left
-        left -= mine
-    assert left == {"query_tokens"}
+        remaining -= names
+    assert remaining == {"query_tokens"}
 
 
 def test_the_base_llama_answers_about_a_caption_given_as_text(checkpoint):
@@ -84,11 +84,11 @@ def base_scores(checkpoint, per_kind: int) -> dict[str, float]:
     scenes = [world.random_scene(rng, "heldout") for _ in range(100)]
     questions = world.balanced_questions(scenes, per_kind, rng)
     examples = [words.dialogue(world.scan(scenes[q.picture]), [q.turn], format) for q in questions]
-    batch, lost = padded(examples, bases.ROW_TOKENS, 1, 1)
-    assert lost == 0
+    batch, lost_targets = padded(examples, bases.ROW_TOKENS, 1, 1)
+    assert lost_targets == 0
     names = [name for name in reader.tensor_specs(checkpoint) if name.startswith("llm/")]
     tree = reader.load_params(checkpoint, names)
-    best = np.asarray(_most_likely(jax.tree.map(lambda leaf: leaf.astype(np.float32), tree["llm"]), batch))
+    best = np.asarray(_most_likely(jax.tree.map(lambda tensor: tensor.astype(np.float32), tree["llm"]), batch))
     right = ((best == batch.targets) | (batch.weights == 0)).all(axis=1)
     kinds = np.array([question.turn.kind for question in questions])
     return {kind: float(right[kinds == kind].mean()) for kind in world.KINDS}
@@ -104,12 +104,12 @@ def _most_likely(tree, batch):
 
 @pytest.mark.slow
 def test_bases_are_trained_into_a_new_directory_and_read_like_real_weights(tmp_path, capsys):
-    plan, sizes = bases.Plan(steps=2, rate=1e-3, rows=2), records.Sizes(4, 40, 40, 4, 2)
+    plan, sizes = bases.Plan(steps=2, lr=1e-3, rows=2), records.Sizes(4, 40, 40, 4, 2)
     bases.train(tmp_path / "bases", 0, plan, plan, qformer_steps=2, sizes=sizes)
     for tower in ("clip", "blip2"):
-        place = tmp_path / "bases" / tower
-        connector = place if tower == "blip2" else None
-        importing.assemble(tmp_path / tower, place, tmp_path / "bases" / "llama", connector=connector)
+        tower_dir = tmp_path / "bases" / tower
+        connector = tower_dir if tower == "blip2" else None
+        importing.assemble(tmp_path / tower, tower_dir, tmp_path / "bases" / "llama", connector=connector)
         assert reader.latest_step(tmp_path / tower) == 0
     assert "eva: step 2/2" in capsys.readouterr().out
     specs = open_tensors(tmp_path / "bases" / "blip2").specs

@@ -14,48 +14,48 @@ SIZES = records.Sizes(train=40, heldout=40, unseen=40, heldout_per_kind=12, unse
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory):
+def world_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     return folder, records.write(folder, seed=0, sizes=SIZES)
 
 
 @pytest.mark.parametrize("name, template, row_tokens", [("pretrain.json", "plain", 48), ("finetune.json", "v1", 128)])
-def test_every_record_fits_into_the_rows_of_its_stage(written, name, template, row_tokens):
-    folder, _ = written
-    words = tokenizer.load(bases.ASSETS / "llama")
-    format = Format(templates.get(template), words, image_size=48, image_features=16, image_mode="pad")
+def test_every_record_fits_into_the_rows_of_its_stage(world_folder, name, template, row_tokens):
+    folder, _ = world_folder
+    text_tokenizer = tokenizer.load(bases.ASSETS / "llama")
+    format = Format(templates.get(template), text_tokenizer, image_size=48, image_features=16, image_mode="pad")
     for record in open_source(folder / name, folder):
         example = encode(record.conversation, format, image_root=folder)
         assert len(example.tokens) <= row_tokens and len(example.images) == 1 and example.learned.any()
 
 
-def test_the_blind_records_differ_in_nothing_but_the_picture(written):
-    folder, _ = written
-    seeing, blind = (json.loads((folder / name).read_text()) for name in (records.FINETUNE, records.FINETUNE_BLIND))
-    assert len(seeing) == records.DIALOGUES * SIZES.train
+def test_the_blind_records_differ_in_nothing_but_the_picture(world_folder):
+    folder, _ = world_folder
+    sighted, blind = (json.loads((folder / name).read_text()) for name in (records.FINETUNE, records.FINETUNE_BLIND))
+    assert len(sighted) == records.DIALOGUES * SIZES.train
     assert {record["image"] for record in blind} == {records.BLANK}
-    assert [{**record, "image": ""} for record in blind] == [{**record, "image": ""} for record in seeing]
+    assert [{**record, "image": ""} for record in blind] == [{**record, "image": ""} for record in sighted]
 
 
-def test_no_exam_is_about_a_scene_or_a_picture_of_training(written):
-    folder, test_sets = written
+def test_no_test_set_is_about_a_scene_or_a_picture_of_training(world_folder):
+    folder, test_sets = world_folder
     captions = {record["conversations"][1]["value"] for record in json.loads((folder / records.PRETRAIN).read_text())}
     files = {record["image"] for record in json.loads((folder / records.FINETUNE).read_text())}
     for name, test_set in test_sets.items():
-        assert {world.part(scene) for scene in test_set.scenes} == {name}
+        assert {world.split_of(scene) for scene in test_set.scenes} == {name}
         assert not captions & {world.caption(scene) for scene in test_set.scenes}
         assert not files & set(test_set.pictures)
 
 
-def test_no_training_text_names_an_unseen_pair_that_it_shows(written):
-    folder, _ = written
+def test_no_training_text_names_an_unseen_pair_that_it_shows(world_folder):
+    folder, _ = world_folder
     for record in json.loads((folder / records.FINETUNE).read_text()):
         text = " ".join(turn["value"] for turn in record["conversations"])
         assert not any(str(pair) in text for pair in world.UNSEEN_PAIRS)
 
 
-def test_an_exam_asks_each_kind_equally_often_about_its_own_pictures(written):
-    _, test_sets = written
+def test_a_test_set_asks_each_kind_equally_often_about_its_own_pictures(world_folder):
+    _, test_sets = world_folder
     for name, per_kind in (("heldout", SIZES.heldout_per_kind), ("unseen", SIZES.unseen_per_kind)):
         kinds = [question.turn.kind for question in test_sets[name].questions]
         assert all(per_kind <= kinds.count(kind) < per_kind + 5 for kind in world.KINDS)
@@ -66,8 +66,8 @@ def test_an_exam_asks_each_kind_equally_often_about_its_own_pictures(written):
                 assert turn == world.ask(turn.kind, scene, rng)
 
 
-def test_the_same_seed_writes_the_same_files(written, tmp_path):
-    folder, _ = written
+def test_the_same_seed_writes_the_same_files(world_folder, tmp_path):
+    folder, _ = world_folder
     records.write(tmp_path, seed=0, sizes=SIZES)
     names = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     assert names == sorted(path.relative_to(tmp_path) for path in tmp_path.rglob("*") if path.is_file())

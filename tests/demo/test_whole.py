@@ -16,21 +16,21 @@ def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
     assert "is not empty" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("args, message", [
     (["--wrkdir", "x"], "--wrkdir"),
     (["--workdir", __file__], "is a file: name a directory"),
     (["bases", __file__], "is a file: name a directory"),
     (["--seed", "-1", "--workdir", "never"], "--seed -1: want 0 or more"),
     (["--family", "blip"], "choose from"),
 ])  # fmt: skip
-def test_what_is_typed_wrong_is_refused_before_anything_is_made(capsys, words, message):
-    assert command.main(words) == 64
+def test_what_is_typed_wrong_is_refused_before_anything_is_made(capsys, args, message):
+    assert command.main(args) == 64
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1 and not Path("never").exists()
 
 
 def test_only_progress_of_a_training_reaches_the_terminal(tmp_path, capsys):
-    with story._quietly(tmp_path / "run.log"):
+    with story._log_to(tmp_path / "run.log"):
         print("overview\nstep 1/2  loss 3.0")
     assert capsys.readouterr().out == "       step 1/2  loss 3.0\n"
     assert (tmp_path / "run.log").read_text() == "overview\nstep 1/2  loss 3.0\n"

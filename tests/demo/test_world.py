@@ -9,14 +9,14 @@ from llava_jax.demo import world
 from llava_jax.demo.world import Thing
 
 
-def scenes(part: str, count: int, seed: int = 0) -> list[world.Scene]:
+def scenes(split: str, count: int, seed: int = 0) -> list[world.Scene]:
     rng = np.random.default_rng(seed)
-    return [world.random_scene(rng, part) for _ in range(count)]
+    return [world.random_scene(rng, split) for _ in range(count)]
 
 
-@pytest.mark.parametrize("part", ["train", "heldout", "unseen"])
-def test_scenes_are_of_the_part_that_was_asked_for(part):
-    assert {world.part(scene) for scene in scenes(part, 100)} == {part}
+@pytest.mark.parametrize("split", ["train", "heldout", "unseen"])
+def test_scenes_are_of_the_requested_split(split):
+    assert {world.split_of(scene) for scene in scenes(split, 100)} == {split}
 
 
 def test_the_same_seed_draws_and_asks_the_same():
@@ -30,8 +30,8 @@ def test_the_same_seed_draws_and_asks_the_same():
 def test_no_training_scene_holds_an_unseen_pair_and_every_unseen_scene_does():
     assert not any(thing in world.UNSEEN_PAIRS for scene in scenes("train", 300) for thing in scene)
     assert all(any(thing in world.UNSEEN_PAIRS for thing in scene) for scene in scenes("unseen", 300))
-    held = Counter(thing for scene in scenes("heldout", 300) for thing in scene)
-    assert set(held) - {None} == set(world.SEEN_PAIRS)
+    counts = Counter(thing for scene in scenes("heldout", 300) for thing in scene)
+    assert set(counts) - {None} == set(world.SEEN_PAIRS)
 
 
 def test_every_colour_and_every_shape_of_an_unseen_pair_is_seen_in_others():
@@ -47,10 +47,10 @@ def test_counts_of_things_are_equally_frequent():
 
 def test_a_family_is_of_different_training_scenes():
     family = world.family(np.random.default_rng(0), 8)
-    assert len(set(family)) == 8 and {world.part(scene) for scene in family} == {"train"}
+    assert len(set(family)) == 8 and {world.split_of(scene) for scene in family} == {"train"}
 
 
-def test_a_picture_shows_the_colours_where_they_are_said_to_be():
+def test_a_picture_has_the_colours_of_its_scene():
     scene = (Thing("red", "circle"), None, None, Thing("blue", "square"))
     picture = world.draw(scene, np.random.default_rng(0)).astype(int)
     assert picture.shape == (96, 96, 3)
@@ -78,21 +78,21 @@ def test_answers_are_true(kind):
 
 def _answers(turn: world.Turn, scene: world.Scene) -> set[str]:
     """What is right for the thing or the place that a question names, worked out from its words."""
-    named = [i for i, thing in enumerate(scene) if thing and str(thing) in turn.question]
-    placed = [i for i, place in enumerate(world.PLACES) if place in turn.question]
+    named_cells = [i for i, thing in enumerate(scene) if thing and str(thing) in turn.question]
+    named_places = [i for i, place in enumerate(world.PLACES) if place in turn.question]
     match turn.kind:
         case "count":
             return {world.NUMBERS[sum(thing is not None for thing in scene)]}
         case "colour" | "shape":
-            return {getattr(scene[placed[0]], turn.kind)}
+            return {getattr(scene[named_places[0]], turn.kind)}
         case "place":
-            return {f"in the {world.PLACES[named[0]]}"}
+            return {f"in the {world.PLACES[named_cells[0]]}"}
         case "exists":
-            said = " ".join(f"{thing} shape" for thing in scene if thing).split()
-            return {"yes" if set(turn.question[11:-1].split()) <= set(said) else "no"}
+            features = " ".join(f"{thing} shape" for thing in scene if thing).split()
+            return {"yes" if set(turn.question[11:-1].split()) <= set(features) else "no"}
         case "beside":
-            other = scene[{0: 1, 1: 0, 2: 3, 3: 2}[named[0]]]
-            return {f"a {other}" if other else "nothing"}
+            neighbour = scene[{0: 1, 1: 0, 2: 3, 3: 2}[named_cells[0]]]
+            return {f"a {neighbour}" if neighbour else "nothing"}
     return {world.caption(scene)}
 
 
@@ -107,13 +107,13 @@ def test_guessing_the_most_frequent_answer_of_each_kind_is_idle():
     assert np.mean(list(best.values())) < 0.3
 
 
-def test_what_is_asked_for_does_not_tell_whether_it_is_there():
+def test_the_feature_in_a_question_does_not_reveal_the_answer():
     rng = np.random.default_rng(0)
-    asked = [world.ask("exists", scene, rng) for scene in scenes("train", 2000)]
-    yes = Counter(turn.question for turn in asked if turn.answer == "yes")
-    no = Counter(turn.question for turn in asked if turn.answer == "no")
+    turns = [world.ask("exists", scene, rng) for scene in scenes("train", 2000)]
+    yes = Counter(turn.question for turn in turns if turn.answer == "yes")
+    no = Counter(turn.question for turn in turns if turn.answer == "no")
     # A blind model that knows how often each question is answered with yes gains little.
-    gain = sum(max(yes[question], no[question]) for question in yes | no) / len(asked)
+    gain = sum(max(yes[question], no[question]) for question in yes | no) / len(turns)
     assert gain < 0.56
 
 

@@ -1,6 +1,6 @@
 """A job of several processes on this machine, forked from one that has imported everything.
 
-`python -m tests.doctor.job JSON` with {"devices", "folder", "processes": [{"words", "fault"}, ...]} runs `doctor` in
+`python -m tests.doctor.job JSON` with {"devices", "folder", "processes": [{"args", "fault"}, ...]} runs `doctor` in
 each and prints the exit codes; what a process printed is in FOLDER/NUMBER.out.
 """
 
@@ -19,53 +19,53 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).parents[2]
 
 
-class Ended(NamedTuple):
+class ProcessResult(NamedTuple):
     """How one process ended, and what it printed on either stream."""
 
     code: int
     output: str
 
 
-def run(folder: Path, processes: Sequence[dict[str, Any]], devices: int = 1, secs: int = 300) -> list[Ended]:
-    """Runs a job; its processes are {"words": arguments of doctor, "fault": a name of FAULTS or ""}."""
+def run(folder: Path, processes: Sequence[dict[str, Any]], devices: int = 1, secs: int = 300) -> list[ProcessResult]:
+    """Runs a job; its processes are {"args": arguments of doctor, "fault": a name of FAULTS or ""}."""
     job = {"devices": devices, "folder": str(folder), "processes": list(processes)}
     command = [sys.executable, "-m", "tests.doctor.job", json.dumps(job)]
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=secs)
-    assert done.returncode == 0, done.stderr[-3000:]
-    codes = json.loads(done.stdout.splitlines()[-1])
-    return [Ended(code, (folder / f"{number}.out").read_text()) for number, code in enumerate(codes)]
+    completed = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=secs)
+    assert completed.returncode == 0, completed.stderr[-3000:]
+    codes = json.loads(completed.stdout.splitlines()[-1])
+    return [ProcessResult(code, (folder / f"{number}.out").read_text()) for number, code in enumerate(codes)]
 
 
 def _breaks() -> None:
     """A check raises while the other process waits inside it."""
     from llava_jax.doctor import session
 
-    def broken(found):
+    def raise_error(machine):
         raise OSError("a link is down")
 
-    _replace(session, "rows", broken)
+    _replace(session, "rows", raise_error)
 
 
 def _hangs() -> None:
     """A process never comes to the end of a check."""
     from llava_jax.doctor import session
 
-    _replace(session, "workdir", lambda found: time.sleep(600))
+    _replace(session, "workdir", lambda machine: time.sleep(600))
 
 
 def _dies() -> None:
     """A process is killed in a check."""
     from llava_jax.doctor import session
 
-    _replace(session, "workdir", lambda found: os.kill(os.getpid(), signal.SIGKILL))
+    _replace(session, "workdir", lambda machine: os.kill(os.getpid(), signal.SIGKILL))
 
 
 def _fails() -> None:
     """A process finds a fault that the other does not have."""
     from llava_jax.doctor import report, session
 
-    _replace(session, "kernels", lambda found: [report.Line("attention: xla", report.FAIL, "garbage", remedy="none")])
+    _replace(session, "kernels", lambda machine: [report.Line("attention: xla", report.FAIL, "garbage", remedy="none")])
 
 
 def _replace(session: Any, name: str, run: Any) -> None:
@@ -97,7 +97,7 @@ def _child(process: dict[str, Any], number: int, job: dict[str, Any], port: int)
         FAULTS[process["fault"]]()
     code = 70
     try:
-        code = command.main(process["words"])
+        code = command.main(process["args"])
     except BaseException:
         traceback.print_exc()
     finally:

@@ -46,7 +46,7 @@ def rolled_rows(patch: pytest.MonkeyPatch) -> None:
 def lost_rows(patch: pytest.MonkeyPatch) -> None:
     """A process says that it loads fewer rows than its devices hold."""
     count = distributed.rows
-    patch.setattr(distributed, "rows", lambda *given: _without_the_last(count(*given)))
+    patch.setattr(distributed, "rows", lambda *args: _without_the_last(count(*args)))
 
 
 def _without_the_last(part: Rows) -> Rows:
@@ -59,7 +59,7 @@ def other_rows(patch: pytest.MonkeyPatch) -> None:
 
     def shifted(run, part):
         count = part.of
-        return open_pipeline(run, part._replace(places=tuple((place + 1) % count for place in part.places)))
+        return open_pipeline(run, part._replace(places=tuple((index + 1) % count for index in part.places)))
 
     patch.setattr(trial, "open_pipeline", shifted)
 
@@ -92,7 +92,7 @@ OF_SEVERAL_DEVICES = {
 
 def look(folder: Path) -> Machine:
     """This process's machine, on the default mesh."""
-    return machine.look(configs.Mesh(), folder, folder)
+    return machine.detect(configs.Mesh(), folder, folder)
 
 
 def run(plant: Plant, folder: Path) -> list[report.Line]:
@@ -111,7 +111,7 @@ def run(plant: Plant, folder: Path) -> list[report.Line]:
 
 if __name__ == "__main__":
     speed.CPU = speed.CPU._replace(rows=64, memory_bytes=2**16, collective_bytes=2**16, host_bytes=2**16)
-    with tempfile.TemporaryDirectory() as place:
-        trial.write_files(Path(place))
-        found = {name: run(plant, Path(place)) for name, plant in OF_SEVERAL_DEVICES.items()}
-    print(json.dumps({name: [dataclasses.asdict(line) for line in lines] for name, lines in found.items()}))
+    with tempfile.TemporaryDirectory() as temp_dir:
+        trial.write_files(Path(temp_dir))
+        lines_by_fault = {name: run(plant, Path(temp_dir)) for name, plant in OF_SEVERAL_DEVICES.items()}
+    print(json.dumps({name: [dataclasses.asdict(line) for line in lines] for name, lines in lines_by_fault.items()}))

@@ -23,11 +23,11 @@ SIZES = ({}, {"tensor": 2}, {"tensor": 4}, {"tensor": 8}, {"data": 2, "tensor": 
 @pytest.fixture
 def topology(tmp_path):
     pytest.importorskip("libtpu")
-    from llava_jax.plan.compile import find_place
+    from llava_jax.plan.compile import find_target
 
     def machine(name, sizes):
-        place = find_place(configs.Mesh(**sizes), name)
-        return Machine(configs.Mesh(**sizes), place.mesh, place.chip, epath.Path(tmp_path), tmp_path, ("host",))
+        target = find_target(configs.Mesh(**sizes), name)
+        return Machine(configs.Mesh(**sizes), target.mesh, target.chip, epath.Path(tmp_path), tmp_path, ("host",))
 
     return machine
 
@@ -42,8 +42,8 @@ def test_the_order_that_make_mesh_gives_to_real_chips_is_good(topology, name):
 @pytest.mark.parametrize("name", ["v5e:4x4", "v5e:16x16", "v5p:4x4x4"])
 def test_chips_in_another_order_are_found(topology, name):
     found = topology(name, {"tensor": 4})
-    shuffled = np.random.default_rng(0).permutation(found.mesh.devices.reshape(-1)).reshape(found.mesh.devices.shape)
-    line = devices._order(dataclasses.replace(found, mesh=Mesh(shuffled, sharding.AXES)))
+    order = np.random.default_rng(0).permutation(found.mesh.devices.reshape(-1))
+    line = devices._order(dataclasses.replace(found, mesh=Mesh(order.reshape(found.mesh.devices.shape), sharding.AXES)))
     assert line.verdict == FAIL and "links apart" in line.figure and line.remedy
 
 
@@ -55,10 +55,10 @@ def test_a_chip_that_is_missing_is_found(topology):
 
 
 def test_versions_that_differ_are_named_with_their_process(monkeypatch):
-    mine = devices.versions()
-    monkeypatch.setattr(distributed, "exchange", lambda name, value: [mine, mine | {"jax": "0.1"}])
+    own_versions = devices.versions()
+    monkeypatch.setattr(distributed, "exchange", lambda name, value: [own_versions, own_versions | {"jax": "0.1"}])
     line = devices._versions()
-    assert line.verdict == FAIL and f"jax is {mine['jax']} on process 0 and 0.1 on process 1" in line.figure
+    assert line.verdict == FAIL and f"jax is {own_versions['jax']} on process 0 and 0.1 on process 1" in line.figure
 
 
 def test_a_process_that_sees_other_devices_is_named(monkeypatch, tmp_path):
@@ -68,12 +68,12 @@ def test_a_process_that_sees_other_devices_is_named(monkeypatch, tmp_path):
     assert line.verdict == FAIL and "process 1 sees other devices than process 0" in line.figure
 
 
-@pytest.mark.parametrize("apart, verdict", [(0.2, OK), (60.0, WARN)])
-def test_clocks_that_are_apart_are_a_warning(monkeypatch, apart, verdict):
+@pytest.mark.parametrize("offset_secs, verdict", [(0.2, OK), (60.0, WARN)])
+def test_clocks_that_are_apart_are_a_warning(monkeypatch, offset_secs, verdict):
     monkeypatch.setattr(distributed, "count", lambda: 2)
-    monkeypatch.setattr(distributed, "exchange", lambda name, value: [value, value + apart])
+    monkeypatch.setattr(distributed, "exchange", lambda name, value: [value, value + offset_secs])
     line = devices._clocks()
-    assert line.verdict == verdict and f"{apart:.3f} s apart" in line.figure
+    assert line.verdict == verdict and f"{offset_secs:.3f} s apart" in line.figure
 
 
 @pytest.mark.parametrize("limit, verdict", [(15.75, OK), (7.9, WARN)])

@@ -48,56 +48,56 @@ def examine(monkeypatch, tmp_path):
     return run
 
 
-def says(name, *verdicts, needs="", limit=60.0):
+def line_check(name, *verdicts, needs="", limit=60.0):
     lines = [Line(f"{name} {i}", verdict, "figure") for i, verdict in enumerate(verdicts)]
-    return Check(name, lambda found: lines, limit, needs=needs)
+    return Check(name, lambda machine: lines, limit, needs=needs)
 
 
 @pytest.mark.parametrize("verdicts, code", [((OK, SKIPPED), 0), ((OK, WARN), 0), ((OK, FAIL), 1)])
 def test_only_a_fail_makes_the_exit_code_1(examine, capsys, verdicts, code):
-    ended, lines = examine(says("a", *verdicts))
-    assert ended == code and [line.verdict for line in lines.values()] == [*verdicts, OK]
+    exit_code, lines = examine(line_check("a", *verdicts))
+    assert exit_code == code and [line.verdict for line in lines.values()] == [*verdicts, OK]
     printed = capsys.readouterr().out
     assert "verdict  check" in printed and f"exit code {code} on all" in printed
 
 
 def test_an_exception_is_a_line_and_the_checks_after_it_are_made(examine):
-    def broken(found):
+    def raise_error(machine):
         yield Line("before", OK, "done")
         raise KeyError("no such thing")
 
-    code, lines = examine(Check("a", broken, 60.0), says("b", OK))
+    code, lines = examine(Check("a", raise_error, 60.0), line_check("b", OK))
     assert code == 1 and lines["before"].verdict == lines["b 0"].verdict == OK
     line = lines["a: comes to its end"]
-    assert line.verdict == FAIL and "KeyError" in line.figure and "in broken" in line.detail
+    assert line.verdict == FAIL and "KeyError" in line.figure and "in raise_error" in line.detail
 
 
 def test_what_needs_a_check_that_fails_is_skipped(examine):
-    _, lines = examine(says("disk", FAIL), says("run", OK, needs="disk"), says("other", OK))
-    assert lines["run"] == report.skipped("run", "the check of disk fails") and lines["other 0"].verdict == OK
+    _, lines = examine(line_check("disk", FAIL), line_check("run", OK, needs="disk"), line_check("other", OK))
+    assert lines["run"] == report.skipped_line("run", "the check of disk fails") and lines["other 0"].verdict == OK
 
 
 def test_what_would_take_too_long_is_skipped(examine, monkeypatch):
     monkeypatch.setattr(session, "TOTAL_SECS", 50.0)
-    code, lines = examine(says("long", OK, limit=200.0), says("short", OK, limit=20.0))
+    code, lines = examine(line_check("long", OK, limit=200.0), line_check("short", OK, limit=20.0))
     assert code == 0 and lines["long"].verdict == SKIPPED and lines["short 0"].verdict == OK
 
 
 def test_a_check_that_hangs_costs_its_own_line_and_ends_with_1(tmp_path):
     path = tmp_path / "doctor.json"
     command = [sys.executable, "-c", HANGS.format(json=str(path))]
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-                          cwd=Path(__file__).parents[2], timeout=120)  # fmt: skip
-    assert done.returncode == 1 and "process 0 does not answer in the check of hard" in done.stderr
+    completed = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu"},
+                               cwd=Path(__file__).parents[2], timeout=120)  # fmt: skip
+    assert completed.returncode == 1 and "process 0 does not answer in the check of hard" in completed.stderr
     [process] = json.loads(path.read_text())["processes"]
     assert [(line["check"], line["verdict"]) for line in process["lines"]] == [
         ("easy", OK), ("hard: comes to its end", FAIL),
     ]  # fmt: skip
-    assert "in hang" in process["lines"][1]["detail"] and "verdict  check" in done.stdout
+    assert "in hang" in process["lines"][1]["detail"] and "verdict  check" in completed.stdout
 
 
 def test_the_file_says_what_the_machine_is(examine, tmp_path):
-    examine(says("a", OK))
+    examine(line_check("a", OK))
     content = json.loads((tmp_path / "doctor.json").read_text())
     assert content["verdict"] == OK and content["mesh"] == dataclasses.asdict(configs.Mesh())
     assert content["devices"][0]["kind"] == "cpu" and "jax" in content["processes"][0]["versions"]
@@ -106,21 +106,21 @@ def test_the_file_says_what_the_machine_is(examine, tmp_path):
 def test_the_folder_in_the_workdir_is_gone_afterwards(monkeypatch, tmp_path):
     monkeypatch.setattr(trial, "write_files", lambda folder: None)
 
-    def writes(found):
-        found.folder.mkdir(parents=True)
-        (found.folder / "file").write_text("x")
+    def writes(machine):
+        machine.folder.mkdir(parents=True)
+        (machine.folder / "file").write_text("x")
         return [Line("a", OK, "written")]
 
     assert session.examine(configs.Mesh(), tmp_path / "runs", None, [Check("a", writes, 60.0)]) == 0
     assert list((tmp_path / "runs").iterdir()) == []
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("args, message", [
     (["--mesh.tensor=3"], "does not fit 1 devices"), (["--json", "/no/such/folder/x.json"], "--json"),
 ])  # fmt: skip
-def test_a_wrong_argument_is_one_line_and_64(capsys, monkeypatch, words, message):
+def test_a_wrong_argument_is_one_line_and_64(capsys, monkeypatch, args, message):
     monkeypatch.setattr(trial, "write_files", lambda folder: None)
-    assert command.main(words) == 64
+    assert command.main(args) == 64
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
 

@@ -16,8 +16,8 @@ def check(tmp_path):
     """{check: line} of a workdir."""
 
     def lines(workdir):
-        found = machine.look(configs.Mesh(), workdir, tmp_path)
-        return {line.check.removeprefix("workdir: "): line for line in storage.check(found)}
+        storage_machine = machine.detect(configs.Mesh(), workdir, tmp_path)
+        return {line.check.removeprefix("workdir: "): line for line in storage.check(storage_machine)}
 
     return lines
 
@@ -38,10 +38,10 @@ def test_a_workdir_that_cannot_be_written_has_one_line(check, tmp_path):
 
 
 def test_a_read_only_workdir_is_found(check, tmp_path, monkeypatch):
-    def refused(path, *given):
+    def raise_error(path, *given):
         raise OSError(errno.EROFS, "Read-only file system", str(path))
 
-    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", refused)
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "write_bytes", raise_error)
     assert check(epath.Path(tmp_path))["write"].verdict == FAIL
 
 
@@ -50,15 +50,15 @@ def test_a_bucket_that_does_not_exist_is_found(check, bucket_server):
 
 
 def test_a_store_with_stale_listings_is_found(check, tmp_path, monkeypatch):
-    listed, remembered = files.listed, {}
-    monkeypatch.setattr(files, "listed", lambda path: remembered.setdefault(str(path), listed(path)))
-    monkeypatch.setattr(storage, "LISTED_SECS", 0.3)
+    listed, listings = files.listed, {}
+    monkeypatch.setattr(files, "listed", lambda path: listings.setdefault(str(path), listed(path)))
+    monkeypatch.setattr(storage, "MAX_LISTING_SECS", 0.3)
     lines = check(epath.Path(tmp_path))
     assert lines["list"].verdict == FAIL and "is not seen" in lines["list"].figure and lines["list"].remedy
 
 
 def test_listings_that_come_late_are_a_warning(check, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "_until_listed", lambda *given: 2.0)
+    monkeypatch.setattr(storage, "_listing_delay", lambda *args: 2.0)
     assert check(epath.Path(tmp_path))["list"].verdict == WARN
 
 

@@ -27,11 +27,11 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def check(folder, monkeypatch):
     """{check: line}; the run is ended in this process, as on an accelerator."""
-    monkeypatch.setattr(training, "_has_child", lambda found: False)
+    monkeypatch.setattr(training, "_has_child", lambda machine: False)
     return lambda: {line.check: line for line in training.check(plants.look(folder))}
 
 
-def flipped(array):
+def flip_bit(array):
     """The array with the lowest bit of its first value the other way."""
     bits = np.array(array)
     bits.view(np.uint32).reshape(-1)[0] ^= 1
@@ -46,24 +46,24 @@ def test_a_run_that_is_ended_and_resumed_is_the_same_bit_for_bit(check):
 
 @pytest.mark.parametrize("start, name", [(1, KILLED), pytest.param(2, PREEMPTED, marks=pytest.mark.slow)])
 def test_a_resume_that_differs_in_one_bit_is_found(check, monkeypatch, start, name):
-    restored, calls = training._restored, []
+    restore, calls = training._restore, []
 
-    def damaged(run, checkpoints):
-        saved = restored(run, checkpoints)
+    def damage_restored(run, checkpoints):
+        saved = restore(run, checkpoints)
         calls.append(saved)
         if saved is None or len(calls) - 1 != start:
             return saved
         kernel = saved.params["projector"]["0"]["kernel"]
-        projector = {**saved.params["projector"], "0": {**saved.params["projector"]["0"], "kernel": flipped(kernel)}}
+        projector = {**saved.params["projector"], "0": {**saved.params["projector"]["0"], "kernel": flip_bit(kernel)}}
         return saved._replace(params={**saved.params, "projector": projector})
 
-    monkeypatch.setattr(training, "_restored", damaged)
+    monkeypatch.setattr(training, "_restore", damage_restored)
     line = check()[name]
     assert line.verdict == FAIL and "arrays differ" in line.figure and line.remedy
 
 
 def test_a_child_that_saves_nothing_is_named_with_its_last_words(folder, monkeypatch):
-    monkeypatch.setattr(training, "_has_child", lambda found: True)
+    monkeypatch.setattr(training, "_has_child", lambda machine: True)
     monkeypatch.setattr(training.sys, "executable", "/bin/echo")
     [line] = training.check(plants.look(folder))
     assert line.verdict == FAIL and "saves nothing" in line.figure and "llava_jax.train" in line.figure

@@ -12,24 +12,24 @@ from etils import epath
 from llava_jax import files
 from tests.doctor import job
 
-TRAINED = ("training: killed", "training: preempted", "training: another mesh")
+TRAINING_CHECKS = ("training: killed", "training: preempted", "training: another mesh")
 
 
-def doctor(tmp_path, devices, *words):
+def doctor(tmp_path, devices, *args):
     """{check: line} of one process, which must end with 0."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
-    command = [sys.executable, "-m", "llava_jax.doctor", "--json", str(tmp_path / "doctor.json"), *words]
-    done = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
-                          timeout=400)  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    command = [sys.executable, "-m", "llava_jax.doctor", "--json", str(tmp_path / "doctor.json"), *args]
+    completed = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
+                               timeout=400)  # fmt: skip
+    assert completed.returncode == 0, completed.stdout + completed.stderr[-3000:]
     [process] = json.loads((tmp_path / "doctor.json").read_text())["processes"]
     return {line["check"]: line for line in process["lines"]}
 
 
 def without_a_red_line(lines):
     assert {line["verdict"] for line in lines.values()} <= {"ok", "skipped"}, lines
-    return [lines[name]["verdict"] for name in TRAINED]
+    return [lines[name]["verdict"] for name in TRAINING_CHECKS]
 
 
 def test_a_laptop_with_eight_forced_devices(tmp_path):
@@ -52,9 +52,9 @@ def test_a_bucket(tmp_path, bucket):
 
 @pytest.mark.slow
 def test_two_processes_of_four_devices(tmp_path):
-    words = ["--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "doctor.json")]
-    ended = job.run(tmp_path, [{"words": words}] * 2, devices=4, secs=400)
-    assert [one.code for one in ended] == [0, 0], ended[0].output
+    args = ["--workdir", str(tmp_path / "run"), "--json", str(tmp_path / "doctor.json")]
+    results = job.run(tmp_path, [{"args": args}] * 2, devices=4, secs=400)
+    assert [result.code for result in results] == [0, 0], results[0].output
     content = json.loads((tmp_path / "doctor.json").read_text())
     for process in content["processes"]:
         assert without_a_red_line({line["check"]: line for line in process["lines"]}) == ["ok", "ok", "ok"]

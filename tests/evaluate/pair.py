@@ -13,12 +13,12 @@ from llava_jax.generate import placement
 from tests.generate import tiny
 
 
-def main(data: str, checkpoint: str, folder: str, *words: str) -> int:
+def main(data: str, checkpoint: str, folder: str, *args: str) -> int:
     def ask(out: str) -> int:
-        return command.main(["answer", "--data", data, "--checkpoint", checkpoint, "--out", out, *words])
+        return command.main(["answer", "--data", data, "--checkpoint", checkpoint, "--out", out, *args])
 
     assert ask(f"{folder}/apart.jsonl") == 0
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(tiny.weights()))
+    size = sum(param.nbytes for param in jax.tree.leaves(tiny.weights()))
     placement.memory_bytes = lambda device: size / 3  # of four devices, two in each process
     assert ask(f"{folder}/together.jsonl") == 0
     os.chdir(f"{folder}/{jax.process_index()}")

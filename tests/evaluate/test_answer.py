@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import answer, answers, questions
+from llava_jax.evaluate import answer, answers
 from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.evaluate.questions import load_questions
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt import templates
 from llava_jax.prompt.conversation import Conversation, Turn
@@ -20,7 +21,7 @@ from tests.fake_openai import FakeOpenAI, always, first
 from tests.generate import tiny
 
 ROOT = Path(__file__).parents[2]
-ASKED = 5
+QUESTIONS = 5
 NEW = 8
 SLOTS = 2  # one size everywhere, so that each shape is compiled once
 
@@ -31,10 +32,10 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bench")
     (folder / "images").mkdir()
     rows = []
-    for number in range(ASKED):
+    for number in range(QUESTIONS):
         tiny.picture(number).save(folder / "images" / f"{number}.png")
-        shown = {} if number == 3 else {"image": f"{number}.png"}
-        rows.append({"id": f"q{number}", "question": "Why? " * (1 + number), "answer": "so"} | shown)
+        image = {} if number == 3 else {"image": f"{number}.png"}
+        rows.append({"id": f"q{number}", "question": "Why? " * (1 + number), "answer": "so"} | image)
     (folder / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -44,50 +45,50 @@ def checkpoint(tmp_path_factory):
     return tiny.save(tmp_path_factory.mktemp("model") / "tiny")
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
-def ask(data, checkpoint, out, *words):
+def ask(data, checkpoint, out, *args):
     return run("answer", "--benchmark", "custom", "--data", data, "--checkpoint", checkpoint, "--out", out,
-               "--max-new-tokens", NEW, "--slots", SLOTS, "--name", "tiny", *words)  # fmt: skip
+               "--max-new-tokens", NEW, "--slots", SLOTS, "--name", "tiny", *args)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def whole(data, checkpoint, tmp_path_factory):
+def one_host_file(data, checkpoint, tmp_path_factory):
     """The answers of one host."""
     out = tmp_path_factory.mktemp("whole") / "answers.jsonl"
     assert ask(data, checkpoint, out) == 0
     return out
 
 
-def test_an_answer_is_what_the_assistant_says_to_that_question_alone(data, checkpoint, whole):
+def test_an_answer_is_what_the_assistant_says_to_that_question_alone(data, checkpoint, one_host_file):
     assistant = Assistant.open(checkpoint, SLOTS)
-    rows = answers.read([whole]).answers
-    assert [row.id for row in rows] == [f"q{number}" for number in range(ASKED)]
-    loaded = questions.load(get("custom"), data, {"match": "exact"})[0]
-    for row, question in zip(rows, loaded):
-        alone = assistant.reply(answer.conversation(question), NEW, image_root=data / "images")
-        assert (row.text, row.metadata["ended_by"], row.model) == (alone.text, alone.ended_by, "tiny")
-    assert len({row.text for row in rows}) == ASKED
+    rows = answers.read([one_host_file]).answers
+    assert [row.id for row in rows] == [f"q{number}" for number in range(QUESTIONS)]
+    questions = load_questions(get("custom"), data, {"match": "exact"})[0]
+    for row, question in zip(rows, questions):
+        reply = assistant.reply(answer.conversation(question), NEW, image_root=data / "images")
+        assert (row.text, row.metadata["ended_by"], row.model) == (reply.text, reply.ended_by, "tiny")
+    assert len({row.text for row in rows}) == QUESTIONS
 
 
-def test_two_hosts_merged_are_one_host_to_the_byte_and_in_score(data, checkpoint, whole, tmp_path, capsys):
-    place = ("--benchmark", "custom", "--data", data)
+def test_two_hosts_merged_are_one_host_to_the_byte_and_in_score(data, checkpoint, one_host_file, tmp_path, capsys):
+    options = ("--benchmark", "custom", "--data", data)
     for host in (1, 0):
         assert ask(data, checkpoint, tmp_path / "a.jsonl", "--hosts", 2, "--host", host) == 0
     shards = [tmp_path / f"a-0000{host}-of-00002.jsonl" for host in (0, 1)]
-    assert run("merge", *place, *shards, "--out", tmp_path / "merged.jsonl") == 0
-    assert (tmp_path / "merged.jsonl").read_bytes() == whole.read_bytes()
+    assert run("merge", *options, *shards, "--out", tmp_path / "merged.jsonl") == 0
+    assert (tmp_path / "merged.jsonl").read_bytes() == one_host_file.read_bytes()
     capsys.readouterr()
-    told = []
-    for files in (shards, [whole]):
-        assert run("score", *place, *files) == 0
-        told.append(capsys.readouterr().out)
-    assert told[0] == told[1]
+    outputs = []
+    for files in (shards, [one_host_file]):
+        assert run("score", *options, *files) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1]
 
 
-def pair(*words):
+def pair(*args):
     """Two processes of two devices each, started with the same words: [(exit code, what it printed)]."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -95,41 +96,41 @@ def pair(*words):
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
                 "LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2",
                 "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}  # fmt: skip
-    both = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, words)], text=True, cwd=ROOT,
-                             env=os.environ | settings | {"JAX_PROCESS_ID": str(number)},
-                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(2)]  # fmt: skip
-    outs = [one.communicate(timeout=900)[0] for one in both]
-    return [(one.returncode, out) for one, out in zip(both, outs)]
+    processes = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, args)], text=True, cwd=ROOT,
+                                  env=os.environ | settings | {"JAX_PROCESS_ID": str(number)},
+                                  stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(2)]  # fmt: skip
+    outs = [process.communicate(timeout=900)[0] for process in processes]
+    return [(process.returncode, out) for process, out in zip(processes, outs)]
 
 
-def test_two_processes_of_one_job_are_one_host_to_the_byte(data, checkpoint, whole, tmp_path):
+def test_two_processes_of_one_job_are_one_host_to_the_byte(data, checkpoint, one_host_file, tmp_path):
     for number in range(2):
         (tmp_path / str(number)).mkdir()
     # What a kill has left of an earlier start: question 1 is answered, 3 is cut off.
-    lines = whole.read_text().splitlines(keepends=True)
+    lines = one_host_file.read_text().splitlines(keepends=True)
     (tmp_path / "apart-00001-of-00002.jsonl").write_text(lines[1] + lines[3][:30])
-    ended = pair(data, checkpoint, tmp_path, "--benchmark", "custom", "--max-new-tokens", NEW, "--slots", SLOTS,
-                 "--name", "tiny")  # fmt: skip
-    assert [code for code, _ in ended] == [64, 64], ended
-    assert (tmp_path / "apart.jsonl").read_bytes() == whole.read_bytes(), ended
-    assert (tmp_path / "together.jsonl").read_bytes() == whole.read_bytes(), ended
+    results = pair(data, checkpoint, tmp_path, "--benchmark", "custom", "--max-new-tokens", NEW, "--slots", SLOTS,
+                   "--name", "tiny")  # fmt: skip
+    assert [code for code, _ in results] == [64, 64], results
+    assert (tmp_path / "apart.jsonl").read_bytes() == one_host_file.read_bytes(), results
+    assert (tmp_path / "together.jsonl").read_bytes() == one_host_file.read_bytes(), results
     assert not list(tmp_path.glob("together-*"))
-    assert "goes on after 1 of 2 answers" in ended[1][1] and "5 answers, 0 questions without one" in ended[0][1]
-    assert "--out mine.jsonl: process 0 does not see what process 1 of 2 writes" in ended[0][1]
+    assert "resumes after 1 of 2 answers" in results[1][1] and "5 answers, 0 questions without one" in results[0][1]
+    assert "--out mine.jsonl: process 0 does not see what process 1 of 2 writes" in results[0][1]
 
 
-def test_a_killed_run_goes_on_and_answers_nothing_twice(data, checkpoint, whole, tmp_path, capsys):
-    lines = whole.read_text().splitlines(keepends=True)
+def test_a_killed_run_goes_on_and_answers_nothing_twice(data, checkpoint, one_host_file, tmp_path, capsys):
+    lines = one_host_file.read_text().splitlines(keepends=True)
     out = tmp_path / "answers.jsonl"
     out.write_text("".join(lines[:3]) + lines[3][:30])
     assert ask(data, checkpoint, out) == 0
-    assert "goes on after 3 of 5 answers" in capsys.readouterr().out
-    assert out.read_bytes() == whole.read_bytes()
+    assert "resumes after 3 of 5 answers" in capsys.readouterr().out
+    assert out.read_bytes() == one_host_file.read_bytes()
 
 
-def test_answers_of_another_run_are_not_gone_on_with(data, checkpoint, whole, tmp_path, capsys):
+def test_answers_of_another_run_are_not_gone_on_with(data, checkpoint, one_host_file, tmp_path, capsys):
     out = tmp_path / "answers.jsonl"
-    out.write_bytes(whole.read_bytes())
+    out.write_bytes(one_host_file.read_bytes())
     assert ask(data, checkpoint, out, "--seed", 3) == 65
     assert "another run" in capsys.readouterr().err
 
@@ -146,9 +147,9 @@ def test_a_missing_picture_is_named_before_anything_is_answered(data, checkpoint
     assert not out.exists()
     assert ask(folder, checkpoint, out, "--allow-faults") == 0
     assert "id='gone' missing_image" in capsys.readouterr().out
-    place = ("--benchmark", "custom", "--data", folder, out)
-    assert run("score", *place) == 65
-    assert run("score", *place, "--allow-faults") == 0
+    options = ("--benchmark", "custom", "--data", folder, out)
+    assert run("score", *options) == 65
+    assert run("score", *options, "--allow-faults") == 0
     assert "1 missing_image" in capsys.readouterr().out
 
 
@@ -162,13 +163,13 @@ def test_repeats_are_drawn_anew_and_are_the_same_however_many(data, checkpoint, 
     assert all(first.text != second.text for first, second in zip(two[::2], two[1::2]))
 
 
-@pytest.mark.parametrize("words, code, said", [
+@pytest.mark.parametrize("args, code, message", [
     (("--repeats", 2), 64, "temperature above 0"), (("--hosts", 2, "--host", 2), 64, "want 0 to 1"),
     (("--template", "odd"), 64, "invalid choice"),
 ])  # fmt: skip
-def test_what_cannot_be_is_refused(data, checkpoint, tmp_path, capsys, words, code, said):
-    assert ask(data, checkpoint, tmp_path / "a.jsonl", *words) == code
-    assert said in capsys.readouterr().err
+def test_what_cannot_be_is_refused(data, checkpoint, tmp_path, capsys, args, code, message):
+    assert ask(data, checkpoint, tmp_path / "a.jsonl", *args) == code
+    assert message in capsys.readouterr().err
 
 
 def test_what_is_no_checkpoint_has_its_own_code(data, tmp_path):
@@ -178,44 +179,45 @@ def test_what_is_no_checkpoint_has_its_own_code(data, tmp_path):
 # ---- two passes
 
 
-def test_a_reply_goes_on_from_what_is_begun_of_it():
+def test_a_reply_continues_its_prefix():
     format = tiny.wording(templates.get("v1"))
-    asked = Conversation((Turn("user", "Why?"),), begun="Because")
-    said = Conversation((Turn("user", "Why?"), Turn("assistant", "Because")))
-    begun = marked(encode(asked, format, reply=True), format.tokenizer)
-    assert begun == marked(encode(said, format), format.tokenizer).replace("⟦ ", "").removesuffix(" </s> ⟧")
+    prefixed = Conversation((Turn("user", "Why?"),), begun="Because")
+    full = Conversation((Turn("user", "Why?"), Turn("assistant", "Because")))
+    text = marked(encode(prefixed, format, reply=True), format.tokenizer)
+    assert text == marked(encode(full, format), format.tokenizer).replace("⟦ ", "").removesuffix(" </s> ⟧")
 
 
 def test_two_passes_reason_first_and_then_name_the_answer(data, checkpoint):
     assistant = Assistant.open(checkpoint, SLOTS)
-    loaded = questions.load(get("custom"), data, {"match": "exact"})[0][2:4]
+    questions = load_questions(get("custom"), data, {"match": "exact"})[0][2:4]
     settings = answer.Settings(NEW, two_pass=True)
     respond = answer.from_checkpoint(assistant, settings, data / "images")
-    for place, said in respond([answer.Job(question, 0) for question in loaded]):
-        asked = answer.conversation(loaded[place])
-        reasons = assistant.reply(asked, NEW, image_root=data / "images").text.split("###")[0].rstrip()
-        begun = Conversation(asked.turns, asked.images, asked.id, begun=f"{reasons} ###\nANSWER:")
-        last = assistant.reply(begun, 64, image_root=data / "images")
-        assert said.text == f"{reasons}\n The answer is {last.text}"
+    for index, response in respond([answer.Job(question, 0) for question in questions]):
+        prompt = answer.conversation(questions[index])
+        reasons = assistant.reply(prompt, NEW, image_root=data / "images").text.split("###")[0].rstrip()
+        prefixed = Conversation(prompt.turns, prompt.images, prompt.id, begun=f"{reasons} ###\nANSWER:")
+        second = assistant.reply(prefixed, 64, image_root=data / "images")
+        assert response.text == f"{reasons}\n The answer is {second.text}"
 
 
 def test_answers_heed_a_repetition_penalty_and_files_made_before_there_was_one_go_on(data, checkpoint, tmp_path):
     assert ask(data, checkpoint, tmp_path / "a.jsonl", "--repetition-penalty", 1.5) == 0
-    assistant, (asked, _) = Assistant.open(checkpoint, SLOTS), questions.load(get("custom"), data, {"match": "exact"})
-    wanted = assistant.replies([answer.conversation(one) for one in asked], NEW, image_root=data / "images",
-                               repetition_penalty=1.5)  # fmt: skip
-    assert [row.text for row in answers.read([tmp_path / "a.jsonl"]).answers] == [reply.text for reply in wanted]
+    questions, _ = load_questions(get("custom"), data, {"match": "exact"})
+    assistant = Assistant.open(checkpoint, SLOTS)
+    expected = assistant.replies([answer.conversation(question) for question in questions], NEW,
+                                 image_root=data / "images", repetition_penalty=1.5)  # fmt: skip
+    assert [row.text for row in answers.read([tmp_path / "a.jsonl"]).answers] == [reply.text for reply in expected]
     before = "9787c9f6985bd730"  # of a version without one
-    assert answer.fingerprint(asked, answer.Settings(NEW), {"weights": "w"}) == before
-    assert answer.fingerprint(asked, answer.Settings(NEW, repetition_penalty=1.5), {"weights": "w"}) != before
+    assert answer.fingerprint(questions, answer.Settings(NEW), {"weights": "w"}) == before
+    assert answer.fingerprint(questions, answer.Settings(NEW, repetition_penalty=1.5), {"weights": "w"}) != before
 
 
 # ---- endpoints
 
 
-def ask_server(data, server, out, *words):
+def ask_server(data, server, out, *args):
     return run("answer", "--benchmark", "custom", "--data", data, "--base-url", server.url, "--model", "any",
-               "--out", out, "--concurrency", 3, *words)  # fmt: skip
+               "--out", out, "--concurrency", 3, *args)  # fmt: skip
 
 
 def echo(body):
@@ -227,7 +229,7 @@ def test_an_endpoint_sees_pictures_and_words_and_its_answers_are_in_order(data, 
     with FakeOpenAI(echo, faults=first("429")) as server:
         assert ask_server(data, server, tmp_path / "a.jsonl", "--system", "Be brief.") == 0
     rows = answers.read([tmp_path / "a.jsonl"]).answers
-    assert [row.id for row in rows] == [f"q{number}" for number in range(ASKED)]
+    assert [row.id for row in rows] == [f"q{number}" for number in range(QUESTIONS)]
     assert [row.text for row in rows[2:4]] == ["1 pictures", "Why? " * 3 + "Why?"]
     body = next(body for body in server.answered if isinstance(body["messages"][1]["content"], list))
     assert body["messages"][0] == {"role": "system", "content": "Be brief."}
@@ -242,15 +244,15 @@ def test_a_failed_request_is_a_named_row_that_the_next_run_asks_again(data, tmp_
         assert run("score", "--benchmark", "custom", "--data", data, tmp_path / "a.jsonl") == 65
         server.faults = lambda number, body: None
         assert ask_server(data, server, tmp_path / "a.jsonl") == 0
-        assert len(server.answered) == ASKED
+        assert len(server.answered) == QUESTIONS
     assert run("score", "--benchmark", "custom", "--data", data, tmp_path / "a.jsonl") == 0
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("args, message", [
     (["--two-pass"], "two passes want --checkpoint"),
     (["--repetition-penalty", 1.2], "repetition_penalty=1.2 wants --checkpoint"),
 ])  # fmt: skip
-def test_what_a_server_cannot_do_wants_a_checkpoint(data, tmp_path, capsys, words, message):
+def test_what_a_server_cannot_do_wants_a_checkpoint(data, tmp_path, capsys, args, message):
     with FakeOpenAI(echo) as server:
-        assert ask_server(data, server, tmp_path / "a.jsonl", *words) == 64
+        assert ask_server(data, server, tmp_path / "a.jsonl", *args) == 64
     assert message in capsys.readouterr().err

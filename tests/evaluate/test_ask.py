@@ -15,8 +15,8 @@ from tests.fake_openai import FakeOpenAI
 from tests.generate import tiny
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
 def write(path, rows):
@@ -24,9 +24,9 @@ def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def ask(data, server, out, *words):
+def ask(data, server, out, *args):
     return run("answer", "--benchmark", "custom", "--data", data, "--base-url", server.url, "--model", "any",
-               "--out", out, "--concurrency", 2, "--retries", 0, *words)  # fmt: skip
+               "--out", out, "--concurrency", 2, "--retries", 0, *args)  # fmt: skip
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def data(tmp_path):
     return bench
 
 
-SENT = ("deep/good.png", "inside.png", "bitmap.bmp")
+VALID_IMAGES = ("deep/good.png", "inside.png", "bitmap.bmp")
 
 
 @pytest.mark.parametrize("image", ["{private}/passport.png", "../../private/passport.png", "link.png",
@@ -54,11 +54,11 @@ SENT = ("deep/good.png", "inside.png", "bitmap.bmp")
                                    "pipe.png", "/etc/hostname"])  # fmt: skip
 def test_a_picture_leaves_the_machine_only_from_the_benchmarks_folder(image, data, tmp_path, capsys):
     image = image.replace("{private}", str(tmp_path / "private"))
-    rows = [{"id": str(i), "image": name, "question": f"What is {i}?"} for i, name in enumerate((*SENT, image))]
+    rows = [{"id": str(i), "image": name, "question": f"What is {i}?"} for i, name in enumerate((*VALID_IMAGES, image))]
     write(data / "questions.jsonl", rows)
     with FakeOpenAI(lambda body: "Yes.") as server:
         assert ask(data, server, tmp_path / "a.jsonl") == 65
-        assert len(server.bodies) == len(SENT)
+        assert len(server.bodies) == len(VALID_IMAGES)
         bodies = json.dumps(server.bodies)
     for path in (tmp_path / "private" / "passport.png", data / "images" / "notes.gif"):
         assert base64.b64encode(path.read_bytes()).decode().strip("=")[-40:] not in bodies
@@ -90,15 +90,15 @@ def test_half_a_character_costs_its_question_and_is_named(tmp_path, capsys):
     texts = ("fine", "bad \ud83d half", "also fine")
     write(tmp_path / "questions.jsonl", [{"id": str(i), "question": text} for i, text in enumerate(texts)])
     with FakeOpenAI(lambda body: "Yes.") as server:
-        for asked in (2, 2):  # the second run asks only what has no answer
+        for count in (2, 2):  # the second run asks only what has no answer
             assert ask(tmp_path, server, tmp_path / "a.jsonl") == 65
             assert "id='1' not_answered: cannot be sent" in capsys.readouterr().out
-            assert len(server.bodies) == asked
+            assert len(server.bodies) == count
     rows = answers.read([tmp_path / "a.jsonl"]).answers
     assert [row.text for row in rows] == ["Yes.", "", "Yes."] and rows[1].prompt == texts[1]
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("args, message", [
     ((), "want either --checkpoint DIR, or --base-url URL with --model NAME"),
     (("--checkpoint", "x", "--base-url", "http://a/v1", "--model", "m"), "want either --checkpoint DIR, or"),
     (("--base-url", "http://a/v1"), "want --base-url and --model"),
@@ -108,10 +108,10 @@ def test_half_a_character_costs_its_question_and_is_named(tmp_path, capsys):
     (("--base-url", "http://a/v1", "--model", "m", "--max-usd", 1), "without prices"),
     (("--base-url", "http://a/v1", "--model", "m", "--hosts", 0), "--host 0: want"),
 ])  # fmt: skip
-def test_what_cannot_be_asked_is_refused_in_one_line(words, message, tmp_path, capsys):
+def test_what_cannot_be_asked_is_refused_in_one_line(args, message, tmp_path, capsys):
     (tmp_path / "images").mkdir()
     write(tmp_path / "questions.jsonl", [{"id": "0", "question": "What?"}])
-    place = ("answer", "--benchmark", "custom", "--data", tmp_path, "--out", tmp_path / "a.jsonl")
-    assert run(*place, *words) == 64
+    command_line = ("answer", "--benchmark", "custom", "--data", tmp_path, "--out", tmp_path / "a.jsonl")
+    assert run(*command_line, *args) == 64
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1

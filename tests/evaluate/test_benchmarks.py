@@ -12,17 +12,16 @@ import pytest
 from etils import epath
 
 from llava_jax.errors import DataError
-from llava_jax.evaluate import questions
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.benchmarks import mmbench, mme, pope, vqa
 from llava_jax.evaluate.benchmarks.all import BENCHMARKS, get
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, load_questions, resolve_options
 
 
 def load(name, folder, *options):
     benchmark = get(name)
-    chosen = questions.resolved(benchmark, options)
-    return benchmark, questions.load(benchmark, folder, chosen)[0], chosen
+    resolved = resolve_options(benchmark, options)
+    return benchmark, load_questions(benchmark, folder, resolved)[0], resolved
 
 
 def put(folder, name, value):
@@ -51,9 +50,9 @@ def test_an_answer_is_normalised_as_evalai_does(text):
 
 
 def test_contractions_are_mended_wherever_an_apostrophe_is_missing():
-    for text, mended in {"couldnt've": "couldn't've", "couldn'tve": "couldn't've", "twas": "'twas", "shes": "shes",
-                         "yall'd've": "y'all'd've", "somebody'd": "somebodyd"}.items():  # fmt: skip
-        assert vqa.normalised(text) == mended
+    for text, fixed in {"couldnt've": "couldn't've", "couldn'tve": "couldn't've", "twas": "'twas", "shes": "shes",
+                        "yall'd've": "y'all'd've", "somebody'd": "somebodyd"}.items():  # fmt: skip
+        assert vqa.normalised(text) == fixed
 
 
 def test_only_32_dots_are_removed():
@@ -62,32 +61,32 @@ def test_only_32_dots_are_removed():
 
 @pytest.mark.parametrize("people, mark", [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)])
 def test_agreement_with_ten_people(people, mark):
-    said = ["Two"] * people + [f"other {i}" for i in range(10 - people)]
-    assert vqa.agreement("2", said) == pytest.approx(mark)
+    others = ["Two"] * people + [f"other {i}" for i in range(10 - people)]
+    assert vqa.agreement("2", others) == pytest.approx(mark)
 
 
 def test_vqav2_asks_and_submits_and_scores_where_truth_is_public(tmp_path):
-    asked = {"questions": [{"question_id": 5, "image_id": 42, "question": "How many?"}]}
-    put(tmp_path, "v2_OpenEnded_mscoco_test-dev2015_questions.json", asked)
-    put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
-    more = {"questions": [asked["questions"][0] | {"question_id": 4}, *asked["questions"]]}
-    put(tmp_path, "v2_OpenEnded_mscoco_test2015_questions.json", more)
+    questions_json = {"questions": [{"question_id": 5, "image_id": 42, "question": "How many?"}]}
+    put(tmp_path, "v2_OpenEnded_mscoco_test-dev2015_questions.json", questions_json)
+    put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", questions_json)
+    all_questions = {"questions": [questions_json["questions"][0] | {"question_id": 4}, *questions_json["questions"]]}
+    put(tmp_path, "v2_OpenEnded_mscoco_test2015_questions.json", all_questions)
     truth = {"question_id": 5, "answer_type": "number", "answers": [{"answer": "2"}] * 3 + [{"answer": "3"}] * 7}
     put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [truth]})
-    benchmark, made, options = load("vqav2", tmp_path)
-    assert made == [Question("5", "How many?\nAnswer the question using a single word or phrase.",
-                             ("COCO_test2015_000000000042.jpg",))]  # fmt: skip
-    files = benchmark.submit(epath.Path(tmp_path), made, {"5": "Two."}, options)
+    benchmark, questions, options = load("vqav2", tmp_path)
+    assert questions == [Question("5", "How many?\nAnswer the question using a single word or phrase.",
+                                  ("COCO_test2015_000000000042.jpg",))]  # fmt: skip
+    files = benchmark.submit(epath.Path(tmp_path), questions, {"5": "Two."}, options)
     whole = [{"question_id": 4, "answer": ""}, {"question_id": 5, "answer": "2"}]
     assert json.loads(files["vqav2_test-dev2015.json"]) == whole
-    benchmark, made, options = load("vqav2", tmp_path, "split=val2014")
-    score = benchmark.score(made, {"5": "two"}, options)
+    benchmark, questions, options = load("vqav2", tmp_path, "split=val2014")
+    score = benchmark.score(questions, {"5": "two"}, options)
     assert score.numbers == pytest.approx({"accuracy": 90, "number": 90})
 
 
 def test_annotations_of_another_shape_are_refused_by_row_and_field(tmp_path):
-    asked = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
-    put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", asked)
+    questions_json = {"questions": [{"question_id": 1, "image_id": 2, "question": "What?"}]}
+    put(tmp_path, "v2_OpenEnded_mscoco_val2014_questions.json", questions_json)
     put(tmp_path, "v2_mscoco_val2014_annotations.json", {"annotations": [{"question_id": 1, "answers": [{}]}]})
     with pytest.raises(DataError, match=r"annotations\[0\]: answers: answer is missing"):
         load("vqav2", tmp_path, "split=val2014")
@@ -109,9 +108,9 @@ def test_a_file_of_another_shape_is_refused(tmp_path, name, file, content, messa
 
 def test_vizwiz_asks_for_unanswerable_and_keeps_ids_by_picture(tmp_path):
     put(tmp_path, "test.json", [{"image": "VizWiz_test_1.jpg", "question": "What?"}])
-    benchmark, made, options = load("vizwiz", tmp_path)
-    assert "'Unanswerable'" in made[0].text
-    files = benchmark.submit(epath.Path(tmp_path), made, {"VizWiz_test_1.jpg": "A can"}, options)
+    benchmark, questions, options = load("vizwiz", tmp_path)
+    assert "'Unanswerable'" in questions[0].text
+    files = benchmark.submit(epath.Path(tmp_path), questions, {"VizWiz_test_1.jpg": "A can"}, options)
     assert json.loads(files["vizwiz_test.json"]) == [{"image": "VizWiz_test_1.jpg", "answer": "can"}]
 
 
@@ -119,9 +118,9 @@ def test_textvqa_takes_the_ocr_lines_by_picture_and_question(tmp_path):
     row = {"question_id": 1, "image_id": "ab", "question": "What brand?", "answers": ["x"] * 10}
     put(tmp_path, "TextVQA_0.5.1_val.json", {"data": [row]})
     put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", lines([{"question_id": "ab", "text": "what brand?\nReference"}]))
-    benchmark, made, options = load("textvqa", tmp_path)
-    assert (made[0].text, made[0].images) == ("what brand?\nReference", ("ab.jpg",))
-    assert benchmark.score(made, {"1": "X."}, options).numbers == {"accuracy": 100}
+    benchmark, questions, options = load("textvqa", tmp_path)
+    assert (questions[0].text, questions[0].images) == ("what brand?\nReference", ("ab.jpg",))
+    assert benchmark.score(questions, {"1": "X."}, options).numbers == {"accuracy": 100}
     put(tmp_path, "llava_textvqa_val_v051_ocr.jsonl", lines([{"question_id": "cd", "text": "What brand?"}]))
     with pytest.raises(DataError, match="no question 'What brand[?]' about ab"):
         load("textvqa", tmp_path)
@@ -143,10 +142,10 @@ def test_pope_numbers_by_hand(tmp_path):
         rows = [{"question_id": i, "image": "a.jpg", "text": "Is it?", "label": "yes" if i < 2 else "no"}
                 for i in range(4)]  # fmt: skip
         put(tmp_path, f"coco_pope_{kind}.json", lines(rows))
-    benchmark, made, options = load("pope", tmp_path)
-    given = {question.id: "yes" for question in made} | {"random/3": "no", "popular/0": "no"}
+    benchmark, questions, options = load("pope", tmp_path)
+    given = {question.id: "yes" for question in questions} | {"random/3": "no", "popular/0": "no"}
     given.pop("adversarial/2")  # a missing answer is wrong: counted as the false yes
-    score = benchmark.score(made, given, options)
+    score = benchmark.score(questions, given, options)
     assert score.numbers["random precision"] == pytest.approx(200 / 3)
     assert score.numbers["random F1"] == pytest.approx(80)
     assert score.numbers["popular F1"] == pytest.approx(2 * (1 / 3) * 0.5 / (1 / 3 + 0.5) * 100)
@@ -154,10 +153,10 @@ def test_pope_numbers_by_hand(tmp_path):
     assert score.numbers["F1"] == pytest.approx(sum(score.numbers[f"{kind} F1"] for kind in pope.KINDS) / 3)
 
 
-@pytest.mark.parametrize("text, said", [("Yes", "yes"), ("no.", "no"), ("Yes, it", "yes"), ("The", "other"),
-                                        ("Not", "no"), ("It is no", "other"), ("", "other")])  # fmt: skip
-def test_mme_reads_the_first_four_letters(text, said):
-    assert mme.verdict(text) == said
+@pytest.mark.parametrize("text, expected", [("Yes", "yes"), ("no.", "no"), ("Yes, it", "yes"), ("The", "other"),
+                                            ("Not", "no"), ("It is no", "other"), ("", "other")])  # fmt: skip
+def test_mme_reads_the_first_four_letters(text, expected):
+    assert mme.verdict(text) == expected
 
 
 def test_mme_adds_answers_and_whole_pictures(tmp_path):
@@ -167,11 +166,11 @@ def test_mme_adds_answers_and_whole_pictures(tmp_path):
         put(root, f"{kind}/1.jpg", "")
     put(root, "artwork/questions_answers_YN/2.txt", "Really?\tYes\nIs it?\tNo")  # the folder of its own wins
     put(root, "artwork/images/2.png", "")
-    benchmark, made, options = load("mme", tmp_path)
-    assert len(made) == 28 and made[0].text == "Is it?\nAnswer the question using a single word or phrase."
-    assert {q.images[0] for q in made if q.kind == "artwork"} == {"artwork/images/2.png"}
-    given = {q.id: "yes" if q.id.endswith("#0") or q.kind == "count" else "no" for q in made}
-    score = benchmark.score(made, given, options)
+    benchmark, questions, options = load("mme", tmp_path)
+    assert len(questions) == 28 and questions[0].text == "Is it?\nAnswer the question using a single word or phrase."
+    assert {q.images[0] for q in questions if q.kind == "artwork"} == {"artwork/images/2.png"}
+    predictions = {q.id: "yes" if q.id.endswith("#0") or q.kind == "count" else "no" for q in questions}
+    score = benchmark.score(questions, predictions, options)
     assert (score.numbers["count"], score.numbers["scene"]) == (50, 200)
     assert (score.numbers["perception"], score.numbers["cognition"]) == (9 * 200 + 50, 800)
     put(root, "count/1.txt", "Is it?")
@@ -198,21 +197,21 @@ ROW = {"index": "7", "question": "Which?", "hint": "nan", "A": "cat", "B": "dog"
 
 def test_mmbench_asks_all_rotations_and_solves_only_all(tmp_path):
     tsv(tmp_path, [ROW, ROW | {"index": "8", "hint": "Look.", "answer": "B"}])
-    benchmark, made, options = load("mmbench", tmp_path, "rounds=all")
-    assert [(q.id, q.truth) for q in made] == [("7", "A"), ("1000007", "B"), ("8", "B"), ("1000008", "A")]
-    assert made[0].text.startswith("Which?\nA. cat\nB. dog\nAnswer with")
-    assert made[3].text.startswith("Look.\nWhich?\nA. dog\nB. cat\n")
-    assert made[0].images == (bytes(range(100)),)
-    score = benchmark.score(made, {"7": "A", "1000007": "B.", "8": "B", "1000008": "B. cat"}, options)
+    benchmark, questions, options = load("mmbench", tmp_path, "rounds=all")
+    assert [(q.id, q.truth) for q in questions] == [("7", "A"), ("1000007", "B"), ("8", "B"), ("1000008", "A")]
+    assert questions[0].text.startswith("Which?\nA. cat\nB. dog\nAnswer with")
+    assert questions[3].text.startswith("Look.\nWhich?\nA. dog\nB. cat\n")
+    assert questions[0].images == (bytes(range(100)),)
+    score = benchmark.score(questions, {"7": "A", "1000007": "B.", "8": "B", "1000008": "B. cat"}, options)
     assert score.numbers == {"circular": 50, "vanilla": 100, "pets": 50}
 
 
 def test_mmbench_keeps_the_rotations_of_a_file_and_finds_their_pictures(tmp_path):
     tsv(tmp_path, [ROW, ROW | {"index": "1000007", "A": "dog", "B": "cat", "answer": "B", "image": "7"}], "mmbench_cn")
-    benchmark, made, options = load("mmbench_cn", tmp_path)
-    assert [q.id for q in made] == ["7", "1000007"] and made[1].images == made[0].images
-    assert made[0].text.endswith("请直接回答选项字母。")
-    score = benchmark.score(made, {"7": "E", "1000007": "perhaps"}, options)
+    benchmark, questions, options = load("mmbench_cn", tmp_path)
+    assert [q.id for q in questions] == ["7", "1000007"] and questions[1].images == questions[0].images
+    assert questions[0].text.endswith("请直接回答选项字母。")
+    score = benchmark.score(questions, {"7": "E", "1000007": "perhaps"}, options)
     assert [(fault.id, fault.kind) for fault in score.findings] == [("7", "wrong_letter"), ("1000007", "unparsed")]
 
 
@@ -227,9 +226,9 @@ def test_mmbench_names_a_lost_picture_and_a_cut_row(tmp_path):
 
 def test_the_sheet_for_mmbench_holds_the_table_and_the_predictions(tmp_path):
     tsv(tmp_path, [ROW | {"question": "a < b & \x07c?"}])
-    benchmark, made, options = load("mmbench", tmp_path)
+    benchmark, questions, options = load("mmbench", tmp_path)
     archive = zipfile.ZipFile(
-        io.BytesIO(benchmark.submit(epath.Path(tmp_path), made, {"7": "A"}, options)["mmbench.xlsx"])
+        io.BytesIO(benchmark.submit(epath.Path(tmp_path), questions, {"7": "A"}, options)["mmbench.xlsx"])
     )
     for name in archive.namelist():
         ElementTree.fromstring(archive.read(name))
@@ -243,13 +242,13 @@ def test_seed_wants_the_bare_letter_and_knows_pictures_from_videos(tmp_path):
     row = {"answer": "B", "choice_a": "1", "choice_b": "2", "choice_c": "3", "choice_d": "4", "data_id": "p",
            "data_type": "image", "question": "How many?", "question_id": "1", "question_type_id": 5}  # fmt: skip
     video = row | {"data_type": "video", "data_id": "v.mp4", "question_id": "2", "question_type_id": 10}
-    told = {"questions": [row, video], "question_type": {"Instances Counting": 5, "Action Recognition": 10}}
-    put(tmp_path, "SEED-Bench.json", told)
+    contents = {"questions": [row, video], "question_type": {"Instances Counting": 5, "Action Recognition": 10}}
+    put(tmp_path, "SEED-Bench.json", contents)
     for folder in ("SEED-Bench-image", "SEED-Bench-video-image"):
         (tmp_path / folder).mkdir()
-    benchmark, made, options = load("seed", tmp_path)
-    assert [q.images[0] for q in made] == ["SEED-Bench-image/p", "SEED-Bench-video-image/2.png"]
-    score = benchmark.score(made, {"1": "B", "2": "B."}, options)
+    benchmark, questions, options = load("seed", tmp_path)
+    assert [q.images[0] for q in questions] == ["SEED-Bench-image/p", "SEED-Bench-video-image/2.png"]
+    score = benchmark.score(questions, {"1": "B", "2": "B."}, options)
     assert score.numbers == {"all": 50, "image": 100, "video": 0, "Instances Counting": 100, "Action Recognition": 0}
     assert [fault.kind for fault in score.findings] == ["unparsed"]
 
@@ -258,24 +257,24 @@ def test_gqa_compares_without_case_and_last_dot(tmp_path):
     rows = {"1": {"question": "Is it?", "imageId": "n1", "answer": "yes", "types": {"structural": "verify"}},
             "2": {"question": "What?", "imageId": "n2", "answer": "cat", "types": {"structural": "query"}}}  # fmt: skip
     put(tmp_path, "testdev_balanced_questions.json", rows)
-    benchmark, made, options = load("gqa", tmp_path)
-    score = benchmark.score(made, {"1": "Yes.", "2": "a cat"}, options)
+    benchmark, questions, options = load("gqa", tmp_path)
+    score = benchmark.score(questions, {"1": "Yes.", "2": "a cat"}, options)
     assert score.numbers == {"accuracy": 50, "binary": 100, "open": 0}
     rows.pop("2")
     put(tmp_path, "testdev_balanced_questions.json", rows)
     put(tmp_path, "a.jsonl", lines([{"question_id": "1", "text": "no"}]))
     result = scores.score(benchmark, load("gqa", tmp_path)[1], [tmp_path / "a.jsonl"], options)
-    shown = {name: scores.shown(result, name) for name in result.numbers}
-    assert shown == {"accuracy": "0.00", "binary": "0.00", "open": "-"}, "a split that is empty has no number"
-    files = benchmark.submit(epath.Path(tmp_path), made, {"1": "Yes.", "2": "A cat"}, options)
+    cells = {name: scores.cell_text(result, name) for name in result.numbers}
+    assert cells == {"accuracy": "0.00", "binary": "0.00", "open": "-"}, "a split that is empty has no number"
+    files = benchmark.submit(epath.Path(tmp_path), questions, {"1": "Yes.", "2": "A cat"}, options)
     assert json.loads(files["testdev_balanced_predictions.json"])[1] == {"questionId": "2", "prediction": "a cat"}
 
 
 def test_mmvet_is_left_to_its_own_grader(tmp_path):
     put(tmp_path, "mm-vet.json", {"v1_0": {"imagename": "a.png", "question": "Why?", "capability": ["ocr", "math"]}})
-    benchmark, made, options = load("mmvet", tmp_path)
+    benchmark, questions, options = load("mmvet", tmp_path)
     assert benchmark.score is None
-    assert json.loads(benchmark.submit(epath.Path(tmp_path), made, {"v1_0": "So."}, options)["mmvet.json"]) == {
+    assert json.loads(benchmark.submit(epath.Path(tmp_path), questions, {"v1_0": "So."}, options)["mmvet.json"]) == {
         "v1_0": "So."
     }
 
@@ -284,9 +283,9 @@ def test_every_benchmark_says_what_it_needs():
     assert len(BENCHMARKS) == 14
     for name, benchmark in BENCHMARKS.items():
         assert benchmark.name == name and benchmark.needs and (benchmark.score or benchmark.submit)
-        options = questions.resolved(benchmark, [])
+        options = resolve_options(benchmark, [])
         for need in benchmark.needs:
             option, equals, value = need.only.partition("=")
             assert not equals or value in benchmark.options[option]
         with pytest.raises(DataError, match="lacks"):
-            questions.load(benchmark, "/nowhere", options)
+            load_questions(benchmark, "/nowhere", options)

@@ -16,8 +16,8 @@ from tests.evaluate.test_scienceqa import PROBLEM, write
 from tests.fake_openai import FakeOpenAI
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
 @pytest.fixture
@@ -25,22 +25,22 @@ def bench(tmp_path):
     """Four problems whose answer is B; LLaVA is right on 0 and 1, GPT-4 on 0 and 2 and silent on 3."""
     problems = {str(i): PROBLEM | {"question": f"Problem {i}?"} for i in range(4)}
     write(tmp_path, problems, test=tuple(problems))
-    said = {"ours": "BBAA", "gpt4": "BAB?"}
-    for name, letters in said.items():
+    letters_by_side = {"ours": "BBAA", "gpt4": "BAB?"}
+    for name, letters in letters_by_side.items():
         rows = [Answer(str(i), f"Well. The answer is {letter}." if letter != "?" else "Hm.", name)
                 for i, letter in enumerate(letters)]  # fmt: skip
         answers.write(tmp_path / f"{name}.jsonl", rows)
     return tmp_path
 
 
-def ensemble(bench, way, *words):
+def ensemble(bench, way, *args):
     return run("ensemble", way, "--data", bench, "--ours", bench / "ours.jsonl", "--gpt4", bench / "gpt4.jsonl",
-               "--out", bench / f"{way}.jsonl", *words)  # fmt: skip
+               "--out", bench / f"{way}.jsonl", *args)  # fmt: skip
 
 
 def accuracy(bench, name):
-    place = ("--benchmark", "scienceqa", "--data", bench)
-    assert run("score", *place, bench / f"{name}.jsonl", "--out", bench / f"{name}.json", "--name", name) == 0
+    options = ("--benchmark", "scienceqa", "--data", bench)
+    assert run("score", *options, bench / f"{name}.jsonl", "--out", bench / f"{name}.json", "--name", name) == 0
     return scores.from_json(bench / f"{name}.json")[1].numbers["Avg"].mean
 
 
@@ -52,16 +52,16 @@ def test_complement_and_judge_make_answer_files_that_score(bench, capsys):
         return "B is right. The answer is B." if "Problem 2" in body["messages"][1]["content"] else "Both, perhaps."
 
     with FakeOpenAI(judge) as server:
-        words = ("--base-url", server.url, "--model", "judge")
-        assert ensemble(bench, "judge", *words) == 0
+        endpoint = ("--base-url", server.url, "--model", "judge")
+        assert ensemble(bench, "judge", *endpoint) == 0
         assert len(server.answered) == 3  # 0 is not disputed
-        assert ensemble(bench, "judge", *words) == 0
+        assert ensemble(bench, "judge", *endpoint) == 0
         assert len(server.answered) == 3  # and nothing is billed twice
-    told = {name: accuracy(bench, name) for name in ("ours", "gpt4", "complement", "judge")}
-    assert told == {"ours": 50, "gpt4": 50, "complement": 50, "judge": 75}
-    first = (bench / "judge.jsonl").read_text()
+    accuracies = {name: accuracy(bench, name) for name in ("ours", "gpt4", "complement", "judge")}
+    assert accuracies == {"ours": 50, "gpt4": 50, "complement": 50, "judge": 75}
+    expected = (bench / "judge.jsonl").read_text()
     assert ensemble(bench, "judge", "--requery", bench / "judge.jsonl.requery") == 0
-    assert (bench / "judge.jsonl").read_text() == first
+    assert (bench / "judge.jsonl").read_text() == expected
 
 
 def test_an_ensemble_wants_every_answer_of_both(bench, capsys):
@@ -80,11 +80,11 @@ def result(model, mean, benchmark="pope", sd=0.0, findings=()):
 
 
 def test_a_report_has_rows_for_runs_and_published_ones(tmp_path):
-    told = {"a": result("a", 80), "b": result("b", 81.5, sd=0.25, findings=(Fault("unparsed", "7", "x"),)),
-            "c": result("a", 60, "gqa")}  # fmt: skip
-    for name, one in told.items():
-        (tmp_path / f"{name}.json").write_text(json.dumps(scores.to_json(one, "a" if name == "c" else name)))
-    files = [tmp_path / f"{name}.json" for name in told]
+    results = {"a": result("a", 80), "b": result("b", 81.5, sd=0.25, findings=(Fault("unparsed", "7", "x"),)),
+               "c": result("a", 60, "gqa")}  # fmt: skip
+    for name, run_result in results.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(scores.to_json(run_result, "a" if name == "c" else name)))
+    files = [tmp_path / f"{name}.json" for name in results]
     assert run("report", *files, "--out", tmp_path / "out") == 0
     page = (tmp_path / "out" / "report.md").read_text().splitlines()
     assert any(line.split() == "| a | 80.00 | 60.00 |".split() for line in page)

@@ -6,9 +6,10 @@ import pytest
 from PIL import Image
 
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import answers, questions
+from llava_jax.evaluate import answers
 from llava_jax.evaluate.benchmarks.all import get
 from llava_jax.evaluate.benchmarks.custom import lenient_letter
+from llava_jax.evaluate.questions import load_questions
 from tests.generate import tiny
 
 CHOICES = ["a dog", "a cat", "a bird"]
@@ -19,8 +20,8 @@ def write(path, rows):
     return path
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
 @pytest.mark.parametrize("text, letter", [
@@ -41,18 +42,18 @@ def test_a_text_that_is_two_choices_names_none():
     assert lenient_letter("a cat", ["a cat", "the cat", "a dog"]) == ""
 
 
-def test_own_choices_are_read_strictly_or_leniently_as_is_said(tmp_path, capsys):
+def test_custom_choices_are_parsed_strictly_or_leniently(tmp_path, capsys):
     """Case 10: eight ways to answer, of which seven mean B."""
     row = {"question": "Which animal?", "choices": CHOICES, "answer": "B"}
     write(tmp_path / "questions.jsonl", [{"id": str(i), **row} for i in range(8)])
     texts = ("B", "B. a cat", "(B)", "B)", "Answer: B", "The answer is B.", "a cat", "C")
     path = write(tmp_path / "a.jsonl", [{"question_id": str(i), "text": text} for i, text in enumerate(texts)])
-    place = ("score", "--benchmark", "custom", "--data", tmp_path, path)
-    assert run(*place) == 0
+    options = ("score", "--benchmark", "custom", "--data", tmp_path, path)
+    assert run(*options) == 0
     strict = capsys.readouterr().out
     assert "* accuracy    25.00   of 8" in strict and "5 unparsed" in strict and "letters=strict" in strict
     assert "id='2' unparsed: no letter in '(B)'; --option letters=lenient reads more ways to name one" in strict
-    assert run(*place, "--option", "letters=lenient", "--out", tmp_path / "s.json") == 0
+    assert run(*options, "--option", "letters=lenient", "--out", tmp_path / "s.json") == 0
     lenient = capsys.readouterr().out
     assert "* accuracy    87.50   of 8" in lenient and "(match=exact, letters=lenient)" in lenient
     assert run("report", tmp_path / "s.json", "--out", tmp_path / "out") == 0
@@ -74,12 +75,12 @@ def test_pictures_without_a_truth_are_answered_and_not_scored(tmp_path, checkpoi
         Image.new("RGB", (24, 24), name).save(tmp_path / "images" / f"{name}.jpg")
     write(tmp_path / "questions.jsonl", [{"id": str(i), "image": f"{name}.jpg", "question": "Describe the picture."}
                                          for i, name in enumerate(("red", "green"))])  # fmt: skip
-    place = ("--benchmark", "custom", "--data", tmp_path)
+    options = ("--benchmark", "custom", "--data", tmp_path)
     out = tmp_path / "a.jsonl"
-    assert run("answer", *place, "--checkpoint", checkpoint, "--max-new-tokens", 3, "--slots", 2, "--out", out) == 0
+    assert run("answer", *options, "--checkpoint", checkpoint, "--max-new-tokens", 3, "--slots", 2, "--out", out) == 0
     assert [row.id for row in answers.read([out]).answers] == ["0", "1"]
     capsys.readouterr()
-    assert run("score", *place, out) == 65
+    assert run("score", *options, out) == 65
     assert capsys.readouterr().err == ("evaluate: custom: no truth for 2 questions, '0' the first: give each an answer "
                                        "to be scored\n")  # fmt: skip
 
@@ -93,7 +94,7 @@ def test_pictures_without_a_truth_are_answered_and_not_scored(tmp_path, checkpoi
 def test_a_question_of_another_shape_is_refused_by_line_and_field(row, message, tmp_path):
     write(tmp_path / "questions.jsonl", [row])
     with pytest.raises(ValueError, match=r"questions\.jsonl:1: .*" + message):
-        questions.load(get("custom"), tmp_path, {})
+        load_questions(get("custom"), tmp_path, {})
 
 
 # ---- POPE
@@ -102,27 +103,27 @@ def test_a_question_of_another_shape_is_refused_by_line_and_field(row, message, 
 @pytest.fixture
 def pope(tmp_path):
     """Case 11: four questions of each kind, and LLaVA's own numbers over all kinds, in another order."""
-    theirs = []
+    llava = []
     for kind in ("adversarial", "popular", "random"):
         rows = [{"question_id": i + 1, "image": "COCO_val2014_1.jpg", "text": f"Is there a thing{i} in the image?",
                  "label": "no" if i % 2 else "yes"} for i in range(4)]  # fmt: skip
         write(tmp_path / f"coco_pope_{kind}.json", rows)
-        theirs += [row | {"category": kind, "text": f"{row['text']}\nAnswer the question using a single word."}
-                   for row in rows]  # fmt: skip
-    for number, row in enumerate(theirs):
+        llava += [row | {"category": kind, "text": f"{row['text']}\nAnswer the question using a single word."}
+                  for row in rows]  # fmt: skip
+    for number, row in enumerate(llava):
         row["question_id"] = number
-    write(tmp_path / "llava_questions.jsonl", theirs)
+    write(tmp_path / "llava_questions.jsonl", llava)
     return write(tmp_path / "a.jsonl", [{"question_id": row["question_id"], "prompt": row["text"], "model_id": "m",
-                                         "text": row["label"].title(), "metadata": {}} for row in theirs])  # fmt: skip
+                                         "text": row["label"].title(), "metadata": {}} for row in llava])  # fmt: skip
 
 
 def test_answers_with_llavas_own_ids_are_scored_by_its_file_of_questions(pope, capsys):
-    place = ("score", "--benchmark", "pope", "--data", pope.parent, pope)
-    assert run(*place) == 65
+    options = ("score", "--benchmark", "pope", "--data", pope.parent, pope)
+    assert run(*options) == 65
     error = capsys.readouterr().err
     assert "ids of pope are KIND/NUMBER, such as random/1" in error and "--option questions=" in error
     assert "its ids are such as 'random/1'" in error
-    assert run(*place, "--option", f"questions={pope.parent / 'llava_questions.jsonl'}") == 0
+    assert run(*options, "--option", f"questions={pope.parent / 'llava_questions.jsonl'}") == 0
     assert "* F1                      100.00   of 12" in capsys.readouterr().out
 
 

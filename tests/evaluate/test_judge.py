@@ -9,11 +9,12 @@ import pytest
 
 from llava_jax.errors import DataError
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import answers, judge, questions
+from llava_jax.evaluate import answers, judge
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import llava_bench
 from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.evaluate.questions import load_questions, resolve_options
 from tests.fake_openai import FakeOpenAI, always
 
 PICTURES = ("a.jpg", "b.jpg")
@@ -38,16 +39,16 @@ def bench(tmp_path):
         }
         for image in PICTURES[::-1]
     ]
-    for name, made in (("qa90_questions", rows), ("qa90_gpt4_answer", references),
-                       ("caps_boxes_coco2014_val_80", contexts)):  # fmt: skip
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in made))
+    for name, lines in (("qa90_questions", rows), ("qa90_gpt4_answer", references),
+                        ("caps_boxes_coco2014_val_80", contexts)):  # fmt: skip
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
     (tmp_path / "rule.json").write_text(json.dumps(RULES))
     answers.write(tmp_path / "answers.jsonl", [Answer(str(i), f"C{i}", "llava") for i in range(6)])
     return tmp_path
 
 
 def load(folder):
-    return questions.load(get("llava_bench_coco"), folder, {})[0]
+    return load_questions(get("llava_bench_coco"), folder, {})[0]
 
 
 def test_a_request_shows_context_question_reference_candidate_and_rule_in_order(bench):
@@ -68,10 +69,10 @@ def test_in_the_wild_joins_contexts_of_one_or_several_sentences(tmp_path):
     }  # fmt: skip
     for name, rows in files.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked, _ = questions.load(get("llava_bench_wild"), tmp_path, {})
-    assert [question.facts["context"] for question in asked] == ["Alone.", "One.\nTwo."]
-    assert {llava_bench.rule_name(question) for question in asked} == {"llava_bench_conv"}
-    assert asked[0].images == ("001.jpg",)
+    questions, _ = load_questions(get("llava_bench_wild"), tmp_path, {})
+    assert [question.facts["context"] for question in questions] == ["Alone.", "One.\nTwo."]
+    assert {llava_bench.rule_name(question) for question in questions} == {"llava_bench_conv"}
+    assert questions[0].images == ("001.jpg",)
 
 
 @pytest.mark.parametrize("review, strict, tolerant", [
@@ -92,8 +93,8 @@ REVIEWS = {"0": "8 6\nx", "3": "8 8", "1": "9 6", "4": "Both are good.", "2": "1
 def test_a_hand_made_review_file_scores_what_was_worked_out(bench):
     answers.write(bench / "reviews.jsonl", [Answer(i, text, "judge") for i, text in REVIEWS.items()])
     benchmark = get("llava_bench_coco")
-    given = questions.resolved(benchmark, [])
-    result = scores.score(benchmark, load(bench), [bench / "reviews.jsonl"], given)
+    options = resolve_options(benchmark, [])
+    result = scores.score(benchmark, load(bench), [bench / "reviews.jsonl"], options)
     numbers = {name: round(value.mean, 4) for name, value in result.numbers.items()}
     assert numbers["conv"] == 87.5  # 14 / 16
     assert numbers["detail"] == 66.6667  # 6 / 9, the unreadable one left out
@@ -101,14 +102,14 @@ def test_a_hand_made_review_file_scores_what_was_worked_out(bench):
     assert numbers["all"] == 87.5  # 35 / 40
     assert (numbers["all reference x10"], numbers["all candidate x10"]) == (80, 70)
     assert [(fault.id, fault.kind) for fault in result.findings] == [("4", "unparsed")]
-    compat = scores.score(benchmark, load(bench), [bench / "reviews.jsonl"], given | {"compat": "true"})
+    compat = scores.score(benchmark, load(bench), [bench / "reviews.jsonl"], options | {"compat": "true"})
     assert compat.numbers["detail"].mean == pytest.approx(100 * 2.5 / 4)  # (6 - 1) / (9 - 1)
     assert compat.numbers["all"].mean == pytest.approx(100 * 5.667 / 6.5)  # 34 / 6 and 39 / 6, to three decimals
     assert compat.counts["detail failed"] == 1
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
 def judge_words(bench, server, *words):
@@ -208,10 +209,10 @@ def test_the_real_files_join_and_make_90_requests_with_the_reference_first(share
     folder: Path = shared / "data" / "llava_bench"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there: the published files of LLaVA-Bench (COCO)")
-    asked = load(folder)
-    assert [question.kind for question in asked] == list(llava_bench.KINDS) * 30
-    assert len({question.images for question in asked}) == 30
-    answers.write(tmp_path / "a.jsonl", [Answer(question.id, f"<{question.id}>") for question in asked])
+    questions = load(folder)
+    assert [question.kind for question in questions] == list(llava_bench.KINDS) * 30
+    assert len({question.images for question in questions}) == 30
+    answers.write(tmp_path / "a.jsonl", [Answer(question.id, f"<{question.id}>") for question in questions])
     assert run("judge", "--benchmark", "llava_bench_coco", "--data", folder, "--answers", tmp_path / "a.jsonl",
                "--rules", folder / "rule.json", "--dry-run", "--out", tmp_path / "r.jsonl") == 0  # fmt: skip
     requests = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -221,7 +222,7 @@ def test_the_real_files_join_and_make_90_requests_with_the_reference_first(share
         row = json.loads(line)
         references[str(row["question_id"])] = row["text"]
     rules = json.loads((folder / "rule.json").read_text())
-    for request, question in zip(requests, asked):
+    for request, question in zip(requests, questions):
         words = request["messages"][1]["content"]
         candidate = words.index(f"[Assistant 2]\n<{question.id}>")
         assert 0 < words.index("[Context]\n") + 1 < words.index(f"[Question]\n{question.text}")

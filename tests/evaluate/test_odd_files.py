@@ -8,8 +8,8 @@ from etils import epath
 
 from llava_jax import errors
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import questions
 from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.evaluate.questions import load_questions, resolve_options
 from tests.evaluate.test_scienceqa import PROBLEM
 from tests.odd import TEXTS, changed
 
@@ -65,12 +65,12 @@ def write(folder, name, value):
 def run(benchmark, folder, options):
     """Loads, scores and submits, as far as the files allow; the message of an error of ours, or ""."""
     try:
-        asked, _ = questions.load(benchmark, folder, options, images=False)
-        given = {question.id: "yes" for question in asked}
-        if benchmark.score and all(question.truth is not None for question in asked):
-            benchmark.score(asked, given, options)
+        questions, _ = load_questions(benchmark, folder, options, images=False)
+        predictions = {question.id: "yes" for question in questions}
+        if benchmark.score and all(question.truth is not None for question in questions):
+            benchmark.score(questions, predictions, options)
         if benchmark.submit:
-            benchmark.submit(epath.Path(folder), asked, given, options)
+            benchmark.submit(epath.Path(folder), questions, predictions, options)
     except (ValueError, OSError) as error:
         if errors.exit_code(error) is None:
             raise
@@ -83,17 +83,18 @@ def test_an_odd_value_anywhere_in_a_benchmarks_files_is_an_error_of_ours_or_read
     monkeypatch.chdir(tmp_path)
     words, files = FILES[name]
     benchmark = get(name)
-    options = questions.resolved(benchmark, words)
-    monkeypatch.setattr(questions, "_wanted", lambda benchmark, options: ())  # pictures' folders are not there
+    options = resolve_options(benchmark, words)
+    # The pictures' folders do not exist.
+    monkeypatch.setattr("llava_jax.evaluate.questions._active_needs", lambda benchmark, options: ())
     for file, value in files.items():
         write(tmp_path, file, value)
     assert run(benchmark, tmp_path, options) == ""
-    count = refused = 0
+    count = errors = 0
     for file, value in files.items():
         for other in changed(value):
             write(tmp_path, file, other)
             try:
-                refused += bool(run(benchmark, tmp_path, options))
+                errors += bool(run(benchmark, tmp_path, options))
             except Exception as error:
                 raise AssertionError(f"{file}: {json.dumps(other)[:400]}") from error
             count += 1
@@ -103,7 +104,7 @@ def test_an_odd_value_anywhere_in_a_benchmarks_files_is_an_error_of_ours_or_read
         (tmp_path / file).write_bytes(b"\xff\xfe\x00\x80")
         run(benchmark, tmp_path, options)
         write(tmp_path, file, value)
-    assert 0 < refused < count
+    assert 0 < errors < count
 
 
 MME, TSV = "MME_Benchmark_release_version", "mmbench_dev_20230712.tsv"
@@ -123,8 +124,8 @@ MME, TSV = "MME_Benchmark_release_version", "mmbench_dev_20230712.tsv"
 def test_an_odd_table_is_an_error_of_ours_or_read(data, tmp_path):
     (tmp_path / TSV).write_bytes(data)
     benchmark = get("mmbench")
-    run(benchmark, tmp_path, questions.resolved(benchmark, []))
-    run(benchmark, tmp_path, questions.resolved(benchmark, ["rounds=all"]))
+    run(benchmark, tmp_path, resolve_options(benchmark, []))
+    run(benchmark, tmp_path, resolve_options(benchmark, ["rounds=all"]))
 
 
 def test_mmes_texts_that_are_no_utf8_are_an_error_of_ours(tmp_path):

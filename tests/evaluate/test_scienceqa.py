@@ -7,11 +7,11 @@ import pytest
 
 from llava_jax.data import scienceqa as files
 from llava_jax.errors import DataError
-from llava_jax.evaluate import ensemble, questions
+from llava_jax.evaluate import ensemble
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks import scienceqa
 from llava_jax.evaluate.benchmarks.all import get
-from llava_jax.evaluate.questions import Question
+from llava_jax.evaluate.questions import Question, load_questions, resolve_options
 
 COLUMNS = ("NAT", "SOC", "LAN", "TXT", "IMG", "NO", "G1-6", "G7-12", "Avg")
 OF = dict(zip(COLUMNS, (2252, 889, 1100, 2046, 2017, 1435, 2724, 1517, 4241)))
@@ -61,7 +61,7 @@ def table(row: tuple) -> tuple[list[Question], dict[str, bool]]:
     context_right = {(True, True): both_right, (True, False): right["TXT"] - both_right,
                      (False, True): right["IMG"] - both_right, (False, False): right["NO"]}  # fmt: skip
     subject = dict(zip(SUBJECTS, COLUMNS[:3]))
-    made, truth = [], {}
+    questions, truth = [], {}
     for is_right in (True, False):
         columns = (
             laid({s: (right[c], of[c]) for s, c in subject.items()}, is_right),
@@ -69,18 +69,18 @@ def table(row: tuple) -> tuple[list[Question], dict[str, bool]]:
             laid({grade: (right[c], of[c]) for grade, c in (("grade4", "G1-6"), ("grade10", "G7-12"))}, is_right),
         )
         for s, (hint, image), grade in zip(*columns, strict=True):
-            identity = str(len(made))
-            made.append(Question(identity, "?", (), s, 3, "B", {"subject": s, "hint": hint, "image": image,
-                                                                "grade": grade}))  # fmt: skip
+            identity = str(len(questions))
+            questions.append(Question(identity, "?", (), s, 3, "B", {"subject": s, "hint": hint, "image": image,
+                                                                     "grade": grade}))  # fmt: skip
             truth[identity] = is_right
-    return made, truth
+    return questions, truth
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_the_breakdown_reproduces_a_published_row_from_4241_answers(name):
-    asked, right = table(ROWS[name])
+    questions, right = table(ROWS[name])
     answers = {identity: "The answer is B." if is_right else "The answer is A." for identity, is_right in right.items()}
-    result = scienceqa.score(asked, answers, {})
+    result = scienceqa.score(questions, answers, {})
     assert {column: result.counts[f"{column} of"] for column in COLUMNS} == OF
     assert tuple(result.counts[f"{column} right"] for column in COLUMNS) == ROWS[name][:9]
     assert round(result.numbers["Avg"], 2) == ROWS[name][9]
@@ -100,9 +100,9 @@ def test_the_parser_reads_three_forms_and_refuses_the_rest(text, letter):
 
 
 def test_what_the_model_failed_to_say_is_wrong_and_named():
-    asked = [Question(str(i), "?", (), "", 2, "A", {"subject": SUBJECTS[0], "hint": False, "image": False,
-                                                    "grade": "grade1"}) for i in range(4)]  # fmt: skip
-    result = scienceqa.score(asked, {"0": "A", "1": "D", "2": "perhaps A", "3": ""}, {})
+    questions = [Question(str(i), "?", (), "", 2, "A", {"subject": SUBJECTS[0], "hint": False, "image": False,
+                                                        "grade": "grade1"}) for i in range(4)]  # fmt: skip
+    result = scienceqa.score(questions, {"0": "A", "1": "D", "2": "perhaps A", "3": ""}, {})
     assert result.numbers["Avg"] == 25
     assert [(fault.id, fault.kind) for fault in result.findings] == [("1", "wrong_letter"), ("2", "unparsed")]
 
@@ -135,8 +135,8 @@ GOLDENS = {
 @pytest.mark.parametrize("format", GOLDENS)
 def test_a_problem_is_asked_and_answered_as_the_reference_does(tmp_path, format):
     problem = files.read(write(tmp_path))["7"]
-    for made, wanted in zip(files.texts(problem, format), GOLDENS[format]):
-        assert wanted is None or made == wanted
+    for text, expected in zip(files.texts(problem, format), GOLDENS[format]):
+        assert expected is None or text == expected
 
 
 def test_empty_parts_leave_no_trace_but_the_references_own(tmp_path):
@@ -160,20 +160,20 @@ def test_every_format_is_known_and_no_other():
 def test_the_benchmark_asks_a_split_with_its_pictures(tmp_path):
     write(tmp_path, {"7": PROBLEM, "8": PROBLEM | {"image": None}}, test=("8", "7"))
     benchmark = get("scienceqa")
-    options = questions.resolved(benchmark, ["format=CQM-A", "letter=true"])
-    asked, _ = questions.load(benchmark, tmp_path, options)
-    assert [(one.id, one.images, one.truth, one.choices) for one in asked] == [
+    options = resolve_options(benchmark, ["format=CQM-A", "letter=true"])
+    questions, _ = load_questions(benchmark, tmp_path, options)
+    assert [(question.id, question.images, question.truth, question.choices) for question in questions] == [
         ("8", (), "B", 2), ("7", ("test/7/image.png",), "B", 2),
     ]  # fmt: skip
-    assert asked[0].text.endswith("(B) an owl\nAnswer with the option's letter from the given choices directly.")
+    assert questions[0].text.endswith("(B) an owl\nAnswer with the option's letter from the given choices directly.")
 
 
-@pytest.mark.parametrize("damage, said", [
+@pytest.mark.parametrize("damage, message", [
     ({"answer": 2}, "problem '7': answer 2 is none of its 2 choices"), ({"hint": None}, "problem '7': hint: want str"),
     ({"choices": []}, "none of its 0 choices"),
 ])  # fmt: skip
-def test_a_damaged_problem_is_named(tmp_path, damage, said):
-    with pytest.raises(DataError, match=said):
+def test_a_damaged_problem_is_named(tmp_path, damage, message):
+    with pytest.raises(DataError, match=message):
         files.read(write(tmp_path, {"7": PROBLEM | damage}))
 
 
@@ -188,7 +188,7 @@ def test_a_cut_download_and_a_lost_problem_are_named(tmp_path):
         files.read(tmp_path)
 
 
-def said(text: str) -> dict[str, Answer]:
+def answer_map(text: str) -> dict[str, Answer]:
     return {"7": Answer("7", text)}
 
 
@@ -198,26 +198,26 @@ TEXTS = {"A": "The answer is A.", "B": "The answer is B.", "none": "I cannot tel
 @pytest.mark.parametrize("ours, gpt4", list(itertools.product(TEXTS, TEXTS)))
 def test_complement_takes_gpt4_wherever_it_answers(tmp_path, ours, gpt4):
     problem = scienceqa.question(files.read(write(tmp_path))["7"], "QCM-LEA", False, "test")
-    joined = ensemble.complement([problem], said(TEXTS[ours]), said(TEXTS[gpt4]))
-    wanted = {"none": ours}.get(gpt4, gpt4)
-    assert joined.answers[0].text == TEXTS[wanted]
-    assert joined.taken == {"gpt4": int(gpt4 != "none"), "ours": int(gpt4 == "none")}
+    joined = ensemble.complement([problem], answer_map(TEXTS[ours]), answer_map(TEXTS[gpt4]))
+    expected = {"none": ours}.get(gpt4, gpt4)
+    assert joined.answers[0].text == TEXTS[expected]
+    assert joined.counts == {"gpt4": int(gpt4 != "none"), "ours": int(gpt4 == "none")}
 
 
 @pytest.mark.parametrize("ours, gpt4", list(itertools.product(TEXTS, TEXTS)))
 @pytest.mark.parametrize("judge", [*TEXTS, None])
 def test_judge_decides_where_it_was_asked_and_answers_else_ours_stands(tmp_path, ours, gpt4, judge):
     problem = scienceqa.question(files.read(write(tmp_path))["7"], "QCM-LEA", False, "test")
-    disputed = ensemble.disputed([problem], said(TEXTS[ours]), said(TEXTS[gpt4]))
+    disputed = ensemble.disputed_questions([problem], answer_map(TEXTS[ours]), answer_map(TEXTS[gpt4]))
     assert bool(disputed) == (ours != gpt4 or ours == "none")
-    asked = {} if judge is None else said(TEXTS[judge])
-    joined = ensemble.judged([problem], said(TEXTS[ours]), asked)
-    assert joined.answers[0].text == TEXTS[ours if judge in ("none", None) else judge]
+    judge_answers = {} if judge is None else answer_map(TEXTS[judge])
+    combined = ensemble.prefer_judge([problem], answer_map(TEXTS[ours]), judge_answers)
+    assert combined.answers[0].text == TEXTS[ours if judge in ("none", None) else judge]
 
 
 def test_a_letter_alone_of_gpt4_is_no_answer_as_published(tmp_path):
     problem = scienceqa.question(files.read(write(tmp_path))["7"], "QCM-LEA", False, "test")
-    assert ensemble.complement([problem], said("B"), said("A")).answers[0].text == "B"
+    assert ensemble.complement([problem], answer_map("B"), answer_map("A")).answers[0].text == "B"
 
 
 def test_the_judge_reads_the_problem_and_both_answers(tmp_path):

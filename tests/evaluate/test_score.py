@@ -9,10 +9,11 @@ import pytest
 
 from llava_jax.errors import DataError
 from llava_jax.evaluate import __main__ as command
-from llava_jax.evaluate import answers, questions
+from llava_jax.evaluate import answers
 from llava_jax.evaluate import score as scores
 from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.benchmarks.all import get
+from llava_jax.evaluate.questions import BadBenchmark, load_questions, resolve_options
 
 ROWS = [
     {"id": "1", "image": "a.jpg", "question": "What is it?", "answer": "a cat", "category": "things"},
@@ -31,7 +32,7 @@ def bench(folder, rows=ROWS, tail=""):
 
 def load(folder, **more):
     benchmark = get("custom")
-    return questions.load(benchmark, folder, questions.resolved(benchmark, ["match=normalised"]), **more)
+    return load_questions(benchmark, folder, resolve_options(benchmark, ["match=normalised"]), **more)
 
 
 def answered(path, texts, tail=""):
@@ -44,7 +45,7 @@ GOOD = [("1", "Cat."), ("2", "two"), ("3", "B. cat"), ("4", "B")]
 
 def scored(folder, path, **more):
     benchmark = get("custom")
-    options = questions.resolved(benchmark, ["match=normalised"])
+    options = resolve_options(benchmark, ["match=normalised"])
     return scores.score(benchmark, load(folder)[0], [path], options, **more)
 
 
@@ -65,13 +66,13 @@ def test_every_fault_of_a_benchmark_file_is_named_with_its_id(tmp_path):
         {"id": "letter", "question": "?", "choices": ["a", "b"], "answer": "C"},
     ]
     bench(tmp_path, rows, tail='{"id": "cut", "question": "Wh')
-    with pytest.raises(questions.BadBenchmark) as caught:
+    with pytest.raises(BadBenchmark) as caught:
         load(tmp_path, images=True)
-    said = str(caught.value)
+    message = str(caught.value)
     for identity, kind in (("missing", "missing_image"), ("1", "duplicate_id"), ("empty", "empty_truth"),
                            ("letter", "wrong_truth"), ("cut", "truncated_line")):  # fmt: skip
-        assert f"id={identity!r} {kind}: " in said
-    assert "5 faults" in said
+        assert f"id={identity!r} {kind}: " in message
+    assert "5 faults" in message
 
 
 def test_every_fault_of_an_answer_file_is_named_and_stops_the_scoring(tmp_path):
@@ -135,29 +136,29 @@ def test_repeats_give_a_mean_and_a_sample_deviation(tmp_path):
 
 
 def test_merged_shards_are_one_hosts_file(tmp_path):
-    asked, _ = load(bench(tmp_path))
+    questions, _ = load(bench(tmp_path))
     answered(tmp_path / "0.jsonl", GOOD[::2])
     answered(tmp_path / "1.jsonl", GOOD[1::2])
     whole = answered(tmp_path / "whole.jsonl", GOOD)
-    answers.write(tmp_path / "merged.jsonl", answers.merge(asked, [tmp_path / "1.jsonl", tmp_path / "0.jsonl"]))
+    answers.write(tmp_path / "merged.jsonl", answers.merge(questions, [tmp_path / "1.jsonl", tmp_path / "0.jsonl"]))
     assert (tmp_path / "merged.jsonl").read_text() == whole.read_text()
     with pytest.raises(DataError, match="id='2' missing_answer"):
-        answers.merge(asked, [tmp_path / "0.jsonl"])
+        answers.merge(questions, [tmp_path / "0.jsonl"])
 
 
 def test_shards_of_different_runs_do_not_mix(tmp_path):
-    asked, _ = load(bench(tmp_path))
+    question_list, _ = load(bench(tmp_path))
     answers.write(tmp_path / "a.jsonl", [Answer(i, t, metadata={"run": "x"}) for i, t in GOOD[:2]])
     answers.write(tmp_path / "b.jsonl", [Answer(i, t, metadata={"run": "y"}) for i, t in GOOD[2:]])
     with pytest.raises(DataError, match="2 different runs"):
-        answers.merge(asked, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
+        answers.merge(question_list, [tmp_path / "a.jsonl", tmp_path / "b.jsonl"])
 
 
-def run(*words):
-    return command.main([str(word) for word in words])
+def run(*args):
+    return command.main([str(arg) for arg in args])
 
 
-def test_the_door_scores_and_keeps_the_numbers(tmp_path, capsys):
+def test_the_command_scores_and_writes_the_numbers(tmp_path, capsys):
     path = answered(tmp_path / "a.jsonl", GOOD)
     place = ("--benchmark", "custom", "--data", bench(tmp_path), "--option", "match=normalised")
     assert run("score", *place, path, "--out", tmp_path / "s.json", "--name", "ours") == 0
@@ -166,23 +167,23 @@ def test_the_door_scores_and_keeps_the_numbers(tmp_path, capsys):
     assert name == "ours" and result == scored(tmp_path, path)
 
 
-@pytest.mark.parametrize("words, code, said", [
+@pytest.mark.parametrize("args, code, message", [
     (("--benchmark", "nope"), 64, "want one of scienceqa"), (("--option", "match=odd"), 64, "exact, normalised"),
     (("--option", "x=1"), 64, "custom knows match=exact|normalised|contains"), (("gone.jsonl",), 65, "does not exist"),
     (("--submission", "out"), 64, "no submission file"), (("--wrong",), 64, "unrecognized arguments"),
 ])  # fmt: skip
-def test_the_door_says_what_is_wrong_and_exits_with_its_code(tmp_path, monkeypatch, capsys, words, code, said):
+def test_the_command_names_what_is_wrong_and_exits_with_its_code(tmp_path, monkeypatch, capsys, args, code, message):
     monkeypatch.chdir(tmp_path)
     path = answered(tmp_path / "a.jsonl", GOOD)
-    named = () if "--benchmark" in words else ("--benchmark", "custom")
-    assert run("score", *named, "--data", bench(tmp_path), path, *words) == code
-    assert said in capsys.readouterr().err
+    named = () if "--benchmark" in args else ("--benchmark", "custom")
+    assert run("score", *named, "--data", bench(tmp_path), path, *args) == code
+    assert message in capsys.readouterr().err
 
 
-def test_what_a_benchmark_lacks_is_said_with_where_it_comes_from(tmp_path, capsys):
+def test_a_missing_file_of_a_benchmark_is_named_with_its_source(tmp_path, capsys):
     assert run("score", "--benchmark", "textvqa", "--data", tmp_path, tmp_path / "a.jsonl") == 65
-    said = capsys.readouterr().err
-    assert "TextVQA_0.5.1_val.json    from textvqa.org/dataset" in said and "eval.zip" in said
+    message = capsys.readouterr().err
+    assert "TextVQA_0.5.1_val.json    from textvqa.org/dataset" in message and "eval.zip" in message
     assert run("list", "textvqa") == 0
     assert "--option ocr=true|false" in capsys.readouterr().out
 
@@ -190,8 +191,8 @@ def test_what_a_benchmark_lacks_is_said_with_where_it_comes_from(tmp_path, capsy
 def test_scoring_touches_no_accelerator(tmp_path):
     """On a platform that does not exist every use of a device would fail."""
     path = answered(tmp_path / "a.jsonl", GOOD)
-    words = ["score", "--benchmark", "custom", "--data", str(bench(tmp_path)), str(path)]
-    done = subprocess.run([sys.executable, "-m", "llava_jax.evaluate", *words], capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "none_such"})  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "accuracy" in done.stdout
+    args = ["score", "--benchmark", "custom", "--data", str(bench(tmp_path)), str(path)]
+    completed = subprocess.run([sys.executable, "-m", "llava_jax.evaluate", *args], capture_output=True, text=True,
+                               env={**os.environ, "JAX_PLATFORMS": "none_such"})  # fmt: skip
+    assert completed.returncode == 0, completed.stderr
+    assert "accuracy" in completed.stdout

@@ -18,7 +18,7 @@ from llava_jax.generate.engine import Engine, Shape
 from llava_jax.generate.footprint import footprint, weights
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.plan.compile import find_place
+from llava_jax.plan.compile import find_target
 from tests.generate import tiny
 
 SLOTS = 4
@@ -32,12 +32,12 @@ def compiler():
 
 
 def devices(topology):
-    return list(find_place(configs.Mesh(), topology).mesh.devices.flat)
+    return list(find_target(configs.Mesh(), topology).mesh.devices.flat)
 
 
 def test_samples_of_training_compile_on_four_chips():
     """The prompt's bucket takes the kernel, which XLA cannot partition by itself; weights stay where they are."""
-    mesh = find_place(configs.Mesh(), "v5e:2x2").mesh
+    mesh = find_target(configs.Mesh(), "v5e:2x2").mesh
     assert mesh.shape["fsdp"] == 4
     tree = abstract_params(SMALL)
     tree = jax.tree.map(lambda x, cut: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=cut), tree,

@@ -12,7 +12,7 @@ from llava_jax import config as configs
 from llava_jax.models import attention as attentions
 from llava_jax.models import flash, tiled
 from llava_jax.models.attention import attention, attention_by_number, choose
-from llava_jax.plan.compile import find_place
+from llava_jax.plan.compile import find_target
 
 
 def heads(tokens: int, width: int = 16, rows: int = 2, query: int = 4, key: int = 2):
@@ -201,7 +201,7 @@ def test_rows_of_a_single_tile_need_no_loop():
 )
 def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query, key):
     pytest.importorskip("libtpu")
-    mesh = find_place(configs.Mesh(**sizes), "v5e:2x2").mesh
+    mesh = find_target(configs.Mesh(**sizes), "v5e:2x2").mesh
     cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
     shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
     segments = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)

@@ -38,15 +38,15 @@ def choice(content, reason="stop"):
     return answer(choices=[{"message": {"content": content}, "finish_reason": reason}])
 
 
-def counted(number):
+def with_token_count(number):
     return http(body=OK.replace(b'"completion_tokens": 1', b'"completion_tokens": ' + number))
 
 
-def refused(head, status=b"429 X"):
+def rate_limit(head, status=b"429 X"):
     return http(status, b"{}", head)
 
 
-def zipped(body, head=b"Content-Encoding: gzip\r\n"):
+def gzip_response(body, head=b"Content-Encoding: gzip\r\n"):
     return http(head=head, body=body)
 
 
@@ -55,22 +55,22 @@ def bomb(megabytes):
     return b"".join([*(packer.compress(bytes(1 << 20)) for _ in range(megabytes)), packer.flush()])
 
 
-NO_ANSWER, PAUSED, BROKEN = "no answer of this protocol", "HTTP 429", "RemoteProtocolError"
+NO_ANSWER, RATE_LIMITED, PROTOCOL_ERROR = "no answer of this protocol", "HTTP 429", "RemoteProtocolError"
 # What a server sends -> what the failure says, or the answer's text after "=".
 FAULTS = {
     "good": (http(), "=fine"),
-    "429 without a pause": (refused(b""), PAUSED),
-    "pause of 30 years": (refused(b"Retry-After: 1000000000\r\n"), PAUSED),
-    "pause of 5,000 digits": (refused(b"Retry-After: " + b"9" * 5000 + b"\r\n"), PAUSED),
-    "pause below 0": (refused(b"Retry-After: -5\r\n"), PAUSED),
-    "pause nan": (refused(b"Retry-After: nan\r\n"), PAUSED),
-    "pause in Arabic digits": (refused("Retry-After: ٣\r\n".encode()), PAUSED),
-    "pause superscript": (refused(b"Retry-After: \xb2\r\n"), PAUSED),
-    "pause until the past": (refused(b"Retry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\n"), PAUSED),
-    "pause until no date": (refused(b"Retry-After: Wed, 99 Foo 99999 99:99:99\r\n"), PAUSED),
-    "pause until the year 99999999": (refused(b"Retry-After: Wed, 21 Oct 99999999 07:28:00 GMT\r\n"), PAUSED),
-    "pause in a zone of 9 digits": (refused(b"Retry-After: Wed, 21 Oct 2015 07:28:00 +999999999\r\n"), PAUSED),
-    "two pauses": (refused(b"Retry-After: 0\r\nRetry-After: 1e999\r\n"), PAUSED),
+    "429 without a pause": (rate_limit(b""), RATE_LIMITED),
+    "pause of 30 years": (rate_limit(b"Retry-After: 1000000000\r\n"), RATE_LIMITED),
+    "pause of 5,000 digits": (rate_limit(b"Retry-After: " + b"9" * 5000 + b"\r\n"), RATE_LIMITED),
+    "pause below 0": (rate_limit(b"Retry-After: -5\r\n"), RATE_LIMITED),
+    "pause nan": (rate_limit(b"Retry-After: nan\r\n"), RATE_LIMITED),
+    "pause in Arabic digits": (rate_limit("Retry-After: ٣\r\n".encode()), RATE_LIMITED),
+    "pause superscript": (rate_limit(b"Retry-After: \xb2\r\n"), RATE_LIMITED),
+    "pause until the past": (rate_limit(b"Retry-After: Wed, 21 Oct 2015 07:28:00 GMT\r\n"), RATE_LIMITED),
+    "pause until no date": (rate_limit(b"Retry-After: Wed, 99 Foo 99999 99:99:99\r\n"), RATE_LIMITED),
+    "pause until the year 99999999": (rate_limit(b"Retry-After: Wed, 21 Oct 99999999 07:28:00 GMT\r\n"), RATE_LIMITED),
+    "pause in a zone of 9 digits": (rate_limit(b"Retry-After: Wed, 21 Oct 2015 07:28:00 +999999999\r\n"), RATE_LIMITED),
+    "two pauses": (rate_limit(b"Retry-After: 0\r\nRetry-After: 1e999\r\n"), RATE_LIMITED),
     "error as 200": (http(body=b'{"error": {"message": "overloaded"}}'), NO_ANSWER),
     "html as 200": (http(body=b"<html>"), NO_ANSWER),
     "nothing as 200": (http(body=b""), NO_ANSWER),
@@ -92,34 +92,34 @@ FAULTS = {
     "content half a character": (choice("\ud800"), r"=\?"),
     "usage list": (answer(usage=[1]), NO_ANSWER),
     "usage null": (answer(usage=None), "=fine"),
-    "tokens as text": (counted(b'"1"'), NO_ANSWER),
-    "tokens below 0": (counted(b"-1"), NO_ANSWER),
-    "tokens true": (counted(b"true"), NO_ANSWER),
-    "tokens 1.5": (counted(b"1.5"), NO_ANSWER),
-    "tokens NaN": (counted(b"NaN"), NO_ANSWER),
-    "tokens 1e400": (counted(b"1e400"), NO_ANSWER),
-    "tokens of 4,000 digits": (counted(b"9" * 4000), NO_ANSWER),
-    "tokens of 5,000 digits": (counted(b"9" * 5000), NO_ANSWER),
+    "tokens as text": (with_token_count(b'"1"'), NO_ANSWER),
+    "tokens below 0": (with_token_count(b"-1"), NO_ANSWER),
+    "tokens true": (with_token_count(b"true"), NO_ANSWER),
+    "tokens 1.5": (with_token_count(b"1.5"), NO_ANSWER),
+    "tokens NaN": (with_token_count(b"NaN"), NO_ANSWER),
+    "tokens 1e400": (with_token_count(b"1e400"), NO_ANSWER),
+    "tokens of 4,000 digits": (with_token_count(b"9" * 4000), NO_ANSWER),
+    "tokens of 5,000 digits": (with_token_count(b"9" * 5000), NO_ANSWER),
     "latin-1": (http(body=OK.replace(b"fine", b"\xe9")), NO_ANSWER),
     "utf-16": (http(body=json.dumps(GOOD).encode("utf-16")), "=fine"),
     "charset nonsense": (http(head=b"Content-Type: text/x; charset=zlib_codec\r\n", body=b"{"), NO_ANSWER),
-    "truncated": (http(length=len(OK) + 50), f"{BROKEN}.*without sending complete"),
+    "truncated": (http(length=len(OK) + 50), f"{PROTOCOL_ERROR}.*without sending complete"),
     "longer than it says": (http(length=10), NO_ANSWER),
-    "length of 5,000 digits": (http(head=b"Content-Length: " + b"9" * 5000 + b"\r\n"), BROKEN),
-    "two lengths": (http(head=b"Content-Length: 1\r\n"), BROKEN),
-    "length below 0": (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", BROKEN),
-    "gzip": (zipped(gzip.compress(OK)), "=fine"),
-    "gzip that is none": (zipped(OK), "damaged gzip"),
-    "gzip cut short": (zipped(gzip.compress(OK)[:20]), NO_ANSWER),
-    "large gzip": (zipped(gzip.compress(bytes(3_000_000))), NO_ANSWER),
-    "gzip bomb": (zipped(bomb(300)), "longer than 4 MiB"),
-    "unknown coding": (zipped(OK, b"Content-Encoding: br\r\n"), "content-encoding 'br'"),
-    "bad chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", BROKEN),
-    "chunk of 5,000 digits": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"F" * 5000, BROKEN),
-    "not http": (b"SSH-2.0-x\r\n", BROKEN),
-    "status 99999": (http(b"99999 X"), BROKEN),
+    "length of 5,000 digits": (http(head=b"Content-Length: " + b"9" * 5000 + b"\r\n"), PROTOCOL_ERROR),
+    "two lengths": (http(head=b"Content-Length: 1\r\n"), PROTOCOL_ERROR),
+    "length below 0": (b"HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", PROTOCOL_ERROR),
+    "gzip": (gzip_response(gzip.compress(OK)), "=fine"),
+    "gzip that is none": (gzip_response(OK), "damaged gzip"),
+    "gzip cut short": (gzip_response(gzip.compress(OK)[:20]), NO_ANSWER),
+    "large gzip": (gzip_response(gzip.compress(bytes(3_000_000))), NO_ANSWER),
+    "gzip bomb": (gzip_response(bomb(300)), "longer than 4 MiB"),
+    "unknown coding": (gzip_response(OK, b"Content-Encoding: br\r\n"), "content-encoding 'br'"),
+    "bad chunk": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nZZ\r\n", PROTOCOL_ERROR),
+    "chunk of 5,000 digits": (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n" + b"F" * 5000, PROTOCOL_ERROR),
+    "not http": (b"SSH-2.0-x\r\n", PROTOCOL_ERROR),
+    "status 99999": (http(b"99999 X"), PROTOCOL_ERROR),
     "status 999": (http(b"999 X", b"odd"), "HTTP 999: odd"),
-    "status of letters": (http(b"abc X"), BROKEN),
+    "status of letters": (http(b"abc X"), PROTOCOL_ERROR),
     "204": (b"HTTP/1.1 204 X\r\n\r\n", "HTTP 204"),
     "redirect": (http(b"302 X", b"", b"Location: http://127.0.0.1:1/\r\n"), "HTTP 302"),
     "key echo with escapes": (http(b"500 X", b"bad key sk-CANARY123 \x1b[31m\x9b2J\x07\n"), r"bad key \[key\] \[31m"),
@@ -127,9 +127,9 @@ FAULTS = {
     "cookie of escapes": (http(head=b"Set-Cookie: a=\xff\x01; Domain=127.0.0.1\r\n"), "=fine|Error"),
     "413": (http(b"413 X", b"big"), "HTTP 413: big"),
     "403 of 10 MB": (http(b"403 X", b"x" * 10_000_000), "longer than 4 MiB"),
-    "huge header": (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 10_000_000 + b"\r\n\r\n", BROKEN),
-    "100 without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, BROKEN),
-    "close": (b"", BROKEN),
+    "huge header": (b"HTTP/1.1 200 OK\r\nX: " + b"a" * 10_000_000 + b"\r\n\r\n", PROTOCOL_ERROR),
+    "100 without end": (b"HTTP/1.1 100 Continue\r\n\r\n" * 1000, PROTOCOL_ERROR),
+    "close": (b"", PROTOCOL_ERROR),
     "silence": ("silence", "no whole answer within"),
     "drip of the body": ("drip of the body", "no whole answer within"),
     "drip of headers": ("drip of headers", "no whole answer within"),
@@ -183,7 +183,7 @@ class RawServer:
                 pass
 
 
-def asked(text, **settings):
+def chat_request(text, **settings):
     return Request([{"role": "user", "content": text}], max_tokens=5, **settings)
 
 
@@ -196,21 +196,22 @@ def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, 
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, retries=1, backoff_secs=0.01)
         start = time.monotonic()
         with Client(endpoint, tmp_path / "c.jsonl") as client:
-            outcomes = dict(client.ask_many([asked("one"), asked("bad"), asked("two"), asked("bad", choice=1)]))
+            requests = [chat_request("one"), chat_request("bad"), chat_request("two"), chat_request("bad", choice=1)]
+            outcomes = dict(client.ask_many(requests))
         assert time.monotonic() - start < 25
-        assert [outcomes[place].text for place in (0, 2)] == ["fine", "fine"]
+        assert [outcomes[index].text for index in (0, 2)] == ["fine", "fine"]
         for outcome in (outcomes[1], outcomes[3]):
             if isinstance(outcome, Answer):
                 assert re.fullmatch(expected, f"={outcome.text}") and len(outcome.finish_reason) <= 300
             else:
-                assert re.search(expected, outcome.reason) and len(outcome.reason) < 400 and not outcome.hopeless
+                assert re.search(expected, outcome.reason) and len(outcome.reason) < 400 and not outcome.fatal
         assert server.hits <= 4
         assert server.sent_bytes < 8 * MAX_BODY_BYTES, "an endless answer is not read to its end"
-    seen = [(tmp_path / "c.jsonl").read_text(), *map(repr, outcomes.values()), str(client.spent), *capsys.readouterr()]
-    shown = [one.reason if isinstance(one, Failure) else one.finish_reason for one in outcomes.values()]
-    assert all("CANARY" not in text for text in seen) and all(text.isprintable() for text in shown)
+    texts = [(tmp_path / "c.jsonl").read_text(), *map(repr, outcomes.values()), str(client.usage), *capsys.readouterr()]
+    reasons = [result.reason if isinstance(result, Failure) else result.finish_reason for result in outcomes.values()]
+    assert all("CANARY" not in text for text in texts) and all(text.isprintable() for text in reasons)
     with Client(endpoint, tmp_path / "c.jsonl") as client:
-        assert client.spent.tokens_in >= 2
+        assert client.usage.tokens_in >= 2
 
 
 def test_there_are_sixty_faults():
@@ -238,53 +239,53 @@ def test_an_answer_takes_a_few_megabytes_of_memory_at_most(name):
 def test_a_question_that_cannot_be_encoded_fails_alone_and_gives_its_budget_back(tmp_path):
     texts = ["fine", json.loads('"bad \\ud83d half"'), "also fine"]
     requests = [Request([{"role": "user", "content": text}], max_tokens=10) for text in texts]
-    needed = sum(sum(wire.estimate(request)) for request in requests)
+    estimate = sum(sum(wire.estimate(request)) for request in requests)
     with FakeOpenAI(lambda body: "Yes.") as server:
         endpoint = Endpoint(server.url, "m", concurrency=1)
         # Room for two of the three estimates, once what was held for the second is free again.
-        with Client(endpoint, tmp_path / "c.jsonl", Budget(max_tokens=needed * 2 // 3 + 1)) as client:
+        with Client(endpoint, tmp_path / "c.jsonl", Budget(max_tokens=estimate * 2 // 3 + 1)) as client:
             outcomes = dict(client.ask_many(requests))
-        assert [outcomes[place].text for place in (0, 2)] == ["Yes.", "Yes."]
-        assert "cannot be sent" in outcomes[1].reason and not outcomes[1].hopeless
-        assert len(server.bodies) == 2 and client.spent.unsure == 0 and client.spent.failed == 1
+        assert [outcomes[index].text for index in (0, 2)] == ["Yes.", "Yes."]
+        assert "cannot be sent" in outcomes[1].reason and not outcomes[1].fatal
+        assert len(server.bodies) == 2 and client.usage.unsure == 0 and client.usage.failed == 1
 
 
 def test_a_gateways_404_that_passes_does_not_end_the_run():
     with FakeOpenAI(lambda body: "Yes.", in_turn("no model", None, "no model")) as server:
         with Client(Endpoint(server.url, "m", concurrency=1, backoff_secs=0.01)) as client:
-            outcomes = dict(client.ask_many(asked(str(i)) for i in range(5)))
+            outcomes = dict(client.ask_many(chat_request(str(i)) for i in range(5)))
         assert all(isinstance(outcome, Answer) for outcome in outcomes.values())
-        assert client.spent.retries == 2
+        assert client.usage.retries == 2
     with FakeOpenAI(lambda body: "Yes.", in_turn("no model")) as server:
         with Client(Endpoint(server.url, "m", concurrency=1, retries=0)) as client:
-            outcomes = dict(client.ask_many(asked(str(i)) for i in range(3)))
-        assert not outcomes[0].hopeless and outcomes[1].text == outcomes[2].text == "Yes."
+            outcomes = dict(client.ask_many(chat_request(str(i)) for i in range(3)))
+        assert not outcomes[0].fatal and outcomes[1].text == outcomes[2].text == "Yes."
 
 
 def test_a_404_that_stays_ends_the_run():
     with FakeOpenAI(faults=always("no model")) as server:
         with Client(Endpoint(server.url, "m", concurrency=1, retries=2, backoff_secs=0.01)) as client:
-            outcomes = dict(client.ask_many(asked(str(i)) for i in range(9)))
-        assert all(outcome.hopeless and "check key, base_url and model" in outcome.reason
+            outcomes = dict(client.ask_many(chat_request(str(i)) for i in range(9)))
+        assert all(outcome.fatal and "check key, base_url and model" in outcome.reason
                    for outcome in outcomes.values()) and len(server.bodies) == 3  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", ["timeout", "dropped", "truncated", "broken json", "504"])
 def test_attempts_that_may_have_been_billed_count_against_the_budget(fault, tmp_path):
     """Six attempts of 12 + 5 tokens at most would be 102; the budget has room for three."""
-    budget = Budget(max_tokens=3 * sum(wire.estimate(asked("x" * 20))))
+    budget = Budget(max_tokens=3 * sum(wire.estimate(chat_request("x" * 20))))
     patience = 1 if fault == "timeout" else 20
     with FakeOpenAI(faults=always(fault), silence_secs=2) as server:
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, backoff_secs=0.01, concurrency=1)
         with Client(endpoint, tmp_path / "c.jsonl", budget) as client:
-            outcomes = dict(client.ask_many(asked("x" * 20, choice=i) for i in range(3)))
-        assert len(server.bodies) == 3 and client.spent.unsure == 3
+            outcomes = dict(client.ask_many(chat_request("x" * 20, choice=i) for i in range(3)))
+        assert len(server.bodies) == 3 and client.usage.unsure == 3
         assert "no room for another attempt" in outcomes[0].reason
-        assert all(outcomes[i].hopeless and "no room for another request" in outcomes[i].reason for i in (1, 2))
-        assert "3 broken off that may be billed" in str(client.spent)
+        assert all(outcomes[i].fatal and "no room for another request" in outcomes[i].reason for i in (1, 2))
+        assert "3 broken off that may be billed" in str(client.usage)
         with Client(endpoint, tmp_path / "c.jsonl", budget) as client:  # a new run has no new budget
-            assert (client.spent.unsure, client.spent.unsure_in, client.spent.unsure_out) == (3, 33, 15)
-            assert dict(client.ask_many([asked("y" * 20)]))[0].hopeless
+            assert (client.usage.unsure, client.usage.unsure_in, client.usage.unsure_out) == (3, 33, 15)
+            assert dict(client.ask_many([chat_request("y" * 20)]))[0].fatal
         assert len(server.bodies) == 3
 
 
@@ -293,9 +294,9 @@ def test_money_that_may_have_been_billed_is_shown_and_counted(tmp_path):
     with FakeOpenAI(lambda body: "Yes.", in_turn("dropped")) as server:
         with Client(Endpoint(server.url, "m", backoff_secs=0.01), tmp_path / "c.jsonl", budget) as client:
             client.ask([{"role": "user", "content": "x" * 20}], max_tokens=5)
-    assert client.spent.unsure_usd == pytest.approx((11 * 1000 + 5 * 10_000) / 1e6)
-    assert client.spent.usd == pytest.approx((1 * 1000 + 1 * 10_000) / 1e6)
-    assert "($0.0610 at most)" in str(client.spent)
+    assert client.usage.unsure_usd == pytest.approx((11 * 1000 + 5 * 10_000) / 1e6)
+    assert client.usage.usd == pytest.approx((1 * 1000 + 1 * 10_000) / 1e6)
+    assert "($0.0610 at most)" in str(client.usage)
 
 
 def test_what_was_in_flight_at_a_kill_counts_by_its_estimate(tmp_path):
@@ -304,8 +305,8 @@ def test_what_was_in_flight_at_a_kill_counts_by_its_estimate(tmp_path):
             {"key": "c", "sent": 1, "tokens_in": 7, "tokens_out": 7}, {"key": "c", "failed": "HTTP 400"}]  # fmt: skip
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with Client(Endpoint("http://a/v1", "m"), path, Budget(max_tokens=150)) as client:
-        assert client.spent.unsure == 2 and (client.spent.unsure_in, client.spent.unsure_out) == (100, 50)
-        assert dict(client.ask_many([asked("x")]))[0].hopeless
+        assert client.usage.unsure == 2 and (client.usage.unsure_in, client.usage.unsure_out) == (100, 50)
+        assert dict(client.ask_many([chat_request("x")]))[0].fatal
 
 
 # ---- the cache's own file
@@ -326,13 +327,13 @@ def test_a_damaged_line_of_the_cache_is_named_in_one_line(line, tmp_path):
     assert os.path.getsize(path) > len(line), "and left alone"
 
 
-@pytest.mark.parametrize("changes, words", [
+@pytest.mark.parametrize("changes, message", [
     ({"base_url": "http://[::1"}, "base_url"), ({"base_url": "http://a:99999/v1"}, "base_url"),
     ({"base_url": "http://"}, "base_url"), ({"base_url": "http://user:sk-CANARY@[::1/v1"}, "OPENAI_API_KEY"),
     ({"timeout_secs": float("nan")}, "timeout_secs=nan"), ({"backoff_secs": float("inf")}, "backoff_secs=inf"),
 ])  # fmt: skip
-def test_settings_that_cannot_work_are_refused(changes, words):
-    with pytest.raises(ValueError, match=words) as caught:
+def test_settings_that_cannot_work_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message) as caught:
         Endpoint(**{"base_url": "http://a/v1", "model": "m"} | changes)
     assert "CANARY" not in str(caught.value)
 

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llava_jax import config as configs
 from llava_jax.models.attention import attention
 from llava_jax.plan import hlo
-from llava_jax.plan.compile import find_place
+from llava_jax.plan.compile import find_target
 
 ROOT = Path(__file__).parents[2]
 X, W = jax.ShapeDtypeStruct((128, 256), jnp.float32), jax.ShapeDtypeStruct((5, 256, 256), jnp.float32)
@@ -50,24 +50,25 @@ def heads(q, k):
 def mesh():
     """Eight chips that are not here."""
     pytest.importorskip("libtpu")
-    return find_place(configs.Mesh(), "v5e:2x4").mesh
+    return find_target(configs.Mesh(), "v5e:2x4").mesh
 
 
-def on_cpu(function, *shapes, **told):
-    return hlo.cost(jax.jit(function).lower(*shapes).compile().as_text(), **told)
+def on_cpu(function, *shapes, **options):
+    return hlo.cost(jax.jit(function).lower(*shapes).compile().as_text(), **options)
 
 
-def on_tpu(mesh, function, *shapes, cut=(), **told):
-    """The cost for eight chips; `cut`: the mesh axes of the arguments' first dimension, () for whole ones."""
-    placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec(*cut))) for x in shapes]
-    return hlo.cost(jax.jit(function).lower(*placed).compile().as_text(), **told)
+def on_tpu(mesh, function, *shapes, axes=(), **options):
+    """The cost for eight chips; `axes`: the mesh axes of the arguments' first dimension, () for whole ones."""
+    sharding = NamedSharding(mesh, PartitionSpec(*axes))
+    abstract = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in shapes]
+    return hlo.cost(jax.jit(function).lower(*abstract).compile().as_text(), **options)
 
 
 def kinds(cost):
-    found = Counter()
-    for moved in cost.transfers.values():
-        found[moved.kind] += moved.bytes
-    return found
+    by_kind = Counter()
+    for transfer in cost.transfers.values():
+        by_kind[transfer.kind] += transfer.bytes
+    return by_kind
 
 
 @pytest.mark.parametrize("function, products", [(layers, 5), (nested, 15), (gradient, 5 + 5 + 2 * 5)])
@@ -80,8 +81,8 @@ def test_a_loop_s_products_are_counted_as_often_as_it_runs(function, products, m
 
 def test_what_is_computed_again_is_known_by_its_name(mesh):
     for cost in (on_cpu(gradient, X, W), on_tpu(mesh, gradient, X, W)):
-        again = sum(flops for name, flops in cost.products.items() if "rematted_computation" in name)
-        assert 4 <= again / PRODUCT <= 5
+        rematerialised = sum(flops for name, flops in cost.products.items() if "rematted_computation" in name)
+        assert 4 <= rematerialised / PRODUCT <= 5
 
 
 def test_of_two_branches_the_dearer_one_counts(mesh):
@@ -112,7 +113,7 @@ def test_flash_attention_counts_every_tile_that_the_causal_mask_touches(mesh):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
 
-    cost = on_tpu(mesh, jax.grad(loss, (0, 1, 2)), q, q, q, segments, cut=("fsdp",))
+    cost = on_tpu(mesh, jax.grad(loss, (0, 1, 2)), q, q, q, segments, axes=("fsdp",))
     pairs = 3 * 512 * 512  # of 2 x 2 tiles the one above the diagonal is skipped
     assert cost.flops == (2 + 5) * 2 * 128 * pairs * 2 * 4  # forward, backward; two rows of four heads a chip
     assert not cost.uncounted
@@ -122,17 +123,18 @@ def test_collectives_count_what_a_device_sends_by_the_best_ring(mesh):
     x = jax.ShapeDtypeStruct((8, 512, 512), jnp.float32)
     part = 4 * 512 * 512
 
-    def moved(function, out):
-        cut, whole = PartitionSpec("fsdp"), PartitionSpec()
-        shards = jax.shard_map(function, mesh=mesh, in_specs=cut, out_specs=cut if out else whole, check_vma=False)
-        return kinds(on_tpu(mesh, shards, x, cut=("fsdp",)))
+    def traffic(function, out):
+        sharded, replicated = PartitionSpec("fsdp"), PartitionSpec()
+        shards = jax.shard_map(function, mesh=mesh, in_specs=sharded, out_specs=sharded if out else replicated,
+                               check_vma=False)  # fmt: skip
+        return kinds(on_tpu(mesh, shards, x, axes=("fsdp",)))
 
     def ring(x):
         return jax.lax.ppermute(x, "fsdp", [(i, (i + 1) % 8) for i in range(8)])
 
-    assert moved(lambda x: jax.lax.psum(x, "fsdp"), False) == {"all-reduce": 2 * part * 7 / 8}
-    assert moved(lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), False) == {"all-gather": 7 * part}
-    assert moved(ring, True) == {"collective-permute": part}
+    assert traffic(lambda x: jax.lax.psum(x, "fsdp"), False) == {"all-reduce": 2 * part * 7 / 8}
+    assert traffic(lambda x: jax.lax.all_gather(x, "fsdp", tiled=True), False) == {"all-gather": 7 * part}
+    assert traffic(ring, True) == {"collective-permute": part}
 
 
 @pytest.mark.parametrize("groups, devices", [
@@ -148,35 +150,35 @@ ENTRY %main (x: f32[64]) -> f32[64] {{
   ROOT %sum = f32[64]{{0}} all-reduce(%x), channel_id=1, replica_groups={groups}, to_apply=%add
 }}
 """
-    (moved,) = hlo.cost(text).transfers.values()
-    assert moved.bytes == 2 * 256 * (devices - 1) // devices
+    (transfer,) = hlo.cost(text).transfers.values()
+    assert transfer.bytes == 2 * 256 * (devices - 1) // devices
 
 
 def test_a_scan_over_cut_weights_gathers_each_layer_once(mesh):
     """Whichever of the ways XLA takes: gathers, gathers fused with products, or a ring of permutes."""
     stack = jax.ShapeDtypeStruct((16, 1024, 1024), jnp.bfloat16)
     x = jax.ShapeDtypeStruct((4096, 1024), jnp.bfloat16)
-    own = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
+    stack_sharding = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
     shapes = (jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("fsdp"))),
-              jax.ShapeDtypeStruct(stack.shape, stack.dtype, sharding=own))  # fmt: skip
+              jax.ShapeDtypeStruct(stack.shape, stack.dtype, sharding=stack_sharding))  # fmt: skip
     lowered = jax.jit(layers).lower(*shapes)
     for options in ({}, {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 1_000_000}):
         cost = hlo.cost(lowered.compile(compiler_options=options).as_text())
         assert cost.flops == 16 * 2 * 512 * 1024 * 1024
-        sent = 16 * 2 * 1024 * 1024 * 7 / 8
-        assert sent <= kinds(cost).total() <= 1.05 * sent * 8 / 7, kinds(cost)
+        expected_bytes = 16 * 2 * 1024 * 1024 * 7 / 8
+        assert expected_bytes <= kinds(cost).total() <= 1.05 * expected_bytes * 8 / 7, kinds(cost)
 
 
 def test_sums_between_slices_go_over_the_network():
     pytest.importorskip("libtpu")
-    mesh = find_place(configs.Mesh(slices=2), "v5e:2x2").mesh
+    mesh = find_target(configs.Mesh(slices=2), "v5e:2x2").mesh
     x, w = jax.ShapeDtypeStruct((64, 512), jnp.float32), jax.ShapeDtypeStruct((512, 512), jnp.float32)
-    cut = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), ("fsdp",))]
-    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=own) for s, own in zip((x, w), cut)]
-    slope = jax.jit(jax.grad(lambda w, x: jnp.square(x @ w).sum()), out_shardings=cut[1])
+    shardings = [NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((("data", "fsdp"),), ("fsdp",))]
+    shapes = [jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s, sharding in zip((x, w), shardings)]
+    slope = jax.jit(jax.grad(lambda w, x: jnp.square(x @ w).sum()), out_shardings=shardings[1])
     cost = hlo.cost(slope.lower(shapes[1], shapes[0]).compile().as_text(), slices=2)
-    far = [one for one in cost.transfers.values() if one.between_slices]
-    assert [(one.kind, one.bytes) for one in far] == [("all-reduce", 2 * 4 * 512 * 512 / 4 / 2)]
+    crossing = [transfer for transfer in cost.transfers.values() if transfer.between_slices]
+    assert [(transfer.kind, transfer.bytes) for transfer in crossing] == [("all-reduce", 2 * 4 * 512 * 512 / 4 / 2)]
 
 
 EIGHT = """
@@ -196,9 +198,9 @@ json.dump([cost.flops, [(one.kind, one.bytes) for one in cost.transfers.values()
 
 def test_a_sum_in_a_loop_on_eight_cpu_devices():
     flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    done = subprocess.run([sys.executable, "-c", EIGHT], cwd=ROOT, env=os.environ | flags, text=True,
-                          capture_output=True, timeout=120)  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    flops, moved = json.loads(done.stdout)
+    completed = subprocess.run([sys.executable, "-c", EIGHT], cwd=ROOT, env=os.environ | flags, text=True,
+                               capture_output=True, timeout=120)  # fmt: skip
+    assert completed.returncode == 0, completed.stderr
+    flops, transfers = json.loads(completed.stdout)
     assert flops == 6 * 2 * 64**3
-    assert moved == [["all-reduce", 6 * 2 * 4 * 64 * 64 * 7 / 8]]
+    assert transfers == [["all-reduce", 6 * 2 * 4 * 64 * 64 * 7 / 8]]

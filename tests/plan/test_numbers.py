@@ -16,7 +16,7 @@ from llava_jax.chips import GIB
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.plan.__main__ import main
-from llava_jax.plan.compile import compile_step, find_place
+from llava_jax.plan.compile import compile_step, find_target
 from llava_jax.train import flops
 from llava_jax.train import program as programs
 
@@ -37,55 +37,55 @@ def packed(rows):
             "data.images_per_group": {1: 3, 2: 5, 4: 9}[group]}  # fmt: skip
 
 
-def planned(tmp_path, config, topology, rows, *words):
+def run_plan(tmp_path, config, topology, rows, *args):
     settings = [f"--config.{key}={value}" for key, value in packed(rows).items()]
-    where = ["--config", str(CONFIGS / f"{config}_packed.py"), "--topology", topology]
-    assert main([*where, *settings, *words, "--json", str(tmp_path / "plan.json")]) == 0
+    options = ["--config", str(CONFIGS / f"{config}_packed.py"), "--topology", topology]
+    assert main([*options, *settings, *args, "--json", str(tmp_path / "plan.json")]) == 0
     return json.loads((tmp_path / "plan.json").read_text())
 
 
 @pytest.mark.parametrize("rows, most", [(4, 14.4), (1, 10.0)])
 def test_stage_2_of_the_7b_leaves_room_on_sixteen_v5e(tmp_path, rows, most):
-    found = planned(tmp_path, "llava15_7b_finetune", "v5e:4x4", rows)
-    assert found["fits"] and found["peak_hbm_bytes"] <= most * GIB, found["peak_hbm_bytes"] / GIB
+    plan = run_plan(tmp_path, "llava15_7b_finetune", "v5e:4x4", rows)
+    assert plan["fits"] and plan["peak_hbm_bytes"] <= most * GIB, plan["peak_hbm_bytes"] / GIB
 
 
 def test_stage_1_of_the_7b_spends_nothing_on_what_is_frozen(tmp_path):
-    found = planned(tmp_path, "llava15_7b_pretrain", "v5e:2x4", 8)
-    assert found["fits"] and 8 * found["optimizer_bytes"] < 0.3 * GIB
+    plan = run_plan(tmp_path, "llava15_7b_pretrain", "v5e:2x4", 8)
+    assert plan["fits"] and 8 * plan["optimizer_bytes"] < 0.3 * GIB
     model = presets.get("llava15_7b")
     forward = flops.trace(Llava(model), abstract_params(model))
     projector = [name for name in forward.names if name.startswith("projector/")]
     # All positions, all pictures, every pair under the causal mask; logits where the plan takes them to be.
-    rows, learned = 8 * 8, found["flops_by_part"]["logits"]["executed"]
+    rows, logits_flops = 8 * 8, plan["flops_by_part"]["logits"]["executed"]
     counts = {"tokens": rows * T, "pairs": rows * T * (T + 1) // 2, "supervised": 0, "images": 9 * rows // 4}
     # Forward, the gradient of activations, and the projector's own; then a forward pass again.
     once = flops.count(forward, projector).total(**counts)
-    again = flops.count(forward, ()).total(**(counts | {"images": 0}))
-    assert found["executed_flops"] <= 1.03 * (once + again + learned)
+    recompute = flops.count(forward, ()).total(**(counts | {"images": 0}))
+    assert plan["executed_flops"] <= 1.03 * (once + recompute + logits_flops)
 
 
 def test_adapters_on_the_7b_fit_on_four_v5e(tmp_path):
-    assert planned(tmp_path, "llava15_7b_lora", "v5e:2x2", 2)["fits"]
+    assert run_plan(tmp_path, "llava15_7b_lora", "v5e:2x2", 2)["fits"]
 
 
 def test_stage_1_of_minigpt4_13b_fits_on_eight_v5e(tmp_path):
-    words = ["--config", str(CONFIGS / "minigpt4_13b_stage1.py"), "--config.model.base=", "--topology", "v5e:2x4"]
-    assert main([*words, "--json", str(tmp_path / "plan.json")]) == 0
-    found = json.loads((tmp_path / "plan.json").read_text())
-    assert found["fits"] and found["peak_hbm_bytes"] <= 6 * GIB, found["peak_hbm_bytes"] / GIB
+    args = ["--config", str(CONFIGS / "minigpt4_13b_stage1.py"), "--config.model.base=", "--topology", "v5e:2x4"]
+    assert main([*args, "--json", str(tmp_path / "plan.json")]) == 0
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    assert plan["fits"] and plan["peak_hbm_bytes"] <= 6 * GIB, plan["peak_hbm_bytes"] / GIB
 
 
 @pytest.mark.parametrize("topology", ["v5e:4x8", "v5p:2x2x2"])
 def test_stage_2_of_the_13b_fits(tmp_path, topology):
-    assert planned(tmp_path, "llava15_13b_finetune", topology, 2)["fits"]
+    assert run_plan(tmp_path, "llava15_13b_finetune", topology, 2)["fits"]
 
 
 @pytest.mark.parametrize("topology, slices", [("v5p:8x8x8", 1), ("v6e:16x16", 1), ("v5e:8x8", 2)])
 def test_stage_2_of_the_7b_compiles_for_hundreds_of_chips_and_says_what_they_send(tmp_path, topology, slices):
-    found = planned(tmp_path, "llava15_7b_finetune", topology, 1, "--slices", str(slices))
-    assert found["fits"] and sum(found["collective_bytes"].values()) > 0
-    assert bool(found["collective_bytes_between_slices"]) == (slices > 1)
+    plan = run_plan(tmp_path, "llava15_7b_finetune", topology, 1, "--slices", str(slices))
+    assert plan["fits"] and sum(plan["collective_bytes"].values()) > 0
+    assert bool(plan["collective_bytes_between_slices"]) == (slices > 1)
 
 
 def small(mesh, layers=2):
@@ -94,8 +94,8 @@ def small(mesh, layers=2):
     config = configs.load(CONFIGS / "llava15_7b_finetune_packed.py", settings)
     model = presets.get("llava15_7b")
     model = dataclasses.replace(model, llm=dataclasses.replace(model.llm, layers=layers))
-    place = find_place(mesh, "v5e:4x4")
-    return place, programs.build(config, model, 100, place.mesh)
+    target = find_target(mesh, "v5e:4x4")
+    return target, programs.build(config, model, 100, target.mesh)
 
 
 @pytest.mark.parametrize("mesh, gathers", [
@@ -103,18 +103,18 @@ def small(mesh, layers=2):
 ])  # fmt: skip
 def test_splicing_pictures_into_text_sends_nothing_but_features_over_tensor_or_context(mesh, gathers):
     transfers = compile_step(*small(mesh), chunks=1).cost.transfers.values()
-    spliced = [one for one in transfers if re.search(r"Llava\.embed/(?!llm\.embed)", one.op_name)]
-    forward = [one for one in spliced if "transpose(" not in one.op_name]
+    splices = [transfer for transfer in transfers if re.search(r"Llava\.embed/(?!llm\.embed)", transfer.op_name)]
+    forward = [transfer for transfer in splices if "transpose(" not in transfer.op_name]
     assert len(forward) <= gathers, forward
-    assert gathers or not spliced, spliced
+    assert gathers or not splices, splices
 
 
 def test_forty_layers_compile_in_less_than_1_3_times_the_time_of_thirty_two():
     def secs(layers):
-        place, program = small(configs.Mesh(), layers)
-        begun = time.process_time()
-        compile_step(place, program, chunks=1)
-        return time.process_time() - begun
+        target, program = small(configs.Mesh(), layers)
+        start = time.process_time()
+        compile_step(target, program, chunks=1)
+        return time.process_time() - start
 
     secs(2)  # the first loads the compiler
     assert secs(40) < 1.3 * secs(32)

@@ -28,6 +28,13 @@ _PRESETS = {
 PRESETS = {(preset, stage): (*decoder, images) for preset, (decoders, *of_images) in _PRESETS.items()
            for stage, decoder, images in zip(STAGES, decoders, of_images)}  # fmt: skip
 
+# Decoders of presets that came later, as the formulas count a LLaMA of their sizes, forward.
+NEWER = {
+    "llava_llama3_8b_siglip": (13958643712, 524288, 1050673152),
+    "llava_qwen25_7b_siglip": (13050576896, 401408, 1089994752),
+    "llava_qwen3_8b_siglip": (13891534848, 589824, 1244659712),
+}
+
 _STAGE_1, _STAGE_2 = STAGES[1:3]
 CONFIGS = {
     "llava10_13b_pretrain": PRESETS["llava10_13b", _STAGE_1], "llava10_13b_finetune": PRESETS["llava10_13b", _STAGE_2],

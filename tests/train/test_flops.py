@@ -17,7 +17,7 @@ from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.train import flops as model_flops
 from llava_jax.train import program as programs
-from tests.train.recorded_flops import ALMOST, CONFIGS, OTHERS, PRESETS
+from tests.train.recorded_flops import ALMOST, CONFIGS, NEWER, OTHERS, PRESETS
 from tests.train.test_step import STAGE_1, build
 
 TINY = LlavaConfig(
@@ -54,6 +54,19 @@ def flops(rates=(FROZEN,), config=TINY, table=(), **counts):
 def test_of_every_preset_they_are_those_of_the_formulas(preset, stage):
     found, recorded = counted(presets.get(preset), stage), PRESETS[preset, stage]
     assert found == (pytest.approx(recorded, rel=1e-3) if preset in ALMOST else recorded)
+
+
+@pytest.mark.parametrize("name", NEWER)
+def test_a_decoder_of_a_newer_preset_costs_what_a_llama_of_its_sizes_does_and_its_tower_the_sum_made_by_hand(name):
+    *decoder, images = counted(presets.get(name))
+    assert tuple(decoder) == NEWER[name]
+    patches, width, mlp, llm = 27 * 27, 1152, 4304, presets.get(name).llm.width
+    block = 2 * patches * (4 * width * width + 2 * width * mlp) + 4 * patches * patches * width
+    assert images == 2 * patches * (14 * 14 * 3 * width + width * llm + llm * llm) + 26 * block
+
+
+def test_every_preset_is_compared_with_the_formulas():
+    assert {name for name, _ in PRESETS} | set(NEWER) == set(presets.PRESETS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

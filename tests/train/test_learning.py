@@ -8,7 +8,7 @@ from llava_jax.models import presets
 from llava_jax.train import learning
 
 LLM = presets.get("tiny").llm
-ROW = {"step": 13, "loss": 1.5, "tokens": 20}
+ROW = {"step": 13, "loss": 1.5, "tokens": 20, "grad_norm": 0.1}
 
 
 def config(steps=None, loss="token_mean", accumulate=1, group_samples=16, **data):
@@ -33,6 +33,8 @@ def test_a_few_updates_are_a_warning_and_many_are_none():
     assert learning.before(config(), np.full(30, 1e-5), 4000, 128.0, 1) == []
     (warning,) = learning.before(config(batch_samples=16), np.full(300, 1e-5), 12, 16.0, 1)
     assert warning.startswith("a step shows records more than once. 12 samples in steps of 16 make 300 step(s)")
+    (warning,) = learning.before(config(steps=15, batch_samples=8), np.full(15, 1e-5), 40, 8.0, 1)
+    assert "40 samples in steps of 8, train.steps=15: set --config.data.batch_samples=8 --config.train" in warning
 
 
 PACKED = {"layout": "packed", "rows_per_chip": 4, "rows_per_group": 2}
@@ -63,6 +65,7 @@ def test_the_remedy_is_a_config_whose_run_says_nothing_more(kind, samples, parts
     [
         ({"tokens": 0, "loss": 0.0}, "no supervised tokens"),
         ({"loss": 0.0}, "exactly 0"),
+        ({"grad_norm": 0.0}, "the gradient of a step is exactly 0"),
         ({"loss": 6.9}, "no better than guessing among 960 words"),
     ],
 )

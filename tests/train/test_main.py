@@ -315,7 +315,10 @@ def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(cop
     assert train(config, workdir, **{"train.steps": 15}) == 64
     error = capsys.readouterr().err
     assert "train.steps: 12 -> 15" in error and "--config.train.lengthen=true" in error
-    assert f"--workdir NEW --config.model.base={workdir}" in error
+    option = f"--config.model.base={workdir}"
+    assert f"--workdir NEW {option}. " in error
+    assert main(["--config", str(config), "--workdir", f"{workdir}-new", option]) == 0
+    capsys.readouterr()
     assert train(config, workdir, **{"train.steps": 15, "train.lengthen": "true"}) == 0
     assert "goes on after step 12" in capsys.readouterr().out
     assert list(losses(workdir)) == list(range(1, 16)) and before.items() <= losses(workdir).items()
@@ -325,10 +328,15 @@ def test_a_finished_run_is_lengthened_with_its_optimizer_where_that_is_meant(cop
 def test_settings_of_an_older_version_are_completed_and_damaged_ones_set_aside(copied, capsys):
     config, workdir = copied
     path = workdir / "config.json"
-    older = json.loads(path.read_text())
-    del older["train.watchdog_secs"], older["train.accumulate"]
+    older, log, before = json.loads(path.read_text()), workdir / metrics.STEPS, losses(workdir)
+    for key in ("watchdog_secs", "accumulate", "vision_lr", "label_smoothing", "z_loss", "patience"):
+        del older[f"train.{key}"]
+    del older["checkpoint.best"]
     path.write_text(json.dumps(older))
-    assert train(config, workdir) == 0
+    log.write_text(log.read_text().replace('"lr": ', '"rate": ').replace('"data_wait": ', '"wait": '))
+    shutil.rmtree(workdir / "12")
+    assert train(config, workdir) == 0 and losses(workdir) == before
+    assert [row.keys() >= {"rate"} for row in metrics.read(workdir)] == [True] * 9 + [False] * 3
     assert train(config, workdir, **{"train.accumulate": 2}) == 64
     assert "train.accumulate: 1 -> 2" in capsys.readouterr().err
     for content in ("[]", "{", "[" * 100_000):

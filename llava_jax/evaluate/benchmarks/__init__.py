@@ -1,1 +1,1 @@
-"""One module for each benchmark, and for each an own rule."""
+"""One module for each benchmark, with its rule."""

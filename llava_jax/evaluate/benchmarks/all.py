@@ -1,4 +1,4 @@
-"""The table of all benchmarks, by the name that the commands know them by."""
+"""The table of all benchmarks, by name."""
 
 import difflib
 
@@ -20,13 +20,13 @@ def get(name: str) -> Benchmark:
     Raises:
       UsageError: there is none; names the nearest.
     """
-    known = {_folded(one): one for one in BENCHMARKS}
-    if _folded(name) not in known:
-        near = difflib.get_close_matches(_folded(name), known, n=1, cutoff=0.5)
-        hint = f"; did you mean {known[near[0]]}?" if near else ""
+    by_key = {_fold(one): one for one in BENCHMARKS}
+    if _fold(name) not in by_key:
+        matches = difflib.get_close_matches(_fold(name), by_key, n=1, cutoff=0.5)
+        hint = f"; did you mean {by_key[matches[0]]}?" if matches else ""
         raise UsageError(f"--benchmark {name}: want one of {', '.join(BENCHMARKS)}{hint}")
-    return BENCHMARKS[known[_folded(name)]]
+    return BENCHMARKS[by_key[_fold(name)]]
 
 
-def _folded(name: str) -> str:
+def _fold(name: str) -> str:
     return "".join(letter for letter in name.lower() if letter.isalnum())

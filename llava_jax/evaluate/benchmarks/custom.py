@@ -1,10 +1,10 @@
-"""Your own questions: a JSON lines file with the answers that you hold for right.
+"""Custom questions: a JSON lines file with the right answers.
 
     {"id": "1", "image": "cat.jpg", "question": "What is it?", "answer": "a cat", "category": "animals"}
     {"id": "2", "image": "cat.jpg", "question": "Which one?", "choices": ["a dog", "a cat"], "answer": "B"}
 
-`answer` may be a list of right ones; without any, the questions can be asked and not scored. `image`, `category` and
-`choices` may be left out, `image` may be a list.
+They are lines of DATA/questions.jsonl; pictures lie in DATA/images. `answer` may be a list of right ones; without any,
+the questions can be asked and not scored. `image`, `category` and `choices` may be left out, `image` may be a list.
 """
 
 import re
@@ -25,7 +25,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     lines,
     percent,
@@ -42,9 +42,9 @@ RULES: dict[str, Callable[[str, str], bool]] = {
 
 
 # Letters that stand alone, and are neither an article nor a pronoun: "B", "(B)", not the first of "A cat", "I see".
-_ALONE = re.compile(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])\s+\w)")
+_SINGLE_LETTER = re.compile(r"(?<![\w'])([A-Z])(?![\w'])(?!(?<=[AI])\s+\w)")
 # Where one of them is an answer: in brackets, at the very beginning, or after a word that announces it.
-_PLACES = (
+_ANSWER_PATTERNS = (
     re.compile(r"\(([A-Z])\)"), re.compile(r"^\W*([A-Z])(?=[).:,;*]|\s*$|\s*\n)"),
     re.compile(r"(?i:\b(?:answer|option|choice|letter)\b(?:\s+(?:is|would\s+be))?)[\s:=\"'*(]*([A-Z])(?=\W*$|[).:,;*\n])"),
 )  # fmt: skip
@@ -60,11 +60,11 @@ def lenient_letter(text: str, choices: Sequence[str]) -> str:
     bare = text.strip().strip("().*\"' ")
     if bare.upper() in tuple(LETTERS):
         return bare.upper()
-    same = {LETTERS[place] for place, one in enumerate(choices) if normalised(one) == normalised(text)}
-    if normalised(text) and len(same) == 1:
-        return same.pop()
-    places = {found for pattern in _PLACES for found in pattern.findall(text.strip())}
-    return places.pop() if len(places) == 1 and places == set(_ALONE.findall(text)) else ""
+    repeated = {LETTERS[index] for index, choice in enumerate(choices) if normalised(choice) == normalised(text)}
+    if normalised(text) and len(repeated) == 1:
+        return repeated.pop()
+    letters = {match for pattern in _ANSWER_PATTERNS for match in pattern.findall(text.strip())}
+    return letters.pop() if len(letters) == 1 and letters == set(_SINGLE_LETTER.findall(text)) else ""
 
 
 # How a letter is read out of an answer to a question with choices.
@@ -81,26 +81,26 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     for question in questions:
         text = answers.get(question.id, "")
         if not question.choices:
-            right[question.id] = bool(text.strip()) and any(rule(text, one) for one in question.truth)
+            right[question.id] = bool(text.strip()) and any(rule(text, truth) for truth in question.truth)
             continue
-        given = read(text, dict(question.facts or {})["choices"])
-        right[question.id] = given == question.truth
-        if text.strip() and not given:
+        choice = read(text, dict(question.facts or {})["choices"])
+        right[question.id] = choice == question.truth
+        if text.strip() and not choice:
             findings.append(Fault("unparsed", question.id, f"no letter in {text[:60]!r}{hint}"))
-        elif given and given not in LETTERS[: question.choices]:
-            findings.append(Fault("wrong_letter", question.id, f"{given} is none of its {question.choices} choices"))
+        elif choice and choice not in LETTERS[: question.choices]:
+            findings.append(Fault("wrong_letter", question.id, f"{choice} is none of its {question.choices} choices"))
     kinds = sorted({question.kind for question in questions} - {""})
     groups = {"accuracy": list(questions)} | {kind: [q for q in questions if q.kind == kind] for kind in kinds}
     numbers = {name: percent(sum(right[q.id] for q in members), len(members)) for name, members in groups.items()}
     return Score(numbers, "accuracy", {f"{name} of": len(members) for name, members in groups.items()}, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     rows, faults = lines(root / _FILE)
     questions = []
     for where, row in rows:
         question = _question(row, where)
-        if not question.choices and not all(one.strip() for one in question.truth or ()):
+        if not question.choices and not all(truth.strip() for truth in question.truth or ()):
             faults.append(Fault("empty_truth", question.id, "its right answer is empty", where))
         questions.append(question)
     return questions, faults
@@ -129,6 +129,7 @@ def _texts(value: Any, name: str, where: str) -> list[str]:
 
 
 BENCHMARK = Benchmark(
-    "custom", "own questions", "images", (Need(_FILE, "you: see the beginning of evaluate/benchmarks/custom.py"),),
+    "custom", "own questions", "images",
+    (Need(_FILE, "you, pictures in images/: see llava_jax/evaluate/benchmarks/custom.py"),),
     _read, score, tokens=128, options={"match": tuple(RULES), "letters": tuple(LETTER_RULES)},
 )  # fmt: skip

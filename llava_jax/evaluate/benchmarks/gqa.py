@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from etils import epath
 
 from llava_jax.data.files import field, read_json
-from llava_jax.evaluate.questions import SHORT, Answers, Benchmark, Need, Options, Question, Read, Score, percent
+from llava_jax.evaluate.questions import SHORT, Answers, Benchmark, Need, Options, Question, ReadResult, Score, percent
 
 KINDS = ("binary", "open")
 
@@ -28,17 +28,17 @@ def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, o
     return {f"{options['split']}_predictions.json": json.dumps(rows).encode()}
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     name = f"{options['split']}_questions.json"
-    made = []
+    questions = []
     for identity, row in read_json(root / name, dict).items():
         where = f"{name}: question {identity!r}"
         structure = field(field(row, "types", dict, where), "structural", str, where)
-        made.append(Question(
+        questions.append(Question(
             identity, f"{field(row, 'question', str, where)}\n{SHORT}", (f"{field(row, 'imageId', str, where)}.jpg",),
             "open" if structure == "query" else "binary", 0, field(row, "answer", str, where),
         ))  # fmt: skip
-    return made, []
+    return questions, []
 
 
 BENCHMARK = Benchmark(

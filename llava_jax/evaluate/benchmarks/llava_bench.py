@@ -1,7 +1,7 @@
 """LLaVA-Bench, COCO and In-the-Wild: open questions whose answers a judge scores against a reference's.
 
-`answer` asks them, `judge` has a model review the answers, and `score` reads the reviews: what it is given here are
-the judge's texts, not the answers. Source: haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py,
+`answer` asks them, `judge` has a model review the answers, and `score` reads the reviews: its input here is the
+judge's texts, not the answers. Source: haotian-liu/LLaVA llava/eval/eval_gpt_review_bench.py,
 eval_gpt_review_visual.py and summarize_gpt_review.py @ c121f04.
 """
 
@@ -13,7 +13,17 @@ from typing import Any
 from etils import epath
 
 from llava_jax.data.files import field, texts
-from llava_jax.evaluate.questions import Answers, Benchmark, Fault, Need, Options, Question, Read, Score, sound_lines
+from llava_jax.evaluate.questions import (
+    Answers,
+    Benchmark,
+    Fault,
+    Need,
+    Options,
+    Question,
+    ReadResult,
+    Score,
+    sound_lines,
+)
 
 KINDS = ("conv", "detail", "complex")
 COCO_PREFIX = "COCO_val2014_"  # of the picture files; the questions' names lack it
@@ -44,10 +54,10 @@ def tolerant_scores(review: str) -> tuple[float, float] | None:
     """
     line = next((line for line in review.splitlines() if line.strip()), "")
     line = _OUT_OF.sub(" ", re.sub(r"(?i)\b(assistant|answer|model|score)\s*#?[12]\b", " ", line))
-    found = [float(text) for text in _NUMBER.findall(line)]
-    if len(found) != 2 or not all(RANGE[0] <= one <= RANGE[1] for one in found):
+    numbers = [float(text) for text in _NUMBER.findall(line)]
+    if len(numbers) != 2 or not all(RANGE[0] <= number <= RANGE[1] for number in numbers):
         return None
-    return found[0], found[1]
+    return numbers[0], numbers[1]
 
 
 READERS = {"tolerant": tolerant_scores, "strict": strict_scores}
@@ -68,12 +78,12 @@ def score(questions: Sequence[Question], reviews: Answers, options: Options) -> 
     numbers, counts = {}, {}
     for name in ("all", *KINDS):
         members = [pairs[q.id] for q in questions if q.id in pairs and name in ("all", q.kind)]
-        kept = [pair or FAILED for pair in members if pair or compat]
-        means = [statistics.fmean(column) for column in zip(*kept)] if kept else [0.0, 0.0]
+        scores = [pair or FAILED for pair in members if pair or compat]
+        means = [statistics.fmean(column) for column in zip(*scores)] if scores else [0.0, 0.0]
         reference, candidate = [round(mean, 3) for mean in means] if compat else means
         numbers |= {name: 100 * candidate / reference if reference else 0.0,
                     f"{name} reference x10": 10 * reference, f"{name} candidate x10": 10 * candidate}  # fmt: skip
-        counts |= {f"{name} of": len(kept), f"{name} failed": sum(pair is None for pair in members)}
+        counts |= {f"{name} of": len(scores), f"{name} failed": sum(pair is None for pair in members)}
     return Score(numbers, "all", counts, tuple(findings), LACKING[compat])
 
 
@@ -95,47 +105,50 @@ def rule_name(question: Question) -> str:
     return str(dict(question.facts or {})["rule"])
 
 
-def _coco(root: epath.Path, options: Options) -> Read:
+def _coco(root: epath.Path, options: Options) -> ReadResult:
     contexts = {}
     for where, row in sound_lines(root / "caps_boxes_coco2014_val_80.jsonl"):
         captions = "\n".join(texts(row, "captions", where))
-        boxes = "\n".join(f"{field(one, 'category', str, where)}: {field(one, 'bbox', list, where)}"
-                          for one in field(row, "instances", list, where))  # fmt: skip
+        boxes = "\n".join(f"{field(instance, 'category', str, where)}: {field(instance, 'bbox', list, where)}"
+                          for instance in field(row, "instances", list, where))  # fmt: skip
         contexts[field(row, "image", str, where)] = f"{captions}\n\n{boxes}"
-    return _joined(root / "qa90_questions.jsonl", root / "qa90_gpt4_answer.jsonl", contexts, "", COCO_PREFIX)
+    return _join(root / "qa90_questions.jsonl", root / "qa90_gpt4_answer.jsonl", contexts, "", COCO_PREFIX)
 
 
-def _wild(root: epath.Path, options: Options) -> Read:
+def _wild(root: epath.Path, options: Options) -> ReadResult:
     contexts = {}
     for where, row in sound_lines(root / "context.jsonl"):
         caption = field(row, "caption", (str, list), where)
-        whole = caption if isinstance(caption, str) else "\n".join(texts(row, "caption", where))
-        contexts[field(row, "image", str, where)] = whole
-    return _joined(root / "questions.jsonl", root / "answers_gpt4.jsonl", contexts, "llava_bench_", "")
+        text = caption if isinstance(caption, str) else "\n".join(texts(row, "caption", where))
+        contexts[field(row, "image", str, where)] = text
+    return _join(root / "questions.jsonl", root / "answers_gpt4.jsonl", contexts, "llava_bench_", "")
 
 
-def _joined(asked: epath.Path, answered: epath.Path, contexts: Mapping[str, str], rule: str, image_prefix: str) -> Read:
+def _join(
+    questions_path: epath.Path, answers_path: epath.Path, contexts: Mapping[str, str], rule: str, image_prefix: str
+) -> ReadResult:
     """Questions with their reference answers and contexts, joined by id and by picture, whatever the files' order."""
     references: dict[str, Any] = {}
     faults = []
-    for where, row in sound_lines(answered):
+    for where, row in sound_lines(answers_path):
         identity = str(field(row, "question_id", (str, int), where))
         if identity in references:
             faults.append(Fault("duplicate_id", identity, "an earlier reference answers it", where))
         references.setdefault(identity, field(row, "text", str, where))
     questions = []
-    for where, row in sound_lines(asked):
+    for where, row in sound_lines(questions_path):
         identity, image = str(field(row, "question_id", (str, int), where)), field(row, "image", str, where)
         if identity not in references:
-            faults.append(Fault("missing_answer", identity, f"{answered} has no reference answer", where))
+            faults.append(Fault("missing_answer", identity, f"{answers_path} has no reference answer", where))
         if image not in contexts:
             faults.append(Fault("bad_shape", identity, f"no context is about {image}", where))
         kind = field(row, "category", str, where)
         facts = {"context": contexts.get(image, ""), "rule": rule + kind}
         text = field(row, "text", str, where)
         questions.append(Question(identity, text, (image_prefix + image,), kind, 0, references.get(identity), facts))
-    lost = sorted(set(references) - {question.id for question in questions})
-    faults += [Fault("unknown_id", identity, f"{asked} asks no such question", str(answered)) for identity in lost]
+    unmatched = sorted(set(references) - {question.id for question in questions})
+    faults += [Fault("unknown_id", identity, f"{questions_path} asks no such question", str(answers_path))
+               for identity in unmatched]  # fmt: skip
     return questions, faults
 
 

@@ -1,4 +1,4 @@
-"""MMBench and MMBench-CN: lettered choices, asked once or in every rotation, and the sheet that the server wants.
+"""MMBench and MMBench-CN: lettered choices, asked once or in every rotation, and the sheet for the server.
 
 Source: haotian-liu/LLaVA llava/eval/model_vqa_mmbench.py and scripts/convert_mmbench_for_submission.py @ c121f04.
 Rows of one question have indices that differ by millions; it is solved if every rotation is.
@@ -25,9 +25,9 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
-    bad,
+    bad_benchmark,
     percent,
     with_choices,
 )  # fmt: skip
@@ -38,19 +38,19 @@ ROTATION = 1_000_000  # between the indices of one question's rotations
 NONE = ("", "nan", "none")  # what an absent choice or hint is written as
 # Of the sheet that LLaVA uploads: the prediction's column, and the columns of the table that it lacks.
 _PREDICTION = 6
-_LEFT_OUT = ("hint", "category", "source", "image", "comment", "l2-category")
+_OMITTED_COLUMNS = ("hint", "category", "source", "image", "comment", "l2-category")
 
 
 def letter(text: str) -> str:
     """The letter of "B", "B." or "B. Paris"; "" for any other text (the server has a language model read those)."""
-    said = text.strip()
-    return said[0] if said[:1] in tuple(LETTERS) and (len(said) == 1 or said[1] == ".") else ""
+    stripped = text.strip()
+    return stripped[0] if stripped[:1] in tuple(LETTERS) and (len(stripped) == 1 or stripped[1] == ".") else ""
 
 
 def score(questions: Sequence[Question], answers: Answers, options: Options) -> Score:
     """Percent of questions that are solved in all their rotations, in the first one, and by category."""
-    given = {identity: letter(text) for identity, text in answers.items()}
-    right = {question.id: given.get(question.id) == question.truth for question in questions}
+    letters = {identity: letter(text) for identity, text in answers.items()}
+    right = {question.id: letters.get(question.id) == question.truth for question in questions}
     groups: dict[int, list[Question]] = {}
     for question in questions:
         groups.setdefault(int(question.id) % ROTATION, []).append(question)
@@ -62,27 +62,27 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
         inside = [base for base, members in groups.items() if members[0].kind == kind]
         numbers[kind] = percent(sum(solved[base] for base in inside), len(inside))
     findings = [fault for question in questions if question.id in answers and answers[question.id].strip()
-                for fault in _failings(question, given[question.id], answers[question.id])]  # fmt: skip
+                for fault in _failings(question, letters[question.id], answers[question.id])]  # fmt: skip
     counts = {"circular of": len(groups), "vanilla of": len(groups), "rows": len(questions)}
     return Score(numbers, "circular", counts, tuple(findings))
 
 
-def _failings(question: Question, given: str, text: str) -> list[Fault]:
-    if not given:
+def _failings(question: Question, choice: str, text: str) -> list[Fault]:
+    if not choice:
         return [Fault("unparsed", question.id, f"no letter in {text[:60]!r}")]
-    if given not in LETTERS[: question.choices]:
-        return [Fault("wrong_letter", question.id, f"{given} is none of its {question.choices} choices")]
+    if choice not in LETTERS[: question.choices]:
+        return [Fault("wrong_letter", question.id, f"{choice} is none of its {question.choices} choices")]
     return []
 
 
-def _read(name: str, root: epath.Path, options: Options) -> Read:
+def _read(name: str, root: epath.Path, options: Options) -> ReadResult:
     rows = _rows(root / FILES[name])
     pictures = {row["index"]: row["image"] for row in rows}
-    made, faults = [], []
+    questions, faults = [], []
     for row in rows:
         # A picture that an earlier row holds is written as that row's index.
         data = pictures[row["image"]] if row["image"] in pictures else row["image"]
-        picture = _decoded(data)
+        picture = _decode(data)
         if picture is None:
             faults.append(Fault("missing_image", row["index"], f"image={data[:60]!r} is neither base64 nor an index"))
             continue
@@ -90,11 +90,11 @@ def _read(name: str, root: epath.Path, options: Options) -> Read:
         choices = choices[: next((i for i, text in enumerate(choices) if text.lower() in NONE), len(choices))]
         truth = None if row.get("answer", "").lower() in NONE else row["answer"]
         rounds = len(choices) if options["rounds"] == "all" else 1
-        made += [_question(name, row, picture, choices, truth, turn) for turn in range(rounds)]
-    return made, faults
+        questions += [_question(name, row, picture, choices, truth, rotation) for rotation in range(rounds)]
+    return questions, faults
 
 
-def _decoded(data: str) -> bytes | None:
+def _decode(data: str) -> bytes | None:
     """The picture in a cell, or None: a cell so short is the index of another row, which is not there."""
     try:
         return base64.b64decode(data) or None if len(data) >= 64 else None
@@ -103,16 +103,16 @@ def _decoded(data: str) -> bytes | None:
 
 
 def _question(
-    name: str, row: Mapping[str, str], image: bytes, choices: Sequence[str], truth: str | None, turn: int
+    name: str, row: Mapping[str, str], image: bytes, choices: Sequence[str], truth: str | None, rotation: int
 ) -> Question:
-    """Rotation `turn` shows the choices from the turn-th on, so the right letter moves up by as much."""
-    turned = [*choices[turn:], *choices[:turn]]
+    """Rotation r lists the choices from the r-th on, so the right letter moves up by r."""
+    rotated = [*choices[rotation:], *choices[:rotation]]
     if truth is not None and truth in LETTERS[: len(choices)]:
-        truth = LETTERS[(LETTERS.index(truth) - turn) % len(choices)]
+        truth = LETTERS[(LETTERS.index(truth) - rotation) % len(choices)]
     hint = "" if row.get("hint", "").lower() in NONE else row["hint"] + "\n"
-    text = with_choices(hint + row["question"], turned, DEMANDS[name])
-    facts = {"row": {key: row[key] for key in row if key not in _LEFT_OUT}, "turned": turned}
-    identity = str(int(row["index"]) + turn * ROTATION)
+    text = with_choices(hint + row["question"], rotated, DEMANDS[name])
+    facts = {"row": {key: row[key] for key in row if key not in _OMITTED_COLUMNS}, "turned": rotated}
+    identity = str(int(row["index"]) + rotation * ROTATION)
     return Question(identity, text, (image,), row.get("category", ""), len(choices), truth, facts)
 
 
@@ -124,11 +124,11 @@ def _rows(path: epath.Path) -> list[dict[str, str]]:
         raise DataError(f"{path}: no table of tab-separated cells: {error}") from None
     faults = []
     for number, row in enumerate(rows, 2):
-        cut = None in row or None in row.values()
-        if cut or not {"index", "question", "image", "A"} <= set(row) or not row["index"].isdecimal():
+        truncated = None in row or None in row.values()
+        if truncated or not {"index", "question", "image", "A"} <= set(row) or not row["index"].isdecimal():
             faults.append(Fault("truncated_line", str(row.get("index")), "a cell is missing", f"{path}: row {number}"))
     if faults:
-        raise bad(str(path), faults)
+        raise bad_benchmark(str(path), faults)
     return rows
 
 

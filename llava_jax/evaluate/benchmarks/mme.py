@@ -18,14 +18,14 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
 )  # fmt: skip
 
 PERCEPTION = ("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR")
 COGNITION = ("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning")
-_ASKS = "Please answer yes or no."  # LLaVA's questions end with its own demand instead
+_DEMAND = "Please answer yes or no."  # LLaVA's questions end with its own demand instead
 _FOLDER = "MME_Benchmark_release_version"
 
 
@@ -55,8 +55,8 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(sums | numbers, "perception", counts, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
-    made: list[Question] = []
+def _read(root: epath.Path, options: Options) -> ReadResult:
+    questions: list[Question] = []
     faults: list[Fault] = []
     for kind in (*PERCEPTION, *COGNITION):
         folder = root / _FOLDER / kind
@@ -68,14 +68,14 @@ def _read(root: epath.Path, options: Options) -> Read:
                 faults.append(Fault("missing_image", f"{kind}/{path.stem}", f"no picture named so in {folder}"))
             for number, line in enumerate(read_text(path).splitlines()):
                 identity = f"{kind}/{path.stem}#{number}"
-                asked, tab, truth = line.rstrip("\n").partition("\t")
+                question, tab, truth = line.rstrip("\n").partition("\t")
                 if truth.strip().lower() not in ("yes", "no"):
                     kind_of_fault = "wrong_truth" if tab else "truncated_line"
                     faults.append(Fault(kind_of_fault, identity, f"{line[:60]!r}: want QUESTION<tab>Yes|No", str(path)))
                 elif image is not None:
-                    text = f"{asked.replace(_ASKS, '').strip()}\n{SHORT}"
-                    made.append(Question(identity, text, (image,), kind, 0, truth.strip().lower()))
-    return made, faults
+                    text = f"{question.replace(_DEMAND, '').strip()}\n{SHORT}"
+                    questions.append(Question(identity, text, (image,), kind, 0, truth.strip().lower()))
+    return questions, faults
 
 
 def _texts(folder: epath.Path) -> Iterator[epath.Path]:
@@ -85,9 +85,9 @@ def _texts(folder: epath.Path) -> Iterator[epath.Path]:
 
 
 def _picture(folder: epath.Path, stem: str) -> str | None:
-    places = [folder / "images" / stem, folder / stem]
-    found = [place.with_name(place.name + end) for place in places for end in (".jpg", ".png")]
-    return next((f"{folder.name}/{path.relative_to(folder)}" for path in found if path.exists()), None)
+    stems = [folder / "images" / stem, folder / stem]
+    paths = [stem_path.with_name(stem_path.name + end) for stem_path in stems for end in (".jpg", ".png")]
+    return next((f"{folder.name}/{path.relative_to(folder)}" for path in paths if path.exists()), None)
 
 
 BENCHMARK = Benchmark(

@@ -9,18 +9,18 @@ from collections.abc import Sequence
 from etils import epath
 
 from llava_jax.data.files import field, read_json, texts
-from llava_jax.evaluate.questions import Answers, Benchmark, Need, Options, Question, Read
+from llava_jax.evaluate.questions import Answers, Benchmark, Need, Options, Question, ReadResult
 
 _FILE = "mm-vet.json"
 
 
-def _read(root: epath.Path, options: Options) -> Read:
-    made = []
+def _read(root: epath.Path, options: Options) -> ReadResult:
+    questions = []
     for identity, row in read_json(root / _FILE, dict).items():
         where = f"{_FILE}: {identity!r}"
-        made.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
-                             "+".join(texts(row, "capability", where))))  # fmt: skip
-    return made, []
+        questions.append(Question(identity, field(row, "question", str, where), (field(row, "imagename", str, where),),
+                                  "+".join(texts(row, "capability", where))))  # fmt: skip
+    return questions, []
 
 
 def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, options: Options) -> dict[str, bytes]:

@@ -20,7 +20,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     sound_lines,
@@ -52,7 +52,7 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     """F1, accuracy, precision, recall and share of yes of each kind in percent; F1 is their mean.
 
     A question without an answer counts as answered wrongly. Differs from LLaVA: answers find their questions by id,
-    there by line order; and where nothing is said or is yes, precision or recall is 0, there a division by zero.
+    there by line order; and where no answer or no truth is yes, precision or recall is 0, there a division by zero.
     """
     numbers: dict[str, float] = {}
     kinds = [kind for kind in KINDS if any(question.kind == kind for question in questions)]
@@ -82,19 +82,19 @@ def _marks(questions: Sequence[Question], answers: Answers) -> Marks:
     return Marks(*(pairs.count(pair) for pair in ((True, True), (False, True), (False, False), (True, False))))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
-    made, faults = [], []
+def _read(root: epath.Path, options: Options) -> ReadResult:
+    questions, faults = [], []
     for kind in KINDS:
         for where, row in sound_lines(root / f"coco_pope_{kind}.json"):
             identity, label = f"{kind}/{field(row, 'question_id', (str, int), where)}", field(row, "label", str, where)
             if label not in ("yes", "no"):
                 faults.append(Fault("wrong_truth", identity, f"label {label!r}: want yes or no", where))
             image, text = field(row, "image", str, where), field(row, "text", str, where)
-            made.append(Question(identity, f"{text}\n{SHORT}", (image,), kind, 0, label))
-    return _renumbered(made, epath.Path(options["questions"])) if options["questions"] else made, faults
+            questions.append(Question(identity, f"{text}\n{SHORT}", (image,), kind, 0, label))
+    return _with_file_ids(questions, epath.Path(options["questions"])) if options["questions"] else questions, faults
 
 
-def _renumbered(questions: Sequence[Question], path: epath.Path) -> list[Question]:
+def _with_file_ids(questions: Sequence[Question], path: epath.Path) -> list[Question]:
     """The questions under the ids of LLaVA's own file, where kind, picture and text are the same.
 
     Those that are not in the file keep their id, and so are missed when answers to the file's are scored.
@@ -106,11 +106,11 @@ def _renumbered(questions: Sequence[Question], path: epath.Path) -> list[Questio
         kind, image, text = (field(row, name, str, where) for name in ("category", "image", "text"))
         identity = str(field(row, "question_id", (str, int), where))
         ids.setdefault((kind, image, text.split("\n")[0]), []).append(identity)
-    renamed = []
+    result = []
     for question in questions:
-        same = ids.get((question.kind, str(question.images[0]), question.text.split("\n")[0]))
-        renamed.append(replace(question, id=same.pop(0)) if same else question)
-    return renamed
+        matches = ids.get((question.kind, str(question.images[0]), question.text.split("\n")[0]))
+        result.append(replace(question, id=matches.pop(0)) if matches else question)
+    return result
 
 
 BENCHMARK = Benchmark(

@@ -19,7 +19,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
 )  # fmt: skip
@@ -30,14 +30,14 @@ SPLITS = ("test", "val", "train", "minitest", "minival", "minitrain", "trainval"
 CONTEXT = {"TXT": lambda facts: bool(facts["hint"]), "IMG": lambda facts: facts["image"],
            "NO": lambda facts: not facts["hint"] and not facts["image"]}  # fmt: skip
 SUBJECTS = {"NAT": "natural science", "SOC": "social science", "LAN": "language science"}
-YOUNG = tuple(f"grade{number}" for number in range(1, 7))
+PRIMARY_GRADES = tuple(f"grade{number}" for number in range(1, 7))
 REPOSITORY = "github.com/lupantech/ScienceQA"
 
 
 def sentence_letter(text: str) -> str:
     """The letter of the only "The answer is X." of the text; `FAILED` if there is none, or more than one."""
-    found = SENTENCE.findall(text)
-    return found[0] if len(found) == 1 else FAILED
+    letters = SENTENCE.findall(text)
+    return letters[0] if len(letters) == 1 else FAILED
 
 
 def letter(text: str) -> str:
@@ -62,15 +62,15 @@ def breakdown(questions: Sequence[Question], right: Callable[[Question], bool]) 
     """
     groups = {
         **{name: [q for q in questions if _facts(q)["subject"] == subject] for name, subject in SUBJECTS.items()},
-        **{name: [q for q in questions if holds(_facts(q))] for name, holds in CONTEXT.items()},
-        "G1-6": [q for q in questions if _facts(q)["grade"] in YOUNG],
-        "G7-12": [q for q in questions if _facts(q)["grade"] not in YOUNG],
+        **{name: [q for q in questions if applies(_facts(q))] for name, applies in CONTEXT.items()},
+        "G1-6": [q for q in questions if _facts(q)["grade"] in PRIMARY_GRADES],
+        "G7-12": [q for q in questions if _facts(q)["grade"] not in PRIMARY_GRADES],
         "Avg": list(questions),
     }
     correct = {name: sum(map(right, members)) for name, members in groups.items()}
     numbers = {name: percent(correct[name], len(members)) for name, members in groups.items()}
-    counts = {f"{name} {what}": number for name, members in groups.items()
-              for what, number in (("right", correct[name]), ("of", len(members)))}  # fmt: skip
+    counts = {f"{name} {label}": number for name, members in groups.items()
+              for label, number in (("right", correct[name]), ("of", len(members)))}  # fmt: skip
     return Score(numbers, "Avg", counts)
 
 
@@ -86,34 +86,34 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
 
 
 def _findings(questions: Sequence[Question], answers: Answers, letters: dict[str, str]) -> list[Fault]:
-    found = []
+    findings = []
     for question in questions:
-        given = letters.get(question.id, FAILED)
-        if question.id in answers and answers[question.id].strip() and given == FAILED:
+        choice = letters.get(question.id, FAILED)
+        if question.id in answers and answers[question.id].strip() and choice == FAILED:
             sentences = len(SENTENCE.findall(answers[question.id]))
-            found.append(Fault("unparsed", question.id, f"{sentences} times 'The answer is X.' in "
-                               f"{answers[question.id][:60]!r}"))  # fmt: skip
-        elif given != FAILED and given not in LETTERS[: question.choices]:
-            found.append(Fault("wrong_letter", question.id, f"{given} is none of its {question.choices} choices"))
-    return found
+            findings.append(Fault("unparsed", question.id, f"{sentences} times 'The answer is X.' in "
+                                  f"{answers[question.id][:60]!r}"))  # fmt: skip
+        elif choice != FAILED and choice not in LETTERS[: question.choices]:
+            findings.append(Fault("wrong_letter", question.id, f"{choice} is none of its {question.choices} choices"))
+    return findings
 
 
 def question(problem: files.Problem, format: str, ask_letter: bool, split: str) -> Question:
     """The problem as it is asked in a format; `ask_letter` adds LLaVA-1.5's demand for the letter alone."""
-    asked = files.texts(problem, format)[0] + (f"\n{LETTER}" if ask_letter else "")
+    text = files.texts(problem, format)[0] + (f"\n{LETTER}" if ask_letter else "")
     # problem.split is train, val or test for the mini splits too, and names the folder of its picture
     images = (f"{problem.split}/{problem.id}/{problem.image}",) if problem.image else ()
     facts = {"subject": problem.subject, "grade": problem.grade, "hint": bool(problem.hint), "topic": problem.topic,
              "image": problem.image is not None, "split": split, "choices": problem.choices,
              "context": problem.hint, "question": problem.question}  # fmt: skip
-    return Question(problem.id, asked, images, problem.subject, len(problem.choices), problem.letter, facts)
+    return Question(problem.id, text, images, problem.subject, len(problem.choices), problem.letter, facts)
 
 
-def _read(root: epath.Path, options: Options) -> Read:
+def _read(root: epath.Path, options: Options) -> ReadResult:
     problems = files.read(root)
-    chosen = files.read_split(root, options["split"], problems)
+    split_problems = files.read_split(root, options["split"], problems)
     ask_letter = options["letter"] == "true"
-    return [question(problem, options["format"], ask_letter, options["split"]) for problem in chosen], []
+    return [question(problem, options["format"], ask_letter, options["split"]) for problem in split_problems], []
 
 
 def _facts(question: Question) -> dict:

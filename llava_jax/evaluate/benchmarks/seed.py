@@ -18,7 +18,7 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     with_choices,
@@ -45,13 +45,13 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
     return Score(numbers, "all", {f"{name} of": len(members) for name, members in groups.items()}, tuple(findings))
 
 
-def _read(root: epath.Path, options: Options) -> Read:
-    told = read_json(root / _FILE)
-    kinds = field(told, "question_type", dict, _FILE)
+def _read(root: epath.Path, options: Options) -> ReadResult:
+    contents = read_json(root / _FILE)
+    kinds = field(contents, "question_type", dict, _FILE)
     names = {field(kinds, name, int, f"{_FILE}: question_type"): name for name in kinds}
-    made = []
-    for place, row in enumerate(field(told, "questions", list, _FILE)):
-        where = f"{_FILE}: questions[{place}]"
+    questions = []
+    for index, row in enumerate(field(contents, "questions", list, _FILE)):
+        where = f"{_FILE}: questions[{index}]"
         medium, identity = field(row, "data_type", str, where), str(field(row, "question_id", (str, int), where))
         if medium not in _FOLDERS:
             raise DataError(f"{where}: data_type={medium!r}: want one of {', '.join(_FOLDERS)}")
@@ -61,11 +61,11 @@ def _read(root: epath.Path, options: Options) -> Read:
         if number not in names:
             raise DataError(f"{where}: question_type_id={number}: want one of question_type, {sorted(names)}")
         kind = names[number]
-        made.append(Question(
+        questions.append(Question(
             identity, with_choices(field(row, "question", str, where), choices), (f"{_FOLDERS[medium]}/{file}",), kind,
             len(choices), field(row, "answer", str, where), {"medium": medium},
         ))  # fmt: skip
-    return made, []
+    return questions, []
 
 
 def _upload(root: epath.Path, questions: Sequence[Question], answers: Answers, options: Options) -> dict[str, bytes]:

@@ -20,13 +20,13 @@ from llava_jax.evaluate.questions import (
     Need,
     Options,
     Question,
-    Read,
+    ReadResult,
     Score,
     percent,
     sound_lines,
 )  # fmt: skip
 
-# What contractions are mended to; any one apostrophe may be missing ("couldnt've", "couldn'tve").
+# The normal forms of contractions; any one apostrophe may be missing ("couldnt've", "couldn'tve").
 _CONTRACTIONS = """ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
 he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am mightn't mightn't've might've mustn't must've
 needn't not've o'clock oughtn't 'ow's'at shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
@@ -34,9 +34,9 @@ somebody's someone'd someone'd've someone'll someone's something'd something'd'v
 there'd've there're there's they'd they'd've they'll they're they've 'twas wasn't we'd've we've weren't what'll what're
 what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
 wouldn't wouldn't've y'all y'all'll y'all'd've you'd you'd've you'll you're you've""".split()
-_MENDED = {form[:place] + form[place + 1 :]: form
-           for form in _CONTRACTIONS for place, letter in enumerate(form) if letter == "'"}  # fmt: skip
-_MENDED["somebody'd"] = "somebodyd"  # the official table has it the wrong way round
+_CONTRACTION_FIXES = {form[:index] + form[index + 1 :]: form
+                      for form in _CONTRACTIONS for index, letter in enumerate(form) if letter == "'"}  # fmt: skip
+_CONTRACTION_FIXES["somebody'd"] = "somebodyd"  # the official table has it the wrong way round
 _NUMBERS = {word: str(number) for number, word in
             enumerate("zero one two three four five six seven eight nine ten".split())} | {"none": "0"}  # fmt: skip
 _ARTICLES = ("a", "an", "the")
@@ -56,20 +56,20 @@ def normalised(answer: str) -> str:
     text = text.replace("\n", " ").replace("\t", " ").strip()
     bare = text
     for mark in _PUNCTUATION:
-        beside_blank = mark + " " in text or " " + mark in text
-        bare = bare.replace(mark, "" if beside_blank else " ")
+        next_to_blank = mark + " " in text or " " + mark in text
+        bare = bare.replace(mark, "" if next_to_blank else " ")
     words = [_NUMBERS.get(word, word) for word in _DOT.sub("", bare, count=_DOTS_REMOVED).split()]
-    return " ".join(_MENDED.get(word, word) for word in words if word not in _ARTICLES)
+    return " ".join(_CONTRACTION_FIXES.get(word, word) for word in words if word not in _ARTICLES)
 
 
 def agreement(answer: str, people: Sequence[str]) -> float:
-    """How far an answer agrees with those of people, 0 to 1; with ten of them 3 who say the same make 0.9, 4 make 1.
+    """The agreement of an answer with those of people, 0 to 1; of ten people, 3 who agree make 0.9, 4 make 1.
 
-    The mean over all choices of all but one person of min(1, how many of them said it / 3).
+    The mean over all choices of all but one person of min(1, how many of them agree / 3).
     """
-    given, said = normalised(answer), [normalised(one) for one in people]
-    matches = said.count(given)
-    marks = [min(1.0, (matches - (one == given)) / 3) for one in said]
+    text, others = normalised(answer), [normalised(other) for other in people]
+    matches = others.count(text)
+    marks = [min(1.0, (matches - (other == text)) / 3) for other in others]
     return sum(marks) / len(marks) if marks else 0.0
 
 
@@ -83,18 +83,18 @@ def score(questions: Sequence[Question], answers: Answers, options: Options) -> 
 
 
 def _people(row: Any, where: str) -> list[str]:
-    """The answers of all who were asked."""
-    return [field(one, "answer", str, f"{where}: answers") for one in field(row, "answers", list, where)]
+    """The answers of all people."""
+    return [field(answer, "answer", str, f"{where}: answers") for answer in field(row, "answers", list, where)]
 
 
 def _vqav2_questions(split: str) -> str:
     return f"v2_OpenEnded_mscoco_{split}_questions.json"
 
 
-def _vqav2(root: epath.Path, options: Options) -> Read:
+def _vqav2(root: epath.Path, options: Options) -> ReadResult:
     split = options["split"]
     name = _vqav2_questions(split)
-    asked = field(read_json(root / name), "questions", list, name)
+    rows = field(read_json(root / name), "questions", list, name)
     truths = {}
     if split == "val2014":
         path = root / "v2_mscoco_val2014_annotations.json"
@@ -103,37 +103,37 @@ def _vqav2(root: epath.Path, options: Options) -> Read:
             truth = _people(row, where), field(row, "answer_type", str, where)
             truths[field(row, "question_id", int, where)] = truth
     folder = "test2015" if split.startswith("test") else split
-    made = []
-    for number, row in enumerate(asked):
+    questions = []
+    for number, row in enumerate(rows):
         where = f"{name}[{number}]"
         identity, image = field(row, "question_id", int, where), field(row, "image_id", int, where)
         truth, kind = truths.get(identity, (None, ""))
-        made.append(Question(str(identity), f"{field(row, 'question', str, where)}\n{SHORT}",
-                             (f"COCO_{folder}_{image:012}.jpg",), kind, 0, truth))  # fmt: skip
-    return made, []
+        questions.append(Question(str(identity), f"{field(row, 'question', str, where)}\n{SHORT}",
+                                  (f"COCO_{folder}_{image:012}.jpg",), kind, 0, truth))  # fmt: skip
+    return questions, []
 
 
 def _vqav2_files(
     root: epath.Path, questions: Sequence[Question], answers: Answers, options: Options
 ) -> dict[str, bytes]:
-    """EvalAI wants an answer to every question of test2015; those that are not in test-dev2015 get an empty one."""
+    """EvalAI requires an answer to every question of test2015; those that are not in test-dev2015 get an empty one."""
     name = _vqav2_questions("test2015" if options["split"].startswith("test") else options["split"])
-    asked = field(read_json(root / name), "questions", list, name)
-    ids = [field(row, "question_id", int, f"{name}[{number}]") for number, row in enumerate(asked)]
-    rows = [{"question_id": one, "answer": normalised(answers.get(str(one), ""))} for one in ids]
+    questions_json = field(read_json(root / name), "questions", list, name)
+    ids = [field(row, "question_id", int, f"{name}[{number}]") for number, row in enumerate(questions_json)]
+    rows = [{"question_id": identity, "answer": normalised(answers.get(str(identity), ""))} for identity in ids]
     return {f"vqav2_{options['split']}.json": json.dumps(rows).encode()}
 
 
-def _vizwiz(root: epath.Path, options: Options) -> Read:
+def _vizwiz(root: epath.Path, options: Options) -> ReadResult:
     name = f"{options['split']}.json"
-    made = []
+    questions = []
     for number, row in enumerate(read_json(root / name, list)):
         where = f"{name}[{number}]"
         image = field(row, "image", str, where)
         people = _people(row, where) if "answers" in row else None
         text = f"{field(row, 'question', str, where)}\n{UNANSWERABLE}\n{SHORT}"
-        made.append(Question(image, text, (image,), str(row.get("answer_type", "")) if people else "", 0, people))
-    return made, []
+        questions.append(Question(image, text, (image,), str(row.get("answer_type", "")) if people else "", 0, people))
+    return questions, []
 
 
 def _vizwiz_files(
@@ -143,24 +143,24 @@ def _vizwiz_files(
     return {f"vizwiz_{options['split']}.json": json.dumps(rows).encode()}
 
 
-def _textvqa(root: epath.Path, options: Options) -> Read:
+def _textvqa(root: epath.Path, options: Options) -> ReadResult:
     """With ocr=true the questions hold LLaVA's "Reference OCR token:" line, which its file alone has."""
     name = "TextVQA_0.5.1_val.json"
     rows = field(read_json(root / name), "data", list, name)
     lines = _ocr_lines(root) if options["ocr"] == "true" else {}
-    made = []
+    questions = []
     for number, row in enumerate(rows):
         where = f"{name}[{number}]"
-        image, words = field(row, "image_id", str, where), field(row, "question", str, where)
-        text = f"{words}\n{SHORT}"
+        image, question = field(row, "image_id", str, where), field(row, "question", str, where)
+        text = f"{question}\n{SHORT}"
         if options["ocr"] == "true":
-            key = (image, words.lower())
+            key = (image, question.lower())
             if key not in lines:
-                raise DataError(f"{where}: llava_textvqa_val_v051_ocr.jsonl has no question {words!r} about {image}")
+                raise DataError(f"{where}: llava_textvqa_val_v051_ocr.jsonl has no question {question!r} about {image}")
             text = lines[key]
-        made.append(Question(str(field(row, "question_id", int, where)), text, (f"{image}.jpg",), "", 0,
-                             texts(row, "answers", where)))  # fmt: skip
-    return made, []
+        questions.append(Question(str(field(row, "question_id", int, where)), text, (f"{image}.jpg",), "", 0,
+                                  texts(row, "answers", where)))  # fmt: skip
+    return questions, []
 
 
 def _ocr_lines(root: epath.Path) -> Mapping[tuple[str, str], str]:
