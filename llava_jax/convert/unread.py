@@ -25,7 +25,8 @@ _ALMOST = {
 }  # fmt: skip
 _KEPT = {  # key that an export of ours writes -> whether a value may be one of it
     "template": lambda value: isinstance(value, str), "image_start_end": lambda value: isinstance(value, bool),
-    "image_mode": lambda value: value in ["square", "pad", "squash"],
+    "image_mode": lambda value: value in ["square", "pad", "squash", "anyres"],
+    "tiling": lambda value: isinstance(value, dict),
     "ln_vision_eps": lambda value: value is None or isinstance(value, float),
 }  # fmt: skip
 _NAMES = ("model_type", "architectures", "mm_vision_tower")  # what a config.json calls its model and parts
