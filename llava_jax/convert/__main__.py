@@ -1,6 +1,6 @@
 """The command `python -m llava_jax.convert`: weights of others in, weights for others out.
 
-import SRC DST [--vision TOWER_DIR]                    a LLaVA of Hugging Face or of the original code, or a BLIP-2
+import SRC DST [--vision TOWER_DIR]    a LLaVA, LLaVA-1.6 or OneVision of Hugging Face or the original code, or a BLIP-2
 import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the original code
 assemble DST --vision TOWER_DIR --llm LLM_DIR          a fresh LLaVA of its parts
 assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4

@@ -6,19 +6,20 @@ import re
 from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import templates
+from llava_jax.prompt import anyres, templates
 
 _HUB = """# {name}
 
 A LLaVA exported by llava_jax: {model}.
 
 ```python
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 model = AutoModelForImageTextToText.from_pretrained("{name}")
 processor = AutoProcessor.from_pretrained("{name}")
 ```
 
-Images: {images}. Use the PIL image processor (`backend="pil"`) for the very pixels of training.
+Images: {images}. The PIL image processor makes the very pixels of training:
+`processor.image_processor = AutoImageProcessor.from_pretrained("{name}", backend="pil")`.
 {pictures}
 {ending}
 {prompt}
@@ -139,7 +140,7 @@ def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str 
         )
     return _ORIGINAL.format(
         name=name, model=_model(config), template=prompt.template, images=_IMAGES[prompt.image_mode], tower=where,
-        readers=_readers(config, tower), rename=_rename(config, name),
+        readers=_readers(config, prompt, tower), rename=_rename(config, name),
     )  # fmt: skip
 
 
@@ -157,7 +158,7 @@ def _rename(config: LlavaConfig, name: str) -> str:
     return f" That code chooses a model's class by the directory's name: give it one {wish}."
 
 
-def _readers(config: LlavaConfig, name: str | None) -> str:
+def _readers(config: LlavaConfig, prompt: PromptMetadata, name: str | None) -> str:
     """Which original code loads a model whose tower it fetches by `name`, None: by its path.
 
     It takes what lies at a path for a CLIP. LLaVA-NeXT fetches a SigLIP by its name, wants 729 features and always has
@@ -167,6 +168,9 @@ def _readers(config: LlavaConfig, name: str | None) -> str:
     """
     vision, (decoder, _) = config.vision, registry.decoder_of(config.llm).original
     readers = [code for code, classes in _CODE.items() if decoder in classes]
+    tiles = anyres.from_words(prompt.image_mode, prompt.tiling)
+    if tiles is not None and (tiles.max_tiles > 0 or not tiles.several):
+        readers = [code for code in readers if code == "LLaVA-NeXT"]
     if registry.tower_of(vision).hub_class != "CLIPVisionModel":
         fits = name is not None and vision.features == 729 and vision.run_layers == vision.layers - 1
         readers = [code for code in readers if fits and code == "LLaVA-NeXT"]

@@ -86,7 +86,8 @@ def files(words: Words, processor_class: str | None) -> dict[str, bytes]:
         config |= {} if tokenizer.prefixed else {"add_prefix_space": False}
         model, first = _llama_json(tokenizer, words.words), tokenizer.processor.get_piece_size()
     else:
-        config |= {"tokenizer_class": "PreTrainedTokenizerFast"}
+        # transformers 4 would give this class token_type_ids, which no decoder takes.
+        config |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_input_names": ["input_ids", "attention_mask"]}
         model, first = json.loads(tokenizer.content) | {"added_tokens": _entries(words.words)}, 0
     if processor_class is not None:
         config |= {"processor_class": processor_class, "extra_special_tokens": {"image_token": IMAGE}}

@@ -330,3 +330,17 @@ def test_a_preset_has_the_names_and_shapes_of_transformers_model(name):
     stored = TensorFiles("theirs", {})
     stored.specs = {} if ours.llm.tie_embeddings else {llava.NEW5.head: None}
     assert llava.read_hub_config(config.to_dict(), "theirs", llava.NEW5, stored) == ours
+
+
+def test_what_transformers_saves_anew_of_an_export_is_read_alike(tmp_path):
+    """transformers 5 nests the image processor in processor_config.json."""
+    kind = KINDS["next_clip_mistral"]
+    there_and_back(tmp_path, kind)
+    model = theirs_of(kind, "ForConditionalGeneration").from_pretrained(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    processor_of(tmp_path / "out", kind).save_pretrained(tmp_path / "again")
+    assert "image_processor" in json.loads((tmp_path / "again" / "processor_config.json").read_text())
+    importing.import_checkpoint(tmp_path / "again", tmp_path / "two")
+    one, two = (model_json.read(tmp_path / name) for name in ("ours", "two"))
+    assert two.prompt.image_mode == "anyres" and two.prompt.tiling == one.prompt.tiling and two.model == one.model
+    same(leaves_of(tmp_path / "two"), leaves_of(tmp_path / "ours"))

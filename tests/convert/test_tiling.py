@@ -9,7 +9,7 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, importing, tiling
+from llava_jax.convert import exporting, importing, peft_import, tiling
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint, UsageError
@@ -17,7 +17,7 @@ from llava_jax.models import registry, siglip
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import anyres
 from llava_jax.prompt.anyres import Tiling
-from tests.convert import tiny
+from tests.convert import adapters, tiny
 
 V16_PIXELS = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]  # width first in LLaVA-1.6, height in HF
 V16 = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
@@ -172,3 +172,19 @@ def test_a_tower_that_the_original_code_cut_comes_in_and_goes_out_under_its_name
     assert written.keys() == tensors.keys()
     for key, tensor in tensors.items():
         np.testing.assert_array_equal(written[key], tensor)
+
+
+def test_an_adapter_has_the_tiles_of_its_own_config_or_of_its_base(base, tmp_path):
+    trained = tiled(base, tmp_path / "trained", Tiling(V16))
+    made = adapters.write_peft(tmp_path / "in", adapters.tensors(adapters.NEW))
+    peft_import.import_adapter(made, tmp_path / "one", trained, importing.UNSAID)
+    assert model_json.read(tmp_path / "one").prompt.tiling == anyres.words(Tiling(V16))
+    pinpoints = {"image_grid_pinpoints": [[28, 56]], "mm_projector_type": "mlp2x_gelu"}
+    tiny.write_json(made / "config.json", ANYRES | pinpoints)
+    peft_import.import_adapter(made, tmp_path / "two", base / "ours", importing.UNSAID)
+    assert model_json.read(tmp_path / "two").prompt.tiling == anyres.words(Tiling(((1, 2),)))
+    with pytest.raises(UsageError, match="`convert assemble --newline` makes a base with one"):
+        peft_import.import_adapter(made, tmp_path / "three", base / "without", importing.UNSAID)
+    tiny.write_json(made / "config.json", {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"})
+    peft_import.import_adapter(made, tmp_path / "four", trained, importing.UNSAID)
+    assert model_json.read(tmp_path / "four").prompt.tiling is None
