@@ -284,6 +284,6 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
         kept.get("image_start_end", said.image_start_end),
         kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
     )
-    anyres.check(anyres.tiling(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
+    anyres.check(anyres.from_words(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt
