@@ -5,9 +5,9 @@
 It starts from stage 1's projector in runs/llava16_7b_pretrain. A picture is its whole and up to four tiles of 336
 pixels, 1,200 to 2,900 positions; rows of 10,240 positions hold about four samples, each cut at Vicuna's 4,096. On a
 mixture with the pictures' sizes of LLaVA-1.5's parts 98 % of positions and 93 % of tiles are used
-(tests/data/test_planner.py). 32 chips make 138 samples a step (LLaVA-1.6: 128). Memory and time:
+(tests/data/test_planner.py). 32 chips make 138 samples a step (LLaVA-1.6: 128). Memory and time of 64:
 
-    python -m llava_jax.plan --config configs/llava16_7b_finetune.py --topology v5e:4x8
+    python -m llava_jax.plan --config configs/llava16_7b_finetune.py --topology v5e:8x8
 
 Data: those of llava15_7b_finetune; LLaVA-1.6's 760K records were never published.
 Numbers: LLaVA-1.6's own training code was never released; these are LLaVA-NeXT's, LLaVA-VL/LLaVA-NeXT

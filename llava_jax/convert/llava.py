@@ -130,7 +130,7 @@ def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
             f"{where}: model_type is {kind!r}, a language model alone; wanted 'llava'. `convert assemble DST --vision "
             "TOWER_DIR --llm THIS_DIRECTORY` makes a LLaVA of it"
         )
-    if kind not in tiling.HUBS:
+    if kind not in list(tiling.HUBS):
         wanted = ", ".join(map(repr, tiling.HUBS))
         raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted {wanted}, 'blip-2' or the original code's")
     hub = tiling.HUBS[kind]

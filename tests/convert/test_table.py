@@ -163,7 +163,8 @@ def test_a_written_decoder_config_means_the_same_to_transformers():
 def test_config_files_of_the_released_models_are_the_presets():
     """What the hub's config.json hold: Hugging Face's leaves out every default, the original's says everything."""
     tensors = TensorFiles(Path("hub"), {})
-    tensors.specs["language_model.lm_head.weight"] = files.Spec((32064, 4096), np.dtype("f2"))
+    for name in ("language_model.lm_head.weight", "model.mm_projector.0.weight", "model.mm_projector.2.weight"):
+        tensors.specs[name] = files.Spec((32064, 4096), np.dtype("f2"))
     text = {"model_type": "llama", "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "vocab_size": 32064}
     vision = {
         "model_type": "clip_vision_model", "hidden_size": 1024, "image_size": 336, "intermediate_size": 4096,
@@ -185,16 +186,16 @@ def test_config_files_of_the_released_models_are_the_presets():
     }  # fmt: skip
     tower = clip.config_json(clip.PART.hub[original["mm_vision_tower"]])
     assert llava.is_original(original) and not llava.is_original(hub)
-    assert llava.read_original_config(original, "config.json", clip.PART, tower, "mlp2x_gelu") == wanted
+    assert llava.read_original_config(original, "config.json", clip.PART, tower, tensors) == wanted
     for change, message in [
         ({"architectures": ["LlavaMptForCausalLM"]}, "wanted one of LlavaLlamaForCausalLM"),
-        ({"image_aspect_ratio": "anyres"}, "image_aspect_ratio is 'anyres': an image is cut into several tiles"),
+        ({"s2": True}, "s2 is True: an image is seen at several scales"),
         ({"mm_projector_type": "linear"}, "but the tensors are 'mlp2x_gelu'"),
     ]:
         with pytest.raises(UnusableCheckpoint, match=message):
-            llava.read_original_config(original | change, "config.json", clip.PART, tower, "mlp2x_gelu")
+            llava.read_original_config(original | change, "config.json", clip.PART, tower, tensors)
     for change, message in [
-        ({"model_type": "llava_next"}, "model_type is 'llava_next'; wanted 'llava'"),
+        ({"model_type": "llava_next_video"}, "model_type is 'llava_next_video'; wanted 'llava'"),
         ({"vision_feature_layer": [-2, -5]}, "one number"),
         ({"text_config": text | {"model_type": "gemma"}}, "text model_type is 'gemma'"),
         ({"vision_config": vision | {"model_type": "dinov2"}}, "vision model_type is 'dinov2"),

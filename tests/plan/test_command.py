@@ -110,7 +110,8 @@ def refusing(monkeypatch):
 def test_what_the_compiler_refuses_is_one_line_with_what_was_asked_and_a_remedy(capsys, refusing):
     assert main([*TINY, *PACKED]) == 64
     (line,) = capsys.readouterr().err.splitlines()
-    refusal = r"error: the TPU's compiler \(libtpu [\d.]+\) refuses a step of 8 rows of 128 tokens, remat \w+, on v5e:2x2 "
+    refusal = (r"error: the TPU's compiler \(libtpu [\d.]+\) refuses a step of 8 rows of 128 tokens, "
+               r"remat \w+, on v5e:2x2 ")
     assert re.match(refusal + "with mesh fsdp 4: INTERNAL: RET_CHECK failure: bad. ", line)
     assert "fewer rows" in line and "another --topology" in line and "a newer libtpu" in line
 
