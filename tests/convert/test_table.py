@@ -27,7 +27,10 @@ def found_in(config, layout):
     return table.entries(leaves, llava.rows(layout, config), llava.first_layers(config), "conversion")
 
 
-@pytest.mark.parametrize("preset, hub", [("llava15_7b", "llava-1.5-7b"), ("llava15_13b", "llava-1.5-13b")])
+@pytest.mark.parametrize("preset, hub", [
+    ("llava15_7b", "llava-1.5-7b"), ("llava15_13b", "llava-1.5-13b"), ("llava16_7b", "llava-1.6-vicuna-7b"),
+    ("llava16_mistral_7b", "llava-1.6-mistral-7b"),
+])  # fmt: skip
 def test_full_size_presets_have_the_hubs_names_and_shapes(preset, hub):
     config = get(preset)
     ours = {name: entry.their_shape for entry in found_in(config, llava.HUB) for name in entry.theirs}

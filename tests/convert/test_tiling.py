@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,11 +10,13 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, importing, peft_import, tiling
+from llava_jax.convert import exporting, importing, llava, peft_import, table, tiling
 from llava_jax.convert.__main__ import main
+from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint, UsageError
-from llava_jax.models import registry, siglip
+from llava_jax.models import presets, registry, siglip
+from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import config_from_json
 from llava_jax.prompt import anyres
 from llava_jax.prompt.anyres import Tiling
@@ -188,3 +191,32 @@ def test_an_adapter_has_the_tiles_of_its_own_config_or_of_its_base(base, tmp_pat
     tiny.write_json(made / "config.json", {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"})
     peft_import.import_adapter(made, tmp_path / "four", trained, importing.UNSAID)
     assert model_json.read(tmp_path / "four").prompt.tiling is None
+
+
+ORIGINALS = {  # preset -> what the original code's config.json says beside the decoder's sizes, and its tiling
+    "llava16_7b": ("openai/clip-vit-large-patch14-336", ANYRES | {"image_grid_pinpoints": V16_PIXELS}, Tiling(V16)),
+    "llava16_mistral_7b": ("openai/clip-vit-large-patch14-336", ANYRES | {"image_grid_pinpoints": V16_PIXELS},
+                           Tiling(V16)),
+    "llava_onevision_7b": ("google/siglip-so400m-patch14-384", ANYRES | {
+        "image_aspect_ratio": "anyres_max_9", "image_grid_pinpoints": [[384 * x, 384 * y] for x, y in RANGE],
+        "mm_newline_position": "one_token", "mm_resampler_type": None, "mm_spatial_pool_mode": "bilinear",
+    }, Tiling(RANGE, max_tiles=9, several=False)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ORIGINALS)
+def test_config_files_of_the_released_original_models_are_the_presets(name):
+    tower, own, tiles = ORIGINALS[name]
+    wanted = presets.get(name)
+    decoder, part = registry.decoder_of(wanted.llm), registry.tower_of(wanted.vision)
+    content = decoder.config_json(wanted.llm, wanted.llm.vocab, "bfloat16") | own | {
+        "architectures": [decoder.original[0]], "model_type": decoder.original[1], "mm_vision_tower": tower,
+        "mm_projector_type": "mlp2x_gelu", "mm_vision_select_layer": -2, "mm_vision_select_feature": "patch",
+    }  # fmt: skip
+    stored = TensorFiles(Path("released"), {})
+    names = table.entries(params.flatten(abstract_params(wanted)), llava.rows(llava.ORIGINAL, wanted),
+                          llava.first_layers(wanted), "test")  # fmt: skip
+    stored.specs.update({one: Spec(entry.their_shape, np.dtype("f2")) for entry in names for one in entry.theirs})
+    sizes = part.config_json(part.hub[tower])  # of the whole tower
+    assert llava.read_original_config(content, "config.json", part, sizes, stored) == wanted
+    assert tiling.read_original(content, "config.json", wanted.vision.image_size) == tiles
