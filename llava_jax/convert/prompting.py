@@ -1,5 +1,6 @@
 """What a directory of others, or who imports it, says about prompts: template, image mode and tiles."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -43,21 +44,19 @@ def read(
     if minigpt4.is_hub(content):
         usual = processor.read_settings(directory).mode or "squash"
         kept = {"template": minigpt4.TEMPLATES["qformer"], "image_mode": usual} | kept
-        tiles = None
-    elif options.image_mode is None:
-        tiles = _tiles(directory, content, config)
-    else:
-        tiles = None
-    mode = options.image_mode or kept.get("image_mode") or (ANYRES if tiles else None)
+    tiled = options.image_mode is None and not minigpt4.is_hub(content)
+    tiles = _tiles(directory, content, kept, config) if tiled else None
+    mode = options.image_mode or (ANYRES if tiles else None)
+    if mode is None and kept.get("image_mode") != ANYRES:
+        mode = kept.get("image_mode")
     if mode is None and llava.is_original(content):
         mode = original_mode(content, tiles)
     mode = mode or processor.read_settings(directory).mode
     if mode is None:
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
-    words = kept.get("tiling", anyres.words(tiles)) if mode == ANYRES else None
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", registry.decoder_of(config.llm).template)
-    return PromptMetadata(template, options.legacy, mode, marks, words)
+    return PromptMetadata(template, options.legacy, mode, marks, anyres.words(tiles))
 
 
 def original_mode(content: Mapping[str, Any], tiles: Tiling | None) -> str:
@@ -67,10 +66,15 @@ def original_mode(content: Mapping[str, Any], tiles: Tiling | None) -> str:
     return "pad" if content.get("image_aspect_ratio") == "pad" else "square"
 
 
-def _tiles(directory: epath.Path, content: Mapping[str, Any], config: LlavaConfig) -> Tiling | None:
+def _tiles(
+    directory: epath.Path, content: Mapping[str, Any], kept: Mapping[str, Any], config: LlavaConfig
+) -> Tiling | None:
     where, side = str(directory / "config.json"), config.vision.image_size
     if llava.is_original(content):
-        return tiling.read_original(content, where, side)
+        tiles = tiling.read_original(content, where, side)
+        if tiles is None or "tiling" not in kept:
+            return tiles
+        return dataclasses.replace(tiles, several=kept["tiling"].get("several") == ANYRES)  # it has no key for that
     tiles, settings = tiling.read_hub(content, where, side), processor.read_settings(directory)
     wanted = tiling.hub_pinpoints(tiles, side) if tiles else None
     if settings.mode is not None and (settings.mode == ANYRES) != (tiles is not None):

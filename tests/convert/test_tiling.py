@@ -220,3 +220,16 @@ def test_config_files_of_the_released_original_models_are_the_presets(name):
     sizes = part.config_json(part.hub[tower])  # of the whole tower
     assert llava.read_original_config(content, "config.json", part, sizes, stored) == wanted
     assert tiling.read_original(content, "config.json", wanted.vision.image_size) == tiles
+
+
+def test_tiles_of_an_edited_export_are_those_of_its_config(base, tmp_path):
+    exporting.export("llava", tiled(base, tmp_path / "trained", Tiling(V16, max_tiles=3)), tmp_path / "llava-x")
+    file = tmp_path / "llava-x" / "config.json"
+    content = json.loads(file.read_text())
+    tiny.write_json(file, content | {"image_grid_pinpoints": [[28, 56], [84, 84]]})
+    importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "tiles")
+    assert model_json.read(tmp_path / "tiles").prompt.tiling == anyres.words(Tiling(((1, 2), (3, 3)), max_tiles=3))
+    tiny.write_json(file, content | {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"})
+    importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "padded")
+    found = model_json.read(tmp_path / "padded").prompt
+    assert (found.image_mode, found.tiling) == ("pad", None)
