@@ -159,9 +159,20 @@ def read_range(path: epath.PathLike, start: int, size: int | None) -> bytes:
 
 
 def make_directory(path: epath.PathLike) -> None:
-    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself)."""
-    if not is_bucket(path):
+    """Makes a directory and those above it. A bucket has none (and etils' `mkdir` would make the bucket itself).
+
+    Raises:
+      UsageError: a file lies in its place or above it, or nobody may write there.
+    """
+    if is_bucket(path):
+        return
+    try:
         os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(
+            f"{os.fspath(path)}: no directory can be made there ({error.strerror}): name another place, or remove what "
+            "is in the way"
+        ) from None
 
 
 def set_aside(path: epath.PathLike) -> epath.Path:

@@ -215,3 +215,13 @@ def test_the_size_of_a_file_whose_owner_has_no_name_is_known(place):
 )
 def test_errors_of_stores_are_told_apart(error, kind):
     assert files.fault(error) == kind
+
+
+def test_a_directory_that_cannot_be_made_is_one_line_with_a_remedy(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    for place, reason in (("file", "File exists"), ("file/below", "Not a directory")):
+        with pytest.raises(UsageError, match=f"{place}: no directory can be made there .{reason}.: name another place"):
+            files.make_directory(tmp_path / place)
+    files.make_directory(tmp_path / "a" / "b")
+    files.make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()

@@ -87,8 +87,7 @@ def keep_also(checkpoints: Checkpoints, step: int) -> None:
 def _prepare(directory: epath.Path) -> None:
     """Makes the directory and deletes what is not finished: it would keep a full disk full. (Orbax's own option for
     this works in the background.)"""
-    if not files.is_bucket(directory):
-        directory.mkdir(parents=True, exist_ok=True)
+    files.make_directory(directory)
     entries = files.listed(directory)
     if files.is_bucket(directory) and not entries:  # reading cannot tell an empty bucket from one that does not exist
         files.write_whole(directory / _PROBE, b"")
