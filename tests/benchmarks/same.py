@@ -10,7 +10,7 @@ import numpy as np
 
 from llava_jax import params
 from llava_jax.batch import Example
-from llava_jax.checkpoint import reader
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
 from llava_jax.data.packing import cut
 from llava_jax.data.sources import open_source
@@ -75,7 +75,7 @@ def write(folder: Path, sizes: Sizes) -> None:
             writer.write(name, rng.normal(center, 0.02, leaf.shape).astype(np.float32))
     words = tokenizer.load(TOKENIZER, legacy=False)
     metadata = Metadata(presets.config_to_json(sizes.model), PromptMetadata("v1", False, "pad", False))
-    write(folder / OURS, metadata, words.files())
+    model_json.write(folder / OURS, metadata, words.files())
     exporting.export("hf", folder / OURS, folder / THEIRS)
     _write_records(folder, sizes, rng)
     examples = _examples(folder, sizes, rng)

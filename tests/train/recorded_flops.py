@@ -33,7 +33,10 @@ NEWER = {
     "llava_llama3_8b_siglip": (13958643712, 524288, 1050673152),
     "llava_qwen25_7b_siglip": (13050576896, 401408, 1089994752),
     "llava_qwen3_8b_siglip": (13891534848, 589824, 1244659712),
+    "llava_onevision_05b": (715653120, 86016, 272269312),
+    "llava_onevision_7b": (13050576896, 401408, 1089994752),
 }
+SAME = {"llava16_7b": "llava15_7b", "llava16_13b": "llava15_13b"}  # tiles are more of the same pictures
 
 _STAGE_1, _STAGE_2 = STAGES[1:3]
 CONFIGS = {

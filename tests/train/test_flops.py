@@ -17,7 +17,7 @@ from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.train import flops as model_flops
 from llava_jax.train import program as programs
-from tests.train.recorded_flops import ALMOST, CONFIGS, NEWER, OTHERS, PRESETS
+from tests.train.recorded_flops import ALMOST, CONFIGS, NEWER, OTHERS, PRESETS, SAME
 from tests.train.test_step import STAGE_1, build
 
 TINY = LlavaConfig(
@@ -65,8 +65,15 @@ def test_a_decoder_of_a_newer_preset_costs_what_a_llama_of_its_sizes_does_and_it
     assert images == 2 * patches * (14 * 14 * 3 * width + width * llm + llm * llm) + 26 * block
 
 
+def test_a_model_with_tiles_costs_a_tile_what_the_one_without_costs_a_picture():
+    for name, other in SAME.items():
+        assert counted(presets.get(name)) == counted(presets.get(other))
+    *decoder, images = counted(presets.get("llava16_mistral_7b"))
+    assert decoder == [13958643712, 524288, 262144000] and images == counted(presets.get("llava15_7b"))[-1]
+
+
 def test_every_preset_is_compared_with_the_formulas():
-    assert {name for name, _ in PRESETS} | set(NEWER) == set(presets.PRESETS)
+    assert {name for name, _ in PRESETS} | {*NEWER, *SAME, "llava16_mistral_7b"} == set(presets.PRESETS)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
