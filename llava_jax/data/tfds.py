@@ -20,7 +20,7 @@ _KNOWN = {"id", "conversations", "image", "images", "images_in_place", "weight"}
 
 
 class _Encoded(tfds.decode.SkipDecoding):
-    """Tensors images as encoded bytes; tfds has this for a single image only."""
+    """Leaves images as encoded bytes; tfds has this for a single image only."""
 
     def decode_batch_example_np(self, example: Any) -> Any:
         return example
