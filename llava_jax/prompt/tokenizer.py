@@ -88,9 +88,9 @@ def _converted(files: Mapping[str, bytes], where: str) -> dict[str, bytes]:
         for name, content in files.items():
             (Path(folder) / name).write_bytes(content)
         with Foreign(lambda error: UsageError(f"tokenizer {where}: transformers cannot load it: {error}")):
-            guest = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    if not guest.is_fast:
+            theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    if not theirs.is_fast:
         raise UsageError(f"tokenizer {where}: has no tokenizer.json: convert it with transformers first")
-    named = {"bos_token": guest.bos_token, "eos_token": guest.eos_token, "unk_token": guest.unk_token}
-    config = named | {"pad_token": guest.pad_token, "tokenizer_class": "PreTrainedTokenizerFast"}
-    return {words.FAST: guest.backend_tokenizer.to_str().encode(), words.CONFIG: json.dumps(config).encode()}
+    named = {"bos_token": theirs.bos_token, "eos_token": theirs.eos_token, "unk_token": theirs.unk_token}
+    config = named | {"pad_token": theirs.pad_token, "tokenizer_class": "PreTrainedTokenizerFast"}
+    return {words.FAST: theirs.backend_tokenizer.to_str().encode(), words.CONFIG: json.dumps(config).encode()}

@@ -1,0 +1,73 @@
+"""Records with tiled pictures: measured from headers, planned, and refused, on a disk and in a bucket."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from etils import epath
+from PIL import Image
+
+from llava_jax.data import index
+from llava_jax.data.check import Checks, rules
+from llava_jax.data.packed import Packed
+from llava_jax.data.sources import open_source
+from llava_jax.data.validate import validate
+from llava_jax.errors import UsageError
+from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.anyres import Tiling
+from llava_jax.prompt.encode import Format
+from llava_jax.prompt.images import image_size
+
+WORDS = tokenizer.load(Path(__file__).parent.parent / "golden" / "tiny_llama.model", legacy=True)
+FORMAT = Format(templates.get("v1"), WORDS, 28, 4, "anyres", tiling=Tiling(((1, 2), (2, 1), (2, 2))))
+SIZES = [(60, 20), (50, 52), (20, 60)]  # 2, 4 and 2 tiles beside the whole
+
+
+def write(folder, sizes=SIZES):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    records = [{"id": str(i), "image": f"{i}.png", "conversations": turns} for i in range(len(SIZES))]
+    (folder / "records.json").write_text(json.dumps(records))
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, "red").save(folder / f"{i}.png")
+    return open_source(folder / "records.json", folder)
+
+
+def feed(source, cache=None, images=8):
+    return Packed(sources=[source], format=FORMAT, rows=1, row_tokens=400, images_per_group=images, order="sequential",
+                  threads=1, cache_dir=cache)  # fmt: skip
+
+
+def test_tiles_are_counted_from_headers_and_kept_only_where_every_picture_was_there(tmp_path):
+    source = write(tmp_path, SIZES[:2])
+    assert index.sizes(source, FORMAT, tmp_path / "kept")[:, 1].tolist() == [3, 5, 0]
+    write(tmp_path)
+    assert index.sizes(source, FORMAT, tmp_path / "kept")[:, 1].tolist() == [3, 5, 3]
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    assert index.sizes(source, FORMAT, tmp_path / "kept")[:, 1].tolist() == [3, 5, 3]  # from the cache
+
+
+def test_hosts_whose_pictures_differ_have_other_plans_and_a_replaced_picture_says_what_to_delete(tmp_path):
+    (tmp_path / "other").mkdir()
+    one, other = write(tmp_path), write(tmp_path / "other", [SIZES[1]] * 3)
+    assert feed(one).state()["plan"] != feed(other).state()["plan"]  # compared before anything is compiled
+    feed(one, tmp_path / "kept")
+    write(tmp_path, [SIZES[1]] * 3)
+    with pytest.raises(UsageError, match="delete WORKDIR/lengths"):
+        list(zip(range(2), feed(one, tmp_path / "kept")))
+
+
+def test_validate_refuses_the_tiles_that_training_refuses(tmp_path):
+    source = write(tmp_path)
+    checks = Checks(rules(FORMAT.template, WORDS), FORMAT, 400, 4)
+    refused = [[finding.reason for finding in verdict.findings if finding.fatal]
+               for verdict in validate(source, checks)]  # fmt: skip
+    assert refused == [[], ["too_many_images"], []]
+
+
+def test_the_size_of_a_picture_in_a_bucket_is_read(bucket):
+    place = epath.Path(bucket) / "a.png"
+    with place.open("wb") as file:
+        Image.fromarray(np.zeros((40, 90, 3), np.uint8)).save(file, "PNG")
+    assert image_size(str(place)) == (90, 40)
