@@ -42,7 +42,7 @@ class PromptMetadata:
     """How words and pictures become the model's inputs.
 
     legacy: None: the tokenizer's files decide.
-    tiling: of image mode "anyres" (`prompt.anyres.words`).
+    tiling: of image mode "anyres" (`prompt.anyres.to_json`).
     """
 
     template: str

@@ -140,7 +140,7 @@ def _generation(source: Source, pad_id: int) -> dict[str, Any]:
 
 def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     config, prompt = source.config, source.metadata.prompt
-    tiles = anyres.from_words(prompt.image_mode, prompt.tiling)
+    tiles = anyres.from_json(prompt.image_mode, prompt.tiling)
     kind = tiling.hub_kind(tiles)  # refuses before it writes
     if config.image_newline and kind == tiling.PLAIN:
         raise UsageError(

@@ -341,7 +341,7 @@ def _write(
     adapters: Mapping[str, tuple[int, int]] | None = None,
 ) -> None:
     """Checks that everything fits, then writes the checkpoint. A parameter is of the first part that can hold it."""
-    anyres.check(anyres.from_words(prompt.image_mode, prompt.tiling), config.image_newline, config.image_features)
+    anyres.check(anyres.from_json(prompt.image_mode, prompt.tiling), config.image_newline, config.image_features)
     words = tokenizer.load(words_directory, prompt.legacy)
     ending.check(templates.get(prompt.template), words, str(words_directory), prompt.image_start_end)
     if words.size > config.llm.vocab:

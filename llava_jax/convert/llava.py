@@ -303,7 +303,7 @@ def original_config_json(
       select_layer: counted in the tower as it is fetched.
       prompt: the checkpoint's `PromptMetadata`.
     """
-    decoder, tiles = registry.decoder_of(config.llm), anyres.from_words(prompt.image_mode, prompt.tiling)
+    decoder, tiles = registry.decoder_of(config.llm), anyres.from_json(prompt.image_mode, prompt.tiling)
     return {
         **decoder.config_json(config.llm, vocab, dtype),
         "architectures": [decoder.original[0]],

@@ -273,7 +273,7 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
     content = read_json(directory / "config.json") if files.is_file(directory / "config.json") else {}
     if llava.is_original(content):
         tiles = tiling.read_original(content, str(directory / "config.json"), base.config.vision.image_size)
-        kept |= {"image_mode": original_mode(content, tiles), "tiling": anyres.words(tiles)}
+        kept |= {"image_mode": original_mode(content, tiles), "tiling": anyres.to_json(tiles)}
         kept["image_start_end"] = bool(content.get("mm_use_im_start_end", False))
     said = base.metadata.prompt
     mode = options.image_mode or kept.get("image_mode", said.image_mode)
@@ -284,6 +284,6 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
         kept.get("image_start_end", said.image_start_end),
         kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
     )
-    anyres.check(anyres.from_words(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
+    anyres.check(anyres.from_json(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)
     return prompt

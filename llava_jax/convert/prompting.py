@@ -56,7 +56,7 @@ def read(
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", registry.decoder_of(config.llm).template)
-    return PromptMetadata(template, options.legacy, mode, marks, anyres.words(tiles))
+    return PromptMetadata(template, options.legacy, mode, marks, anyres.to_json(tiles))
 
 
 def original_mode(content: Mapping[str, Any], tiles: Tiling | None) -> str:

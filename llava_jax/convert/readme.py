@@ -168,7 +168,7 @@ def _readers(config: LlavaConfig, prompt: PromptMetadata, name: str | None) -> s
     """
     vision, (decoder, _) = config.vision, registry.decoder_of(config.llm).original
     readers = [code for code, classes in _CODE.items() if decoder in classes]
-    part, tiles = registry.tower_of(vision), anyres.from_words(prompt.image_mode, prompt.tiling)
+    part, tiles = registry.tower_of(vision), anyres.from_json(prompt.image_mode, prompt.tiling)
     if tiles is not None and (tiles.max_tiles or not tiles.several):  # LLaVA knows no limit, and tiles every picture
         readers = [code for code in readers if code == "LLaVA-NeXT"]
     if part.hub_class != "CLIPVisionModel":

@@ -113,7 +113,7 @@ class Assistant:
         format = Format(
             chosen, words, config.vision.image_size, config.image_features,
             metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
-            anyres.from_words(metadata.prompt.image_mode, metadata.prompt.tiling),
+            anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling),
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}

@@ -73,16 +73,16 @@ def tiling(image_mode: str, grids: Any, merge: Any, max_tiles: Any, several: Any
     return Tiling(sizes, merge, max_tiles, several == ANYRES)
 
 
-def from_words(image_mode: str, words: Mapping[str, Any] | None) -> Tiling | None:
-    """The tiling of a model.json, as `words` wrote it. Raises UsageError where it is none."""
-    words = words or {"grids": "", "merge": MERGES[-1], "max_tiles": 0, "several": ANYRES}
+def from_json(image_mode: str, content: Mapping[str, Any] | None) -> Tiling | None:
+    """The tiling of a model.json, as `to_json` wrote it. Raises UsageError where it is none."""
+    content = content or {"grids": "", "merge": MERGES[-1], "max_tiles": 0, "several": ANYRES}
     wanted = ("grids", "merge", "max_tiles", "several")
-    if set(words) != set(wanted):
-        raise UsageError(f"tiling of keys {sorted(words)}: want {', '.join(wanted)}")
-    return tiling(image_mode, *(words[key] for key in wanted))
+    if set(content) != set(wanted):
+        raise UsageError(f"tiling of keys {sorted(content)}: want {', '.join(wanted)}")
+    return tiling(image_mode, *(content[key] for key in wanted))
 
 
-def words(tiling: Tiling | None) -> dict[str, Any] | None:
+def to_json(tiling: Tiling | None) -> dict[str, Any] | None:
     """What a model.json says of a tiling; None where pictures are not tiled."""
     if tiling is None:
         return None

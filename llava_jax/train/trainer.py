@@ -356,7 +356,7 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
     sources = init.resolve(program, config.init, workdir, config.train.seed)
     if distributed.index() == 0:
         prompt = PromptMetadata(config.prompt.template, format.tokenizer.legacy, config.prompt.image_mode,
-                            config.prompt.image_start_end, anyres.words(format.tiling))  # fmt: skip
+                            config.prompt.image_start_end, anyres.to_json(format.tiling))  # fmt: skip
         metadata = Metadata(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
         model_json.write(workdir, metadata, format.tokenizer.files())
         settings.write(workdir, config)

@@ -108,7 +108,7 @@ def test_an_assembly_with_a_newline_draws_it_and_nothing_else_anew(base):
 def tiled(base, folder, tiles):
     """The base as a training with tiles leaves it."""
     metadata = model_json.read(base / "ours")
-    prompt = dataclasses.replace(metadata.prompt, image_mode="anyres", tiling=anyres.words(tiles))
+    prompt = dataclasses.replace(metadata.prompt, image_mode="anyres", tiling=anyres.to_json(tiles))
     folder.mkdir()
     (folder / "0").symlink_to(base / "ours" / "0")
     words = model_json.read_tokenizer_files(base / "ours")
@@ -181,11 +181,11 @@ def test_an_adapter_has_the_tiles_of_its_own_config_or_of_its_base(base, tmp_pat
     trained = tiled(base, tmp_path / "trained", Tiling(V16))
     made = adapters.write_peft(tmp_path / "in", adapters.tensors(adapters.NEW))
     peft_import.import_adapter(made, tmp_path / "one", trained, importing.UNSAID)
-    assert model_json.read(tmp_path / "one").prompt.tiling == anyres.words(Tiling(V16))
+    assert model_json.read(tmp_path / "one").prompt.tiling == anyres.to_json(Tiling(V16))
     pinpoints = {"image_grid_pinpoints": [[28, 56]], "mm_projector_type": "mlp2x_gelu"}
     tiny.write_json(made / "config.json", ANYRES | pinpoints)
     peft_import.import_adapter(made, tmp_path / "two", base / "ours", importing.UNSAID)
-    assert model_json.read(tmp_path / "two").prompt.tiling == anyres.words(Tiling(((1, 2),)))
+    assert model_json.read(tmp_path / "two").prompt.tiling == anyres.to_json(Tiling(((1, 2),)))
     with pytest.raises(UsageError, match="`convert assemble --newline` makes a base with one"):
         peft_import.import_adapter(made, tmp_path / "three", base / "without", importing.UNSAID)
     tiny.write_json(made / "config.json", {"mm_projector_type": "mlp2x_gelu", "image_aspect_ratio": "pad"})
@@ -228,7 +228,7 @@ def test_tiles_of_an_edited_export_are_those_of_its_config(base, tmp_path):
     content = json.loads(file.read_text())
     tiny.write_json(file, content | {"image_grid_pinpoints": [[28, 56], [84, 84]]})
     importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "tiles")
-    assert model_json.read(tmp_path / "tiles").prompt.tiling == anyres.words(Tiling(((1, 2), (3, 3)), max_tiles=3))
+    assert model_json.read(tmp_path / "tiles").prompt.tiling == anyres.to_json(Tiling(((1, 2), (3, 3)), max_tiles=3))
     tiny.write_json(file, content | {"image_aspect_ratio": "pad", "mm_patch_merge_type": "flat"})
     importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "padded")
     found = model_json.read(tmp_path / "padded").prompt

@@ -158,16 +158,16 @@ def test_a_size_is_read_from_the_header_alone(tmp_path):
 )
 def test_words_that_describe_no_tiles_are_refused(changes, message):
     words = {"grids": "2x2", "merge": "spatial_unpad", "max_tiles": 0, "several": "anyres"}
-    assert anyres.words(anyres.from_words("anyres", words)) == words
+    assert anyres.to_json(anyres.from_json("anyres", words)) == words
     with pytest.raises(UsageError, match=message):
-        anyres.from_words("anyres", words | changes)
+        anyres.from_json("anyres", words | changes)
 
 
 def test_grids_belong_to_anyres_and_a_newline_to_the_model():
     with pytest.raises(UsageError, match='prompt.grids=.2x2. with prompt.image_mode="pad"'):
         anyres.tiling("pad", "2x2", "flat", 0, "pad")
     with pytest.raises(UsageError, match=r"tiling of keys .'grids'.: want grids, merge, max_tiles, several"):
-        anyres.from_words("anyres", {"grids": "2x2"})
+        anyres.from_json("anyres", {"grids": "2x2"})
     with pytest.raises(UsageError, match="`convert assemble --newline` makes a base with one"):
         anyres.check(V16, False, 4)
     with pytest.raises(UsageError, match="5 features a tile are no square"):
