@@ -5,7 +5,7 @@ import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the 
 assemble DST --vision TOWER_DIR --llm LLM_DIR          a fresh LLaVA of its parts
 assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4
 assemble DST --vision eva_vit_g.pth --image-size 448 --projector minigptv2.pth --llm LLAMA_DIR    a MiniGPT-v2
-export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
+export --format hf|llava|projector|peft|gguf SRC DST   adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
 """
 
@@ -19,7 +19,7 @@ from llava_jax import cli
 from llava_jax.errors import UsageError
 
 # jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
-FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "f32", "f16", "q8_0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -104,11 +104,12 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--seed", type=int, default=0, help="of the new projector and newline")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
-    text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4"
-    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True, help=text)
+    text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4; gguf: for llama.cpp"
+    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft", "gguf"), required=True, help=text)
     text = "of peft, for vLLM: a model with the projector, and an adapter of the decoder alone"
     verb.add_argument("--split-projector", action="store_true", help=text)
-    verb.add_argument("--dtype", choices=FLOATS, help="of all tensors; default: each its own")
+    text = "of all tensors; default: each its own. f32, f16, q8_0: of gguf's matrices; default: f16"
+    verb.add_argument("--dtype", choices=DTYPES, help=text)
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)
