@@ -39,8 +39,8 @@ def export(source: Source, partial: epath.Path, final: epath.Path, kind: str) ->
     config, prompt = source.config, source.metadata.prompt
     decoder, tower = registry.decoder_of(config.llm).gguf, registry.tower_of(config.vision).gguf
     assert decoder is not None and tower is not None
-    rows = tokenizer_files.kept_rows(source.words, config.llm.vocab + config.llm.added_tokens)
-    # <image> is no word of the file: a reader puts the picture there before it makes tokens.
+    # Rows without a word are never said here, but llama.cpp would; and a picture is no word of its files.
+    rows = tokenizer_files.kept_rows(source.words, source.words.size)
     marked = tokenizer_files.with_image_token(source.directory / "tokenizer", prompt.legacy).tokenizer
     chat = chat_template.render(templates.get(prompt.template), marked, chat_template.LLAMA_CPP)
     if chat is None:

@@ -22,7 +22,7 @@ _CUTS = {_LETTERS % r"\p{N}": ("qwen2", False), _LETTERS % r"\p{N}{1,3}": ("llam
 
 
 def keys(tokenizer: Tokenizer, prompt: PromptMetadata, rows: int, where: str) -> dict[str, Any]:
-    """The keys `tokenizer.ggml.*` of a vocabulary of `rows` rows; those that no word has are unused.
+    """The keys `tokenizer.ggml.*` of a vocabulary of `rows` words; an id between them that none has is unused.
 
     Raises:
       UsageError: llama.cpp has no such tokenizer.
