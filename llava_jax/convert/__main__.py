@@ -7,6 +7,7 @@ assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth -
 assemble DST --vision eva_vit_g.pth --image-size 448 --projector minigptv2.pth --llm LLAMA_DIR    a MiniGPT-v2
 export --format hf|llava|projector|peft|gguf SRC DST   adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
+verify --served EXPORT --checkpoint DIR [--with transformers,vllm,llama.cpp]    whether others answer as it does
 """
 
 import argparse
@@ -49,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         case "merge":
             reports.merge(options.source, options.destination, options.step)
         case "verify":
-            print(reports.verify(options.source, options.step))
+            _verify(options)
         case "inspect":
             for line in reports.inspect(options.source, options.step):
                 print(line)
@@ -69,6 +70,21 @@ def _import(options: argparse.Namespace) -> None:
     if options.base is not None:
         raise UsageError(f"--base {options.base}: {options.source} holds no adapter_config.json; leave --base out")
     importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from llava_jax.convert import reports, served
+
+    if (options.served is None) != (options.checkpoint is None) or (options.source is None) == (options.served is None):
+        raise UsageError("verify: want DIR alone, or --served EXPORT with --checkpoint DIR")
+    if options.served is None:
+        if options.readers is not None:
+            raise UsageError(f"--with {options.readers}: goes with --served EXPORT and --checkpoint DIR")
+        print(reports.verify(options.source, options.step))
+        return
+    names = options.readers and options.readers.split(",")
+    for line in served.verify(options.served, options.checkpoint, names, options.step):
+        print(line, flush=True)
 
 
 def _prompt(options: argparse.Namespace) -> Any:
@@ -113,15 +129,24 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)
-    for name, text in (("inspect", "what a checkpoint is"), ("verify", "whether every parameter is as it was written")):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("source", metavar="DIR")
-        _add_step(verb)
+    verb = verbs.add_parser("inspect", help="what a checkpoint is")
+    verb.add_argument("source", metavar="DIR")
+    _add_step(verb)
+    _add_verify(verbs.add_parser("verify", help="whether every parameter is as it was written, or an export as it"))
     verb = verbs.add_parser("merge", help="a checkpoint with its bases and adapters into one that has none")
     verb.add_argument("source", metavar="DIR")
     verb.add_argument("destination", metavar="OUT")
     _add_step(verb)
     return parser
+
+
+def _add_verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", metavar="DIR", nargs="?")
+    verb.add_argument("--served", metavar="EXPORT", help="20 picture prompts are asked of it, and of --checkpoint here")
+    verb.add_argument("--checkpoint", metavar="DIR", help="what EXPORT was exported from")
+    text = "of transformers, vllm, llama.cpp; default: those that read EXPORT's format and are installed"
+    verb.add_argument("--with", metavar="NAME,...", dest="readers", help=text)
+    _add_step(verb)
 
 
 def _add_step(verb: argparse.ArgumentParser) -> None:
