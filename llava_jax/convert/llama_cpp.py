@@ -3,6 +3,7 @@
 Source: gguf 0.19.0 constants.py; llama.cpp b11549 conversion/base.py, conversion/llama.py and tools/mtmd/clip.cpp.
 """
 
+import importlib.util
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,8 +32,11 @@ def export(source: Source, partial: epath.Path, final: epath.Path, kind: str) ->
     """Writes `model-KIND.gguf`, `mmproj-KIND.gguf` and README.md into `partial`.
 
     Raises:
-      UsageError: llama.cpp has no such part or prompt, named; `final` is in a bucket; a value does not fit in f16.
+      UsageError: llama.cpp has no such part or prompt, named; `final` is in a bucket; a value does not fit in f16; gguf
+        is not installed.
     """
+    if importlib.util.find_spec("gguf") is None:
+        raise UsageError('--format gguf wants the package gguf, which is missing: `pip install ".[gguf]"` in the clone')
     if files.is_bucket(final):
         raise UsageError(f"{final}: the gguf library writes to a disk only; want a directory there, copied afterwards")
     _check(source)
