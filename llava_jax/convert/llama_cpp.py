@@ -1,6 +1,7 @@
 """GGUF: the two files that llama.cpp reads, a decoder with its tokenizer, and a tower with its connector (mmproj).
 
-Source: gguf 0.19.0 constants.py; llama.cpp b11549 conversion/base.py, conversion/llama.py and tools/mtmd/clip.cpp.
+Source: gguf 0.19.0 constants.py; llama.cpp of llama-cpp-python 0.3.36, conversion/base.py, conversion/llama.py and
+tools/mtmd/clip.cpp.
 """
 
 import importlib.util
