@@ -24,7 +24,7 @@ class Picture(NamedTuple):
 
 HUB = Picture("part['type'] in ('image', 'image_url')", json.dumps(IMAGE))
 # llama.cpp writes "<__media__>", or with random letters "<__media_AbC__>", into the text of a message, which then has
-# no parts. Source: llama.cpp of llama-cpp-python 0.3.36, common/chat.cpp to_json_oaicompat, tools/server/server-common.cpp.
+# no parts. Source: llama.cpp of llama-cpp-python 0.3.36, common/chat.cpp, tools/server/server-common.cpp.
 LLAMA_CPP = Picture("part['type'] == 'media_marker'", "part['text']", (
     "{%- set all = namespace(turns=[]) -%}",
     "{%- for turn in turns -%}",
