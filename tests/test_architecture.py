@@ -67,6 +67,7 @@ DEPENDENCIES = {
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "matplotlib": ("evaluate/report",),
+    "starlette": ("serve",), "uvicorn": ("serve",),
     "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip

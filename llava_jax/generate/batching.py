@@ -40,7 +40,7 @@ class Chunk(NamedTuple):
     features: Float[np.ndarray | Array, "R Page D"]
     is_feature: Bool[np.ndarray | Array, "R Page"]
     start: Int[np.ndarray | Array, "R"]  # position of its first token
-    end: Int[np.ndarray | Array, "R"]  # the place in it whose next id is chosen: the prompt's last token, if it is there
+    end: Int[np.ndarray | Array, "R"]  # the place in it whose next id is chosen: the prompt's last, if it is there
     table: Int[np.ndarray | Array, "R P"]
     top: Bool[np.ndarray | Array, ""]  # whether the likeliest ids of some row are wanted
     sampling: SamplingRows
@@ -133,8 +133,8 @@ def positions(model: Llava, most: int) -> int:
     """
     llm = model.config.llm
     if model.config.cross is not None:
-        raise UsageError('a model whose decoder looks at pictures ("flamingo_xattn") cannot be served: a row\'s pictures '
-                         "are no part of its pages; use chat or evaluate")  # fmt: skip
+        raise UsageError('a model whose decoder looks at pictures between its layers ("flamingo_xattn") cannot be '
+                         "served: pages hold no pictures; use chat or evaluate")  # fmt: skip
     if llm.rope_scaling is not None and llm.rope_scaling.kind == "dynamic":
         return min(most, llm.max_positions // PAGE * PAGE)  # beyond, the rotation depends on the whole row's length
     return min(most, llm.usable_positions)
@@ -157,8 +157,8 @@ def check_memory(model: Llava, params: Any, pages: int, mesh: Mesh | None) -> No
     cache = pages * page_bytes(model.config.llm, model.dtype)
     if math.isfinite(memory) and weights + cache > placement.FULL * memory:
         raise UsageError(
-            f"weights of {weights / 2**30:.1f} GiB and {pages:,} pages of {PAGE} positions ({cache / 2**30:.1f} GiB) are "
-            f"more than {placement.FULL:.0%} of {memory / 2**30:.1f} GiB: lower --slots or --positions"
+            f"weights of {weights / 2**30:.1f} GiB and {pages:,} pages of {PAGE} positions ({cache / 2**30:.1f} GiB) "
+            f"are more than {placement.FULL:.0%} of {memory / 2**30:.1f} GiB: lower --slots or --positions"
         )
 
 

@@ -5,20 +5,26 @@ One thread owns a `Scheduler` and calls `step` as long as it is busy.
 """
 
 import itertools
-from collections import OrderedDict, deque
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from llava_jax.batch import NEWLINE, Layout
-from llava_jax.generate.batching import STEPS, TOP, Batching, Chunk, Ids, Rows
+from llava_jax.generate import batching as programs
+from llava_jax.generate.assistant import Assistant
+from llava_jax.generate.batching import STEPS, Batching, Chunk, Ids, Rows
 from llava_jax.generate.engine import NOTHING
-from llava_jax.generate.pages import Pages, Prompt, Shown
+from llava_jax.generate.features import Features
+from llava_jax.generate.pages import Pages, Prompt
 from llava_jax.generate.sampling import Sampling, stack
 from llava_jax.generate.stream import Row, Text, extended
 from llava_jax.models.paged import PAGE
+from llava_jax.prompt import ending
 from llava_jax.prompt.tokenizer import Tokenizer
+
+LANE_SLOTS = 4  # slots for each lane: prompts are read at once by a quarter of the rows that answer
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,7 @@ class Scheduler:
     def submit(self, job: Job) -> int:
         """Puts a request at the end of the queue; returns its number.
 
-        It must fit: len(job.prompt.tokens) + job.limit <= `batching.row_pages` * PAGE, and not need more than all pages.
+        It must fit: len(job.prompt.tokens) + job.limit <= `batching.row_pages` * PAGE.
         """
         number = next(self._numbers)
         self._waiting.append((number, job))
@@ -127,6 +133,16 @@ class Scheduler:
         for index, slot in enumerate(self._slots):
             if slot is not None and slot.number == number:
                 self._free(index)
+
+    def compile(self) -> Iterator[str]:
+        """Compiles all that will ever run; yields the name of each program before it does."""
+        side = self.batching.model.config.vision.image_size
+        yield "vision tower"
+        self.batching.features(self._params, [np.zeros((side, side, 3), np.uint8)])
+        yield "prompts"
+        _host(self._read([]))
+        yield "answers"
+        _host(self._advance([False] * self.batching.slots, STEPS))
 
     def step(self) -> list[tuple[int, Update]]:
         """One dispatch of each program that has work; what it added to which requests."""
@@ -261,6 +277,23 @@ class Scheduler:
         self._slots[index] = None
 
 
+def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[], Scheduler]:
+    """What makes a scheduler, with its pages, for the model of an assistant, whose parameters it shares.
+
+    Raises:
+      UsageError: the pages do not fit on the devices.
+    """
+    model, words = assistant.model, assistant.format.tokenizer
+    row_pages = programs.row_pages(positions)
+    pages = slots * row_pages + 1
+    programs.check_memory(model, assistant.params, pages, assistant.mesh)
+    ends = ending.of(assistant.format.template, words).ids
+    lanes = max(1, slots // LANE_SLOTS)
+    batching = Batching(model, slots, lanes, pages, row_pages, words.size, ends, assistant.mesh)
+    newline = np.asarray(assistant.params["image_newline"]) if model.config.image_newline else None
+    return lambda: Scheduler(batching, assistant.params, words, newline)
+
+
 def _sees(slot: _Slot) -> bool:
     """Whether the features of its next page are there."""
     return all(features is not None or shown.start >= slot.at + PAGE or shown.start + shown.length <= slot.at
@@ -269,64 +302,3 @@ def _sees(slot: _Slot) -> bool:
 
 def _host(ids: Ids) -> Ids:
     return Ids(*(np.asarray(x) for x in ids))
-
-
-class Features:
-    """Pictures' features, laid out as they stand in a prompt, [length, D]; the longest unused go first.
-
-    most_bytes: of those that are kept. newline: float [D].
-    """
-
-    def __init__(self, most_bytes: int, newline: np.ndarray | None, dtype: np.dtype) -> None:
-        self._most_bytes, self._newline, self._dtype = most_bytes, newline, dtype
-        self._bytes = 0
-        self._held: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._wanted: OrderedDict[bytes, tuple[Shown, list[np.ndarray | None]]] = OrderedDict()
-
-    def find(self, shown: Shown) -> np.ndarray | None:
-        """The features of a picture; None where they are not there, which `pending` then hands out."""
-        if shown.key in self._held:
-            self._held.move_to_end(shown.key)
-            return self._held[shown.key]
-        if shown.key not in self._wanted:
-            self._wanted[shown.key] = shown, [None] * len(shown.tiles)
-        return None
-
-    def pending(self, most: int) -> list[tuple[Shown, int, np.ndarray]]:
-        """At most so many tiles whose features are wanted: the picture, which of its tiles, and its pixels."""
-        tiles = ((shown, index, shown.tiles[index]) for shown, found in self._wanted.values()
-                 for index, features in enumerate(found) if features is None)  # fmt: skip
-        return list(itertools.islice(tiles, most))
-
-    def add(self, shown: Shown, index: int, features: np.ndarray) -> None:
-        """Takes the features [N, D] of a tile."""
-        found = self._wanted[shown.key][1]
-        found[index] = features
-        if any(one is None for one in found):
-            return
-        del self._wanted[shown.key]
-        held = laid_out(np.stack(found), shown.layout, self._newline, self._dtype)
-        self._held[shown.key] = held
-        self._bytes += held.nbytes
-        while self._bytes > self._most_bytes and len(self._held) > 1:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
-
-
-def laid_out(
-    features: np.ndarray, layout: Layout | None, newline: np.ndarray | None, dtype: np.dtype
-) -> np.ndarray:
-    """[n, D]: what stands for a picture whose tiles have `features` [tiles, N, D]."""
-    rows = features.reshape(-1, features.shape[-1])
-    if layout is None:
-        return rows
-    if newline is not None:
-        rows = np.concatenate([rows, newline[None].astype(dtype)])
-
-    def taken(slots: np.ndarray) -> np.ndarray:
-        return rows[np.where(slots == NEWLINE, len(rows) - 1, slots)]
-
-    if layout.corners is None:
-        return taken(layout.slots)
-    slots, weights = layout.corners
-    mixed = sum(taken(slots[..., i]).astype(np.float32) * weights[..., i, None] for i in range(4))
-    return mixed.astype(dtype)

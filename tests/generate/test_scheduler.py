@@ -108,7 +108,8 @@ def test_log_probabilities_are_those_of_the_forward_pass():
     slots = np.append(request.image_slots, [-1] * len(made)).astype(np.int32)
     whole = replace(request, tokens=ids, image_slots=slots)
     shape = shape_to_read(len(ids), 1, POSITIONS)
-    expected = assistant()._engine().logps(assistant().params, [whole], shape)[0][len(example.tokens) - 1 :][: len(made)]
+    scored = assistant()._engine().logps(assistant().params, [whole], shape)[0]
+    expected = scored[len(example.tokens) - 1 :][: len(made)]
     np.testing.assert_allclose([each.logp for each in made], expected, atol=1e-4)
     assert all(each.likeliest[0] == (each.id, each.logp) for each in made)
     assert all(len(each.likeliest) == 3 for each in made)
