@@ -1,6 +1,7 @@
 """The thread that owns the model: requests go in through a queue, updates come out on the event loop."""
 
 import asyncio
+import itertools
 import logging
 import queue
 import threading
@@ -96,7 +97,7 @@ class Worker:
 
     def _compile(self, scheduler: Scheduler) -> None:
         names, start = list[str](), time.monotonic()
-        for name in (*scheduler.compile(), ""):
+        for name in itertools.chain(scheduler.compile(), [""]):
             if names:
                 log.info("compiled %d of 3: %s, %.1f s", len(names), names[-1], time.monotonic() - start)
             names.append(name)

@@ -76,11 +76,13 @@ CHAT = [
     (shown("data:image/png;base64,%%%"), URL), (shown("data:image/png;base64,YQ"), URL), (shown(data(b"")), URL),
     (shown(data(b"not a picture")), URL), (shown(data(b"<svg/>", "image/svg+xml")), URL),
     (shown(data(png()[:40])), URL), (shown(data(png((60, 60))[:-40])), URL),
-    (shown(data(header(0, 5))), URL), (shown(data(header(50_000, 50_000))), URL), (shown(data(header(5000, 5000))), URL),
+    (shown(data(header(0, 5))), URL), (shown(data(header(50_000, 50_000))), URL),
+    (shown(data(header(5000, 5000))), URL),
     (shown(data(png((1, 5000)))), URL), (shown(data(header(2**31 - 1, 2**31 - 1))), URL),
     (chat(model="gpt-4o"), "model"), (chat(model=5), "model"), (chat(model=""), "model"),
     (chat(n=0), "n"), (chat(n=17), "n"), (chat(n=10**9), "n"), (chat(n=1.5), "n"), (chat(n=True), "n"),
-    (chat(temperature=-1), "temperature"), (chat(temperature=2.1), "temperature"), (chat(temperature="1"), "temperature"),
+    (chat(temperature=-1), "temperature"), (chat(temperature=2.1), "temperature"),
+    (chat(temperature="1"), "temperature"),
     (chat(temperature=[1]), "temperature"), (chat(temperature=True), "temperature"),
     (chat(top_p=0), "top_p"), (chat(top_p=1.1), "top_p"), (chat(top_k=-1), "top_k"), (chat(top_k=2**31), "top_k"),
     (chat(seed=-1), "seed"), (chat(seed=2**32), "seed"), (chat(seed=1.0), "seed"),
@@ -95,17 +97,21 @@ CHAT = [
     (chat(top_logprobs=2), "top_logprobs"), (chat(return_token_ids="yes"), "return_token_ids"),
     (chat(frequency_penalty=0.5), "frequency_penalty"), (chat(presence_penalty=-1), "presence_penalty"),
     (chat(logit_bias={"5": 1}), "logit_bias"), (chat(tools=[{}]), "tools"),
-    (chat(response_format={"type": "json_object"}), "response_format"), (chat(repetition_penalty=1.1), "repetition_penalty"),
-    (chat(tool_choice="required"), "tool_choice"), (chat(modalities=["audio"]), "modalities"), (chat(audio={}), "audio"),
+    (chat(response_format={"type": "json_object"}), "response_format"),
+    (chat(repetition_penalty=1.1), "repetition_penalty"),
+    (chat(tool_choice="required"), "tool_choice"), (chat(modalities=["audio"]), "modalities"),
+    (chat(audio={}), "audio"),
 ]  # fmt: skip
 TEXT = [
     ({}, "prompt"), ({"prompt": ""}, "prompt"), ({"prompt": ["a"]}, "prompt"), ({"prompt": 5}, "prompt"),
-    ({"prompt": "a " * POSITIONS}, "prompt"), ({"prompt": "a" * 40 * POSITIONS}, "prompt"), ({"prompt": "\ud800"}, "prompt"),
+    ({"prompt": "a " * POSITIONS}, "prompt"), ({"prompt": "a" * 40 * POSITIONS}, "prompt"),
+    ({"prompt": "\ud800"}, "prompt"),
     ({"prompt": "a", "logprobs": 21}, "logprobs"), ({"prompt": "a", "logprobs": True}, "logprobs"),
     ({"prompt": "a", "echo": True}, "echo"), ({"prompt": "a", "best_of": 3}, "best_of"), ({"prompt": "a", "n": 0}, "n"),
 ]  # fmt: skip
 RAW = [b"", b"{", b"\xff\xfe", b'{"messages": NaN}', b'{"n": Infinity, "messages": []}', b"[" * 100_000,
-       b'{"n": ' + b"9" * 5000 + b"}", b'{"a": [' + b"[]," * 300_000 + b"[]]}", b'{"temperature": 1e999, "messages": []}',
+       b'{"n": ' + b"9" * 5000 + b"}", b'{"a": [' + b"[]," * 300_000 + b"[]]}",
+       b'{"temperature": 1e999, "messages": []}',
        b"null"]  # fmt: skip
 
 
