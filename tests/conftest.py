@@ -18,7 +18,11 @@ os.environ.update(buckets.QUIET)  # read when gcsfs is imported
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Makes one cache of compiled programs; pytest-xdist's workers and the processes that tests start inherit it."""
+    """Sets what pytest-xdist's workers, and the processes that tests start, inherit: one cache of compiled programs.
+
+    Most of the suite's time is LLVM's for programs that run once: it optimises little, as in JAX's own tests.
+    """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = tempfile.mkdtemp(prefix="llava_jax-compiled-")
         os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
