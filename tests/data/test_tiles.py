@@ -60,20 +60,20 @@ def padded(source, cache, skip_budget):
                     order="sequential", lengths=(150,), cache_dir=cache, skip_budget=skip_budget)  # fmt: skip
 
 
-@pytest.mark.parametrize("size", [(20, 60), (900, 900)])
-def test_a_picture_that_was_replaced_after_rows_were_planned_costs_itself_alone(tmp_path, size):
+@pytest.mark.parametrize("number, size", [("1", (20, 60)), ("0", (900, 900))])
+def test_a_picture_that_was_replaced_after_rows_were_planned_costs_itself_alone(tmp_path, number, size):
     """Of fewer or more tiles than its row and its pool have room for; the others train as if nothing had happened."""
     source, cache, counts = write(tmp_path), tmp_path / "kept", {}
     for name, made in (("packed", feed), ("padded", padded)):
         write(tmp_path)
         before, _ = next(iter(made(source, cache, skip_budget=0.4)))
-        Image.new("RGB", size, "red").save(tmp_path / "1.png")
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
         again = made(source, cache, skip_budget=0.4)
         after, _ = next(iter(again))
-        assert [finding.reason for finding in again.bad] == ["replaced_image"] and again.bad[0].id == "1"
+        assert [finding.reason for finding in again.bad] == ["replaced_image"] and again.bad[0].id == number
         assert before.tokens.shape == after.tokens.shape and before.weights.sum() > after.weights.sum() > 0
         counts[name] = before.weights.sum(), after.weights.sum()
-        with pytest.raises(DataError, match=r"id='1' replaced_image: .* delete WORKDIR/lengths"):
+        with pytest.raises(DataError, match=rf"id='{number}' replaced_image: .* delete WORKDIR/lengths"):
             next(iter(made(source, cache, skip_budget=0.0)))
     assert counts["packed"] == counts["padded"]
 
