@@ -14,7 +14,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A package or one of its files -> the packages it may import; the longest match decides.
 PACKAGES = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
-    "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",), "typed": ("known_names",), "config_file": (),
+    "compilations": (), "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",),
+    "typed": ("known_names",), "config_file": (),
     "config": ("config_file", "typed", "limits"), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
@@ -49,7 +50,8 @@ PACKAGES = {
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # modules that all others may import
+# Modules that all others may import.
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed", "compilations")
 COMMANDS = ("cli",)  # what files that are commands may import beside their package's own list
 
 # A third-party library -> the packages or files that may import it.
@@ -80,7 +82,7 @@ DISK = {
     "evaluate/ablate": "its --workdir; a bucket is refused", "datagen": "its --out; a bucket is refused",
     "prompt": "links on a disk, and temporary folders for transformers", "data/validate": "links on a disk",
     "checkpoint/lock": "the kernel's own files", "doctor": "its own temporary folder, and this package's files",
-    "train/trainer": "this package's own files", "train/process": "the cache of compiled programs",
+    "train/trainer": "this package's own files", "compilations": "the user's cache directory",
 }
 
 
