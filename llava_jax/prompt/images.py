@@ -139,6 +139,13 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
     return out.getvalue()
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
 def _square(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
     width, height = image.size
     longer = int(size * max(width, height) / min(width, height))
