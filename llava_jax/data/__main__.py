@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
         if verb in ("show", "look"):
             of_page = f"; default {_LOOK}, or those of --id" if verb == "look" else ""
-            sub.add_argument("--first", type=int, metavar="N", help=f"only so many records{of_page}")
+            sub.add_argument("--first", type=_count, metavar="N", help=f"only so many records{of_page}")
             sub.add_argument("--id", action="append", default=[], help="only the record of this id; may be repeated")
         if verb == "look":
             sub.add_argument("--config", metavar="FILE", required=True, help=_CONFIG)
@@ -77,6 +77,12 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "validate":
             _add_validate(sub)
     return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: want 1 or more")
+    return int(text)
 
 
 def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:

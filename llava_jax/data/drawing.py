@@ -11,10 +11,10 @@ from llava_jax.data.inspection import Box, Line, Picture
 from llava_jax.prompt.encode import Format
 from llava_jax.prompt.images import Image, thumbnail
 
-_PICTURE, _TILES = 220, 460  # pixels of the longer side
+_PICTURE, _TILES = 220, 440  # pixels of the longer side
 _GUTTER, _ROOM = 46, 16  # left of the tiles for positions; right of them for newlines
 
-Size = tuple[float, float]
+Size = tuple[float | int, float | int]
 
 
 class View(NamedTuple):
@@ -22,6 +22,7 @@ class View(NamedTuple):
 
     svg: str
     caption: str
+    tiles: bool = False
 
 
 def views(picture: Picture, image: Image.Image, tiles: Sequence[np.ndarray], format: Format) -> list[View]:
@@ -57,13 +58,16 @@ def _grid(picture: Picture, grid: tuple[int, int], tiles: Sequence[np.ndarray]) 
     parts += _starts(picture.lines, size[1] / rows, scale)
     note = "; shaded: features of the padding, left out" if padding else ""
     return View(_svg(pixels, size, "".join(parts), _GUTTER, 12),
-                f"Tiles 1 to {columns * rows}: {_positions(picture.lines)}{note}")  # fmt: skip
+                f"Tiles 1 to {columns * rows}: {_positions(picture.lines)}{note}", True)  # fmt: skip
 
 
 def _positions(lines: Sequence[Line]) -> str:
     """Such as "positions 40 to 91: 4 lines of 12 features and a newline"."""
-    count, features = len(lines), lines[0].features
-    what = f"{count} lines of {features:,} features" if count > 1 else f"{features:,} features"
+    if not lines:
+        return "none of their features"
+    count, features, box = len(lines), lines[0].features, lines[0].box
+    each = "lines" if features <= box.width else "tiles"
+    what = f"{count} {each} of {features:,} features" if count > 1 else f"{features:,} features"
     ends = " and a newline" if lines[0].newline else ""
     return f"positions {lines[0].first:,} to {lines[-1].end - 1:,}: {what}{ends}"
 
@@ -93,7 +97,7 @@ def _around(box: Box, size: Size) -> str:
     right, bottom = box.left + box.width, box.top + box.height
     shades = (Box(0, 0, size[0], box.top), Box(0, bottom, size[0], size[1] - bottom),
               Box(0, box.top, box.left, box.height), Box(right, box.top, size[0] - right, box.height))  # fmt: skip
-    shades = [shade for shade in shades if min(shade.width, shade.height) > 0.01]
+    shades = [shade for shade in shades if min(shade.width, shade.height) > 0.5]  # a feature is larger
     return "".join(f'<rect class="shade" {_place(shade)}/>' for shade in shades)
 
 
@@ -130,6 +134,8 @@ def _starts(lines: Sequence[Line], tile: float, scale: float) -> Iterator[str]:
 
     tile: its height as drawn.
     """
+    if not lines:
+        return
     rows = [int((line.box.top + line.box.height / 2) * scale / tile) for line in lines]
     shown = {rows.index(row) for row in rows} | {len(lines) - 1}
     for number in sorted(shown):

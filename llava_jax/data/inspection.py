@@ -21,7 +21,7 @@ from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import image_size
 
-_MODES = {"square": "resized and its middle cut out", "pad": "padded to a square", "squash": "resized to a square"}
+_MODES = {"square": "its middle", "pad": "padded to a square", "squash": "its aspect changed"}
 
 
 class Box(NamedTuple):
@@ -150,13 +150,13 @@ def select(sources: Sequence[Source], first: int | None, ids: Sequence[str]) -> 
 
 def shape_of(format: Format) -> str:
     """How the model takes a picture, in words."""
-    side, tiling = format.image_size, format.tiling
+    side, tiling, features = format.image_size, format.tiling, format.image_features
     if tiling is None:
-        return f"a picture is {_MODES[format.image_mode]} of {side} pixels, {format.image_features} features"
+        return f"a picture becomes {side} x {side} pixels, {_MODES[format.image_mode]}: {features} features"
     grids = " ".join(f"{columns}x{rows}" for columns, rows in tiling.grids)
     limit = f", resized to the features of {tiling.max_tiles} tiles where there are more" if tiling.max_tiles else ""
     return (f"a picture is its whole and the tiles of a grid ({grids}), each of {side} pixels and "
-            f"{format.image_features} features; merged {tiling.merge}{limit}")  # fmt: skip
+            f"{features} features; merged {tiling.merge}{limit}")  # fmt: skip
 
 
 def _picture(size: Size, layout: Layout, span: Span, format: Format) -> Picture:
@@ -181,10 +181,12 @@ def _tiles(first: int, grid: Size, side: int) -> Iterator[Line]:
 
 
 def _read_box(layout: Layout, grid: Size, side: int) -> Box:
-    """The features of the grid that are read: all but the lines of the padding."""
+    """The features of the grid that are read: all but the lines of the padding, which may be all lines of a stripe."""
     slots, weights = (layout.slots, None) if layout.corners is None else layout.corners
     slots = (slots if weights is None else slots[weights > 0]) - layout.features
     slots = slots[slots >= 0]
+    if not len(slots):
+        return Box(0, 0, 0, 0)
     tile, place = np.divmod(slots, layout.features)
     x, y = tile % grid[0] * side + place % side, tile // grid[0] * side + place // side
     return Box(*(int(n) for n in (x.min(), y.min(), np.ptp(x) + 1, np.ptp(y) + 1)))
@@ -197,7 +199,7 @@ def _lines(layout: Layout, first: int, box: Box) -> Iterable[Line]:
         lengths = np.diff(ends, prepend=layout.features - 1) - 1
     else:
         lengths = np.full(int(box.height), int(box.width))
-    step, at = box.height / len(lengths), first
+    step, at = box.height / max(1, len(lengths)), first
     for number, length in enumerate(lengths.tolist()):
         line = Line(at, length, len(ends) > 0, Box(box.left, box.top + number * step, box.width, step))
         at = line.end

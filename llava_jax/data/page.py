@@ -20,14 +20,15 @@ from llava_jax.prompt.images import open_image
 MAX_BYTES = 8_000_000  # of the records on a page; the rest is left out
 MAX_PICTURES = 12  # drawn of a record
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem; color: #1f2328;
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 0 auto; padding: 1rem; color: #1f2328;
   background: #fff; overflow-wrap: anywhere }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem } h2 { font-size: 1.1rem; margin: 0 } h3 { font-size: 1rem; margin: 1rem 0 0 }
 section { border-top: 2px solid #d0d7de; margin-top: 1.5rem; padding-top: 1rem } p { margin: .3rem 0 }
 .views { display: flex; flex-wrap: wrap; gap: 1rem; align-items: flex-start }
 figure { margin: .5rem 0 0; max-width: 100% }
-figcaption { font-size: .875rem; color: #57606a; max-width: 32rem } .small figcaption { max-width: 15rem }
-svg { display: block; max-width: 100%; height: auto }
+figcaption { font-size: .875rem; color: #57606a; max-width: 32rem }
+figure:not(.tiles) { max-width: min(100%, 236px) }
+svg { max-width: 100%; height: auto } figure svg { display: block }
 .tile { fill: none; stroke: #0550ae; stroke-width: 2 }
 .number { font: bold 20px system-ui, sans-serif; text-anchor: middle; fill: #fff; stroke: #0550ae; stroke-width: 4;
   paint-order: stroke }
@@ -42,6 +43,8 @@ del { opacity: .6; text-decoration: line-through } .cut, .problem { color: #a40e
 _HATCH = """<svg width="0" height="0"><defs><pattern id="hatch" width="8" height="8" patternUnits="userSpaceOnUse"
 patternTransform="rotate(45)"><rect width="8" height="8" fill="#bf8700" fill-opacity=".35"/><rect width="3" height="8"
 fill="#bf8700" fill-opacity=".8"/></pattern></defs></svg>"""
+_NEWLINE = """ <svg width="14" height="10"><path class="newline" d="M12 2v5h-9"/></svg> is the newline that ends a
+line."""
 
 
 class Refused(NamedTuple):
@@ -58,6 +61,7 @@ def write(records: Iterable[Inspection | Refused], title: str, format: Format, r
     """
     style = base64.b64encode(hashlib.sha256(_STYLE.encode()).digest()).decode()
     policy = f"default-src 'none'; img-src data:; style-src 'sha256-{style}'; base-uri 'none'; form-action 'none'"
+    newline = format.tiling is not None and format.tiling.newline
     body = "".join(_sections(records, format))
     page = f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">
@@ -66,8 +70,7 @@ def write(records: Iterable[Inspection | Refused], title: str, format: Format, r
 <h1>{html.escape(title)}</h1>
 <p>Template {html.escape(format.template.name)}; {html.escape(shape_of(format))}. A row takes {row_tokens:,} tokens.
 <p><mark>Underlined</mark> tokens are supervised. <del>Struck through</del> is what the end of the row cuts off.
-Positions count from 0. Features go line by line, from left to right; <svg width="14" height="10"><path class="newline"
-d="M12 2v5h-9"/></svg> is the newline that ends a line; the mouse shows a line's positions.
+Positions count from 0; the mouse shows those of a line of tiles.{_NEWLINE * newline}
 {body}</body></html>
 """
     return page.encode("utf-8", "backslashreplace")
@@ -104,7 +107,8 @@ def _section(one: Inspection, number: int, format: Format) -> str:
 
 def _runs(one: Inspection, number: int, format: Format) -> Iterator[str]:
     """The conversation: runs of tokens that are alike, and a sign for each picture."""
-    example, start = one.example, 0  # start: of the stretch of text, behind the last picture
+    example, ids = one.example, one.example.tokens.tolist()
+    start = 0  # of the stretch of text: behind the last picture
     spans = {span.start: span for span in example.image_spans}
     ends = {one.kept, len(example.tokens), *spans, *(span.start + span.length for span in spans.values())}
     ends |= set((np.flatnonzero(np.diff(example.learned)) + 1).tolist())
@@ -116,9 +120,9 @@ def _runs(one: Inspection, number: int, format: Format) -> Iterator[str]:
             text = f'<a class="picture" href="#r{number}p{which}">picture {which}: {end - first:,} features</a>'
             start = end
         else:
-            before, ids = (format.tokenizer.decode(example.tokens[start:n], skip_special=False) for n in (first, end))
+            before, text = (format.tokenizer.decode(ids[start:n], skip_special=False) for n in (first, end))
             name = "mark" if example.learned[first] else "span"
-            text = f'<{name} data-tokens="{end - first}">{html.escape(ids[len(before):])}</{name}>'
+            text = f'<{name} data-tokens="{end - first}">{html.escape(text[len(before):])}</{name}>'
         yield f"<del>{text}</del>" if cut else text
 
 
@@ -132,5 +136,6 @@ def _pictures(one: Inspection, number: int, format: Format) -> Iterator[str]:
         tile += picture.layout.tiles
         yield f'<h3 id="r{number}p{which}">Picture {which}: {html.escape(str(picture))}</h3><div class="views">'
         for view in views(picture, open_image(reference, one.root), tiles, format):
-            yield f"<figure>{view.svg}<figcaption>{html.escape(view.caption)}</figcaption></figure>"
+            kind = ' class="tiles"' if view.tiles else ""
+            yield f"<figure{kind}>{view.svg}<figcaption>{html.escape(view.caption)}</figcaption></figure>"
         yield "</div>"
