@@ -206,7 +206,7 @@ def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, 
             else:
                 assert re.search(expected, outcome.reason) and len(outcome.reason) < 400 and not outcome.fatal
         assert server.hits <= 4
-        # The kernel's buffers take up to tens of MiB a connection beside what is read; 20 s without an end are gigabytes.
+        # The kernel's buffers take tens of MiB a connection beside what is read; 20 s without an end are gigabytes.
         assert server.sent_bytes <= server.hits * 16 * MAX_BODY_BYTES, "an endless answer is not read to its end"
     texts = [(tmp_path / "c.jsonl").read_text(), *map(repr, outcomes.values()), str(client.usage), *capsys.readouterr()]
     reasons = [result.reason if isinstance(result, Failure) else result.finish_reason for result in outcomes.values()]
