@@ -172,7 +172,7 @@ class Assistant:
           ValueError: a conversation has no supervised token, does not fit the template, or is longer than the model's
             positions; names it. All are checked before the first is scored.
         """
-        shapes = [self._shape_to_read(one) for one in conversations]
+        shapes = [self._shape_to_read(one, image_root) for one in conversations]
         found: dict[int, np.ndarray] = {}
         for shape, batch in self._batches(shapes):
             examples = [encode(conversations[i], self.format, image_root) for i in batch]
@@ -262,7 +262,7 @@ class Assistant:
         """
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         answers: dict[int, Reply] = {}
-        for shape, batch in self._batches([self._shape(one, max_new_tokens) for one in conversations]):
+        for shape, batch in self._batches([self._shape(one, max_new_tokens, image_root) for one in conversations]):
             examples = [encode(conversations[i], self.format, image_root, reply=True) for i in batch]
             requests = [self._request(example, max_new_tokens, sampling) for example in examples]
             answers.update(zip(batch, self._answer(requests, shape)))
@@ -280,26 +280,28 @@ class Assistant:
         image_root: epath.PathLike | None,
     ) -> tuple[Request, Shape]:  # fmt: skip
         if max_new_tokens is None:
-            max_new_tokens = self._room(conversation)
-        shape = self._shape(conversation, max_new_tokens)
+            max_new_tokens = self._room(conversation, image_root)
+        shape = self._shape(conversation, max_new_tokens, image_root)
         example = encode(conversation, self.format, image_root, reply=True)
         return self._request(example, max_new_tokens, sampling), shape
 
-    def _room(self, conversation: Conversation) -> int:
+    def _room(self, conversation: Conversation, image_root: epath.PathLike | None) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
-        prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
+        prompt = len(encode(conversation, self.format, image_root, reply=True, open_images=False).tokens)
         return max(1, min(NEW_TOKENS, self.model.config.llm.usable_positions - prompt))
 
-    def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
-        example = encode(conversation, self.format, reply=True, open_images=False)
+    def _shape(
+        self, conversation: Conversation, max_new_tokens: int, image_root: epath.PathLike | None
+    ) -> Shape:
+        example = encode(conversation, self.format, image_root, reply=True, open_images=False)
         limit = self.model.config.llm.usable_positions
         try:
             return engine.shape_of(len(example.tokens), example.tiles, max_new_tokens, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
-    def _shape_to_read(self, conversation: Conversation) -> Shape:
-        example = encode(conversation, self.format, open_images=False)
+    def _shape_to_read(self, conversation: Conversation, image_root: epath.PathLike | None) -> Shape:
+        example = encode(conversation, self.format, image_root, open_images=False)
         if not example.learned[1:].any():
             raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
         try:

@@ -120,6 +120,11 @@ def test_a_run_trains_the_newline_and_answers_as_it_was_trained(run, tmp_path):
     asked = [replace(talk, turns=talk.turns[:1]) for talk in conversations()]
     together = assistant.replies(asked, max_new_tokens=4)
     assert [reply.ids for reply in together] == [assistant.reply(one, max_new_tokens=4).ids for one in asked]
+    folder, named = run.parent / "images", [replace(talk, images=(f"{talk.id}.png",)) for talk in conversations()]
+    np.testing.assert_array_equal(np.concatenate(assistant.logps(named, folder)), np.concatenate(logps))
+    asked = [replace(talk, turns=talk.turns[:1]) for talk in named]
+    assert assistant.replies(asked, max_new_tokens=4, image_root=folder) == together
+    assert assistant.reply(asked[0], image_root=folder).ids[:4] == together[0].ids
     with pytest.raises(UsageError, match="not of one shape"):
         assistant.image_features(["0.png"], run.parent / "images")
 
