@@ -187,7 +187,7 @@ def _look(options: argparse.Namespace) -> int:
     options.first = options.first or (None if options.id else _LOOK)
     task = _of_config(options)
     records = list(_examined(task, options))
-    title = ", ".join(place.path for place in task.places)
+    title = ", ".join(place.path for place in task.places if place.trained)
     content = page.write(records, title, task.checks.format, task.checks.row_tokens)
     files.write_whole(options.out, content)
     refused = sum(isinstance(one, Refused) or one.fatal for one in records)

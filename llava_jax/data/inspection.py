@@ -133,17 +133,19 @@ def examine(record: Record, checks: Checks, source: Source) -> Inspection:
 
 
 def select(sources: Sequence[Source], first: int | None, ids: Sequence[str]) -> Iterator[tuple[Source, Record]]:
-    """The records of some sources, or those of some ids; of these the first, where so many are given.
+    """The records of some sources in order, or the first one of each id; of these the first, where a number is given.
 
     Raises:
       UsageError: an id that no record has, after those that there are.
     """
     missing = set(ids)
     every = ((source, record) for source in sources for record in source)
-    chosen = (pair for pair in every if not ids or pair[1].id in ids)
+    chosen = (pair for pair in every if not ids or pair[1].id in missing)
     for source, record in itertools.islice(chosen, first):
         missing.discard(record.id)
         yield source, record
+        if ids and not missing:
+            return
     if missing and first is None:
         raise UsageError(f"--id {sorted(missing)[0]}: no record of {sources[0].path} has this id")
 

@@ -38,7 +38,7 @@ svg { max-width: 100%; height: auto } figure svg { display: block }
 .talk { white-space: pre-wrap; background: #f6f8fa; padding: .6rem .8rem; margin: .8rem 0 0 }
 mark { background: #dafbe1; color: #0f5323; text-decoration: underline; text-decoration-thickness: 2px }
 .picture { background: #0550ae; color: #fff; padding: 0 .4em; border-radius: .3em; text-decoration: none }
-del { opacity: .6; text-decoration: line-through } .cut, .problem { color: #a40e26; font-weight: bold }
+del { opacity: .7; text-decoration: line-through } .cut, .problem { color: #a40e26; font-weight: bold }
 """
 _HATCH = """<svg width="0" height="0"><defs><pattern id="hatch" width="8" height="8" patternUnits="userSpaceOnUse"
 patternTransform="rotate(45)"><rect width="8" height="8" fill="#bf8700" fill-opacity=".35"/><rect width="3" height="8"
