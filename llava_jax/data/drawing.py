@@ -111,7 +111,7 @@ def _tile_marks(columns: int, rows: int, size: Size) -> Iterator[str]:
     for tile in range(columns * rows):
         row, column = divmod(tile, columns)
         yield f'<rect class="tile" {_place(Box(column * width, row * height, width, height))}/>'
-        x, y = column * width + width / 2, row * height + height / 2 + 7
+        x, y = column * width + 6, row * height + 18
         yield f'<text class="number" x="{x:.1f}" y="{y:.1f}">{tile + 1}</text>'
 
 

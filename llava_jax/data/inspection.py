@@ -74,7 +74,7 @@ class Picture(NamedTuple):
     def __str__(self) -> str:
         width, height = self.size
         tiles = f"{self.grid[0]} x {self.grid[1]} tiles and the whole" if self.grid else "one tile"
-        ends = f" ({self.newlines:,} of them newlines)" if self.newlines else ""
+        ends = f" (newlines: {self.newlines:,})" if self.newlines else ""
         return (f"{width} x {height} pixels, {tiles}: {self.span.length:,} features{ends} at positions "
                 f"{self.span.start:,} to {self.span.start + self.span.length - 1:,}")  # fmt: skip
 

@@ -30,12 +30,13 @@ figcaption { font-size: .875rem; color: #57606a; max-width: 32rem }
 figure:not(.tiles) { max-width: min(100%, 236px) }
 svg { max-width: 100%; height: auto } figure svg { display: block }
 .tile { fill: none; stroke: #0550ae; stroke-width: 2 }
-.number { font: bold 20px system-ui, sans-serif; text-anchor: middle; fill: #fff; stroke: #0550ae; stroke-width: 4;
+.number { font: bold 16px system-ui, sans-serif; fill: #fff; stroke: #0550ae; stroke-width: 4;
   paint-order: stroke }
 .start { font: 12px system-ui, sans-serif; text-anchor: end; fill: #1f2328 }
 .line { fill: #0550ae; fill-opacity: 0 } .line:hover { fill-opacity: .5 }
 .shade { fill: url(#hatch) } .newline { fill: none; stroke: #953800; stroke-width: 1.2 }
-.talk { white-space: pre-wrap; background: #f6f8fa; padding: .6rem .8rem; margin: .8rem 0 0 }
+.talk { white-space: pre-wrap; background: #f6f8fa; padding: .6rem .8rem; margin: .8rem 0 0;
+  max-height: 24rem; overflow: auto }
 mark { background: #dafbe1; color: #0f5323; text-decoration: underline; text-decoration-thickness: 2px }
 .picture { background: #0550ae; color: #fff; padding: 0 .4em; border-radius: .3em; text-decoration: none }
 del { opacity: .7; text-decoration: line-through } .cut, .problem { color: #a40e26; font-weight: bold }
@@ -100,8 +101,8 @@ def _section(one: Inspection, number: int, format: Format) -> str:
         parts.append(f'<p class="cut">Cut behind {one.kept:,} tokens: {tokens - one.kept:,} are lost, {one.lost:,} of '
                      "them supervised.")  # fmt: skip
     parts += [f'<p class="problem">{"Refused: " * problem.fatal}{html.escape(f"{problem.reason}: {problem.detail}")}'
-              for problem in one.problems]  # fmt: skip
-    parts += [f'<div class="talk">{"".join(_runs(one, number, format))}</div>', *_pictures(one, number, format)]
+              for problem in one.problems if problem.reason != "cut"]  # fmt: skip
+    parts += [f'<div class="talk" tabindex="0">{"".join(_runs(one, number, format))}</div>', *_pictures(one, number, format)]
     return "".join(parts) + "</section>\n"
 
 
