@@ -102,8 +102,8 @@ def _section(one: Inspection, number: int, format: Format) -> str:
                      "them supervised.")  # fmt: skip
     parts += [f'<p class="problem">{"Refused: " * problem.fatal}{html.escape(f"{problem.reason}: {problem.detail}")}'
               for problem in one.problems if problem.reason != "cut"]  # fmt: skip
-    parts += [f'<div class="talk" tabindex="0">{"".join(_runs(one, number, format))}</div>', *_pictures(one, number, format)]
-    return "".join(parts) + "</section>\n"
+    parts += ['<div class="talk" tabindex="0">', *_runs(one, number, format), "</div>"]
+    return "".join([*parts, *_pictures(one, number, format), "</section>\n"])
 
 
 def _runs(one: Inspection, number: int, format: Format) -> Iterator[str]:
