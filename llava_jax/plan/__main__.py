@@ -60,7 +60,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     program = build(config, target)
     workload = report.workload_of(config, model, program, options.sample_tokens)
     costs = report.Costs(_samples(config, options, workload.samples), options.price)
-    compiled = compile_step(target, program, workload.chunks)
+    compiled = compile_step(target, program, workload.chunks, workload.tile_shares)
     print(report.page(compiled, workload, costs), flush=True)
     if options.json:
         _write(options.json, report.numbers(compiled, workload, costs))

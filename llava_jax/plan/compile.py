@@ -7,6 +7,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,11 +159,14 @@ def build(config: configs.Config, target: Target) -> Program:
     return program
 
 
-def compile_step(target: Target, program: Program, chunks: int) -> CompiledStep:
+def compile_step(
+    target: Target, program: Program, chunks: int, tile_shares: Mapping[int, float]
+) -> CompiledStep:
     """Compiles the step of a program that was built for this place.
 
     Args:
       chunks: how often the loop over supervised positions runs on a device; the data decides, see `hlo.cost`.
+      tile_shares: the data decides these too.
 
     Raises:
       CompilerRefused: the compiler cannot do it, for another reason than memory.
@@ -182,7 +186,7 @@ def compile_step(target: Target, program: Program, chunks: int) -> CompiledStep:
         aliased=analysis.alias_size_in_bytes, temporaries=analysis.temp_size_in_bytes,
         on_host=analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
     )  # fmt: skip
-    return CompiledStep(target, program, memory, hlo.cost(compiled.as_text(), target.slices, chunks), secs)
+    return CompiledStep(target, program, memory, hlo.cost(compiled.as_text(), target.slices, chunks, tile_shares), secs)
 
 
 def _refusal(target: Target, program: Program, error: str) -> CompilerRefused:

@@ -70,8 +70,9 @@ def search(
     slack, compile_secs, count = float("inf"), 0.0, 0  # slack: the least that a choice took over its bound
     while candidates:
         choice, *candidates = candidates
+        workload = choice.workload
         try:
-            compiled = compile_step(choice.target, choice.program, choice.workload.chunks)
+            compiled = compile_step(choice.target, choice.program, workload.chunks, workload.tile_shares)
         except CompilerRefused as error:
             _log(f"{_name(choice)}: {error}")
             continue
