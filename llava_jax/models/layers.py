@@ -164,6 +164,18 @@ def through(
     return [x, *states] if every else [last]
 
 
+@jax.custom_vjp
+def read_layer(stack: Params, index: Int[Array, ""], own: Params) -> Params:
+    """Layer `index` of a stack, for a scan over some of its layers; the gradient is that of `own`, its slice.
+
+    The slices of a scan would be a second copy of the parameters. `own` is never read, so that XLA makes none of it.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+
+
+read_layer.defvjp(lambda *arguments: (read_layer(*arguments), None), lambda _, slope: (None, None, slope))
+
+
 def take_layer(stack: Params, index: int) -> Params:
     """One block's parameters out of a stack; each leaf is an array [L, ...], or a tuple of its L parts."""
     return jax.tree.map(lambda leaf: leaf[index], stack, is_leaf=lambda leaf: isinstance(leaf, tuple))
