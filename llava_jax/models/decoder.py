@@ -3,6 +3,7 @@
 LLaMA, Mistral and Qwen are this with a few switches, which their files set.
 """
 
+import operator
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -69,7 +70,8 @@ class DecoderBlock(nn.Module):
         return self.dense("down", self.config.width)(y)
 
     def dense(self, name: str, features: int) -> Dense:
-        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, name=name)
+        rows = ("batch", "tokens")
+        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, rows=rows, name=name)
 
     def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         y = self.dense(name, heads * self.config.head_width)(y)
@@ -170,7 +172,7 @@ class LanguageModel(nn.Module):
             return body(x, (read_layer(stack, index, own), key))
 
         for policy, first, end in parts:
-            part = jax.tree.map(lambda leaf: leaf[first:end], (self.blocks, keys))
+            part = jax.tree.map(operator.itemgetter(slice(first, end)), (self.blocks, keys))
             x, _ = jax.lax.scan(remat(policy)(read), x, (jnp.arange(first, end), *part))
         return x
 

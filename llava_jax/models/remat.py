@@ -1,7 +1,7 @@
 """What a block's backward pass finds kept, finds on the host, or computes again: policies by name."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax

@@ -9,6 +9,7 @@ from typing import Any
 
 from llava_jax import config as configs
 from llava_jax import sharding
+from llava_jax.models import remat
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import mixture
 from llava_jax.plan.compile import CompiledStep, Target
@@ -192,7 +193,7 @@ def page(compiled: CompiledStep, workload: Workload, costs: Costs) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items() if size > 1) or "one device"
     slices = f"{target.slices} slices of " if target.slices > 1 else ""
     chips = f"{target.chips} chips ({target.chip.kind}) on {target.hosts} host(s)"
-    lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}",
+    lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}; remat {remat.describe(compiled.program.model.remat)}",
              f"compiled in {compiled.secs:.0f} s; assumed: {workload.assumption}", "",
              *_memory_lines(compiled)]  # fmt: skip
     if compiled.cost is not None:

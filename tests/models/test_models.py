@@ -165,10 +165,8 @@ def test_layers_with_policies_of_their_own_keep_what_each_says_and_no_copy_of_th
 
     def kept(policy):
         model = Llava(TINY, remat=policy)
-        found = jax.eval_shape(
-            lambda llm: jax.tree.leaves(jax.vjp(lambda llm: model.apply({"params": tiny | {"llm": llm}}, **fields), llm)[1]),
-            tiny["llm"],
-        )  # fmt: skip
+        forward = functools.partial(lambda model, llm: model.apply({"params": tiny | {"llm": llm}}, **fields), model)
+        found = jax.eval_shape(lambda llm: jax.tree.leaves(jax.vjp(forward, llm)[1]), tiny["llm"])
         activations = sum(x.size for x in found if x.shape[1:3] == (2, 8))
         return activations, sum(x.size for x in found if x.shape[:1] == (3,) and x.shape[1:3] != (2, 8))
 
