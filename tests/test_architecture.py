@@ -40,9 +40,10 @@ PACKAGES = {
     "datagen/describer.py": ("prompt", "openai_client", "generate"),
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
+    "convert/served.py": ("batch", "params", "models", "checkpoint", "prompt", "generate"),  # asks the checkpoint too
     # The sizes of a model without a preset are those that its base's model.json says.
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
-             "data/sources", "checkpoint/model_json", "prompt/anyres"),
+             "train/memory", "train/fitting", "data/sources", "data/planner", "checkpoint/model_json", "prompt/anyres"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
     "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/model_json"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),
@@ -61,13 +62,15 @@ DEPENDENCIES = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
+    "transformers": ("prompt/tokenizer", "convert/readers"), "tokenizers": ("prompt/hub",),
+    "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
     "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
+    "vllm": ("convert/readers",), "xllamacpp": ("convert/readers",),  # asked by `verify --served` where installed
     "matplotlib": ("evaluate/report",),
     "starlette": ("serve",), "uvicorn": ("serve",),
     "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already

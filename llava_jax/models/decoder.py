@@ -3,6 +3,7 @@
 LLaMA, Mistral and Qwen are this with a few switches, which their files set.
 """
 
+import operator
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -13,10 +14,10 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models.attention import attention
 from llava_jax.models.cache import LayerCache, from_prefill
 from llava_jax.models.flamingo import CrossConfig, GatedBlock, Media
-from llava_jax.models.layers import Dense, Params, RMSNorm, rotary, rotate, stacked, take_layer
+from llava_jax.models.layers import Dense, Params, RMSNorm, read_layer, rotary, rotate, stacked, take_layer
 from llava_jax.models.paged import PagedCache
 from llava_jax.models.parts import DecoderConfig
-from llava_jax.models.remat import INPUT, QKV, named, remat
+from llava_jax.models.remat import INPUT, QKV, Remat, groups, named, remat
 from llava_jax.sharding import constrain, constrain_parameters
 
 Cache = LayerCache | PagedCache
@@ -70,7 +71,8 @@ class DecoderBlock(nn.Module):
         return self.dense("down", self.config.width)(y)
 
     def dense(self, name: str, features: int) -> Dense:
-        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, name=name)
+        rows = ("batch", "tokens")
+        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, rows=rows, name=name)
 
     def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         y = self.dense(name, heads * self.config.head_width)(y)
@@ -81,12 +83,13 @@ class DecoderBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Embeddings in, normed hidden states out; `head` turns those into float32 logits where they are wanted.
 
-    cross: of gated blocks between the layers, which look at images of `media_rows` features each (`models.flamingo`).
+    remat: a policy of `models.remat`, or one for each layer. cross: of gated blocks between the layers, which look at
+      images of `media_rows` features each (`models.flamingo`); they want a single policy.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: Remat = "none"
     lora_dropout: float = 0.0
     cross: CrossConfig | None = None
     media_rows: int = 0
@@ -152,12 +155,27 @@ class LanguageModel(nn.Module):
             x, _ = self.block.apply({"params": weights}, named(x, INPUT), rotation, segments, rngs=rngs)
             return constrain(x, "batch", "tokens"), None
 
-        body = remat(self.remat)(body)
         if media is None:
-            x, _ = jax.lax.scan(body, x, (self.blocks, keys))
+            x = self._grouped(body, x, keys)
         else:
-            x = self._between(body, x, (self.blocks, keys), media)
+            x = self._between(remat(self.remat)(body), x, (self.blocks, keys), media)
         return self.norm(x)
+
+    def _grouped(self, body: Any, x: Float[Array, "B T D"], keys: Array | None) -> Float[Array, "B T D"]:
+        """All layers, a scan over each group of neighbours with the same policy."""
+        parts = groups(self.remat, self.config.layers)
+        if len(parts) == 1:
+            return jax.lax.scan(remat(parts[0][0])(body), x, (self.blocks, keys))[0]
+        stack = jax.lax.stop_gradient(self.blocks)
+
+        def read(x: Array, layer: tuple[Array, Params, Array | None]) -> tuple[Array, None]:
+            index, own, key = layer
+            return body(x, (read_layer(stack, index, own), key))
+
+        for policy, first, end in parts:
+            part = jax.tree.map(operator.itemgetter(slice(first, end)), (self.blocks, keys))
+            x, _ = jax.lax.scan(remat(policy)(read), x, (jnp.arange(first, end), *part))
+        return x
 
     def _between(self, body: Any, x: Float[Array, "B T D"], layers: Any, media: Media) -> Float[Array, "B T D"]:
         """All layers, with a gated block before the last of each group of `cross.every`; what is left has none."""

@@ -13,6 +13,7 @@ from llava_jax.models.cache import LayerCache
 from llava_jax.models.decoder import Cache
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.remat import Remat
 from llava_jax.sharding import constrain
 
 
@@ -20,14 +21,14 @@ class Llava(nn.Module):
     """Vision tower, connector and decoder; fields of a `Batch` in, hidden states out.
 
     dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
-    remat: rematerialisation of the decoder's blocks (`models.remat`); vision_remat: of the tower's, which needs some
-      where it is trained.
+    remat: rematerialisation of the decoder's blocks (`models.remat`), of all or of each; vision_remat: of the tower's,
+      which needs some where it is trained.
     lora_dropout: of the inputs of adapters, where a "dropout" rng is given.
     """
 
     config: LlavaConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: Remat = "none"
     lora_dropout: float = 0.0
     vision_remat: str = "none"
 

@@ -132,10 +132,24 @@ def image_size(ref: Any, root: epath.PathLike | None = None) -> tuple[int, int]:
         return _found(ref, root, _size)
 
 
+def thumbnail(pixels: np.ndarray, longest: int) -> bytes:
+    """A JPEG file of uint8 [H, W, 3], whose longer side is made `longest` where it is longer."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest))
+    return encode_jpeg(np.asarray(image), quality=80)
+
+
 def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
     """A JPEG file of uint8 [H, W, 3]."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
