@@ -42,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
             importing.assemble(
                 options.destination, options.vision, options.llm, options.projector, options.projector_type,
                 options.select_layer, options.seed, _prompt(options), options.connector, options.image_size,
-                options.newline,
+                options.newline, options.cut_tower,
             )  # fmt: skip
         case "export":
             exporting.export(options.format, options.source, options.destination, options.step, options.dtype,
@@ -117,6 +117,8 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--image-size", type=int, help="pixels a side, to which the tower's positions are interpolated")
     text = "with an image_newline, which ends lines of tiles (prompt.image_mode=anyres)"
     verb.add_argument("--newline", action="store_true", help=text)
+    text = "a SigLIP without its last block and its head, as OneVision keeps it"
+    verb.add_argument("--cut-tower", action="store_true", help=text)
     verb.add_argument("--seed", type=int, default=0, help="of the new projector and newline")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")

@@ -1,8 +1,8 @@
-"""`python -m llava_jax.demo [--family minigpt4] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+"""`python -m llava_jax.demo [--family minigpt4 | anyres] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
 
-The first runs LLaVA, or MiniGPT-4, in miniature: a synthetic world, base models that know it from text alone, the two
-stages of training and ablations of them, a test set of held-out pictures, and an export for transformers. It prints a
-table and writes DIR/demo.json and DIR/report.html. The second trains the base models again.
+The first runs LLaVA, MiniGPT-4, or LLaVA-1.6 with its tiles, in miniature: a synthetic world, base models that know it
+from text alone, the two stages of training and ablations of them, a test set of held-out pictures, and an export for
+transformers. It prints a table and writes DIR/demo.json and DIR/report.html. The second trains the base models again.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from llava_jax import cli
 from llava_jax.errors import UsageError
 
 # Of story.FAMILIES. jax, and the modules that import it, are imported after parsing, so that a usage error is quick.
-FAMILIES = ("llava", "minigpt4")
+FAMILIES = ("llava", "minigpt4", "anyres")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(args: list[str]) -> int:
     parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
-    workdir_help = "a new directory (default: runs/demo, or runs/demo_minigpt4)"
+    workdir_help = "a new directory (default: runs/demo, or runs/demo_FAMILY)"
     parser.add_argument("--workdir", type=cli.on_disk, help=workdir_help)
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
     options = parser.parse_args(args)
