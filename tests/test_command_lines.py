@@ -87,7 +87,7 @@ LINES = {
     "convert import SRC": "the following arguments are required: DST (see python -m llava_jax.convert import --help)",
     "convert merge a b --step newest": "--step: newest: want the number of a step, or best",
     f"evaluate answer {CUSTOM} --out o --checkpoint c --step -1": "--step: -1: want the number of a step, or best",
-    "convert export --format gguf a b": "--format: invalid choice: 'gguf'",
+    "convert export --format onnx a b": "--format: invalid choice: 'onnx'",
     "convert assemble d --vision v --llm l --vision w": "argument --vision: is given more than once",
     "convert assemble d --vision v --llm l --select 3": "unrecognized arguments: --select",
     "plan --nonsense": "unrecognized arguments: --nonsense",
@@ -164,7 +164,7 @@ def test_a_usage_error_is_quick_for_it_imports_nothing_heavy(line, tmp_path):
 
 def test_names_that_are_repeated_for_quick_parsing_are_those_of_their_modules():
     from llava_jax.convert import __main__ as convert
-    from llava_jax.convert import table
+    from llava_jax.convert import llama_cpp, table
     from llava_jax.demo import __main__ as demo
     from llava_jax.demo import story
     from llava_jax.evaluate import ablate
@@ -172,7 +172,7 @@ def test_names_that_are_repeated_for_quick_parsing_are_those_of_their_modules():
 
     assert set(evaluate.DTYPES) == set(assistant.DTYPES)
     assert (evaluate.GRIDS, evaluate.TYPES) == (tuple(ablate.GRIDS), ablate.TYPES)
-    assert set(convert.FLOATS) == set(table.FLOATS) and set(demo.FAMILIES) == set(story.FAMILIES)
+    assert set(convert.DTYPES) == {*table.FLOATS, *llama_cpp.KINDS} and set(demo.FAMILIES) == set(story.FAMILIES)
 
 
 # ---- the commands of the documents
