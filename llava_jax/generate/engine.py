@@ -224,7 +224,7 @@ def _read(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> 
     last = position + prompts.new - 1
     seen = _seen(prompts, engine.vocabulary)
     token = _choose(engine, params, end, position, seen, prompts.sampling)
-    done = _is_end(engine, token) | (position >= last)
+    done = is_end(engine.ends, token) | (position >= last)
     return _cut(State(cache, token, position, last, done, seen, prompts.sampling)), constrain(token, None)
 
 
@@ -295,7 +295,7 @@ def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, 
     position = state.position + 1
     seen = state.seen | (jnp.arange(engine.vocabulary) == state.token[:, None])
     token = _choose(engine, params, hidden[:, 0], position, seen, state.sampling)
-    done = state.done | _is_end(engine, token) | (position >= state.last)
+    done = state.done | is_end(engine.ends, token) | (position >= state.last)
     after = state._replace(
         cache=cache,
         token=jnp.where(state.done, state.token, token),
@@ -319,5 +319,6 @@ def _choose(
     return next_ids(penalized(logits, seen, sampling.repetition_penalty), position, sampling)
 
 
-def _is_end(engine: Engine, token: Int[Array, "B"]) -> Bool[Array, "B"]:
-    return jnp.isin(token, jnp.array(engine.ends, jnp.int32))
+def is_end(ends: tuple[int, ...], token: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Which of the ids end an answer."""
+    return jnp.isin(token, jnp.array(ends, jnp.int32))

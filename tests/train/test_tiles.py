@@ -124,10 +124,11 @@ def test_a_run_trains_the_newline_and_answers_as_it_was_trained(run, tmp_path):
     asked = [replace(talk, turns=talk.turns[:1]) for talk in conversations()]
     together = assistant.replies(asked, max_new_tokens=4)
     assert [reply.ids for reply in together] == [assistant.reply(one, max_new_tokens=4).ids for one in asked]
-<<<<<<< HEAD
     relative = [replace(talk, images=(f"{talk.id}.png",)) for talk in asked]
     found = assistant.replies(relative, max_new_tokens=4, image_root=run.parent / "images")
     assert [reply.ids for reply in found] == [reply.ids for reply in together]
+    named = [replace(talk, images=(f"{talk.id}.png",)) for talk in conversations()]
+    np.testing.assert_array_equal(np.concatenate(assistant.logps(named, run.parent / "images")), np.concatenate(logps))
 
 
 def test_features_of_a_picture_are_those_that_its_prompt_shows(run):
@@ -171,15 +172,6 @@ def test_prefill_compiles_nothing_for_the_sizes_of_200_pictures_beyond_its_bucke
     found = ask([(int(width), int(height)) for width, height in sides])
     assert engine._start._cache_size() - before == len(buckets) and found <= buckets
     assert {shape.prompt_tokens for shape in found} <= {64, 96} and {shape.images for shape in found} <= {2, 4, 8}
-=======
-    folder, named = run.parent / "images", [replace(talk, images=(f"{talk.id}.png",)) for talk in conversations()]
-    np.testing.assert_array_equal(np.concatenate(assistant.logps(named, folder)), np.concatenate(logps))
-    asked = [replace(talk, turns=talk.turns[:1]) for talk in named]
-    assert assistant.replies(asked, max_new_tokens=4, image_root=folder) == together
-    assert assistant.reply(asked[0], image_root=folder).ids[:4] == together[0].ids
-    with pytest.raises(UsageError, match="not of one shape"):
-        assistant.image_features(["0.png"], run.parent / "images")
->>>>>>> 04fcce5a4370b1c68a4b8f6099b3a7ad016f006a
 
 
 def test_a_model_without_a_newline_and_a_pool_too_small_are_refused(run, tmp_path):
