@@ -138,8 +138,7 @@ def read(record: Record, rules: Rules, root: epath.Path | None = None) -> Readin
     roles = [turn.role for turn in conversation.turns]
     texts = [turn.text for turn in conversation.turns]
     paths = _paths(conversation)
-    problems = [
-        *_videos(conversation, key, rules),
+    problems = list(_videos(conversation, key, rules)) or [
         *_roles(conversation.turns, place, first),
         *_frames(texts, len(conversation.images), rules),
         *_text([*texts, *paths, *([conversation.system] if conversation.system else [])], rules.controls),

@@ -8,7 +8,7 @@ REASONS = {
     "bad_source": (True, "the file or directory cannot be read as a whole"),
     "unreadable": (True, "the record cannot be read from its file: no JSON, damaged, cut off"),
     "bad_shape": (True, "a field is missing or has the wrong type"),
-    "unread_key": (True, "a key that cannot be trained on: audio, tools, preferences, video without prompt.frames, ..."),
+    "unread_key": (True, "a key that is not trained on: audio, tools, preferences, video without prompt.frames, ..."),
     "bad_mark": (True, "`loss`, `train` or `weight` of a turn is neither true (1) nor false (0)"),
     "bad_weight": (True, "the record's `weight` is no number that can weigh it"),
     "empty_conversations": (True, "no turns at all"),

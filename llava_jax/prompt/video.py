@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -214,7 +214,7 @@ def _opened(source: Any, root: epath.PathLike | None) -> Iterator[tuple[str, Any
                              f"record; want one of {CONTAINERS}, or a folder of frames") from error  # fmt: skip
 
 
-def _file(source: Any, root: epath.PathLike | None) -> tuple[str, IO[bytes]]:
+def _file(source: Any, root: epath.PathLike | None) -> tuple[str, io.BufferedIOBase]:
     """A name for messages, and the open file."""
     if isinstance(source, bytes):
         return f"video given as {len(source)} bytes", io.BytesIO(source)

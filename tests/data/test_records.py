@@ -144,7 +144,7 @@ def test_a_key_of_a_turn_too(key):
     [
         ({"Image": "a.jpg", "conversations": TEXT}, "Image='a.jpg': keys are written in small letters: rename it to"),
         ({"System": "Be brief.", "conversations": TEXT}, "System='Be brief.': keys are"),
-        ({"VIDEO": "a.mp4", "conversations": TEXT}, "VIDEO='a.mp4': keys are written in small letters: rename it to `video`"),
+        ({"VIDEO": "a.mp4", "conversations": TEXT}, "VIDEO='a.mp4': keys are"),
         ({"conversations": [TEXT[0], TEXT[1] | {"Loss": False}]}, "conversations[].Loss=False: keys are"),
         ({"conversations": [TEXT[0], TEXT[1] | {"mask": 0}]}, "conversations[].mask=0: this mark is not read: write"),
     ],
