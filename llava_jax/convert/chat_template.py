@@ -2,15 +2,37 @@
 
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llava_jax.prompt.templates import Part, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
 IMAGE = "<image>"
-_IS_IMAGE = "part['type'] in ('image', 'image_url')"
 
 
-def render(template: Template, tokenizer: Tokenizer) -> str | None:
+class _Shown(NamedTuple):
+    """Jinja's words for the parts of a message that are shown.
+
+    is_part: whether `part` is one. marker: what stands for it. last, any: whether the text before, or one of the two,
+      is a marker.
+    """
+
+    is_part: str
+    marker: str
+    last: str
+    any: str
+
+
+_IMAGES = _Shown("part['type'] in ('image', 'image_url')", '"<image>"', 'last.text == "<image>"',
+                 '"<image>" in (last.text, piece)')  # fmt: skip
+_VIDEOS_TOO = _Shown(
+    "part['type'] in ('image', 'image_url', 'video', 'video_url')",
+    """('<video>' if part['type'] in ('video', 'video_url') else '<image>')""", "last.text in ('<image>', '<video>')",
+    "(last.text in ('<image>', '<video>') or piece in ('<image>', '<video>'))",
+)  # fmt: skip
+
+
+def render(template: Template, tokenizer: Tokenizer, videos: bool = False) -> str | None:
     """`chat_template.jinja`, or None for a template or a tokenizer with which such a text cannot give the same ids.
 
     The single picture of a conversation stands at the front of its turn, several stand where they are among the parts
@@ -21,7 +43,9 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
 
     Args:
       tokenizer: has `<image>` among its special tokens.
+      videos: messages may have videos too; it has `<video>`.
     """
+    shown = _VIDEOS_TOO if videos else _IMAGES
     after_image, after_bos = _gap(tokenizer, IMAGE, "\nA"), ""
     if tokenizer.adds_bos:
         after_bos = _gap(tokenizer, tokenizer.piece(tokenizer.bos_id), "A")
@@ -43,7 +67,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         "{%- endif -%}",
         "{%- set seen = namespace(images=0) -%}",
         "{%- for turn in turns if turn['content'] is not string -%}",
-        f"  {{%- for part in turn['content'] if {_IS_IMAGE} -%}}{{%- set seen.images = seen.images + 1 -%}}",
+        f"  {{%- for part in turn['content'] if {shown.is_part} -%}}{{%- set seen.images = seen.images + 1 -%}}",
         "  {%- endfor -%}",
         "{%- endfor -%}",
         *([_say(f"bos_token + {_quoted(after_bos)}")] if tokenizer.adds_bos else []),
@@ -53,7 +77,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         *_where("not loop.first", template.between),
         "    " + _say(_quoted(_text(template.user.before))),
         *(["    {%- if loop.first and system -%}" + system + "{%- endif -%}"] if template.system_inside else []),
-        *_trimmed(trim, _question(after_image, gap)),
+        *_trimmed(trim, _question(shown, after_image, gap)),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
         *_answer(template, trim),
@@ -96,22 +120,22 @@ def _trimmed(trim: str, lines: list[str]) -> list[str]:
     return ["    {%- set said -%}", *lines, "    {%- endset -%}", "    " + _say("said" + trim)] if trim else lines
 
 
-def _question(after_image: str, gap: str) -> list[str]:
+def _question(shown: _Shown, after_image: str, gap: str) -> list[str]:
     """The user's message, a text or parts."""
     return [
         "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
         "    {%- elif seen.images < 2 -%}",
-        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
-        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
+        f"      {{%- for part in turn['content'] if {shown.is_part} -%}}",
+        "        " + _say(f"{shown.marker} + " + _quoted(f"{after_image}\n")),
         "      {%- endfor -%}",
         "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
         "    {%- else -%}",
-        *_in_place(after_image, gap),
+        *_in_place(shown, after_image, gap),
         "    {%- endif -%}",
     ]
 
 
-def _in_place(after_image: str, gap: str) -> list[str]:
+def _in_place(shown: _Shown, after_image: str, gap: str) -> list[str]:
     """The parts of one message in their order, a picture on a line of its own.
 
     Args:
@@ -120,15 +144,15 @@ def _in_place(after_image: str, gap: str) -> list[str]:
     return [
         "      {%- set last = namespace(text='') -%}",
         "      {%- for part in turn['content'] -%}",
-        f"        {{%- set piece = {_quoted(IMAGE)} if {_IS_IMAGE} else part['text'] -%}}",
+        f"        {{%- set piece = {shown.marker} if {shown.is_part} else part['text'] -%}}",
         "        {%- if piece -%}",
-        f"          {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(after_image)) + "{%- endif -%}",
-        f"          {{%- if last.text and {_quoted(IMAGE)} in (last.text, piece) and not last.text.endswith('\\n')"
+        f"          {{%- if {shown.last} -%}}" + _say(_quoted(after_image)) + "{%- endif -%}",
+        f"          {{%- if last.text and {shown.any} and not last.text.endswith('\\n')"
         " and not piece.startswith('\\n') -%}" + _say(_quoted("\n")) + "{%- endif -%}",
         "          {{- piece -}}{%- set last.text = piece -%}",
         "        {%- endif -%}",
         "      {%- endfor -%}",
-        f"      {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(gap)) + "{%- endif -%}",
+        f"      {{%- if {shown.last} -%}}" + _say(_quoted(gap)) + "{%- endif -%}",
     ]
 
 

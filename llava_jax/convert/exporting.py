@@ -162,7 +162,7 @@ def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     write_json(partial / "processor_config.json", processor.processor_json(config.vision, tiles))
     text = None
     if not prompt.image_start_end:  # marks around images stand inside the text that the processor expands
-        text = chat_template.render(templates.get(prompt.template), words.tokenizer)
+        text = chat_template.render(templates.get(prompt.template), words.tokenizer, bool(videos))
     if text is not None:
         files.write_whole(partial / "chat_template.jinja", text.encode())
         write_json(partial / "chat_template.json", {"chat_template": text})  # wins where both are read
