@@ -84,12 +84,19 @@ class Clips:
         return Conversation(turns, (Video(frames),), str(i))
 
 
+def weights(sizes):
+    """Random parameters, drawn by numpy: JAX's random numbers compile for many seconds."""
+    rng = np.random.default_rng(0)
+    drawn = {name: rng.normal(name.endswith("scale"), 0.1, x.shape).astype(np.float32)
+             for name, x in params.flatten(abstract_params(sizes)).items()}  # fmt: skip
+    return params.unflatten(drawn)
+
+
 def write(folder: Path, frames: int, steps: int) -> Path:
     """A base of random weights and a config; its path."""
-    rng = np.random.default_rng(0)
     with reader.TensorWriter(folder / "base" / "0" / reader.PARAMS) as writer:
-        for name, x in params.flatten(abstract_params(MODEL)).items():
-            writer.write(name, rng.normal(name.endswith("scale"), 0.1, x.shape).astype(np.float32))
+        for name, x in params.flatten(weights(MODEL)).items():
+            writer.write(name, x)
     metadata = model_json.Metadata(presets.config_to_json(MODEL), model_json.PromptMetadata("v1", True, "pad", False))
     model_json.write(folder / "base", metadata, tokenizer.load(tiny.TOKENIZER, legacy=True).files())
     (folder / "config.py").write_text(CONFIG.format(base=str(folder / "base"), frames=frames, steps=steps))
