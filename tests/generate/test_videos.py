@@ -72,9 +72,14 @@ def test_paths_are_relative_to_the_folder_that_is_named(root, assistant):
         assistant.logps([talk])
 
 
-def test_what_videos_cannot_have(root, assistant):
-    with pytest.raises(UsageError, match="features of tiled pictures and of videos are not of one shape"):
-        assistant.image_features([Video(root / "clip.mp4")])
+def test_features_of_videos_are_laid_out_as_in_a_prompt(root, assistant):
+    found = assistant.image_features([Video(root / "clip.mp4"), root / "it.png", Video(root / "frames")])
+    assert [len(one) for one in found] == [4, 4, 3]  # of 4 features a frame one is left, the mean
+    frames = [Image.fromarray(frame) for frame in videos.moving(3, seed=9)]
+    np.testing.assert_allclose(found[2], assistant.image_features(frames).mean(1), atol=1e-5)
+
+
+def test_a_model_without_a_rule_refuses_videos(root, assistant):
     blind = Assistant(assistant.model, assistant.params, tiny.wording(assistant.format.template), 1)
     with pytest.raises(UsageError, match="a video, and no rule for its frames: set prompt.frames"):
         blind.generate("What?", [Video(root / "clip.mp4")])
