@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from llava_jax.data import index
+from llava_jax.data import index, inspection, page
 from llava_jax.data.__main__ import main
 from llava_jax.data.check import Checks, check_pictures, rules_of
 from llava_jax.data.datasets import of_dataset
@@ -202,3 +202,16 @@ def test_show_marks_a_video_and_tfds_refuses_one(folder, tmp_path, capsys):
 def test_a_rule_belongs_to_a_format_of_frames():
     with pytest.raises(UsageError, match="prompt.fps=2.0 with prompt.frames=0"):
         video.rule(0, 2.0)
+
+
+def test_a_page_draws_the_frames_of_a_video_and_show_says_where_they_are(folder):
+    source, checks = open_source(folder / "good.json", folder), Checks(rules_of(FORMAT), FORMAT, 260, 14)
+    found = [inspection.examine(source[i], checks, source) for i in (0, 2, 3)]
+    video_, clip, still = (one.pictures[0] for one in found)
+    assert (video_.frames, clip.frames, still.frames) == (4, 4, 0) and video_.noun == "video"
+    first = video_.span.start
+    assert str(video_) == (f"64 x 48 pixels, 4 frames: 17 features (newlines: 1) at positions {first} to {first + 16}")
+    assert video_.facts()["frames"] == 4 and "frames" not in still.facts()
+    text = page.write(found, "videos", FORMAT, 260).decode()
+    assert text.count("<figcaption>Frame ") == 8 and f"Frame 4: positions {first + 12} to {first + 15}<" in text
+    assert ">video 1: 17 features</a>" in text and "Video 1: 64 x 48 pixels, 4 frames" in text

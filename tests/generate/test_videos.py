@@ -12,6 +12,8 @@ from llava_jax import Conversation, Turn, Video, chat
 from llava_jax.checkpoint import model_json
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import __main__ as command
+from llava_jax.evaluate import answer
+from llava_jax.evaluate.questions import Question
 from llava_jax.generate.assistant import Assistant
 from tests import videos
 from tests.generate import tiny
@@ -114,3 +116,9 @@ def test_evaluate_asks_about_videos(root, assistant, tmp_path, capsys):
     (tmp_path / "questions.jsonl").write_text(json.dumps(rows[0] | {"video": "none.mp4"}) + "\n")
     assert command.main([*command_line[:-1], str(tmp_path / "other.jsonl")]) == 65
     assert "missing_image" in capsys.readouterr().err
+
+
+def test_a_server_is_not_asked_about_a_video(root):
+    job = answer.Job(Question("1", "What?", (Video("clip.mp4"),)), 0)
+    with pytest.raises(UsageError, match="a video, and OpenAI's protocol has none: ask a checkpoint"):
+        answer._request(job, answer.Settings(8), root)
