@@ -196,8 +196,8 @@ def _opened(source: Any, root: epath.PathLike | None) -> Iterator[tuple[str, Any
     try:
         import av
     except ImportError:
-        raise MissingPackage("video files want PyAV, which is missing: `pip install 'llava_jax[video]'`; or give each "
-                             "video as a folder of frames") from None  # fmt: skip
+        raise MissingPackage("video files want PyAV, which is missing: `pip install av` (the extra `video`); or give "
+                             "each video as a folder of frames") from None  # fmt: skip
     name, file = _file(source, root)
     with file:
         try:

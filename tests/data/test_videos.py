@@ -1,6 +1,7 @@
 """Records with videos: read in every form, measured without decoding, planned exactly, refused alike by all."""
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from llava_jax.data.problems import Problem
 from llava_jax.data.records import Record, parse
 from llava_jax.data.sources import open_source
 from llava_jax.data.validate import validate
-from llava_jax.errors import DataError, UsageError
+from llava_jax.errors import DataError, MissingPackage, UsageError, exit_code
 from llava_jax.prompt import templates, tokenizer, video
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import Conversation, Turn, Video
@@ -215,3 +216,13 @@ def test_a_page_draws_the_frames_of_a_video_and_show_says_where_they_are(folder)
     text = page.write(found, "videos", FORMAT, 260).decode()
     assert text.count("<figcaption>Frame ") == 8 and f"Frame 4: positions {first + 12} to {first + 15}<" in text
     assert ">video 1: 17 features</a>" in text and "Video 1: 64 x 48 pixels, 4 frames" in text
+
+
+def test_without_pyav_no_record_is_to_blame(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    source = open_source(folder / "good.json", folder)
+    checks = Checks(rules_of(FORMAT), FORMAT, 260, 14)
+    for fails in (lambda: index.sizes(source, FORMAT), lambda: list(validate(source, checks))):
+        with pytest.raises(MissingPackage, match="`pip install av`") as error:
+            fails()
+        assert exit_code(error.value) == 64

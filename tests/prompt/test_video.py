@@ -145,7 +145,7 @@ def test_sound_alone_and_a_file_that_holds_less_than_it_says_are_refused(tmp_pat
 
 def test_without_pyav_a_file_says_what_to_install_and_a_folder_needs_nothing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(MissingPackage, match=r"pip install 'llava_jax\[video\]'"):
+    with pytest.raises(MissingPackage, match=r"`pip install av` \(the extra `video`\); or give each video as a folder"):
         video.count(Video(b"x"), FrameRule(4))
     videos.write_folder(tmp_path / "clip", videos.moving(2))
     assert len(video.frames(Video("clip"), FrameRule(4), tmp_path)) == 2
