@@ -30,6 +30,7 @@ from tests import videos
 from tests.train import moving, tiny
 
 WORDS = tokenizer.load(tiny.TOKENIZER, legacy=True)
+SMALL = replace(moving.MODEL, vision=replace(moving.MODEL.vision, layers=1), llm=replace(moving.MODEL.llm, layers=1))
 FORMAT = Format(templates.get("v1"), WORDS, 28, 16, "anyres", tiling=Tiling(((1, 1), (2, 1)), several=False),
                 video=FrameRule(4))  # fmt: skip
 
@@ -51,9 +52,9 @@ def mixture():
 def test_videos_in_packed_rows_give_the_loss_and_the_gradients_of_rows_of_their_own():
     """Six records, to 1e-6 of each gradient."""
     rng = np.random.default_rng(1)
-    shapes = abstract_params(moving.MODEL)
+    shapes = abstract_params(SMALL)
     parameters = jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape) * 0.3, jnp.float32), shapes)
-    one, model = [encode(talk, FORMAT) for talk in mixture()], Llava(moving.MODEL)
+    one, model = [encode(talk, FORMAT) for talk in mixture()], Llava(SMALL)
     assert [example.tiles for example in one] == [2, 3, 6, 0, 4, 3]
 
     def batch(rows, tokens, images):
@@ -147,9 +148,7 @@ def test_a_model_whose_newline_is_missing_is_refused(run, tmp_path):
 
 def test_which_came_first_is_learned_from_frames_and_not_from_one():
     """A smaller model than the next test's, of one question, without a trainer: 60 updates on 320 clips."""
-    sizes = replace(moving.MODEL, vision=replace(moving.MODEL.vision, layers=1),
-                    llm=replace(moving.MODEL.llm, layers=1))  # fmt: skip
-    model, format = Llava(sizes), replace(FORMAT, template=templates.get("mistral"))
+    model, format = Llava(SMALL), replace(FORMAT, template=templates.get("mistral"))
     optimizer = optax.adam(3e-3)
 
     def batch(seed, single):
@@ -173,7 +172,7 @@ def test_which_came_first_is_learned_from_frames_and_not_from_one():
         chosen = model.apply(apply, hidden[rows, first], method="head").argmax(-1)
         return (chosen == batch.targets[rows, first]).mean()
 
-    start, found = moving.weights(sizes), {}
+    start, found = moving.weights(SMALL), {}
     for single in (False, True):
         leaves, state, pool = start, optimizer.init(start), [batch(i, single) for i in range(10)]
         for i in range(60):
