@@ -103,9 +103,9 @@ class Batching:
         """Up to `steps` <= STEPS more ids of every row that is not done, [B, STEPS]; the rest as `read`."""
         return _advance(self, params, pool, rows, np.int32(steps))
 
-    def features(self, params: Any, tiles: Sequence[np.ndarray]) -> np.ndarray:
-        """[n, N, D] of n <= lanes tiles: what the connector makes of each, in the model's dtype."""
-        return self._tower.features(params, np.stack(tiles)).astype(self.dtype)
+    def features(self, params: Any, tiles: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """As `Engine.features`, of n <= lanes tiles."""
+        return self._tower.features(params, np.stack(tiles))
 
     @functools.cached_property
     def _tower(self) -> Engine:

@@ -92,17 +92,16 @@ class _Slot:
 class Scheduler:
     """The requests of one model.
 
-    newline: float [D], the model's `image_newline`, if it has one. feature_bytes: of pictures' features that are kept.
+    feature_bytes: of pictures' features that are kept.
     """
 
     def __init__(
-        self, batching: Batching, params: Any, tokenizer: Tokenizer, newline: np.ndarray | None = None,
-        feature_bytes: int = 2**30,
-    ) -> None:  # fmt: skip
+        self, batching: Batching, params: Any, tokenizer: Tokenizer, feature_bytes: int = 2**30
+    ) -> None:
         assert batching.pages > batching.row_pages, "a request would wait for ever"
         self.batching, self._params, self._tokenizer = batching, params, tokenizer
         self._pool, self.pages = batching.empty(), Pages(batching.pages)
-        self._features = Features(feature_bytes, newline, batching.dtype)
+        self._features = Features(feature_bytes, batching.dtype)
         self._slots: list[_Slot | None] = [None] * batching.slots
         self._waiting: deque[tuple[int, Job]] = deque()
         self._numbers = itertools.count()
@@ -187,9 +186,9 @@ class Scheduler:
         self._find_features()
         tiles = self._features.pending(self.batching.lanes)
         if tiles:
-            found = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
+            found, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
             for (shown, index, _), features in zip(tiles, found):
-                self._features.add(shown, index, features)
+                self._features.add(shown, index, features, newline)
             self._find_features()
 
     def _find_features(self) -> None:
@@ -290,8 +289,7 @@ def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[
     ends = ending.of(assistant.format.template, words).ids
     lanes = max(1, slots // LANE_SLOTS)
     batching = Batching(model, slots, lanes, pages, row_pages, words.size, ends, assistant.mesh)
-    newline = np.asarray(assistant.params["image_newline"]) if model.config.image_newline else None
-    return lambda: Scheduler(batching, assistant.params, words, newline)
+    return lambda: Scheduler(batching, assistant.params, words)
 
 
 def _sees(slot: _Slot) -> bool:

@@ -19,8 +19,8 @@ from llava_jax.serve.fields import Refused, refuse
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 MAX_MESSAGES = 1000
 MAX_TOKEN_CHARACTERS = 32  # of text for each position: a longer text cannot fit, and is not even cut into tokens
-MAX_PIXELS, MAX_ALL_PIXELS = 20_000_000, 100_000_000  # of a picture, and of a request's pictures together
-MAX_WEBP_PIXELS = 10_000_000  # PIL's WebP reader holds a picture three times: 12 bytes a pixel
+MAX_PIXELS, MAX_ALL_PIXELS = 16_000_000, 100_000_000  # of a picture, and of a request's pictures together
+MAX_WEBP_PIXELS = 8_000_000  # PIL's WebP reader holds a picture three times: 12 bytes a pixel
 LARGE_PIXELS = 4_000_000  # pictures above are decoded one after the other
 _DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
 _RECORD = "record 'request': "  # how `encode` begins what it says of the conversation

@@ -3,16 +3,23 @@
 import functools
 from dataclasses import replace
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
+from llava_jax.errors import UsageError
+from llava_jax.generate import batching as programs
 from llava_jax.generate.assistant import Assistant
 from llava_jax.generate.batching import Batching, row_pages
 from llava_jax.generate.engine import shape_to_read
 from llava_jax.generate.pages import PAGE, Pages, Prompt, prompt_of
 from llava_jax.generate.sampling import Sampling
-from llava_jax.generate.scheduler import Job, Scheduler
+from llava_jax.generate.scheduler import Job, Scheduler, of_assistant
+from llava_jax.models.llava import Llava
+from llava_jax.models.presets import CrossConfig, PerceiverConfig, RopeScaling
 from llava_jax.prompt import ending
+from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import encode
 from tests.generate import tiny
@@ -35,9 +42,9 @@ def batching(slots: int = 4) -> Batching:
 
 
 def scheduler(slots: int = 4, pages: int | None = None) -> Scheduler:
-    one, programs = assistant(), batching(slots)
-    programs = replace(programs, pages=pages) if pages else programs
-    return Scheduler(programs, one.params, one.format.tokenizer)
+    one, own = assistant(), batching(slots)
+    own = replace(own, pages=pages) if pages else own
+    return Scheduler(own, one.params, one.format.tokenizer)
 
 
 def conversation(number: int) -> Conversation:
@@ -76,6 +83,13 @@ def answers(jobs: list[Job], target: Scheduler, most_at_once: int = 99, rng: np.
     return [(texts[i], tuple(made[i]), ended[i]) for i in range(len(jobs))]
 
 
+def random_arrivals(jobs: list[Job], target: Scheduler, seed: int):
+    """Answers in the order of the jobs, which come in another one."""
+    order = np.random.default_rng(seed).permutation(len(jobs)).tolist()
+    found = answers([jobs[i] for i in order], target, rng=np.random.default_rng(seed))
+    return [found[order.index(i)] for i in range(len(jobs))]
+
+
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0, 0.95, 40, seed=7)])
 def test_ids_and_text_are_those_of_the_assistant(sampling):
     talks = [tiny.question(" ".join(WORDS[n : n + 5]), n) for n in range(6)]
@@ -93,10 +107,7 @@ def test_an_answer_is_the_same_bits_alone_in_any_company_whenever_it_comes_and_w
     assert answers(jobs, scheduler()) == alone
     warm = scheduler()
     for seed in range(3):
-        rng = np.random.default_rng(seed)
-        order = rng.permutation(len(jobs))
-        found = answers([jobs[i] for i in order], warm, rng=rng)
-        assert [found[list(order).index(i)] for i in range(len(jobs))] == alone
+        assert random_arrivals(jobs, warm, seed) == alone
     assert answers(jobs, scheduler(pages=row_pages(POSITIONS) + 1)) == alone  # they wait for pages
 
 
@@ -185,3 +196,65 @@ def test_pages_are_shared_by_prompts_that_begin_alike_and_evicted_when_room_is_n
     assert known == 0
     again = pool.reserve(prompts[2], 3)
     assert again is None if pages == 4 else again[1] == 2
+
+
+def test_bfloat16_answers_are_the_same_bits_too():
+    one = assistant()
+    own = replace(batching(), model=Llava(tiny.CONFIG, jnp.bfloat16))
+    fresh = lambda: Scheduler(own, one.params, one.format.tokenizer)  # noqa: E731
+    jobs = [job(n) for n in range(6)]
+    alone = [answers([one], fresh())[0] for one in jobs]
+    assert random_arrivals(jobs, fresh(), 0) == alone
+
+
+@functools.cache
+def tiled() -> Assistant:
+    """A model that sees pictures in 2 to 5 tiles, the larger ones resized."""
+    config = replace(tiny.CONFIG, image_newline=True)
+    tiling = Tiling(((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), max_tiles=2)
+    words = replace(assistant().format, image_features=config.image_features, image_mode="anyres", tiling=tiling)
+    return Assistant(Llava(config), tiny.weights(config), words)
+
+
+def test_tiled_pictures_are_answered_as_by_the_assistant_alone_and_beside_others():
+    one, jobs, replies = tiled(), [], []
+    rng = np.random.default_rng(5)
+    for size in ((60, 20), (20, 90), (28, 28), (200, 150), (300, 310)):
+        picture = Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+        talk = Conversation((Turn("user", "<image>\nWhat is it?"),), (picture,))
+        replies.append(one.reply(talk, 12))
+        jobs.append(Job(prompt_of(encode(talk, one.format, reply=True)), 12, stops=one.format.template.stops))
+    assert len({len(each.prompt.shown[0].tiles) for each in jobs}) > 2
+    fresh = of_assistant(one, 4, POSITIONS)
+    alone = [answers([each], fresh())[0] for each in jobs]
+    assert [tuple(made.id for made in row) for _, row, _ in alone] == [reply.ids for reply in replies]
+    assert random_arrivals(jobs, fresh(), 1) == alone
+
+
+@pytest.mark.slow
+def test_s2_200_prompts_are_the_same_bits_alone_batched_at_random_and_with_reuse():
+    jobs = [job(n) for n in range(200)]
+    alone = [answers([one], scheduler(16))[0] for one in jobs]
+    assert answers(jobs, scheduler(16)) == alone
+    warm = scheduler(16)
+    for seed in range(3):
+        assert random_arrivals(jobs, warm, seed) == alone
+
+
+def test_a_model_that_pages_cannot_serve_is_refused():
+    cross = CrossConfig(tiny.CONFIG.vision.width, every=1, heads=2, head_width=8)
+    latents = PerceiverConfig(latents=4, layers=1, heads=2, head_width=8)
+    config = replace(tiny.CONFIG, projector="flamingo_xattn", resampler=latents, cross=cross)
+    with pytest.raises(UsageError, match="flamingo_xattn.*use chat or evaluate"):
+        programs.positions(Llava(config), 512)
+
+
+def test_a_row_has_the_positions_that_the_model_can_tell_apart():
+    def positions(scaling: RopeScaling | None, most: int) -> int:
+        return programs.positions(Llava(replace(tiny.CONFIG, llm=replace(tiny.CONFIG.llm, rope_scaling=scaling))), most)
+
+    own = tiny.CONFIG.llm.max_positions
+    assert [positions(None, most) for most in (512, 10**6)] == [512, own]
+    assert positions(RopeScaling("linear", 4.0), 10**6) == 4 * own
+    assert positions(RopeScaling("dynamic", 4.0), 10**6) == own  # beyond, the rotation is that of the whole row
+    assert [row_pages(n) for n in (1, 256, 257)] == [4, 4, 8]

@@ -201,13 +201,13 @@ def png_of(width: int, height: int, depth: int, kind: int, row_bytes: int) -> by
 
 def bombs() -> dict[str, bytes]:
     """Pictures of up to 16 billion pixels, and some that are just as large as is taken."""
-    grey = Image.new("L", (4000, 5000))
+    grey = Image.new("L", (4000, 4000))
     return {
-        "rgb": png_of(4400, 4500, 8, 2, 4400 * 3), "rgba": png_of(4400, 4500, 8, 6, 4400 * 4),
-        "16 bits": png_of(4400, 4500, 16, 2, 4400 * 6), "1 bit": png_of(4400, 4500, 1, 0, 550),
+        "rgb": png_of(4000, 4000, 8, 2, 4000 * 3), "rgba": png_of(4000, 4000, 8, 6, 4000 * 4),
+        "16 bits": png_of(4000, 4000, 16, 2, 4000 * 6), "1 bit": png_of(4000, 4000, 1, 0, 500),
         "jpeg": saved(grey, "JPEG"), "progressive": saved(grey.convert("RGB"), "JPEG", progressive=True),
-        "webp": saved(grey.convert("RGB").resize((2500, 4000)), "WEBP"), "gif": saved(grey, "GIF"),
-        "16 bits grey": png_of(4400, 4500, 16, 0, 4400 * 2), "too large": png_of(6000, 6000, 8, 2, 18_000),
+        "webp": saved(grey.convert("RGB").resize((2000, 4000)), "WEBP"), "gif": saved(grey, "GIF"),
+        "16 bits grey": png_of(4000, 4000, 16, 0, 4000 * 2), "too large": png_of(6000, 6000, 8, 2, 18_000),
         "huge": png_of(2**17, 2**17, 8, 2, 0), "long": png_of(1, 50_000, 8, 2, 3),
     }  # fmt: skip
 
