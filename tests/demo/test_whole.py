@@ -61,7 +61,7 @@ def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
     """The same start, records, steps, learning rates and batches; a row is longer by the tiles' features."""
     tiled, plain = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
     assert [run[3:5] for run in ANYRES.runs[1:]] == [("stage1", records.FINETUNE)] * 2
-    assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "pad"
+    assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "squash"
     features = len(anyres.layout((384, 96), Tiling(((4, 1),)), 48, 16).slots)
     assert tiled.data.row_tokens - plain.data.row_tokens == features - 16
     assert replace(tiled, prompt=plain.prompt, data=plain.data) == plain
@@ -69,7 +69,7 @@ def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
 
 
 @pytest.mark.slow
-def test_tiles_show_what_a_padded_square_does_not(tmp_path):
+def test_tiles_show_what_the_whole_alone_does_not(tmp_path):
     assert command.main(["--family", "anyres", "--workdir", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "demo.json").read_text())
     kinds = numbers["by_kind"]
