@@ -18,6 +18,7 @@ from llava_jax import config_file, limits, typed
 from llava_jax.errors import MissingFile, UsageError
 from llava_jax.files import want_disk
 
+Policy = Literal["none", "full", "save_qkv", "save_linear", "save_dots", "offload_inputs", "offload_qkv", "auto"]
 Rate = float | None | tuple[float | None, ...]  # None: does not move; a tuple: one rate for each stacked layer
 
 
@@ -28,7 +29,7 @@ class Model:
     start: str = ""  # checkpoint directory that for part of the model: stage 1's, or an imported projector
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # compute and frozen weights; trainable ones are float32
     frozen_dtype: Literal["compute", "int8"] = "compute"  # int8: the decoder's frozen matrices, a scale a column
-    remat: Literal["none", "full", "save_qkv", "save_dots", "offload_inputs", "offload_qkv"] = "full"
+    remat: Policy | tuple[Policy, ...] = "full"  # a tuple: one for each layer; auto: what the memory allows
 
 
 @dataclass(frozen=True)

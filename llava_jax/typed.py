@@ -57,6 +57,8 @@ def _typed_union(value: Any, hint: Any, key: str) -> Any:
 def _describe_type(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is typing.Union and typing.get_origin(typing.get_args(hint)[0]) is Literal:
+        return _describe_type(typing.get_args(hint)[0])  # the others are tuples of it, which no command line gives
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

@@ -39,11 +39,11 @@ def _demo(args: list[str]) -> int:
     _check(workdir, options.seed)
     if workdir.exists() and any(workdir.iterdir()):
         raise UsageError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
+    from llava_jax import compilations
     from llava_jax.demo import report, story
-    from llava_jax.train import process
 
     cli.show_progress()
-    process.keep_compilations()
+    compilations.keep()
     outcome = story.run_family(workdir, options.seed, story.FAMILIES[options.family])
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
@@ -65,11 +65,11 @@ def _bases(args: list[str]) -> int:
     options = parser.parse_args(args)
     directory = options.directory or Path(__file__).parent / "assets"
     _check(directory, options.seed)
+    from llava_jax import compilations
     from llava_jax.demo import bases
-    from llava_jax.train import process
 
     cli.show_progress()
-    process.keep_compilations()
+    compilations.keep()
     bases.train(directory, options.seed)
     return 0
 

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax import params
-from llava_jax.batch import Example, alone, lay_images
+from llava_jax.batch import Example, alone, laid_out, lay_images
 from llava_jax.checkpoint import model_json, reader, sharded
 from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
@@ -197,11 +197,14 @@ class Assistant:
         """
         return encode(conversation, self.format, image_root, reply)
 
-    def image_features(self, images: Sequence[Any], image_root: epath.PathLike | None = None) -> np.ndarray:
+    def image_features(
+        self, images: Sequence[Any], image_root: epath.PathLike | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """float32 [n, N, D]: the features of each picture as the decoder takes them, behind the connector.
 
         N features an image (`format.image_features`) of the decoder's width D; of "flamingo_xattn", whose decoder looks
-        at features that have no position, the resampler's number and the tower's width.
+        at features that have no position, the resampler's number and the tower's width. Of a model with tiles a list of
+        [features, D], laid out as in a prompt that shows these pictures: lines, their newlines, and resized features.
 
         Args:
           images: paths, encoded bytes or PIL images.
@@ -211,12 +214,15 @@ class Assistant:
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        if self.format.tiling:
-            raise UsageError("image_features: the features of a tiled picture are not of one shape; want `encode` and "
-                             "`logps`, or a model without tiles")  # fmt: skip
-        pixels = np.stack([picture.tiles[0] for picture in pictures(images, self.format, image_root)])
+        shown = list(pictures(images, self.format, image_root))
+        pixels = np.stack([tile for picture in shown for tile in picture.tiles])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
-        return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
+        found = [runner.features(self.params, pixels[i : i + self.slots]) for i in starts]
+        features = np.concatenate([features for features, _ in found])
+        if not self.format.tiling:
+            return features
+        tiles = np.split(features, np.cumsum([len(picture.tiles) for picture in shown]))
+        return [laid_out(own, found[0][1], picture.layout) for own, picture in zip(tiles, shown)]
 
     def reply(
         self,
@@ -246,16 +252,10 @@ class Assistant:
         return self._answer([request], shape, on_piece)[0]
 
     def replies(
-        self,
-        conversations: Sequence[Conversation],
-        max_new_tokens: int = NEW_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        image_root: epath.PathLike | None = None,
+        self, conversations: Sequence[Conversation], max_new_tokens: int = NEW_TOKENS, temperature: float = 0.0,
+        top_p: float = 1.0, top_k: int = 0, seed: int = 0, image_root: epath.PathLike | None = None,
         repetition_penalty: float = 1.0,
-    ) -> list[Reply]:
+    ) -> list[Reply]:  # fmt: skip
         """The answer to each conversation, in their order: exactly what `reply` gives for it alone.
 
         All are checked before the first is answered; images are opened batch by batch. Arguments as for `reply`.

@@ -3,6 +3,7 @@
 LLaMA, Mistral and Qwen are this with a few switches, which their files set.
 """
 
+import operator
 from typing import Any, ClassVar
 
 import flax.linen as nn
@@ -11,13 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
-from llava_jax.models.cache import LayerCache, from_prefill, write
+from llava_jax.models.cache import LayerCache, from_prefill
 from llava_jax.models.flamingo import CrossConfig, GatedBlock, Media
-from llava_jax.models.layers import Dense, Params, RMSNorm, rotary, rotate, stacked, take_layer
+from llava_jax.models.layers import Dense, Params, RMSNorm, read_layer, rotary, rotate, stacked, take_layer
+from llava_jax.models.paged import PagedCache
 from llava_jax.models.parts import DecoderConfig
-from llava_jax.models.remat import INPUT, QKV, named, remat
+from llava_jax.models.remat import INPUT, QKV, Remat, groups, named, remat
 from llava_jax.sharding import constrain, constrain_parameters
 
+Cache = LayerCache | PagedCache
 Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
 
 
@@ -37,8 +40,8 @@ class DecoderBlock(nn.Module):
         rotation: Rotation,
         segments: Int[Array, "B T"] | None = None,
         slots: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns the block's output and the keys and values: the new ones, or the whole cache if one was given.
 
         slots: where in `cache` each token is written; it sees this slot and those before.
@@ -48,8 +51,8 @@ class DecoderBlock(nn.Module):
         return x + self.feed(RMSNorm(self.config.eps, self.dtype, name="ln2")(x)), kept
 
     def attend(
-        self, y: Float[Array, "B T D"], rotation: Rotation, segments: Any, slots: Any, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        self, y: Float[Array, "B T D"], rotation: Rotation, segments: Any, slots: Any, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Attention of the normed input, with the keys and values that it leaves."""
         config = self.config
         q = self._heads("q", config.heads, y)
@@ -59,8 +62,7 @@ class DecoderBlock(nn.Module):
         if cache is None:
             kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
         else:
-            kept = write(cache, k, v, slots)
-            y = attention(q, kept.k, kept.v, last_key=slots)
+            kept, y = cache.attend(q, k, v, slots)
         return self.dense("o", config.width)(y.reshape(*y.shape[:2], -1)), kept
 
     def feed(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -69,7 +71,8 @@ class DecoderBlock(nn.Module):
         return self.dense("down", self.config.width)(y)
 
     def dense(self, name: str, features: int) -> Dense:
-        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, name=name)
+        rows = ("batch", "tokens")
+        return Dense(features, name in self.biased, self.dtype, self.lora_dropout, rows=rows, name=name)
 
     def _heads(self, name: str, heads: int, y: Float[Array, "B T D"]) -> Float[Array, "B T N H"]:
         y = self.dense(name, heads * self.config.head_width)(y)
@@ -80,12 +83,13 @@ class DecoderBlock(nn.Module):
 class LanguageModel(nn.Module):
     """Embeddings in, normed hidden states out; `head` turns those into float32 logits where they are wanted.
 
-    cross: of gated blocks between the layers, which look at images of `media_rows` features each (`models.flamingo`).
+    remat: a policy of `models.remat`, or one for each layer. cross: of gated blocks between the layers, which look at
+      images of `media_rows` features each (`models.flamingo`); they want a single policy.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: Remat = "none"
     lora_dropout: float = 0.0
     cross: CrossConfig | None = None
     media_rows: int = 0
@@ -151,12 +155,27 @@ class LanguageModel(nn.Module):
             x, _ = self.block.apply({"params": weights}, named(x, INPUT), rotation, segments, rngs=rngs)
             return constrain(x, "batch", "tokens"), None
 
-        body = remat(self.remat)(body)
         if media is None:
-            x, _ = jax.lax.scan(body, x, (self.blocks, keys))
+            x = self._grouped(body, x, keys)
         else:
-            x = self._between(body, x, (self.blocks, keys), media)
+            x = self._between(remat(self.remat)(body), x, (self.blocks, keys), media)
         return self.norm(x)
+
+    def _grouped(self, body: Any, x: Float[Array, "B T D"], keys: Array | None) -> Float[Array, "B T D"]:
+        """All layers, a scan over each group of neighbours with the same policy."""
+        parts = groups(self.remat, self.config.layers)
+        if len(parts) == 1:
+            return jax.lax.scan(remat(parts[0][0])(body), x, (self.blocks, keys))[0]
+        stack = jax.lax.stop_gradient(self.blocks)
+
+        def read(x: Array, layer: tuple[Array, Params, Array | None]) -> tuple[Array, None]:
+            index, own, key = layer
+            return body(x, (read_layer(stack, index, own), key))
+
+        for policy, first, end in parts:
+            part = jax.tree.map(operator.itemgetter(slice(first, end)), (self.blocks, keys))
+            x, _ = jax.lax.scan(remat(policy)(read), x, (jnp.arange(first, end), *part))
+        return x
 
     def _between(self, body: Any, x: Float[Array, "B T D"], layers: Any, media: Media) -> Float[Array, "B T D"]:
         """All layers, with a gated block before the last of each group of `cross.every`; what is left has none."""
@@ -207,8 +226,8 @@ class LanguageModel(nn.Module):
         return self.norm(x), (*from_prefill(kept, cache_tokens), *looked)
 
     def decode(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[Cache, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
         """Forward of new tokens at `positions` against the cache; usually T is 1."""
         rotation = rotary(positions, self.config)
         kept, looked = [], cache[self.config.layers :]

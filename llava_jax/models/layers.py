@@ -1,5 +1,6 @@
 """The pieces that every network here is made of: Dense, norms, rotary positions, and stacks of equal blocks."""
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from llava_jax import sharding
 from llava_jax.models.parts import DecoderConfig, RopeScaling
 from llava_jax.sharding import constrain
 
@@ -20,6 +22,9 @@ class Dense(nn.Module):
 
     What lies beside the kernel is taken too (`models.lora`): scales of an int8 kernel's columns, an adapter. An
     adapter's input loses the share `dropout` where there is a "dropout" rng, that is in training.
+
+    rows: names of the input's leading dimensions, where the kernel's gradient is to be summed over them as
+      `sharding.product_sum` does; () leaves that to XLA.
     """
 
     features: int
@@ -28,12 +33,16 @@ class Dense(nn.Module):
     dropout: float = 0.0
     kernel_init: Callable[..., Array] = nn.initializers.normal(0.02)
     bias_init: Callable[..., Array] = nn.initializers.zeros
+    rows: tuple[str, ...] = ()
 
     @nn.compact
     def __call__(self, x: Float[Array, "... In"]) -> Float[Array, "... Out"]:
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        x, place = x.astype(self.dtype), f"/{self.name}/kernel"
+        if sharding.reduces(place, kernel.shape, x, *self.rows):
+            y = _product(place, self.rows, x, kernel.astype(self.dtype))
+        else:
+            y = x @ kernel.astype(self.dtype)
         if self.has_variable("params", "kernel_scale"):
             # After the product: bfloat16 holds every int8 exactly, but not the weights that they stand for.
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
@@ -52,6 +61,24 @@ class Dense(nn.Module):
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(self.dtype)
         narrow = (x @ a.astype(self.dtype)) * scale  # scaled where it is narrowest, in float32
         return narrow.astype(self.dtype) @ b.astype(self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _product(place: str, rows: tuple[str, ...], x: Array, kernel: Array) -> Array:
+    """x @ kernel, whose gradient along the kernel is reduced once, to the part that each device holds."""
+    return x @ kernel
+
+
+def _product_forward(place: str, rows: tuple[str, ...], x: Any, kernel: Any) -> tuple[Array, Any]:
+    return x.value @ kernel.value, (kernel.value, x.value if kernel.perturbed else None)
+
+
+def _product_backward(place: str, rows: tuple[str, ...], kept: Any, slope: Array) -> tuple[Array, Array | None]:
+    kernel, x = kept
+    return slope @ kernel.T, None if x is None else sharding.product_sum(place, x, slope, *rows)
+
+
+_product.defvjp(_product_forward, _product_backward, symbolic_zeros=True)
 
 
 class RMSNorm(nn.Module):
@@ -162,6 +189,18 @@ def through(
 
     last, states = jax.lax.scan(wrap(body), x, (stack, keys))
     return [x, *states] if every else [last]
+
+
+@jax.custom_vjp
+def read_layer(stack: Params, index: Int[Array, ""], own: Params) -> Params:
+    """Layer `index` of a stack, for a scan over some of its layers; the gradient is that of `own`, its slice.
+
+    The slices of a scan would be a second copy of the parameters. `own` is never read, so that XLA makes none of it.
+    """
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, index, keepdims=False), stack)
+
+
+read_layer.defvjp(lambda *arguments: (read_layer(*arguments), None), lambda _, slope: (None, None, slope))
 
 
 def take_layer(stack: Params, index: int) -> Params:

@@ -5,13 +5,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.batch import Corners
 from llava_jax.models import flamingo, registry
 from llava_jax.models.cache import LayerCache
+from llava_jax.models.decoder import Cache
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.remat import Remat
 from llava_jax.sharding import constrain
 
 
@@ -19,14 +21,14 @@ class Llava(nn.Module):
     """Vision tower, connector and decoder; fields of a `Batch` in, hidden states out.
 
     dtype: the dtype of all matrix products; norms, scores, softmax and logits are float32 inside.
-    remat: rematerialisation of the decoder's blocks (`models.remat`); vision_remat: of the tower's, which needs some
-      where it is trained.
+    remat: rematerialisation of the decoder's blocks (`models.remat`), of all or of each; vision_remat: of the tower's,
+      which needs some where it is trained.
     lora_dropout: of the inputs of adapters, where a "dropout" rng is given.
     """
 
     config: LlavaConfig
     dtype: Any = jnp.float32
-    remat: str = "none"
+    remat: Remat = "none"
     lora_dropout: float = 0.0
     vision_remat: str = "none"
 
@@ -135,10 +137,18 @@ class Llava(nn.Module):
         return flamingo.Media(nothing, jnp.full_like(image_slots, -1))
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[Cache, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
         """Hidden states of new tokens at `positions`, and the cache with them in it."""
         return self.llm.decode(self.llm.embed(tokens), positions, cache)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], features: Float[Array, "B T D"], is_feature: Bool[Array, "B T"],
+        positions: Int[Array, "B T"], cache: tuple[Cache, ...],
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:  # fmt: skip
+        """As `decode` for a part of a prompt, with image features, which are there already, in place of some tokens."""
+        x = jnp.where(is_feature[..., None], features, self.llm.embed(tokens))
+        return self.llm.decode(x, positions, cache)
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""

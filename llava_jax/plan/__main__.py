@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
 def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     config = _config(options, overrides)
     from llava_jax.plan import report
-    from llava_jax.plan.compile import build, compile_step, find_target, model_of
+    from llava_jax.plan.compile import build, compile_config, find_target, model_of
 
     _leave_accelerators()
     model = model_of(config)
@@ -60,7 +60,7 @@ def _plan(options: argparse.Namespace, overrides: dict[str, str]) -> int:
     program = build(config, target)
     workload = report.workload_of(config, model, program, options.sample_tokens)
     costs = report.Costs(_samples(config, options, workload.samples), options.price)
-    compiled = compile_step(target, program, workload.chunks)
+    compiled = compile_config(config, target, program, workload.chunks, workload.tile_shares)
     print(report.page(compiled, workload, costs), flush=True)
     if options.json:
         _write(options.json, report.numbers(compiled, workload, costs))

@@ -5,8 +5,8 @@ import importlib.metadata
 import importlib.util
 import math
 import os
-import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,14 @@ from llava_jax import config as configs
 from llava_jax.checkpoint import model_json
 from llava_jax.chips import Chip
 from llava_jax.errors import UsageError
-from llava_jax.models import presets
+from llava_jax.models import presets, remat
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.models.remat import Remat
 from llava_jax.plan import hlo
+from llava_jax.train import fitting
+from llava_jax.train import memory as memories
 from llava_jax.train import program as programs
+from llava_jax.train.memory import Memory
 from llava_jax.train.program import Program
 
 STEPS = 1000  # of the learning rate schedule, where neither the config nor the data has a number; any compiles the same
@@ -60,25 +64,6 @@ class Target:
         sizes = chips.dimensions(self.topology)
         links = sum((size > 1) + (size > 2 and size % self.chip.ring == 0) for size in sizes)
         return self.chip.ici_bytes_per_sec * links / (2 * len(sizes))
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device. The first four are what the program's arguments hold, without the padding of layouts."""
-
-    trainable: int
-    frozen: int
-    optimizer: int
-    batch: int
-    arguments: int
-    outputs: int
-    aliased: int
-    temporaries: int
-    on_host: int = 0
-
-    @property
-    def peak(self) -> int:
-        return self.arguments + self.outputs - self.aliased + self.temporaries
 
 
 @dataclass(frozen=True)
@@ -141,12 +126,14 @@ def model_of(config: configs.Config) -> LlavaConfig:
 
 
 def build(config: configs.Config, target: Target) -> Program:
-    """The program that `train` would run there.
+    """The program that `train` would run there; of `model.remat=auto` the one that keeps least.
 
     Raises:
       ValueError: the program refuses the config, or the hosts cannot share the rows evenly.
     """
     model = model_of(config)
+    if config.model.remat == fitting.AUTO:
+        config = fitting.with_remat(config, fitting.LADDER[0])
     program = programs.build(config, model, config.train.steps or STEPS, target.mesh)
     rows = program.batch.tokens.shape[0]
     if rows % target.hosts:
@@ -158,71 +145,69 @@ def build(config: configs.Config, target: Target) -> Program:
     return program
 
 
-def compile_step(target: Target, program: Program, chunks: int) -> CompiledStep:
+def compile_step(
+    target: Target, program: Program, chunks: int, tile_shares: Mapping[int, float]
+) -> CompiledStep:
     """Compiles the step of a program that was built for this place.
 
     Args:
       chunks: how often the loop over supervised positions runs on a device; the data decides, see `hlo.cost`.
+      tile_shares: the data decides these too.
 
     Raises:
       CompilerRefused: the compiler cannot do it, for another reason than memory.
     """
     start = time.monotonic()
-    lowered = program.step.lower(program.state, program.frozen, program.batch)
     try:
-        compiled = lowered.compile()
+        compiled, memory = memories.compile_step(program)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise _refusal(target, program, str(error)) from None
-        return CompiledStep(target, program, _memory_of_error(program, str(error)), None, time.monotonic() - start)
+        raise _refusal(target, program, str(error)) from None
     secs = time.monotonic() - start
-    analysis = compiled.memory_analysis()
-    memory = dataclasses.replace(
-        arguments_of(program), arguments=analysis.argument_size_in_bytes, outputs=analysis.output_size_in_bytes,
-        aliased=analysis.alias_size_in_bytes, temporaries=analysis.temp_size_in_bytes,
-        on_host=analysis.host_argument_size_in_bytes + analysis.host_temp_size_in_bytes,
-    )  # fmt: skip
-    return CompiledStep(target, program, memory, hlo.cost(compiled.as_text(), target.slices, chunks), secs)
+    cost = None if compiled is None else hlo.cost(compiled.as_text(), target.slices, chunks, tile_shares)
+    return CompiledStep(target, program, memory, cost, secs)
+
+
+def compile_config(
+    config: configs.Config, target: Target, program: Program, chunks: int, tile_shares: Mapping[int, float]
+) -> CompiledStep:
+    """Compiles the step of a config, of which `build` gave the program."""
+    if config.model.remat == fitting.AUTO:
+        return fit_step(config, target, chunks, tile_shares)
+    return compile_step(target, program, chunks, tile_shares)
+
+
+def fit_step(
+    config: configs.Config, target: Target, chunks: int, tile_shares: Mapping[int, float], first: int = 0
+) -> CompiledStep:
+    """The compiled step of a config with the rematerialisation that fits (`train.fitting`).
+
+    Args:
+      first: steps of that ladder that fit anyway.
+
+    Raises:
+      ValueError: nothing fits, or as `build` and `compile_step`.
+    """
+    steps = dict[Any, CompiledStep]()
+
+    def peak(program: Program) -> int:
+        compiled = compile_step(target, program, chunks, tile_shares)
+        steps[program.model.remat] = compiled
+        return compiled.memory.peak
+
+    def built(policies: Remat) -> Program:
+        return build(fitting.with_remat(config, policies), target)
+
+    return steps[fitting.fit(built, peak, target.chip.hbm_bytes, first).model.remat]
 
 
 def _refusal(target: Target, program: Program, error: str) -> CompilerRefused:
     rows, tokens = program.batch.tokens.shape
     mesh = " ".join(f"{name} {size}" for name, size in target.mesh.shape.items() if size > 1)
+    policies = remat.describe(program.model.remat)
     said = next((line.strip() for line in error.splitlines() if line.strip()), "it does not say why")
     return CompilerRefused(
         f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}) refuses a step of {rows} rows of {tokens} "
-        f"tokens, remat {program.model.remat}, on {target.topology} with mesh {mesh or '1'}: {said[:500]}. That is no "
-        "fault of the config: ask for fewer rows or micro-batches (data.rows_per_chip, data.batch_samples, "
+        f"tokens, remat {policies}, on {target.topology} with mesh {mesh or '1'}: {said[:500]}. That is no fault of "
+        "the config: ask for fewer rows or micro-batches (data.rows_per_chip, data.batch_samples, "
         "train.accumulate), another --topology, or install a newer libtpu"
     )
-
-
-def arguments_of(program: Program) -> Memory:
-    """Bytes of the arguments on one device, before anything is compiled."""
-    state, size = program.state, _bytes_of
-    parts = size(state.params), size(program.frozen), size(state.opt_state), size(program.batch)
-    return Memory(*parts, arguments=sum(parts), outputs=0, aliased=0, temporaries=0)
-
-
-def _bytes_of(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes, in its own memory."""
-    on_device = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind in (None, "device")]
-    return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in on_device)
-
-
-UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-# XLA's two ways to say so: the temporaries alone are too large, or all together.
-_TEMPORARIES = re.compile(r"HLO temporaries \(([\d.]+)([KMGT])\)")
-_TOTAL = re.compile(r"Used ([\d.]+)([KMGT]) of")
-
-
-def _memory_of_error(program: Program, error: str) -> Memory:
-    """The memory that the compiler's error asks for, to its two digits."""
-    memory = arguments_of(program)
-    for pattern, argument_bytes in ((_TEMPORARIES, 0), (_TOTAL, memory.arguments)):
-        match = pattern.search(error)
-        if match:
-            required = int(float(match[1]) * UNITS[match[2]])
-            return dataclasses.replace(memory, temporaries=max(0, required - argument_bytes))
-    raise UsageError(f"XLA ran out of memory and does not say by how much: {' '.join(error.split())[:500]}")
-

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import numpy as np
@@ -80,15 +81,18 @@ ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128, **{
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
 
 
-def cost(text: str, slices: int = 1, open_trips: int = 1) -> Cost:
+def cost(
+    text: str, slices: int = 1, open_trips: int = 1, tile_shares: Mapping[int, float] = MappingProxyType({})
+) -> Cost:
     """The cost of a program from `compiled.as_text()`.
 
     Args:
       slices: TPU slices that the program spans.
       open_trips: how often a loop runs whose trip count is not in the program.
+      tile_shares: of flash attention's causal tiles of that side, the share that is computed; all where it is missing.
     """
     entry, computations = parse(text)
-    return _Reader(computations, slices, open_trips).cost(entry)
+    return _Reader(computations, slices, open_trips, tile_shares).cost(entry)
 
 
 def parse(text: str) -> tuple[str, dict[str, Computation]]:
@@ -160,10 +164,13 @@ def size_bytes(shape: str) -> int:
 class _Reader:
     """Walks the computations; each is counted once and scaled where it is called."""
 
-    def __init__(self, computations: Mapping[str, Computation], slices: int, open_trips: int) -> None:
+    def __init__(
+        self, computations: Mapping[str, Computation], slices: int, open_trips: int, tile_shares: Mapping[int, float]
+    ) -> None:
         self.computations = computations
         self.slices = slices
         self.open_trips = open_trips
+        self.tile_shares = tile_shares
         self.cost = functools.cache(self._cost)
 
     def _cost(self, name: str, fused: bool = False) -> Cost:
@@ -180,7 +187,7 @@ class _Reader:
         if op.opcode in ("dot", "convolution"):
             flops = _dot_flops(computation, op) if op.opcode == "dot" else _convolution_flops(computation, op)
         elif op.opcode == "custom-call" and '"tpu_custom_call"' in op.attributes:
-            flops = _kernel_flops(computation, op)
+            flops = _kernel_flops(computation, op, self.tile_shares)
             if flops is None:
                 return Cost(uncounted=(_op_name(op) or op.name,))
         elif op.opcode == "while" and self._trips(computation, op) is None:
@@ -341,11 +348,11 @@ def _overlaps(inner: int, kernel: int, out: int, stride: int, pad: int, lhs_dila
 FLASH = {"forward": 2, "backward": 5}
 
 
-def _kernel_flops(computation: Computation, op: Instruction) -> int | None:
+def _kernel_flops(computation: Computation, op: Instruction, tile_shares: Mapping[int, float]) -> int | None:
     """FLOPs of a flash attention kernel, whose products lie in its own code; None for another kernel.
 
-    Its operands give the shapes and its metadata the tile. Counted is every tile on or below the diagonal: which of
-    them hold a sample's queries and keys, and are computed, is in the data.
+    Its operands give the shapes and its metadata the tile. Which of the tiles on or below the diagonal hold a sample's
+    queries and keys, and are computed, is in the data: `tile_shares` says how many.
     """
     kind = re.search(r"flash_(forward|backward)", op.attributes + op.name)
     metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', op.attributes)
@@ -355,7 +362,8 @@ def _kernel_flops(computation: Computation, op: Instruction) -> int | None:
         return None
     tile = json.loads(metadata[1].replace('\\"', '"'))["tile"]
     queries, keys = shapes[0], shapes[1]
-    return 2 * FLASH[kind[1]] * math.prod(queries[:-2]) * queries[-1] * _tile_pairs(queries[-2], keys[-2], tile)
+    pairs = tile_shares.get(tile, 1.0) * _tile_pairs(queries[-2], keys[-2], tile)
+    return round(2 * FLASH[kind[1]] * math.prod(queries[:-2]) * queries[-1] * pairs)
 
 
 def _tile_pairs(queries: int, keys: int, tile: int) -> int:

@@ -3,24 +3,23 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from llava_jax import config as configs
 from llava_jax import sharding
+from llava_jax.models import remat
 from llava_jax.models.presets import LlavaConfig
+from llava_jax.plan import mixture
 from llava_jax.plan.compile import CompiledStep, Target
 from llava_jax.prompt import anyres
 from llava_jax.train.loss import CHUNK
 from llava_jax.train.program import Program
 
 GIB = 2**30
-# Text tokens of a record, and the share of them that is supervised. LLaVA-1.5's mixture is about 850 tokens with 576
-# of the picture, of which half the text is answers; its captions are about 605, all text supervised.
-TEXT_TOKENS = {"plain": (29, 1.0), "": (274, 0.5)}
-# (least tokens of a row, share of its positions that hold tokens) of packed rows. Source: tests/data/test_planner.py.
-FILLS = ((4096, 0.99), (3072, 0.975), (0, 0.93))
+CAPTIONS = "plain"  # the template of stage 1
+SUPERVISED = 0.5  # share of a conversation's text that is answers; of a caption, all is
 
 # The part of the model that an operation belongs to, by its name in the program; first match wins.
 PARTS = (
@@ -42,30 +41,32 @@ class Workload:
     supervised: int
     images: int
     chunks: int  # of supervised positions that a device's loss takes one after another
+    tile_shares: Mapping[int, float]  # of attention's causal tiles of that side, those that hold a sample's pair
     assumption: str  # in words, for the page
 
 
 def workload_of(
     config: configs.Config, model: LlavaConfig, program: Program, sample_tokens: int | None = None
 ) -> Workload:
-    """The workload of a step over records of one picture and `sample_tokens` tokens (None: as LLaVA's own data)."""
-    text, supervised_share = TEXT_TOKENS.get(config.prompt.template, TEXT_TOKENS[""])
+    """The workload of a step over LLaVA's records (`plan.mixture`), scaled to a mean of `sample_tokens` if given."""
+    data, captions = config.data, config.prompt.template == CAPTIONS
     features, tiles = _picture(config.prompt, model)
-    length = min(sample_tokens or features + text, config.data.sample_tokens or config.data.row_tokens)
-    rows, row_tokens = program.batch.tokens.shape
-    packed = config.data.layout == "packed"
-    fill = next(share for least, share in FILLS if row_tokens >= least)
-    samples = fill * rows * row_tokens / length if packed else float(rows)
-    shown = f" of {tiles} tiles" if tiles > 1 else ""
-    slots = program.batch.pixels.shape[0] * program.batch.pixels.shape[1]
-    supervised = int(samples * supervised_share * max(1, length - features))
+    count, row_tokens = program.batch.tokens.shape
+    packed = data.layout == "packed"
+    row = mixture.rows(captions, features, tiles, sample_tokens, data.sample_tokens or row_tokens, row_tokens,
+                       data.rows_per_group, data.images_per_group, packed)  # fmt: skip
+    text = max(row.samples, row.tokens - features * row.images / tiles)
+    supervised = int(count * text * (1.0 if captions else SUPERVISED))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
+    shown = f" of {tiles} tiles" if tiles > 1 else ""
     return Workload(
-        samples=samples, tokens=int(samples * length), pairs=int(samples * length * (length + 1) / 2),
-        supervised=supervised, images=min(math.ceil(samples * tiles), slots), chunks=-(-supervised // (parts * CHUNK)),
-        assumption=f"records of {length} tokens with one picture{shown}, {100 * supervised_share:.0f} % of the text "
-        "supervised"
-        + (f", rows {100 * fill:.0f} % full" if packed else ", one in a row"),
+        samples=count * row.samples, tokens=int(count * row.tokens), pairs=int(count * row.pairs),
+        supervised=supervised, images=math.ceil(count * row.images), chunks=-(-supervised // (parts * CHUNK)),
+        tile_shares=row.tile_shares,
+        assumption=f"records of {row.tokens / row.samples:.0f} tokens on average"
+        f", {100 * row.images / tiles / row.samples:.0f} % with a picture{shown}, "
+        f"{100 if captions else 100 * SUPERVISED:.0f} % of the text supervised"
+        + (f", rows {100 * row.tokens / row_tokens:.1f} % full" if packed else ", one in a row"),
     )  # fmt: skip
 
 
@@ -192,7 +193,7 @@ def page(compiled: CompiledStep, workload: Workload, costs: Costs) -> str:
     mesh = " x ".join(f"{axis} {size}" for axis, size in target.mesh.shape.items() if size > 1) or "one device"
     slices = f"{target.slices} slices of " if target.slices > 1 else ""
     chips = f"{target.chips} chips ({target.chip.kind}) on {target.hosts} host(s)"
-    lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}",
+    lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}; remat {remat.describe(compiled.program.model.remat)}",
              f"compiled in {compiled.secs:.0f} s; assumed: {workload.assumption}", "",
              *_memory_lines(compiled)]  # fmt: skip
     if compiled.cost is not None:

@@ -10,29 +10,32 @@ from typing import Any, NamedTuple
 
 from llava_jax import config as configs
 from llava_jax import params, sharding
+from llava_jax.errors import UsageError
+from llava_jax.models import remat
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import report
 from llava_jax.plan.compile import (
     CompiledStep,
     CompilerRefused,
     Target,
-    arguments_of,
     build,
     compile_step,
     find_target,
+    fit_step,
     model_of,
 )  # fmt: skip
 from llava_jax.plan.report import GIB, Workload
-from llava_jax.train import flops
+from llava_jax.train import fitting, flops
+from llava_jax.train import memory as memories
 from llava_jax.train.program import Program
 
 ROWS = (1, 2, 4, 8, 16)
 # Bytes that a policy keeps on the device for each token, layer and unit of width, and the share of the decoder's
 # forward pass that it rematerialises; lower bounds. Source: models/remat.py, as compiled by XLA for v5e.
-SAVED_BYTES = {"none": 22, "full": 2, "save_qkv": 8, "save_dots": 22, "offload_inputs": 0, "offload_qkv": 2}
-REMATERIALISED = {
-    "none": 0.0, "full": 0.7, "save_qkv": 0.4, "save_dots": 0.0, "offload_inputs": 0.7, "offload_qkv": 0.4,
-}  # fmt: skip
+SAVED_BYTES = {"none": 22, "full": 2, "save_qkv": 8, "save_linear": 18, "save_dots": 22, "offload_inputs": 0,
+               "offload_qkv": 2}  # fmt: skip
+REMATERIALISED = {"none": 0.0, "full": 0.7, "save_qkv": 0.4, "save_linear": 0.0, "save_dots": 0.0,
+                  "offload_inputs": 0.7, "offload_qkv": 0.4}  # fmt: skip
 MIN_GAIN = 0.99  # a choice is compiled if it may take at most this share of the best one's time
 
 
@@ -70,8 +73,9 @@ def search(
     slack, compile_secs, count = float("inf"), 0.0, 0  # slack: the least that a choice took over its bound
     while candidates:
         choice, *candidates = candidates
+        workload = choice.workload
         try:
-            compiled = compile_step(choice.target, choice.program, choice.workload.chunks)
+            compiled = compile_step(choice.target, choice.program, workload.chunks, workload.tile_shares)
         except CompilerRefused as error:
             _log(f"{_name(choice)}: {error}")
             continue
@@ -86,7 +90,25 @@ def search(
             candidates = [other for other in candidates if other.kind != choice.kind or other.rows < choice.rows]
         _log(f"{_name(choice)}: {_verdict(compiled, choice.workload)}; at most {len(candidates)} more, "
              f"{len(candidates) * compile_secs / count / 60:.0f} minutes")  # fmt: skip
-    return best
+    return best if best is None else _fitted(best, path, overrides)
+
+
+def _fitted(best: Result, path: str, overrides: Mapping[str, str]) -> Result:
+    """The best choice with layers that keep more than its policy says, as many as fit."""
+    policy, model = best.overrides["model.remat"], best.compiled.program.model.config
+    if policy not in fitting.LADDER[:-1] or model.cross is not None:
+        return best
+    settings = best.overrides | {"model.remat": fitting.AUTO}
+    config, workload = configs.load(path, {**overrides, **settings}), best.workload
+    try:
+        compiled = fit_step(config, best.compiled.target, workload.chunks, workload.tile_shares,
+                            fitting.LADDER.index(policy))  # fmt: skip
+    except (CompilerRefused, UsageError) as error:
+        _log(f"model.remat=auto: {error}")
+        return best
+    secs = sum(vars(report.times_of(compiled)).values()) / workload.tokens
+    _log(f"{remat.describe(compiled.program.model.remat)}: {_verdict(compiled, workload)}")
+    return Result(compiled, workload, settings, secs) if secs < best.secs else best
 
 
 def _choices(
@@ -138,7 +160,7 @@ def _overrides(data: configs.Data, target: Target, mesh: configs.Mesh, policy: s
 
 def _least_bytes(program: Program, policy: str) -> int:
     """Arguments, gradients of the trainable parameters (bfloat16), and the activations that the policy saves."""
-    memory = arguments_of(program)
+    memory = memories.arguments_of(program)
     llm, rows = program.model.config.llm, program.batch.tokens
     tokens = rows.sharding.shard_shape(rows.shape)[0] * rows.shape[1]
     saved_bytes = SAVED_BYTES[policy] * tokens * llm.width * llm.layers // sharding.shards(program.mesh, "heads")

@@ -146,6 +146,13 @@ def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
     return out.getvalue()
 
 
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
+    return out.getvalue()
+
+
 def _square(image: Image.Image, size: int, filter: Image.Resampling) -> Image.Image:
     width, height = image.size
     longer = int(size * max(width, height) / min(width, height))
@@ -250,6 +257,15 @@ def _size(image: Image.Image, name: str) -> tuple[int, int]:
     return width, height
 
 
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W] of 16-bit grey, a strip at a time: whole arrays of 32 bits would be most of what a picture takes."""
+    grey = np.empty((image.height, image.width), np.uint8)
+    for row in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, row, image.width, min(row + _STRIP_ROWS, image.height)))
+        grey[row : row + strip.height] = (np.asarray(strip).astype(np.uint32) + 128) // 257
+    return grey
+
+
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     """Decodes `image`, after its header has been found harmless."""
     _size(image, name)
@@ -258,8 +274,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise UsageError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
     try:
         if sixteen_bits:
-            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-            image = Image.fromarray(grey.astype(np.uint8))
+            image = Image.fromarray(_eight_bits(image))
         return image.convert("RGB")
     except _DAMAGE as error:
         raise UsageError(f"{name}: damaged picture ({error}): replace the file or drop the record") from error

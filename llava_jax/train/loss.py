@@ -149,7 +149,7 @@ def _run(
         loss, logps, of_hidden, of_kernel = jax.lax.fori_loop(0, -(-count // chunk), add, zeros)
         if to_kernel:
             of_kernel = of_kernel.astype(kernel.dtype)  # devices exchange it in the dtype of all gradients
-            of_kernel = jax.lax.psum_scatter(of_kernel, width, tiled=True) if width else of_kernel
+            of_kernel = sharding.reduce_scatter(of_kernel, width, 0)
             of_kernel = jax.lax.psum(of_kernel, tuple(axis for axis in rows if axis not in width))
         logps = jax.tree.map(lambda x: x.reshape(shape[:2]), logps)
         return jax.lax.psum(loss, rows), logps, of_hidden.reshape(shape) if to_hidden else None, of_kernel

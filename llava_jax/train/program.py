@@ -21,7 +21,7 @@ from llava_jax import config as configs
 from llava_jax.batch import AnyBatch
 from llava_jax.distributed import Rows
 from llava_jax.errors import UsageError
-from llava_jax.models import lora
+from llava_jax.models import lora, remat
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.train import flops
@@ -103,7 +103,8 @@ def build(
     shapes = lora.add(shapes, added)
     rates = params.lookup(params.flatten(shapes), config.rates, "rates", every_row=True)
     trainable_rates = _trainable(rates, shapes)
-    tower_remat = config.model.remat if any(name.startswith("vision/") for name in trainable_rates) else "none"
+    tower_trains = any(name.startswith("vision/") for name in trainable_rates)
+    tower_remat = remat.only(config.model.remat) if tower_trains else "none"
     model = Llava(model_config, dtype, config.model.remat, config.train.lora_dropout, tower_remat)
     trainable, frozen = params.split(shapes, trainable_rates)
     trainable = _placed(trainable, jnp.float32, mesh)

@@ -28,13 +28,12 @@ from llava_jax.data.sources import Source
 from llava_jax.distributed import Stop
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.lifecycle import Sigterm
-from llava_jax.models import presets
+from llava_jax.models import presets, remat
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import anyres
 from llava_jax.prompt.encode import Format
+from llava_jax.train import fitting, init, inputs, learning, loop, metrics, settings
 from llava_jax.train import hooks as built_in
-from llava_jax.train import init, inputs, learning, loop, metrics, settings
-from llava_jax.train import program as programs
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.loss import Loss
 from llava_jax.train.metrics import Writer
@@ -98,9 +97,10 @@ class Trainer:
     def program(self) -> Program:
         """The model, the optimizer, the abstract state and the jitted steps, for this machine's devices.
 
-        No array is made. Where the config says epochs, the records are opened, whose number decides the steps.
+        No array is made; `model.remat=auto` compiles the step. Where the config says epochs, the records are opened,
+        whose number decides the steps.
         """
-        return programs.build(self.config, self._sizes, self._steps, loss=self._loss)
+        return fitting.resolve(self.config, self._sizes, self._steps, self._loss)
 
     @property
     def step(self) -> int:
@@ -325,6 +325,8 @@ def _introduce(program: Program, pipeline: Feed, workdir: epath.Path) -> None:
         return
     print(f"{_counted(program.state.params)} parameters are trainable, {_counted(program.frozen)} are frozen in "
           f"{program.model.dtype}")  # fmt: skip
+    if not isinstance(program.model.remat, str):
+        print(f"rematerialisation of layers: {remat.describe(program.model.remat)}")
     sizes = ", ".join(f"{axis} {size}" for axis, size in program.mesh.shape.items())
     print(f"mesh: {sizes}; {pipeline.records:,} records, {program.steps:,} steps of {pipeline.contents}; "
           f"workdir {workdir}", flush=True)  # fmt: skip

@@ -133,7 +133,7 @@ def without_remat(tiny):
     return gradients(tiny, "none")[0]
 
 
-@pytest.mark.parametrize("policy", remat.POLICIES)
+@pytest.mark.parametrize("policy", [*remat.POLICIES, ("full", "save_qkv", "save_qkv"), ("save_dots", "full", "full")])
 def test_every_remat_policy_gives_the_same_loss_and_gradients(tiny, without_remat, policy):
     found, program = gradients(tiny, policy)
 
@@ -142,7 +142,7 @@ def test_every_remat_policy_gives_the_same_loss_and_gradients(tiny, without_rema
         assert jnp.linalg.norm(ours - wanted) <= 1e-5 * jnp.linalg.norm(wanted)
 
     jax.tree.map(close, found, without_remat)
-    assert ("<host>" in program) == policy.startswith("offload")
+    assert ("<host>" in program) == remat.only(policy).startswith("offload")
 
 
 def test_a_policy_keeps_what_its_name_says(tiny):
@@ -156,7 +156,31 @@ def test_a_policy_keeps_what_its_name_says(tiny):
     for policy in remat.NAMES:
         found = jax.eval_shape(functools.partial(residuals, policy), tiny["llm"])
         kept[policy] = sum(x.size for x in found if x.shape[:3] == (3, 2, 8))
-    assert kept["none"] > kept["save_dots"] > kept["save_qkv"] > kept["full"] == 3 * 16 * 48, kept
+    order = ("full", "save_qkv", "save_linear", "save_dots", "none")
+    assert sorted(order, key=kept.get) == list(order) and kept["full"] == 3 * 16 * 48, kept
+
+
+def test_layers_with_policies_of_their_own_keep_what_each_says_and_no_copy_of_their_weights(tiny):
+    fields = batch(2, 8, 2, 1)
+
+    def kept(policy):
+        model = Llava(TINY, remat=policy)
+        forward = functools.partial(lambda model, llm: model.apply({"params": tiny | {"llm": llm}}, **fields), model)
+        found = jax.eval_shape(lambda llm: jax.tree.leaves(jax.vjp(forward, llm)[1]), tiny["llm"])
+        activations = sum(x.size for x in found if x.shape[1:3] == (2, 8))
+        return activations, sum(x.size for x in found if x.shape[:1] == (3,) and x.shape[1:3] != (2, 8))
+
+    (full, weights), (qkv, _), (mixed, own) = kept("full"), kept("save_qkv"), kept(("full", "save_qkv", "save_qkv"))
+    assert mixed == full + (qkv - full) * 2 // 3
+    assert own == weights
+
+
+@pytest.mark.parametrize("policies, message", [
+    (("full", "save_qkv"), "2 policies for 3 layers"), (("none", "full", "full"), "none is a policy of all layers"),
+])  # fmt: skip
+def test_policies_that_fit_no_stack_are_refused(tiny, policies, message):
+    with pytest.raises(ValueError, match=message):
+        gradients(tiny, policies)
 
 
 def test_an_unknown_policy_is_refused_with_the_list(tiny):

@@ -105,7 +105,7 @@ def test_products_of_many_heads_count_without_the_padding_that_tpu_writes_them_w
         assert cost.flops == 2 * 4 * 8 * 64 * 64 * 128
 
 
-def test_flash_attention_counts_every_tile_that_the_causal_mask_touches(mesh):
+def test_flash_attention_counts_the_tiles_that_the_causal_mask_touches_and_of_these_the_given_share(mesh):
     q = jax.ShapeDtypeStruct((16, 1024, 4, 128), jnp.bfloat16)
     segments = jax.ShapeDtypeStruct((16, 1024), jnp.int32)
 
@@ -113,10 +113,15 @@ def test_flash_attention_counts_every_tile_that_the_causal_mask_touches(mesh):
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
             return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
 
-    cost = on_tpu(mesh, jax.grad(loss, (0, 1, 2)), q, q, q, segments, axes=("fsdp",))
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*(
+        jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, PartitionSpec("fsdp")))
+        for x in (q, q, q, segments)))  # fmt: skip
+    text = lowered.compile().as_text()
+    cost = hlo.cost(text)
     pairs = 3 * 512 * 512  # of 2 x 2 tiles the one above the diagonal is skipped
     assert cost.flops == (2 + 5) * 2 * 128 * pairs * 2 * 4  # forward, backward; two rows of four heads a chip
     assert not cost.uncounted
+    assert hlo.cost(text, tile_shares={512: 2 / 3, 256: 0.1}).flops == cost.flops * 2 // 3
 
 
 def test_collectives_count_what_a_device_sends_by_the_best_ring(mesh):
