@@ -1,4 +1,4 @@
-"""Config of the demo's stage 2 without tiles: of a wide picture the whole alone, resized to a square (see `story.py`)."""
+"""Config of the demo's stage 2 without tiles: of a wide picture the whole alone (see `story.py`)."""
 
 from typing import Any
 

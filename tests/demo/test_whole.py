@@ -59,7 +59,7 @@ def test_the_demo_learns_to_see(tmp_path):
 
 def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
     """The same start, records, steps, learning rates and batches; a row is longer by the tiles' features."""
-    tiled, plain = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
+    plain, tiled = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
     assert [run[3:5] for run in ANYRES.runs[1:]] == [("stage1", records.FINETUNE)] * 2
     assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "squash"
     features = len(anyres.layout((384, 96), Tiling(((4, 1),)), 48, 16).slots)
