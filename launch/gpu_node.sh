@@ -46,6 +46,7 @@ trap 'told=$((told + 1)); [ -z "$child" ] || kill -TERM "$child" 2>/dev/null || 
 while :; do
     "$@" &
     child=$!
+    [ "$told" = 0 ] || kill -TERM "$child" 2>/dev/null || true # a signal came before the child had a name
     heard=-1
     while [ "$heard" != "$told" ]; do # a signal ends `wait` before its child has ended: wait again
         heard=$told code=0

@@ -4,6 +4,7 @@ COMMANDS = {
     "demo": "a tiny LLaVA learns to see, on a laptop",
     "train": "train a config, or resume its run",
     "chat": "talk with a checkpoint about pictures",
+    "serve": "a checkpoint behind OpenAI's HTTP API, with a page",
     "evaluate": "benchmarks: answers, then scores",
     "data": "show, validate, measure and prepare training records",
     "datagen": "make instruction data with a language model's API",

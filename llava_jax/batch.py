@@ -171,3 +171,10 @@ def lay_images(
             corners.slots[here] = np.where(mixed.slots == NEWLINE, newline, start + mixed.slots)
             corners.weights[here] = mixed.weights
         first += layout.tiles
+
+
+def laid_out(tiles: np.ndarray, newline: np.ndarray, layout: Layout) -> np.ndarray:
+    """[n, D]: the features of a picture, of those of its tiles [tiles, N, D] and the newline [0 or 1, D]."""
+    rows = np.concatenate([tiles.reshape(-1, tiles.shape[-1]), newline])
+    slots, weights = layout.corners or alone(layout.slots)
+    return (rows[np.where(slots == NEWLINE, len(rows) - 1, slots)] * weights[..., None]).sum(axis=-2)

@@ -46,8 +46,10 @@ def _run(args: argparse.Namespace) -> int:
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
     images = tuple(_open(source, args.allow_urls) for source in args.image)
+    from llava_jax import compilations
     from llava_jax.generate.assistant import Assistant
 
+    compilations.keep()
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
     initial = Session(pending_images=images, system=args.system)
     if args.prompt is None:

@@ -2,7 +2,8 @@
 
 import re
 
-# Source: transformers 5.24 TrainingArguments; haotian-liu/LLaVA llava/train/train.py and llava/eval/*.py @ c121f04.
+# Source: transformers 5.24 TrainingArguments; haotian-liu/LLaVA llava/train/train.py and llava/eval/*.py @ c121f04; the
+# server of vLLM 0.32.
 KNOWN_NAMES = {
     "learning_rate": "train.lr",
     "lr": "train.lr",
@@ -97,6 +98,9 @@ KNOWN_NAMES = {
     "lora_dropout": "train.lora_dropout",
     "model_path": "--checkpoint of chat and evaluate, model.base of train",
     "image_file": "--image",
+    "max_num_seqs": "serve --slots",
+    "max_model_len": "serve --positions",
+    "max_num_queued_reqs": "serve --queue",
 }
 
 

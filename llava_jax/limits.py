@@ -98,7 +98,7 @@ def check_rows(
 
     Args:
       image_features: positions that one image takes.
-      positions: that the model knows, its stretched rope counted; None: there is no model.
+      positions: that the model knows, its stretched rope and its sliding window counted; None: there is no model.
       lengths: of shorter rows, in tokens.
       shown: how the user says row_tokens.
     """
@@ -111,7 +111,7 @@ def check_rows(
     if positions is not None and longest > positions:
         raise UsageError(
             f"{shown}={longest}: the model has {positions} positions (those of its training, times the factor "
-            f"of a stretched rope); want at most {positions}"
+            f"of a stretched rope, or those of a sliding window); want at most {positions}"
         )
 
 

@@ -82,6 +82,8 @@ def parse(text: str, hint: Any, key: str) -> Any:
             return _typed(read(text.lower()), hint, key)
         except (KeyError, ValueError):
             continue
+    if typing.get_origin(hint) is tuple:
+        raise UsageError(f"{key}={text!r}: want {_describe_type(hint)}: a tuple is set in the file")
     return _typed(text, hint, key)
 
 

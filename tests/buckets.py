@@ -7,7 +7,6 @@ import contextlib
 import http.client
 import http.server
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ import httpx2
 from etils import epath
 
 from llava_jax import files
+from tests.ports import free_port
 
 
 def binary() -> Path:
@@ -33,15 +33,13 @@ def binary() -> Path:
 @contextlib.contextmanager
 def serve() -> Iterator[str]:
     """The server's address, on a free port of 127.0.0.1; it holds everything in memory."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     url = f"http://127.0.0.1:{port}"
     command = [binary(), "-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-backend", "memory",
                "-public-host", f"127.0.0.1:{port}", "-external-url", url, "-log-level", "error"]  # fmt: skip
     server = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 30
+        end = time.monotonic() + 120
         while True:
             try:
                 httpx2.get(f"{url}/storage/v1/b?project=p", trust_env=False).raise_for_status()

@@ -3,6 +3,8 @@
 import itertools
 import logging
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,18 @@ from PIL import Image
 from tests import buckets
 
 os.environ.update(buckets.QUIET)  # read when gcsfs is imported
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Sets what pytest-xdist's workers, and the processes that tests start, inherit: one cache of compiled programs.
+
+    Most of the suite's time is LLVM's for programs that run once: it optimises little, as in JAX's own tests.
+    """
+    os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        folder = tempfile.mkdtemp(prefix="llava_jax-compiled-")
+        os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

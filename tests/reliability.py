@@ -25,6 +25,7 @@ from llava_jax import files
 from llava_jax.checkpoint import reader
 from llava_jax.train import metrics
 from tests import buckets
+from tests.ports import free_port
 from tests.train import forks, tiny
 from tests.train.forks import Ended, Process
 
@@ -164,7 +165,7 @@ def sigterms(loop: Loop, count: int) -> None:
     """SIGTERM at random moments from exec to exit of real starts; then the run goes on and must be whole."""
     environment = loop.cache
     for number in range(count):
-        workdir, port = loop.workdir(f"stopped-{number}"), forks.free_port()
+        workdir, port = loop.workdir(f"stopped-{number}"), free_port()
         if loop.processes > 1:
             environment = loop.cache | {"LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": str(loop.processes),
                                         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}  # fmt: skip

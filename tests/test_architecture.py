@@ -14,7 +14,8 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A package or one of its files -> the packages it may import; the longest match decides.
 PACKAGES = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
-    "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",), "typed": ("known_names",), "config_file": (),
+    "compilations": (), "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",),
+    "typed": ("known_names",), "config_file": (),
     "config": ("config_file", "typed", "limits"), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
     "prompt": ("batch",),
@@ -39,6 +40,7 @@ PACKAGES = {
     "datagen/describer.py": ("prompt", "openai_client", "generate"),
     "datagen/steps.py": ("prompt", "openai_client", "generate"),  # opens the describer's checkpoint
     "convert": ("params", "models", "checkpoint", "prompt"),
+    "convert/served.py": ("batch", "params", "models", "checkpoint", "prompt", "generate"),  # asks the checkpoint too
     # The sizes of a model without a preset are those that its base's model.json says.
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
              "train/memory", "train/fitting", "data/sources", "data/planner", "checkpoint/model_json", "prompt/anyres"),
@@ -49,7 +51,8 @@ PACKAGES = {
              "evaluate", "convert", "chat"),
 }  # fmt: skip
 
-EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed")  # modules that all others may import
+# Modules that all others may import.
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed", "compilations")
 COMMANDS = ("cli",)  # what files that are commands may import beside their package's own list
 
 # A third-party library -> the packages or files that may import it.
@@ -59,14 +62,17 @@ DEPENDENCIES = {
     "ml_dtypes": ("convert", "checkpoint"),
     "numpy": EVERYWHERE, "jax": EVERYWHERE, "jaxtyping": EVERYWHERE, "etils": EVERYWHERE,
     "ml_collections": ("config",),
-    "transformers": ("prompt/tokenizer",), "tokenizers": ("prompt/hub",), "sentencepiece": ("prompt/llama",),
+    "transformers": ("prompt/tokenizer", "convert/readers"), "tokenizers": ("prompt/hub",),
+    "sentencepiece": ("prompt/llama",),
     "PIL": ("prompt/images",),
     "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
     "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object
     "orbax": ("checkpoint",), "tensorstore": ("checkpoint",),
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
+    "vllm": ("convert/readers",), "xllamacpp": ("convert/readers",),  # asked by `verify --served` where installed
     "matplotlib": ("evaluate/report",),
+    "starlette": ("serve",), "uvicorn": ("serve",),
     "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
@@ -80,7 +86,7 @@ DISK = {
     "evaluate/ablate": "its --workdir; a bucket is refused", "datagen": "its --out; a bucket is refused",
     "prompt": "links on a disk, and temporary folders for transformers", "data/validate": "links on a disk",
     "checkpoint/lock": "the kernel's own files", "doctor": "its own temporary folder, and this package's files",
-    "train/trainer": "this package's own files", "train/process": "the cache of compiled programs",
+    "train/trainer": "this package's own files", "compilations": "the user's cache directory",
 }
 
 

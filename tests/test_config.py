@@ -74,7 +74,7 @@ def test_no_base_is_random(write):
         ("train.lrr", "1", "unknown key 'train.lrr'; did you mean 'train.lr'"),
         ("trian.lr", "1", "unknown key 'trian.lr'; did you mean 'train.lr'"),
         ("rates", "1", "rates: a table is set in the file"),
-        ("data.lengths", "3", "data.lengths='3': want tuple"),
+        ("data.lengths", "3", "data.lengths='3': want tuple.*: a tuple is set in the file"),
         ("data.sources.3.path", "a", "unknown key 'data.sources.3.path': want data.sources.0, 1, 2 and a name"),
         ("data.sources.0.pth", "a", "unknown key 'data.sources.0.pth': want one of data.sources.0.path,"),
         ("data.sources.2.weight", "2", "data.sources.2.path is empty"),

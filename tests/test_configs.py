@@ -13,7 +13,7 @@ from llava_jax import params
 from llava_jax.data.orders import picks, resolve_steps
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import abstract_params
-from llava_jax.prompt import templates
+from llava_jax.prompt import anyres, templates
 from llava_jax.train import optimizer, program
 
 ROOT = Path(__file__).parent.parent
@@ -62,12 +62,11 @@ def test_stage_1_moves_the_projector_and_stage_2_the_language_model_too(name):
     config = load(name)
     rates = params.lookup(shapes(config), config.rates, "rates")
     trained = {name.split("/")[0] for name, rate in rates.items() if rate is not None}
-    tower = set() if config.train.vision_lr is None else {"vision"}
-    newline = {"image_newline"} if name == "llava16_7b_finetune" else set()
-    stage_1 = "pretrain" in name or "minigpt4" in name
-    assert trained == ({"projector"} if stage_1 else {"projector", "llm"} | tower | newline)
-    with_tower = ("llava_qwen25_7b_siglip_finetune", "llava_qwen3_8b_siglip_finetune", "llava16_7b_finetune")
-    assert tower == ({"vision"} if name in with_tower else set())
+    stage_1, tiles = "pretrain" in name or "minigpt4" in name, config.prompt.image_mode == "anyres"
+    with_tower = tiles or name in ("llava_qwen25_7b_siglip_finetune", "llava_qwen3_8b_siglip_finetune")
+    wanted = {"projector", "llm"} | ({"vision"} if with_tower else set()) | ({"image_newline"} if tiles else set())
+    assert trained == ({"projector"} if stage_1 else wanted)
+    assert (config.train.vision_lr is not None) == with_tower
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -164,6 +163,38 @@ def test_a_stage_2_starts_where_its_stage_1_wrote():
         two, one = load(name), load(stage_1)
         assert two.model == dataclasses.replace(one.model, start=f"runs/{stage_1}")
         assert f"--workdir runs/{stage_1}" in (ROOT / "configs" / f"{stage_1}.py").read_text(encoding="utf-8")
+
+
+TILED = ("llava16_7b", "llava16_13b", "llava16_mistral_7b", "llava_onevision_7b", "llava_onevision_05b")
+
+
+@pytest.mark.parametrize("model", TILED)
+def test_recipes_with_tiles_are_the_published_ones_and_each_stage_starts_from_the_one_before(model):
+    """LLaVA-VL/LLaVA-NeXT scripts/train/{pretrain,finetune}_clip.sh@5d711ba, pretrain_siglip.sh@5d711ba,
+    finetune_si.sh@1fcd3d4, finetune_ov.sh@811422d, docs/LLaVA_OneVision.md@163bce3."""
+    stages = ("pretrain", "mid", "si", "ov") if "onevision" in model else ("pretrain", "finetune")
+    first, *later = (load(f"{model}_{stage}") for stage in stages)
+    assert first.train.lr == 1e-3 and first.train.clip_norm == 1 and first.prompt.image_mode != "anyres"
+    v16 = "1x2 2x1 2x2 3x1 1x3"
+    wanted = [(v16, 0, "anyres")] if len(later) == 1 else [
+        (v16, 0, "anyres"), *2 * [(" ".join(f"{x}x{y}" for x in range(1, 7) for y in range(1, 7)), 9, "pad")]
+    ]  # fmt: skip
+    templates_of = {"llava16_mistral_7b": "mistral_instruct"} | dict.fromkeys(TILED[3:], "qwen_2")
+    for config, tiles in zip(later, wanted, strict=True):
+        assert (config.train.lr, config.train.vision_lr, config.train.epochs) == (1e-5, 2e-6, 1)
+        assert (config.train.warmup_ratio, config.train.weight_decay, config.train.clip_norm) == (0.03, 0, 1)
+        assert (config.prompt.grids, config.prompt.max_tiles, config.prompt.several) == tiles
+        assert (config.prompt.merge, config.prompt.template) == ("spatial_unpad", templates_of.get(model, "v1"))
+        size = presets.get(config.model.preset)
+        most = max(x * y for x, y in anyres.tiling(*(vars(config.prompt)[key] for key in TILING)).grids)
+        assert config.data.images_per_group > most and size.image_newline and config.model.preset == model
+    places = [f"runs/{model}_{stage}" for stage in stages]
+    second, *rest = (config.model for config in later)
+    assert (second.base, second.start) == (first.model.base, places[0])
+    assert [(one.base, one.start) for one in rest] == [(place, "") for place in places[1:-1]]
+
+
+TILING = ("image_mode", "grids", "merge", "max_tiles", "several")
 
 
 def test_every_key_is_read_by_some_package():

@@ -5,8 +5,9 @@ import ADAPTER_DIR DST --base CHECKPOINT               a LoRA of peft or of the 
 assemble DST --vision TOWER_DIR --llm LLM_DIR          a fresh LLaVA of its parts
 assemble DST --vision eva_vit_g.pth --connector blip2_pretrained_flant5xxl.pth --llm LLAMA_DIR    a MiniGPT-4
 assemble DST --vision eva_vit_g.pth --image-size 448 --projector minigptv2.pth --llm LLAMA_DIR    a MiniGPT-v2
-export --format hf|llava|projector|peft SRC DST        adapters are merged, or with peft written alone
+export --format hf|llava|projector|peft|gguf SRC DST   adapters are merged, or with peft written alone
 inspect DIR      verify DIR      merge DIR OUT
+verify --served EXPORT --checkpoint DIR [--with transformers,vllm,llama.cpp]    whether others answer as it does
 """
 
 import argparse
@@ -19,7 +20,7 @@ from llava_jax import cli
 from llava_jax.errors import UsageError
 
 # jax, and what brings it, is imported by the functions that need it: a usage error is to be quick.
-FLOATS = ("float32", "bfloat16", "float16")
+DTYPES = ("float32", "bfloat16", "float16", "f32", "f16", "q8_0")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -41,7 +42,7 @@ def _run(options: argparse.Namespace) -> int:
             importing.assemble(
                 options.destination, options.vision, options.llm, options.projector, options.projector_type,
                 options.select_layer, options.seed, _prompt(options), options.connector, options.image_size,
-                options.newline,
+                options.newline, options.cut_tower,
             )  # fmt: skip
         case "export":
             exporting.export(options.format, options.source, options.destination, options.step, options.dtype,
@@ -49,7 +50,7 @@ def _run(options: argparse.Namespace) -> int:
         case "merge":
             reports.merge(options.source, options.destination, options.step)
         case "verify":
-            print(reports.verify(options.source, options.step))
+            _verify(options)
         case "inspect":
             for line in reports.inspect(options.source, options.step):
                 print(line)
@@ -69,6 +70,21 @@ def _import(options: argparse.Namespace) -> None:
     if options.base is not None:
         raise UsageError(f"--base {options.base}: {options.source} holds no adapter_config.json; leave --base out")
     importing.import_checkpoint(options.source, options.destination, options.vision, _prompt(options))
+
+
+def _verify(options: argparse.Namespace) -> None:
+    from llava_jax.convert import reports, served
+
+    if (options.served is None) != (options.checkpoint is None) or (options.source is None) == (options.served is None):
+        raise UsageError("verify: want DIR alone, or --served EXPORT with --checkpoint DIR")
+    if options.served is None:
+        if options.readers is not None:
+            raise UsageError(f"--with {options.readers}: goes with --served EXPORT and --checkpoint DIR")
+        print(reports.verify(options.source, options.step))
+        return
+    names = options.readers and options.readers.split(",")
+    for line in served.verify(options.served, options.checkpoint, names, options.step):
+        print(line, flush=True)
 
 
 def _prompt(options: argparse.Namespace) -> Any:
@@ -101,26 +117,38 @@ def _parser() -> argparse.ArgumentParser:
     verb.add_argument("--image-size", type=int, help="pixels a side, to which the tower's positions are interpolated")
     text = "with an image_newline, which ends lines of tiles (prompt.image_mode=anyres)"
     verb.add_argument("--newline", action="store_true", help=text)
+    text = "a SigLIP without its last block and its head, as OneVision keeps it"
+    verb.add_argument("--cut-tower", action="store_true", help=text)
     verb.add_argument("--seed", type=int, default=0, help="of the new projector and newline")
     _add_prompt(verb)
     verb = verbs.add_parser("export", help="a checkpoint into the files of others")
-    text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4"
-    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft"), required=True, help=text)
+    text = "projector: mm_projector.bin of a LLaVA, checkpoint.pth of a MiniGPT-4; gguf: for llama.cpp"
+    verb.add_argument("--format", choices=("hf", "llava", "projector", "peft", "gguf"), required=True, help=text)
     text = "of peft, for vLLM: a model with the projector, and an adapter of the decoder alone"
     verb.add_argument("--split-projector", action="store_true", help=text)
-    verb.add_argument("--dtype", choices=FLOATS, help="of all tensors; default: each its own")
+    text = "of all tensors; default: each its own. f32, f16, q8_0: of gguf's matrices; default: f16"
+    verb.add_argument("--dtype", choices=DTYPES, help=text)
     verb.add_argument("source", metavar="SRC")
     verb.add_argument("destination", metavar="DST")
     _add_step(verb)
-    for name, text in (("inspect", "what a checkpoint is"), ("verify", "whether every parameter is as it was written")):
-        verb = verbs.add_parser(name, help=text)
-        verb.add_argument("source", metavar="DIR")
-        _add_step(verb)
+    verb = verbs.add_parser("inspect", help="what a checkpoint is")
+    verb.add_argument("source", metavar="DIR")
+    _add_step(verb)
+    _add_verify(verbs.add_parser("verify", help="whether every parameter is as it was written, or an export as it"))
     verb = verbs.add_parser("merge", help="a checkpoint with its bases and adapters into one that has none")
     verb.add_argument("source", metavar="DIR")
     verb.add_argument("destination", metavar="OUT")
     _add_step(verb)
     return parser
+
+
+def _add_verify(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("source", metavar="DIR", nargs="?")
+    verb.add_argument("--served", metavar="EXPORT", help="20 picture prompts are asked of it, and of --checkpoint here")
+    verb.add_argument("--checkpoint", metavar="DIR", help="what EXPORT was exported from")
+    text = "of transformers, vllm, llama.cpp; default: those that read EXPORT's format and are installed"
+    verb.add_argument("--with", metavar="NAME,...", dest="readers", help=text)
+    _add_step(verb)
 
 
 def _add_step(verb: argparse.ArgumentParser) -> None:

@@ -2,15 +2,51 @@
 
 import json
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from llava_jax.prompt.templates import Part, Template
 from llava_jax.prompt.tokenizer import Tokenizer
 
 IMAGE = "<image>"
-_IS_IMAGE = "part['type'] in ('image', 'image_url')"
 
 
-def render(template: Template, tokenizer: Tokenizer) -> str | None:
+class Picture(NamedTuple):
+    """How a reader shows a template that a part of a message is a picture.
+
+    test: a Jinja test of `part`. text: the Jinja expression that stands in the prompt for it.
+    prepare: lines of Jinja that make `turns` such messages first.
+    """
+
+    test: str
+    text: str
+    prepare: tuple[str, ...] = ()
+
+
+HUB = Picture("part['type'] in ('image', 'image_url')", json.dumps(IMAGE))
+# llama.cpp writes "<__media__>", or with random letters "<__media_AbC__>", into the text of a message, which then has
+# no parts. Source: b11549 common/chat.cpp common_chat_msg::to_json_oaicompat, tools/server/server-common.cpp.
+LLAMA_CPP = Picture("part['type'] == 'media_marker'", "part['text']", (
+    "{%- set all = namespace(turns=[]) -%}",
+    "{%- for turn in turns -%}",
+    "  {%- set whole = turn['content'] if turn['content'] is string else '' -%}",
+    "  {%- set cut = namespace(parts=[], text='') -%}",
+    "  {%- for piece in whole.split('<__media') -%}",
+    "    {%- set cut.text = piece -%}",
+    "    {%- if not loop.first -%}",
+    "      {%- set mark = piece.split('__>')[0] + '__>' -%}",
+    "      {%- set cut.text = piece[mark | length:] -%}",
+    "      {%- set cut.parts = cut.parts + [{'type': 'media_marker', 'text': '<__media' + mark}] -%}",
+    "    {%- endif -%}",
+    "    {%- if cut.text -%}{%- set cut.parts = cut.parts + [{'type': 'text', 'text': cut.text}] -%}{%- endif -%}",
+    "  {%- endfor -%}",
+    "  {%- set content = cut.parts if '<__media' in whole else turn['content'] -%}",
+    "  {%- set all.turns = all.turns + [{'role': turn['role'], 'content': content}] -%}",
+    "{%- endfor -%}",
+    "{%- set turns = all.turns -%}",
+))  # fmt: skip
+
+
+def render(template: Template, tokenizer: Tokenizer, picture: Picture = HUB) -> str | None:
     """`chat_template.jinja`, or None for a template or a tokenizer with which such a text cannot give the same ids.
 
     The single picture of a conversation stands at the front of its turn, several stand where they are among the parts
@@ -41,9 +77,10 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         f"  {{%- set system = {_quoted(template.system)} -%}}",
         "  {%- set turns = messages -%}",
         "{%- endif -%}",
+        *picture.prepare,
         "{%- set seen = namespace(images=0) -%}",
         "{%- for turn in turns if turn['content'] is not string -%}",
-        f"  {{%- for part in turn['content'] if {_IS_IMAGE} -%}}{{%- set seen.images = seen.images + 1 -%}}",
+        f"  {{%- for part in turn['content'] if {picture.test} -%}}{{%- set seen.images = seen.images + 1 -%}}",
         "  {%- endfor -%}",
         "{%- endfor -%}",
         *([_say(f"bos_token + {_quoted(after_bos)}")] if tokenizer.adds_bos else []),
@@ -53,7 +90,7 @@ def render(template: Template, tokenizer: Tokenizer) -> str | None:
         *_where("not loop.first", template.between),
         "    " + _say(_quoted(_text(template.user.before))),
         *(["    {%- if loop.first and system -%}" + system + "{%- endif -%}"] if template.system_inside else []),
-        *_trimmed(trim, _question(after_image, gap)),
+        *_trimmed(trim, _question(picture, after_image, gap)),
         "    " + _say(_quoted(after_turn)),
         "  {%- elif turn['role'] == 'assistant' -%}",
         *_answer(template, trim),
@@ -96,22 +133,22 @@ def _trimmed(trim: str, lines: list[str]) -> list[str]:
     return ["    {%- set said -%}", *lines, "    {%- endset -%}", "    " + _say("said" + trim)] if trim else lines
 
 
-def _question(after_image: str, gap: str) -> list[str]:
+def _question(picture: Picture, after_image: str, gap: str) -> list[str]:
     """The user's message, a text or parts."""
     return [
         "    {%- if turn['content'] is string -%}{{- turn['content'] -}}",
         "    {%- elif seen.images < 2 -%}",
-        f"      {{%- for part in turn['content'] if {_IS_IMAGE} -%}}",
-        "        " + _say(_quoted(f"{IMAGE}{after_image}\n")),
+        f"      {{%- for part in turn['content'] if {picture.test} -%}}",
+        "        " + _say(picture.text + " + " + _quoted(after_image + "\n")),
         "      {%- endfor -%}",
         "      {%- for part in turn['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}",
         "    {%- else -%}",
-        *_in_place(after_image, gap),
+        *_in_place(picture, after_image, gap),
         "    {%- endif -%}",
     ]
 
 
-def _in_place(after_image: str, gap: str) -> list[str]:
+def _in_place(picture: Picture, after_image: str, gap: str) -> list[str]:
     """The parts of one message in their order, a picture on a line of its own.
 
     Args:
@@ -120,12 +157,12 @@ def _in_place(after_image: str, gap: str) -> list[str]:
     return [
         "      {%- set last = namespace(text='') -%}",
         "      {%- for part in turn['content'] -%}",
-        f"        {{%- set piece = {_quoted(IMAGE)} if {_IS_IMAGE} else part['text'] -%}}",
+        f"        {{%- set piece = {_quoted(IMAGE)} if {picture.test} else part['text'] -%}}",
         "        {%- if piece -%}",
         f"          {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(after_image)) + "{%- endif -%}",
         f"          {{%- if last.text and {_quoted(IMAGE)} in (last.text, piece) and not last.text.endswith('\\n')"
         " and not piece.startswith('\\n') -%}" + _say(_quoted("\n")) + "{%- endif -%}",
-        "          {{- piece -}}{%- set last.text = piece -%}",
+        "          " + _say(f"{picture.text} if {picture.test} else piece") + "{%- set last.text = piece -%}",
         "        {%- endif -%}",
         "      {%- endfor -%}",
         f"      {{%- if last.text == {_quoted(IMAGE)} -%}}" + _say(_quoted(gap)) + "{%- endif -%}",

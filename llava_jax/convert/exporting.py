@@ -4,8 +4,9 @@ A parameter is read whole, taken apart and written as it comes; those that a che
 there, in the base's own dtype.
 """
 
+import functools
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,8 @@ from llava_jax import files
 from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert import (
     chat_template,
+    exported,
+    llama_cpp,
     llava,
     minigpt4,
     peft,
@@ -38,8 +41,6 @@ from llava_jax.models.parts import TowerConfig
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import anyres, ending, templates
 
-_VOCABULARY = {"llm/embed/table": ("llm/embed/added", 0), "llm/head/kernel": ("llm/head/added", 1)}
-
 
 def export(
     format: str,
@@ -52,9 +53,10 @@ def export(
     """Writes the checkpoint `source` as the new directory `destination`.
 
     Args:
-      format: "hf", "llava", "projector", or "peft". All but the last, and a MiniGPT-v2's projector, hold no adapters:
-        these are merged.
-      dtype: of all tensors ("float32", "float16", "bfloat16"); None leaves each in its own.
+      format: "hf", "llava", "projector", "gguf", or "peft". All but the last, and a MiniGPT-v2's projector, hold no
+        adapters: these are merged.
+      dtype: of all tensors ("float32", "float16", "bfloat16"); None leaves each in its own. Of "gguf": of its matrices,
+        "f32", "f16" (None) or "q8_0".
       split_projector: of "peft": a model in `destination/base` that has all but the decoder's adapters, and these in
         `destination/adapter`.
 
@@ -62,12 +64,16 @@ def export(
       UnusableCheckpoint: the checkpoint cannot be read.
       ValueError: the format cannot hold this model, or `destination` exists or has an unfit name.
     """
-    formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft}
+    formats = {"hf": _export_hf, "llava": _export_llava, "projector": _export_projector, "peft": _export_peft,
+               "gguf": functools.partial(llama_cpp.export, kind=dtype or "f16")}  # fmt: skip
     others = {"hf": _export_blip2, "projector": _export_llama_proj}
     if format not in formats:
         raise UsageError(f"format {format!r}: wanted one of {', '.join(formats)}")
     if split_projector and format != "peft":
         raise UsageError(f"--split-projector: the format {format} has one model and no adapter; wanted --format peft")
+    dtypes = llama_cpp.KINDS if format == "gguf" else table.FLOATS
+    if dtype is not None and dtype not in dtypes:
+        raise UsageError(f"--dtype {dtype}: wanted one of {', '.join(dtypes)} for --format {format}")
     final = epath.Path(destination)
     opened = open_source(source, step)
     if minigpt4.is_blip2_family(opened.config):
@@ -77,7 +83,7 @@ def export(
                 f"wanted one of {', '.join(others)}"
             )
         formats = others
-    if dtype is not None:
+    if dtype is not None and format != "gguf":
         opened = opened._replace(specs={
             name: jax.ShapeDtypeStruct(spec.shape, lora.running_dtype(name, spec.dtype, np.dtype(dtype)))
             for name, spec in opened.specs.items()
@@ -270,11 +276,11 @@ def _export_projector(source: Source, partial: epath.Path, final: epath.Path) ->
 
 def _write_tensors(source: Source, partial: epath.Path, vocab: int, rows: Sequence[table.Row], *leaves: str) -> str:
     """Writes the shards of the parameters that begin with one of `leaves`; returns the dtype of most of the bytes."""
-    specs = _exported_specs(source, vocab)
+    specs = exported.specs_of(source, vocab)
     specs = {name: spec for name, spec in specs.items() if name.startswith(leaves)}
     found = table.entries(specs, rows, llava.first_layers(source.config), "conversion")
     theirs = {name: Spec(e.their_shape, specs[e.ours].dtype) for e in found for name in e.theirs}
-    tensors = _tensors(source, found, specs)
+    tensors = exported.tensors_of(source, found, specs)
     if registry.tower_of(source.config.vision) is eva.PART:
         theirs, tensors = views.joined_specs(theirs), views.joined(tensors)
     write_shards(partial, theirs, tensors)
@@ -282,54 +288,6 @@ def _write_tensors(source: Source, partial: epath.Path, vocab: int, rows: Sequen
     for spec in specs.values():
         sizes[spec.dtype.name] = sizes.get(spec.dtype.name, 0) + table.nbytes(spec)
     return max(sizes, key=lambda name: sizes[name])
-
-
-def _exported_specs(source: Source, vocab: int) -> dict[str, Spec]:
-    """Shapes and dtypes as exported: the added rows of the vocabulary joined to the others, and `vocab` of them."""
-    specs = {name: Spec(tuple(spec.shape), np.dtype(spec.dtype)) for name, spec in source.specs.items()}
-    for name, (added, axis) in _VOCABULARY.items():
-        if name not in specs:
-            continue
-        shape = list(specs[name].shape)
-        shape[axis] = vocab
-        dtypes = {specs[name].dtype, specs.pop(added, specs[name]).dtype}
-        specs[name] = Spec(tuple(shape), dtypes.pop() if len(dtypes) == 1 else np.dtype("f4"))
-    return specs
-
-
-def _tensors(
-    source: Source, found: Sequence[table.Entry], specs: Mapping[str, Spec]
-) -> Iterator[tuple[str, np.ndarray]]:
-    """Their tensors in the order of `found`, one of our parameters in memory."""
-    progress = table.Progress("exports", "leaves", [table.nbytes(specs[entry.ours]) for entry in found])
-    for entry in found:
-        # No name for the parameter here: it would live on while the next one is read.
-        yield from table.their_tensors(entry, _exported_leaf(source, entry.ours, specs[entry.ours]))
-        progress.add(table.nbytes(specs[entry.ours]))
-
-
-def _exported_leaf(source: Source, name: str, spec: Spec) -> np.ndarray:
-    """The parameter; one of the vocabulary with its added rows, and cut or filled to the exported number of rows."""
-    leaf = source.read(name)
-    if name not in _VOCABULARY:
-        return leaf
-    added, axis = _VOCABULARY[name]
-    parts = [leaf] + ([source.read(added)] if added in source.tensors else [])
-    return fit_axis([part.astype(spec.dtype, copy=False) for part in parts], axis, spec.shape[axis])
-
-
-def fit_axis(parts: Sequence[np.ndarray], axis: int, size: int) -> np.ndarray:
-    """The parts joined along an axis and cut or filled to `size`.
-
-    What is filled in is the mean row of the first part: no text has these ids, and the mean of all logits is never
-    the largest, so greedy decoding is that of the unpadded model (zero or random rows can win).
-    """
-    missing = size - sum(part.shape[axis] for part in parts)
-    if missing > 0:
-        mean = parts[0].mean(axis=axis, keepdims=True, dtype=np.float64).astype(parts[0].dtype)
-        parts = [*parts, np.repeat(mean, missing, axis=axis)]
-    whole = np.concatenate(parts, axis=axis) if len(parts) > 1 else parts[0]
-    return whole[:size] if axis == 0 else whole[:, :size]
 
 
 def _write_side_tower(source: Source, directory: epath.Path) -> None:

@@ -100,6 +100,7 @@ def assemble(
     connector: epath.PathLike | None = None,
     image_size: int | None = None,
     newline: bool = False,
+    cut_tower: bool = False,
 ) -> None:
     """Makes a fresh checkpoint of a tower, a language model's directory and a connector: a LLaVA or a MiniGPT-4.
 
@@ -117,6 +118,7 @@ def assemble(
       image_size: pixels a side, to which the tower's positions are interpolated; None is the tower's own. MiniGPT-v2's
         file does not say it.
       newline: with an `image_newline`, drawn from `seed` too: what a training with tiles begins with.
+      cut_tower: a SigLIP without the last block and the head, as OneVision keeps it; neither is behind any feature.
 
     Raises:
       As `import_checkpoint`.
@@ -138,7 +140,7 @@ def assemble(
         if kind != "qformer":
             raise UsageError(f"--connector {connector}: a Q-Former, which the connector {kind!r} has not")
         parts.append(pretrained.part)
-    tower, part = _tower(vision, kind, select_layer, image_size)
+    tower, part = _tower(vision, kind, select_layer, image_size, cut_tower)
     decoder, content, llm_tensors = _open_decoder(llm_directory)
     head = "lm_head.weight"
     where = str(llm_directory / "config.json")
@@ -166,12 +168,13 @@ def _assembled_prompt(
 
 
 def _tower(
-    vision: epath.PathLike, kind: str, select_layer: int | None, image_size: int | None
+    vision: epath.PathLike, kind: str, select_layer: int | None, image_size: int | None, cut: bool
 ) -> tuple[TowerConfig, Part]:
     directory = epath.Path(vision)
     if minigpt4.holds_eva(vision):
-        if select_layer is not None:
-            raise UsageError(f"--select-layer {select_layer}: of {vision} every block runs; leave it out")
+        if select_layer is not None or cut:
+            option = "--cut-tower" if cut else f"--select-layer {select_layer}"
+            raise UsageError(f"{option}: of {vision} every block runs; leave it out")
         return minigpt4.tower(directory, "cls_patch" if kind == "qformer" else "patch", image_size)
     part, content, tensors, prefix = _open_tower(directory)
     layer, feature = -2 if select_layer is None else select_layer, "patch"
@@ -181,7 +184,21 @@ def _tower(
         config = dataclasses.replace(config, image_size=image_size)
         (name,) = [theirs for ours, (theirs, _) in rows if ours == "vision/pos"]
         tensors = views.resized(tensors, name, round(config.patches**0.5), part.class_token)
-    return config, Part(("vision/",), tensors, rows)
+    ignored: tuple[str, ...] = ()
+    if cut:
+        config, ignored = _cut(part, config, f"--cut-tower of {vision}", select_layer)
+    return config, Part(("vision/",), tensors, rows, ignored)
+
+
+def _cut(
+    part: Tower, config: TowerConfig, what: str, select_layer: int | None
+) -> tuple[TowerConfig, tuple[str, ...]]:
+    """The tower as the original code keeps it, and patterns over the names that are left out."""
+    kept = part.kept(config)
+    if kept == config or select_layer is not None:
+        raise UsageError(f"{what}: wanted a SigLIP without --select-layer; leave one of the two out")
+    blocks = "|".join(map(str, range(kept.layers, config.layers)))
+    return kept, (rf".*\bencoder\.layers\.({blocks})\..*", r".*\bhead\..*")
 
 
 def _open_tower(directory: epath.Path) -> tuple[Tower, dict[str, Any], TensorFiles, str]:

@@ -134,6 +134,12 @@ def hub_parts(content: Mapping[str, Any], where: str) -> tuple[Tower, Decoder]:
         wanted = ", ".join(map(repr, tiling.HUBS))
         raise UnusableCheckpoint(f"{where}: model_type is {kind!r}; wanted {wanted}, 'blip-2' or the original code's")
     hub = tiling.HUBS[kind]
+    architectures = content.get("architectures")
+    if architectures and architectures != [f"{hub.name}ForConditionalGeneration"]:
+        raise UnusableCheckpoint(
+            f"{where}: model_type is {kind!r}, architectures are {architectures}; wanted "
+            f"{hub.name}ForConditionalGeneration: want one model's"
+        )
     known = {
         "text": (hub.text, {name: part for name, part in decoders.items()}),
         "vision": (hub.vision, {name: part for part in towers for name in part.model_types}),

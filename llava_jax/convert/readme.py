@@ -6,7 +6,8 @@ import re
 from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import anyres, templates
+from llava_jax.prompt import anyres, ending, templates
+from llava_jax.prompt.tokenizer import Tokenizer
 
 _HUB = """# {name}
 
@@ -81,6 +82,15 @@ Conversation template: `{template}`. Images: {images}.
 
 {readers}{rename} {tower}
 """
+_GGUF = """# {name}
+
+A LLaVA exported by llava_jax for llama.cpp: {model}. `model-{kind}.gguf` has the language model, its tokenizer and its
+chat template (`{template}`), `mmproj-{kind}.gguf` the vision tower and the projector.
+
+```sh
+llama-server -m {name}/model-{kind}.gguf --mmproj {name}/mmproj-{kind}.gguf
+```
+{stops}"""
 _CODE = {  # repository -> the decoders that it has
     "haotian-liu/LLaVA": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
     "LLaVA-NeXT": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
@@ -128,6 +138,13 @@ def blip2(config: LlavaConfig, prompt: PromptMetadata, name: str) -> str:
         name=name, model=_model(config), images=_IMAGES[prompt.image_mode], queries=config.image_features,
         template=prompt.template, pictures=_pictures(prompt.image_mode), ending=_ending(prompt.template),
     )  # fmt: skip
+
+
+def gguf(words: Tokenizer, config: LlavaConfig, prompt: PromptMetadata, name: str, kind: str) -> str:
+    """README.md of the two files for llama.cpp."""
+    texts = ", ".join(map(repr, ending.of(templates.get(prompt.template), words).texts))
+    stops = f"\nAnswers end with {texts}, which is no token: send it as `stop` with every request.\n" if texts else ""
+    return _GGUF.format(name=name, model=_model(config), template=prompt.template, kind=kind, stops=stops)
 
 
 def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str | None) -> str:

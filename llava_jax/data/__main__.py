@@ -1,17 +1,20 @@
-"""`python -m llava_jax.data show | validate | index | prepare`: look at records before anything is trained on them."""
+"""`python -m llava_jax.data show | look | validate | index | prepare`: look at records before training on them."""
 
 import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 
 import numpy as np
 from etils import epath
 
 from llava_jax import cli, errors, files, limits
 from llava_jax import config as configs
-from llava_jax.data import index, prepare, report
+from llava_jax.data import index, inspection, page, prepare, report
 from llava_jax.data.check import Checks, rules
+from llava_jax.data.inspection import Inspection
+from llava_jax.data.page import Refused
 from llava_jax.data.problems import brief
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
@@ -21,6 +24,8 @@ from llava_jax.prompt.encode import Format, encode, marked, with_labels
 _RECORDS = ".json list, .jsonl, .parquet, .tar, or a directory of parquet, tar, Hugging Face datasets or TFDS"
 _FORMAT = {"template": "v1", "tokenizer": None, "legacy": None, "image_start_end": False, "row_tokens": 2048,
            "image_features": 576}  # fmt: skip
+_CONFIG = "as a run of this config reads records, its own where no RECORDS are named; --config.BRANCH.KEY=VALUE too"
+_LOOK = 8  # records on a page
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,7 +38,7 @@ def _run(arguments: list[str]) -> int:
     options = _parser().parse_args(words)
     cli.show_progress()
     if overrides and not vars(options).get("config"):
-        raise UsageError(f"--config.{next(iter(overrides))} changes a config: name it, with `validate --config FILE`")
+        raise UsageError(f"--config.{next(iter(overrides))} changes a config: name it, with --config FILE")
     options.overrides = overrides
     return options.run(options)
 
@@ -43,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(required=True, metavar="VERB")
     verbs_help = {
         "show": (_show, "print each record's tokens, with what is learned marked"),
+        "look": (_look, "draw some records on one HTML page: pictures, their tiles, tokens; of a config"),
         "validate": (_validate, "list every bad record; exit 65 if there is one, or more than a config's skip_budget"),
         "index": (_index, "measure the records' lengths and print their histogram"),
         "prepare": (_prepare, "published raw files into LLaVA JSON, or any records into a TFDS data set"),
@@ -53,20 +59,35 @@ def _parser() -> argparse.ArgumentParser:
         if verb == "prepare":
             _add_prepare(sub)
             continue
-        sub.add_argument("records", metavar="RECORDS", nargs="?" if verb == "validate" else None, help=_RECORDS)
+        sub.add_argument("records", metavar="RECORDS", nargs=None if verb == "index" else "?", help=_RECORDS)
         sub.add_argument("--split", default="train", help="of a directory")
-        if verb != "show":
-            sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
+        sub.add_argument("--images", metavar="DIR", help="folder that image paths are relative to")
+        if verb in ("show", "look"):
+            of_page = f"; default {_LOOK}, or those of --id" if verb == "look" else ""
+            sub.add_argument("--first", type=_count, metavar="N", help=f"only so many records{of_page}")
+            sub.add_argument("--id", action="append", default=[], help="only the record of this id; may be repeated")
+        if verb == "look":
+            sub.add_argument("--config", metavar="FILE", required=True, help=_CONFIG)
+            sub.add_argument("--out", metavar="PAGE.html", required=True, help="the page; it needs no other file")
+            continue
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         _add_format(sub, verb)
+        if verb == "show":
+            sub.add_argument("--config", metavar="FILE", help=f"{_CONFIG}; pictures are opened too")
         if verb == "validate":
             _add_validate(sub)
     return parser
 
 
+def _count(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text}: want 1 or more")
+    return int(text)
+
+
 def _add_format(sub: argparse.ArgumentParser, verb: str) -> None:
     sub.add_argument("--template", help=f"one of {', '.join(templates.TEMPLATES)}; default v1")
-    sub.add_argument("--tokenizer", metavar="PATH", required=verb == "show",
+    sub.add_argument("--tokenizer", metavar="PATH",
                      help="tokenizer.model or a directory, such as CHECKPOINT/tokenizer")  # fmt: skip
     sub.add_argument("--legacy", choices=("true", "false"), help="LLaMA tokenizer mode; default: what its files say")
     sub.add_argument("--image-start-end", action="store_true", default=None,
@@ -112,9 +133,17 @@ def _fill_in(options: argparse.Namespace) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
+    if options.config:
+        return _show_of_config(options)
+    if not options.records or not options.tokenizer:
+        raise UsageError(f"the following arguments are required: {'--tokenizer PATH' if options.records else 'RECORDS'}"
+                         ", or --config FILE")  # fmt: skip
+    if options.images:
+        raise UsageError(f"--images {options.images}: pictures are opened with --config FILE only")
     _fill_in(options)
     format, code = _format(options, image_features=1), 0
-    for record in open_source(options.records, split=options.split):
+    source = open_source(options.records, split=options.split)
+    for _, record in inspection.select([source], options.first, options.id):
         try:
             example = encode(record.conversation, format, open_images=False)
         except ValueError as error:
@@ -130,9 +159,58 @@ def _show(options: argparse.Namespace) -> int:
     return code
 
 
+def _show_of_config(options: argparse.Namespace) -> int:
+    task, code = _of_config(options), 0
+    for one in _examined(task, options):
+        if isinstance(one, Refused):
+            print(f"data: {one.where}: {one.reason}", file=sys.stderr)
+            code = errors.DATA
+            continue
+        record, example = one.record, one.example
+        if options.json:
+            ids, labels = with_labels(example)
+            print(json.dumps({"id": record.id, "input_ids": ids.tolist(), "labels": labels.tolist(),
+                              "pictures": [picture.facts() for picture in one.pictures]}))  # fmt: skip
+            continue
+        print(f"{record.where} id={brief(record.id)}: {one}")
+        for number, picture in enumerate(one.pictures, 1):
+            print(f"  picture {number}: {picture}")
+        for problem in one.problems:
+            print(f"  {problem.reason}: {problem.detail}")
+        print(f"{marked(example, task.checks.format.tokenizer)}\n")
+    return code
+
+
+def _look(options: argparse.Namespace) -> int:
+    if epath.Path(options.out).suffix != ".html":
+        raise UsageError(f"--out {options.out}: want a name that ends in .html")
+    options.first = options.first or (None if options.id else _LOOK)
+    task = _of_config(options)
+    records = list(_examined(task, options))
+    title = ", ".join(place.path for place in task.places if place.trained)
+    content = page.write(records, title, task.checks.format, task.checks.row_tokens)
+    files.write_whole(options.out, content)
+    refused = sum(isinstance(one, Refused) or one.fatal for one in records)
+    print(f"drew {len(records)} records, {refused} of which training refuses: {options.out}, {len(content):,} bytes")
+    return errors.DATA if refused else errors.DONE
+
+
+def _examined(task: report.Task, options: argparse.Namespace) -> Iterator[Inspection | Refused]:
+    """The records that the options name, of those that are trained on."""
+    places = [place for place in task.places if place.trained]
+    sources = [open_source(place.path, place.images, split=place.split) for place in places]
+    for source, record in inspection.select(sources, options.first, options.id):
+        try:
+            yield inspection.examine(record, task.checks, source)
+        except ValueError as error:
+            yield Refused(record.where, str(error))
+
+
 def _validate(options: argparse.Namespace) -> int:
     if options.config:
-        return report.run(_of_config(options), options.open_images, options.json, options.out)
+        unchecked = () if options.open_images else ("pictures (--open-images)",)
+        task = _of_config(options)._replace(unchecked=unchecked)
+        return report.run(task, options.open_images, options.json, options.out)
     if not options.records:
         raise UsageError("validate wants RECORDS, or --config FILE, whose sources it then reads")
     _fill_in(options)
@@ -150,7 +228,7 @@ def _validate(options: argparse.Namespace) -> int:
 
 def _of_config(options: argparse.Namespace) -> report.Task:
     """What a run of the config would check, and where."""
-    given = [f"--{name.replace('_', '-')}" for name in _FORMAT if vars(options)[name] is not None]
+    given = [f"--{name.replace('_', '-')}" for name in _FORMAT if vars(options).get(name) is not None]
     if given:
         raise UsageError(f"{', '.join(given)}: the config says it; change it with --config.prompt.template, "
                          "--config.data.row_tokens, ...")  # fmt: skip
@@ -160,13 +238,12 @@ def _of_config(options: argparse.Namespace) -> report.Task:
     format, data = inputs.format_of(config), config.data
     checks = Checks(rules(format.template, format.tokenizer), format, data.sample_tokens or data.row_tokens,
                     data.images_per_group)  # fmt: skip
-    unchecked = () if options.open_images else ("pictures (--open-images)",)
     places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]
     if options.records:
         images = options.images or next((p.images for p in (*places, *held_out) if p.path == options.records), None)
         places, held_out = [report.Place(options.records, images, options.split)], []
-    return report.Task([*places, *held_out], checks, True, data.skip_budget, unchecked)
+    return report.Task([*places, *held_out], checks, True, data.skip_budget, ())
 
 
 def _index(options: argparse.Namespace) -> int:

@@ -77,6 +77,9 @@ class Feed(abc.ABC):
     A step is so many groups of rows; groups are numbered from the first step on, and a process yields its part of each
     step. A subclass says which records are in a group.
 
+    sizes: int [records, 2], tokens and images by which rows were planned; None: rows do not depend on them. A record
+      whose picture was replaced, so that it has other tiles by now, is bad.
+
     mean_groups: for the loss "group_mean", so many neighbouring groups of rows share a mean. A process loads them whole
       even where it yields a part, as the weight of a target depends on the other targets of its group.
 
@@ -86,7 +89,7 @@ class Feed(abc.ABC):
     def __init__(
         self, *, sources: Sequence[Source], format: Format, schedule: Schedule, groups: int, row_tokens: int,
         images_per_group: int, part: Rows, skip_budget: float | int, threads: int, start_step: int, one_pass: bool,
-        mean_groups: int | None = None, sample_tokens: int = 0,
+        mean_groups: int | None = None, sample_tokens: int = 0, sizes: np.ndarray | None = None,
     ):  # fmt: skip
         self.sources, self.format, self.schedule, self.one_pass = tuple(sources), format, schedule, one_pass
         self.groups, self.mean_groups = groups, mean_groups
@@ -95,7 +98,7 @@ class Feed(abc.ABC):
         starts = {place // whole * whole for place in self._own}
         self._read = sorted(start + i for start in starts for i in range(whole))
         self.row_tokens, self.images_per_group = row_tokens, images_per_group
-        self.sample_tokens = sample_tokens or row_tokens
+        self.sample_tokens, self.sizes = sample_tokens or row_tokens, sizes
         self.skip_budget, self.threads = skip_budget, threads
         self.tally = Tally(self._own, self.sample_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
@@ -282,9 +285,22 @@ class Feed(abc.ABC):
             record = source[index]
             reading = read(record, self._checks.rules, source.images)
             result = example(reading, self._checks, source.images)
+        if isinstance(result, Example):
+            result = self._replaced(result, number) or result
         if isinstance(result, Problem):
             return _Loaded(_empty(record.id), number, found(record, result))
         return _Loaded(result, number, None, reading.unknown)
+
+
+    def _replaced(self, example: Example, number: int) -> Problem | None:
+        """What is wrong where its pictures do not have the tiles that were measured; text cannot change unnoticed."""
+        if self.sizes is None or self.format.tiling is None:
+            return None
+        (tokens, images), new = self.sizes[number].tolist(), (len(example.tokens), example.tiles)
+        if new == (tokens, images):
+            return None
+        return Problem("replaced_image", f"{new[0]} tokens and {new[1]} tiles, where {tokens} and {images} were "
+                       "planned: to train on the new picture, delete WORKDIR/lengths and start again")  # fmt: skip
 
 
 def _weighted(example: Example, total: float) -> Example:

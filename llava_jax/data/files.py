@@ -16,11 +16,24 @@ def read_json(path: epath.Path, kind: type = object) -> Any:
       DataError: it is no JSON, for instance because a download was cut short, or has another type.
     """
     try:
-        value = json.loads(files.read(path).decode("utf-8-sig"))
+        value = json.loads(files.read(path).decode("utf-8-sig"), object_pairs_hook=unique_keys)
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: no valid JSON: {error}: was its download cut short?") from None
     if not isinstance(value, kind):
         raise DataError(f"{path}: JSON of type {type(value).__name__}: want {kind.__name__}; is it the right file?")
+    return value
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, for `object_pairs_hook`.
+
+    Raises:
+      ValueError: a key stands twice; json takes the last and says nothing.
+    """
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} stands twice in an object")
     return value
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
+from llava_jax.data.files import unique_keys
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError
@@ -71,7 +72,7 @@ def open_json(path: epath.Path, images: epath.Path | None, name: str, weight: fl
 def _loaded(content: bytes) -> tuple[Any, str]:
     """(the value, "") or (None, why it is no JSON)."""
     try:
-        return json.loads(content.decode()), ""
+        return json.loads(content.decode(), object_pairs_hook=unique_keys), ""
     except (ValueError, RecursionError) as error:
         return None, f"no valid JSON: {error}; it begins {content[:80].decode(errors='replace')!r}"
 

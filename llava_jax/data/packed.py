@@ -78,12 +78,12 @@ class Packed(Feed):
             sizes=tuple(map(len, sources)), weights=tuple(1.0 if one_pass else source.weight for source in sources),
             order="sequential" if one_pass else order, seed=seed, batch_samples=1, group_samples=1, word_lengths=None,
         )  # fmt: skip
+        sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=rows // rows_per_group, row_tokens=row_tokens,
             images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
-            start_step=start_step, one_pass=one_pass, sample_tokens=sample_tokens,
+            start_step=start_step, one_pass=one_pass, sample_tokens=sample_tokens, sizes=sizes,
         )  # fmt: skip
-        sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
         tokens, images = np.minimum(sizes, [self.sample_tokens, images_per_group]).T
         self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups)

@@ -76,8 +76,7 @@ def packed(
         if start + n > row_tokens or image + images > images_per_group:
             raise UsageError(
                 f"record {example.id!r} fills its row to {start + n} of {row_tokens} tokens and its group to "
-                f"{image + images} of {images_per_group} images: want a plan that keeps within both. If its picture "
-                "was replaced since it was measured, delete WORKDIR/lengths and start again"
+                f"{image + images} of {images_per_group} images: want a plan that keeps within both"
             )
         tokens[row, start : start + n] = example.tokens
         targets[row, start : start + n - 1] = example.tokens[1:]

@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from llava_jax.data import index
 from llava_jax.data.feed import Feed, check_sources
-from llava_jax.data.index import token_lengths, word_lengths
 from llava_jax.data.orders import ORDERS, Schedule, resolve_steps
 from llava_jax.data.sources import Source
 from llava_jax.distributed import WHOLE, Rows
@@ -57,12 +57,12 @@ class Pipeline(Feed):
         _check_order(order)
         check_sources(sources, skip_budget)
         _check_sizes(batch_samples, group, part.of, row_tokens, images_per_group, lengths)
-        self._group_samples, self._lengths, self._tokens = group, (*lengths, row_tokens), None
-        words = None
+        self._group_samples, self._lengths = group, (*lengths, row_tokens)
+        words = sizes = None
         if order == "modality_length" and not one_pass:
-            words = np.concatenate([word_lengths(source, cache_dir) for source in sources])
+            words = np.concatenate([index.word_lengths(source, cache_dir) for source in sources])
         if lengths:
-            self._tokens = np.concatenate([token_lengths(source, format, cache_dir) for source in sources])
+            sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
         schedule = Schedule(
             sizes=tuple(map(len, sources)), weights=tuple(1.0 if one_pass else source.weight for source in sources),
             order="sequential" if one_pass else order, seed=seed, batch_samples=batch_samples, group_samples=group,
@@ -71,7 +71,7 @@ class Pipeline(Feed):
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=batch_samples, row_tokens=row_tokens,
             images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
-            start_step=start_step, one_pass=one_pass, mean_groups=group if group_mean else None,
+            start_step=start_step, one_pass=one_pass, mean_groups=group if group_mean else None, sizes=sizes,
         )  # fmt: skip
 
     @property
@@ -94,11 +94,11 @@ class Pipeline(Feed):
 
     def _row_length(self) -> int:
         """The smallest row that holds every record of the *global* batch, so that all hosts choose the same."""
-        if self._tokens is None:
+        if self.sizes is None:
             return self.row_tokens
         first = self._step * self.groups
         last = min(first + self.groups, self.samples) if self.one_pass else first + self.groups
-        longest = max(self._tokens[self.schedule.record(sample)] for sample in range(first, last))
+        longest = max(self.sizes[self.schedule.record(sample), 0] for sample in range(first, last))
         return next((length for length in self._lengths if longest <= length), self.row_tokens)
 
 

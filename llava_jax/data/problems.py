@@ -24,6 +24,7 @@ REASONS = {
     "marker_in_answer": (True, "<image> in an assistant turn"),
     "missing_image": (True, "the image file does not exist"),
     "bad_image": (True, "the image cannot be opened"),
+    "replaced_image": (True, "a picture of tiles has another size than when lengths were measured"),
     "unsafe_path": (True, "the image path leaves the image folder"),
     "lone_surrogate": (True, "half of a UTF-16 pair, which is no text"),
     "not_a_caption": (True, "template `plain` wants one question with an image and one caption"),

@@ -18,6 +18,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files, streams
+from llava_jax.data.files import unique_keys
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, Unreachable
@@ -199,7 +200,9 @@ def _member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> _Member:
 
 
 def _caption(member: _Member) -> str:
-    value: Any = json.loads(member.content)["caption"] if member.kind == "json" else member.content.decode()
+    if member.kind != "json":
+        return member.content.decode()
+    value: Any = json.loads(member.content, object_pairs_hook=unique_keys)["caption"]
     if not isinstance(value, str):
         raise TypeError(f"caption={str(value)[:60]!r}: want a string")
     return value

@@ -55,9 +55,11 @@ def _describe(options: argparse.Namespace) -> int:
 def _describe_by_checkpoint(
     options: argparse.Namespace, paths: list[str], prompts: curate.Prompts
 ) -> list[dict[str, Any]]:
+    from llava_jax import compilations
     from llava_jax.datagen import describer  # here only: it brings the model, which the other steps need not
     from llava_jax.generate.assistant import Assistant
 
+    compilations.keep()
     assistant = Assistant.open(options.checkpoint, slots=options.slots, template=options.template)
     checkpoint = options.checkpoint if is_bucket(options.checkpoint) else os.path.realpath(options.checkpoint)
     # Its steps are part of the name: a checkpoint that was trained further is asked again.

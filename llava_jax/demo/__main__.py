@@ -1,8 +1,8 @@
-"""`python -m llava_jax.demo [--family minigpt4] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+"""`python -m llava_jax.demo [--family minigpt4 | anyres] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
 
-The first runs LLaVA, or MiniGPT-4, in miniature: a synthetic world, base models that know it from text alone, the two
-stages of training and ablations of them, a test set of held-out pictures, and an export for transformers. It prints a
-table and writes DIR/demo.json and DIR/report.html. The second trains the base models again.
+The first runs LLaVA, MiniGPT-4, or LLaVA-1.6 with its tiles, in miniature: a synthetic world, base models that know it
+from text alone, the two stages of training and ablations of them, a test set of held-out pictures, and an export for
+transformers. It prints a table and writes DIR/demo.json and DIR/report.html. The second trains the base models again.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from llava_jax import cli
 from llava_jax.errors import UsageError
 
 # Of story.FAMILIES. jax, and the modules that import it, are imported after parsing, so that a usage error is quick.
-FAMILIES = ("llava", "minigpt4")
+FAMILIES = ("llava", "minigpt4", "anyres")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _demo(args: list[str]) -> int:
     parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
-    workdir_help = "a new directory (default: runs/demo, or runs/demo_minigpt4)"
+    workdir_help = "a new directory (default: runs/demo, or runs/demo_FAMILY)"
     parser.add_argument("--workdir", type=cli.on_disk, help=workdir_help)
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
     options = parser.parse_args(args)
@@ -39,11 +39,11 @@ def _demo(args: list[str]) -> int:
     _check(workdir, options.seed)
     if workdir.exists() and any(workdir.iterdir()):
         raise UsageError(f"--workdir {workdir} is not empty: name a new directory, or delete it to run the demo again")
+    from llava_jax import compilations
     from llava_jax.demo import report, story
-    from llava_jax.train import process
 
     cli.show_progress()
-    process.keep_compilations()
+    compilations.keep()
     outcome = story.run_family(workdir, options.seed, story.FAMILIES[options.family])
     (workdir / "demo.json").write_text(json.dumps(report.numbers(outcome), indent=1) + "\n")
     (workdir / "report.html").write_text(report.page(outcome, workdir / story.WORLD))
@@ -65,11 +65,11 @@ def _bases(args: list[str]) -> int:
     options = parser.parse_args(args)
     directory = options.directory or Path(__file__).parent / "assets"
     _check(directory, options.seed)
+    from llava_jax import compilations
     from llava_jax.demo import bases
-    from llava_jax.train import process
 
     cli.show_progress()
-    process.keep_compilations()
+    compilations.keep()
     bases.train(directory, options.seed)
     return 0
 

@@ -35,13 +35,20 @@ class TestSet(NamedTuple):
     questions: tuple[Question, ...]
 
 
-def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, TestSet]:
-    """Draws a world into `directory`: three JSON files, their pictures, and the test sets "heldout" and "unseen"."""
+def write(directory: Path, seed: int, sizes: Sizes = SIZES, wide: int = 1) -> dict[str, TestSet]:
+    """Draws a world into `directory`: three JSON files, their pictures, and the test sets "heldout" and "unseen".
+
+    wide: how many times as wide as high pictures of dialogues and questions are; captions are about square ones too.
+    """
     rng = np.random.default_rng([seed, 3])
     scenes = [world.random_scene(rng, "train") for _ in range(sizes.train)]
     pictures = _draw(directory, "train", scenes, rng)
     (directory / BLANK).write_bytes(world.blank_jpeg())
     captions = [_record(picture, [("<image>", world.caption(scene))]) for picture, scene in zip(pictures, scenes)]
+    if wide > 1:
+        pictures = _draw(directory, "wide", scenes, rng, wide)
+        captions += [{**caption, "id": f"{caption['id']}-wide", "image": picture}
+                     for caption, picture in zip(captions, pictures)]  # fmt: skip
     _write_json(directory / PRETRAIN, captions)
     dialogues = []
     for number in range(DIALOGUES):
@@ -52,23 +59,25 @@ def write(directory: Path, seed: int, sizes: Sizes = SIZES) -> dict[str, TestSet
     _write_json(directory / FINETUNE, dialogues)
     _write_json(directory / FINETUNE_BLIND, [{**record, "image": BLANK} for record in dialogues])
     return {
-        "heldout": _test_set(directory, "heldout", sizes.heldout, sizes.heldout_per_kind, rng),
-        "unseen": _test_set(directory, "unseen", sizes.unseen, sizes.unseen_per_kind, rng),
+        "heldout": _test_set(directory, "heldout", sizes.heldout, sizes.heldout_per_kind, rng, wide),
+        "unseen": _test_set(directory, "unseen", sizes.unseen, sizes.unseen_per_kind, rng, wide),
     }
 
 
-def _test_set(directory: Path, part: str, pictures: int, per_kind: int, rng: np.random.Generator) -> TestSet:
+def _test_set(
+    directory: Path, part: str, pictures: int, per_kind: int, rng: np.random.Generator, wide: int
+) -> TestSet:
     scenes = [world.random_scene(rng, part) for _ in range(pictures)]
     questions = world.balanced_questions(scenes, per_kind, rng)
-    return TestSet(tuple(_draw(directory, part, scenes, rng)), tuple(scenes), tuple(questions))
+    return TestSet(tuple(_draw(directory, part, scenes, rng, wide)), tuple(scenes), tuple(questions))
 
 
-def _draw(directory: Path, part: str, scenes: list[Scene], rng: np.random.Generator) -> list[str]:
+def _draw(directory: Path, part: str, scenes: list[Scene], rng: np.random.Generator, wide: int = 1) -> list[str]:
     """Writes the pictures of some scenes; their paths relative to `directory`."""
     (directory / part).mkdir(parents=True)
     names = [f"{part}/{number:05}.jpg" for number in range(len(scenes))]
     for name, scene in zip(names, scenes):
-        (directory / name).write_bytes(world.jpeg(scene, rng))
+        (directory / name).write_bytes(world.jpeg(scene, rng, wide))
     return names
 
 

@@ -13,7 +13,8 @@ from llava_jax.demo.story import Outcome
 
 CARDS = 12  # pictures on the page
 BEST = "stage2"  # all other runs are expected to score less
-CURVES = {"stage2": "#1f6feb", "stage2_without_stage1": "#d1242f", "stage2_last_layer": "#bf8700", "blind": "#57606a"}
+CURVES = {"stage2": "#1f6feb", "stage2_without_stage1": "#d1242f", "stage2_last_layer": "#bf8700", "blind": "#57606a",
+          "stage2_without_tiles": "#d1242f"}  # fmt: skip
 FIRST_CURVES = {"stage1": "#1f6feb", "stage1_last_layer": "#bf8700"}
 STYLE = """body { font: 15px/1.5 system-ui, sans-serif; color: #1f2328; max-width: 62em; margin: 2em auto }
 table { border-collapse: collapse } th, td { padding: .25em .6em; border-bottom: 1px solid #d0d7de; text-align: right }

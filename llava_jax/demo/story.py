@@ -42,12 +42,14 @@ class Run(NamedTuple):
 class Family(NamedTuple):
     """A system that the demo trains.
 
-    bases: {folder: the arguments of `importing.assemble`}. summary: one sentence for the report.
+    bases: {folder: the arguments of `importing.assemble`}. summary: one sentence for the report. wide: as in
+      `records.write`.
     """
 
     bases: dict[str, dict[str, Any]]
     runs: tuple[Run, ...]
     summary: str
+    wide: int = 1
 
     @property
     def evaluated(self) -> tuple[Run, ...]:
@@ -88,6 +90,19 @@ FAMILIES = {
         ),
         "A tiny EVA with a Q-Former and a tiny LLaMA, joined by one linear layer in MiniGPT-4's two stages",
     ),
+    "anyres": Family(
+        {BASE: {**_CLIP, "select_layer": -2, "newline": True}},
+        (
+            Run("stage1", "stage 1: captions of square and of wide pictures, only the projector is trained",
+                "stage1.py", BASE, records.PRETRAIN),
+            Run("stage2_without_tiles", "stage 2: wide pictures, each padded to a square", "wide.py", "stage1",
+                records.FINETUNE, "without tiles: padded to a square"),
+            Run("stage2", "the same stage 2, each picture its whole and four tiles", "anyres.py", "stage1",
+                records.FINETUNE, "with tiles"),
+        ),
+        "A tiny LLaVA-1.6: pictures four times as wide as high, whose shapes a padded square is too small to show",
+        wide=4,
+    ),
 }  # fmt: skip
 
 
@@ -112,7 +127,7 @@ def run_family(
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     _log(start, "draws the world")
-    test_sets = records.write(workdir / WORLD, seed, sizes)
+    test_sets = records.write(workdir / WORLD, seed, sizes, family.wide)
     _log(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
         importing.assemble(workdir / name, **parts, seed=seed)
@@ -139,7 +154,7 @@ def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> N
         "data.sources.0.images": workdir / WORLD, "train.seed": seed,
     }  # fmt: skip
     if steps is not None:
-        settings["train.steps"] = steps["stage2" in run.config]
+        settings["train.steps"] = steps[run.data != records.PRETRAIN]
     with _log_to(workdir / f"{run.name}.log"):
         Trainer(configs.load(CONFIGS / run.config, settings), workdir=workdir / run.name).fit()
 

@@ -99,18 +99,21 @@ def _change(rng: np.random.Generator, scene: Scene) -> Scene:
 # ---- pictures
 
 
-def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
-    """The picture of a scene, uint8 [96, 96, 3]: light ground, jittered place, size, turn and colour of each shape."""
+def draw(scene: Scene, rng: np.random.Generator, wide: int = 1) -> np.ndarray:
+    """The picture of a scene, uint8 [96, 96 * wide, 3]: light ground, jittered place, size, turn and colour of shapes.
+
+    wide: each corner is so many cells wide, and its shape lies in any of them.
+    """
     size = PICTURE_PIXELS
     ground = rng.uniform(205, 250) + rng.uniform(-6, 6, 3)
     slope = rng.uniform(-10, 10, 2)
-    rows, columns = np.mgrid[0:size, 0:size] / size - 0.5
+    rows, columns = np.mgrid[0:size, 0 : size * wide] / np.reshape([size, size * wide], (2, 1, 1)) - 0.5
     picture = ground + (slope[0] * rows + slope[1] * columns)[..., None]
     cell = size // 2
     for place, thing in enumerate(scene):
         if thing is None:
             continue
-        top, left = cell * (place // 2), cell * (place % 2)
+        top, left = cell * (place // 2), cell * (wide * (place % 2) + int(rng.integers(wide)))
         centre = cell / 2 + rng.uniform(-0.07, 0.07, 2) * cell
         cover = _cover(thing.shape, cell, centre, rng.uniform(0.30, 0.38) * cell, rng.uniform(-0.25, 0.25))
         paint = np.array(COLOURS[thing.colour]) + rng.uniform(-18, 18, 3)
@@ -120,9 +123,9 @@ def draw(scene: Scene, rng: np.random.Generator) -> np.ndarray:
     return np.clip(picture, 0, 255).astype(np.uint8)
 
 
-def jpeg(scene: Scene, rng: np.random.Generator) -> bytes:
+def jpeg(scene: Scene, rng: np.random.Generator, wide: int = 1) -> bytes:
     """The picture as a JPEG file, since pictures are only read from files."""
-    return encode_jpeg(draw(scene, rng))
+    return encode_jpeg(draw(scene, rng, wide))
 
 
 def blank_jpeg() -> bytes:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from etils import epath
 
-from llava_jax import distributed, errors
+from llava_jax import compilations, distributed, errors
 from llava_jax.errors import UsageError
 from llava_jax.evaluate import answer, hosts, verbs
 from llava_jax.evaluate.answers import Answer
@@ -40,6 +40,7 @@ def _of_checkpoint(
     options: argparse.Namespace, questions: Sequence[Question], settings: answer.Settings, folder: epath.Path,
     missing: Sequence[Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
+    compilations.keep()
     assistant = Assistant.open(options.checkpoint, options.slots, options.dtype, options.step, options.template)
     respond = answer.from_checkpoint(assistant, settings, folder)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}

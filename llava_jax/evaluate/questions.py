@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from etils import epath
 
 from llava_jax import files
+from llava_jax.data.files import unique_keys
 from llava_jax.errors import DataError, UsageError
 
 SHORT = "Answer the question using a single word or phrase."  # Source: haotian-liu/LLaVA docs/Evaluation.md:13-18
@@ -186,7 +187,7 @@ def lines(path: epath.Path) -> tuple[list[tuple[str, Any]], list[Fault]]:
         if not line.strip():
             continue
         try:
-            rows.append((f"{path}:{number}", json.loads(line)))
+            rows.append((f"{path}:{number}", json.loads(line, object_pairs_hook=unique_keys)))
         except (ValueError, RecursionError) as error:
             faults.append(Fault("truncated_line", _id_in_line(line), f"{error}; it begins {line[:60]!r}",
                                 f"{path}:{number}"))  # fmt: skip

@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from llava_jax import params
-from llava_jax.batch import Example, alone, lay_images
+from llava_jax.batch import Example, alone, laid_out, lay_images
 from llava_jax.checkpoint import model_json, reader, sharded
 from llava_jax.checkpoint.tensors import Tensors
 from llava_jax.errors import UsageError
@@ -172,7 +172,7 @@ class Assistant:
           ValueError: a conversation has no supervised token, does not fit the template, or is longer than the model's
             positions; names it. All are checked before the first is scored.
         """
-        shapes = [self._shape_to_read(one) for one in conversations]
+        shapes = [self._shape_to_read(one, image_root) for one in conversations]
         found: dict[int, np.ndarray] = {}
         for shape, batch in self._batches(shapes):
             examples = [encode(conversations[i], self.format, image_root) for i in batch]
@@ -197,11 +197,14 @@ class Assistant:
         """
         return encode(conversation, self.format, image_root, reply)
 
-    def image_features(self, images: Sequence[Any], image_root: epath.PathLike | None = None) -> np.ndarray:
+    def image_features(
+        self, images: Sequence[Any], image_root: epath.PathLike | None = None
+    ) -> np.ndarray | list[np.ndarray]:
         """float32 [n, N, D]: the features of each picture as the decoder takes them, behind the connector.
 
         N features an image (`format.image_features`) of the decoder's width D; of "flamingo_xattn", whose decoder looks
-        at features that have no position, the resampler's number and the tower's width.
+        at features that have no position, the resampler's number and the tower's width. Of a model with tiles a list of
+        [features, D], laid out as in a prompt that shows these pictures: lines, their newlines, and resized features.
 
         Args:
           images: paths, encoded bytes or PIL images.
@@ -211,12 +214,15 @@ class Assistant:
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        if self.format.tiling:
-            raise UsageError("image_features: the features of a tiled picture are not of one shape; want `encode` and "
-                             "`logps`, or a model without tiles")  # fmt: skip
-        pixels = np.stack([picture.tiles[0] for picture in pictures(images, self.format, image_root)])
+        shown = list(pictures(images, self.format, image_root))
+        pixels = np.stack([tile for picture in shown for tile in picture.tiles])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
-        return np.concatenate([runner.features(self.params, pixels[i : i + self.slots]) for i in starts])
+        found = [runner.features(self.params, pixels[i : i + self.slots]) for i in starts]
+        features = np.concatenate([features for features, _ in found])
+        if not self.format.tiling:
+            return features
+        tiles = np.split(features, np.cumsum([len(picture.tiles) for picture in shown]))
+        return [laid_out(own, found[0][1], picture.layout) for own, picture in zip(tiles, shown)]
 
     def reply(
         self,
@@ -246,23 +252,17 @@ class Assistant:
         return self._answer([request], shape, on_piece)[0]
 
     def replies(
-        self,
-        conversations: Sequence[Conversation],
-        max_new_tokens: int = NEW_TOKENS,
-        temperature: float = 0.0,
-        top_p: float = 1.0,
-        top_k: int = 0,
-        seed: int = 0,
-        image_root: epath.PathLike | None = None,
+        self, conversations: Sequence[Conversation], max_new_tokens: int = NEW_TOKENS, temperature: float = 0.0,
+        top_p: float = 1.0, top_k: int = 0, seed: int = 0, image_root: epath.PathLike | None = None,
         repetition_penalty: float = 1.0,
-    ) -> list[Reply]:
+    ) -> list[Reply]:  # fmt: skip
         """The answer to each conversation, in their order: exactly what `reply` gives for it alone.
 
         All are checked before the first is answered; images are opened batch by batch. Arguments as for `reply`.
         """
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         answers: dict[int, Reply] = {}
-        for shape, batch in self._batches([self._shape(one, max_new_tokens) for one in conversations]):
+        for shape, batch in self._batches([self._shape(one, max_new_tokens, image_root) for one in conversations]):
             examples = [encode(conversations[i], self.format, image_root, reply=True) for i in batch]
             requests = [self._request(example, max_new_tokens, sampling) for example in examples]
             answers.update(zip(batch, self._answer(requests, shape)))
@@ -280,26 +280,28 @@ class Assistant:
         image_root: epath.PathLike | None,
     ) -> tuple[Request, Shape]:  # fmt: skip
         if max_new_tokens is None:
-            max_new_tokens = self._room(conversation)
-        shape = self._shape(conversation, max_new_tokens)
+            max_new_tokens = self._room(conversation, image_root)
+        shape = self._shape(conversation, max_new_tokens, image_root)
         example = encode(conversation, self.format, image_root, reply=True)
         return self._request(example, max_new_tokens, sampling), shape
 
-    def _room(self, conversation: Conversation) -> int:
+    def _room(self, conversation: Conversation, image_root: epath.PathLike | None) -> int:
         """At least 1, so that a prompt that leaves no room is refused where all are."""
-        prompt = len(encode(conversation, self.format, reply=True, open_images=False).tokens)
+        prompt = len(encode(conversation, self.format, image_root, reply=True, open_images=False).tokens)
         return max(1, min(NEW_TOKENS, self.model.config.llm.usable_positions - prompt))
 
-    def _shape(self, conversation: Conversation, max_new_tokens: int) -> Shape:
-        example = encode(conversation, self.format, reply=True, open_images=False)
+    def _shape(
+        self, conversation: Conversation, max_new_tokens: int, image_root: epath.PathLike | None
+    ) -> Shape:
+        example = encode(conversation, self.format, image_root, reply=True, open_images=False)
         limit = self.model.config.llm.usable_positions
         try:
             return engine.shape_of(len(example.tokens), example.tiles, max_new_tokens, limit)
         except ValueError as error:
             raise UsageError(f"conversation {conversation.id!r}: {error}") from None
 
-    def _shape_to_read(self, conversation: Conversation) -> Shape:
-        example = encode(conversation, self.format, open_images=False)
+    def _shape_to_read(self, conversation: Conversation, image_root: epath.PathLike | None) -> Shape:
+        example = encode(conversation, self.format, image_root, open_images=False)
         if not example.learned[1:].any():
             raise UsageError(f"conversation {conversation.id!r}: no supervised token; want an assistant's turn")
         try:

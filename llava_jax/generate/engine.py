@@ -114,12 +114,15 @@ class Engine:
         at padding mean nothing."""
         return np.asarray(_logps(self, params, self._put(requests, shape)))[: len(requests)]
 
-    def features(self, params: Any, pixels: np.ndarray) -> np.ndarray:
-        """float32 [n, N, D]: of n <= `slots` pictures (uint8 [n, H, W, 3]) what the connector makes of each."""
+    def features(self, params: Any, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Of n <= `slots` pictures (uint8 [n, H, W, 3]) what the connector makes of each, float32 [n, N, D], and the
+        model's `image_newline` [1, D] ([0, D] without one)."""
         assert 0 < len(pixels) <= self.slots, (len(pixels), self.slots)
         rows = np.zeros((self.slots, 1, *pixels.shape[1:]), np.uint8)
         rows[: len(pixels), 0] = pixels
-        return np.asarray(_features(self, params, placement.put_rows(rows, self.mesh)))[: len(pixels)]
+        found = np.asarray(_features(self, params, placement.put_rows(rows, self.mesh)))[: len(pixels)]
+        last = found.shape[1] - self.model.config.image_newline
+        return found[:, :last], found[0, last:]
 
     def compiled(self, params: Any, shape: Shape) -> tuple[jax.stages.Compiled, jax.stages.Compiled]:
         """The programs of `start` and `advance` for parameters that are shapes with shardings on the engine's mesh."""
@@ -221,7 +224,7 @@ def _read(engine: Engine, params: Any, prompts: _Prompts, cache_tokens: int) -> 
     last = position + prompts.new - 1
     seen = _seen(prompts, engine.vocabulary)
     token = _choose(engine, params, end, position, seen, prompts.sampling)
-    done = _is_end(engine, token) | (position >= last)
+    done = is_end(engine.ends, token) | (position >= last)
     return _cut(State(cache, token, position, last, done, seen, prompts.sampling)), constrain(token, None)
 
 
@@ -258,10 +261,9 @@ def _logps(engine: Engine, params: Any, prompts: _Prompts) -> Float[Array, "B T2
 
 
 @partial(jax.jit, static_argnames=("engine",))
-def _features(engine: Engine, params: Any, pixels: Any) -> Float[Array, "B N D"]:
+def _features(engine: Engine, params: Any, pixels: Any) -> Float[Array, "B Slots D"]:
     with answering(engine.mesh):
         found = engine.model.apply({"params": params}, pixels, method="encode_images")
-        found = found[:, :-1] if engine.model.config.image_newline else found
         return constrain(found.astype(jnp.float32), None, None, None)
 
 
@@ -293,7 +295,7 @@ def _step(engine: Engine, params: Any, state: State) -> tuple[State, Int[Array, 
     position = state.position + 1
     seen = state.seen | (jnp.arange(engine.vocabulary) == state.token[:, None])
     token = _choose(engine, params, hidden[:, 0], position, seen, state.sampling)
-    done = state.done | _is_end(engine, token) | (position >= state.last)
+    done = state.done | is_end(engine.ends, token) | (position >= state.last)
     after = state._replace(
         cache=cache,
         token=jnp.where(state.done, state.token, token),
@@ -317,5 +319,6 @@ def _choose(
     return next_ids(penalized(logits, seen, sampling.repetition_penalty), position, sampling)
 
 
-def _is_end(engine: Engine, token: Int[Array, "B"]) -> Bool[Array, "B"]:
-    return jnp.isin(token, jnp.array(engine.ends, jnp.int32))
+def is_end(ends: tuple[int, ...], token: Int[Array, "B"]) -> Bool[Array, "B"]:
+    """Which of the ids end an answer."""
+    return jnp.isin(token, jnp.array(ends, jnp.int32))

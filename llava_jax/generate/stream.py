@@ -20,6 +20,7 @@ class Text(NamedTuple):
     window: the last ids, enough to decode the next one in its surroundings.
     read: how many ids of the window are in `said` and `held`.
     stopped: a stop string was met; it and all that follows is dropped.
+    trims: white space at its beginning and end is none of it.
 
         push " cat", push " ##", push "#"  ->  pieces "cat", "", ""; stopped (stop string "###")
     """
@@ -29,6 +30,7 @@ class Text(NamedTuple):
     window: tuple[int, ...] = ()
     read: int = 0
     stopped: bool = False
+    trims: bool = True
 
 
 class Row(NamedTuple):
@@ -83,7 +85,8 @@ def finish(text: Text, tokenizer: Tokenizer, stops: tuple[str, ...]) -> tuple[Te
     before = tokenizer.decode(list(text.window[: text.read]))
     rest = tokenizer.decode(list(text.window))[len(before) :]
     text, piece = _release(text, rest, stops)
-    last = "" if text.stopped else _trimmed(text, text.held).rstrip()
+    last = "" if text.stopped else _trimmed(text, text.held)
+    last = last.rstrip() if text.trims else last
     return text._replace(said=text.said + last, held=""), piece + last
 
 
@@ -92,7 +95,7 @@ def _release(text: Text, new: str, stops: tuple[str, ...]) -> tuple[Text, str]:
     pending = text.held + new
     cuts = [at for at in (pending.find(stop) for stop in stops) if at >= 0]
     ready = pending[: min(cuts)] if cuts else pending[: len(pending) - _begun(pending, stops)]
-    ready = ready.rstrip()
+    ready = ready.rstrip() if text.trims else ready
     held = "" if cuts else pending[len(ready) :]
     piece = _trimmed(text, ready)
     return text._replace(said=text.said + piece, held=held, stopped=bool(cuts)), piece
@@ -100,7 +103,7 @@ def _release(text: Text, new: str, stops: tuple[str, ...]) -> tuple[Text, str]:
 
 def _trimmed(text: Text, piece: str) -> str:
     """An answer begins with no white space: the reference strips it (llava/eval/run_llava.py)."""
-    return piece if text.said else piece.lstrip()
+    return piece if text.said or not text.trims else piece.lstrip()
 
 
 def _begun(pending: str, stops: tuple[str, ...]) -> int:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.errors import UsageError
+from llava_jax.models.attention import attention
 
 
 class LayerCache(NamedTuple):
@@ -18,6 +19,14 @@ class LayerCache(NamedTuple):
 
     k: Float[Array, "B S K H"]
     v: Float[Array, "B S K H"]
+
+    def attend(
+        self, q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"],
+        positions: Int[Array, "B T"],
+    ) -> tuple["LayerCache", Float[Array, "B T N H"]]:  # fmt: skip
+        """The cache with new keys and values at `positions`, and the attention of their queries to all up to there."""
+        held = write(self, k, v, positions)
+        return held, attention(q, held.k, held.v, last_key=positions)
 
 
 def write(

@@ -100,6 +100,7 @@ PART = Tower(
     kind="clip", label="a CLIP", config=VisionConfig, module=ClipTower, model_types=_TYPES,
     mark="embeddings.class_embedding", rows=rows, read_config=read_config, config_json=config_json,
     first_layers=vit.first_layers,
+    gguf=[("vision/cls", ("v.class_embd", SAME)), *norm("vision/pre_ln", "v.pre_ln"), *vit.GGUF_ROWS],
     # The only towers that the original code fetches by name and whose sizes are known here.
     hub={"openai/clip-vit-large-patch14-336": L14_336, "openai/clip-vit-large-patch14": L14_224},
     # What CLIP directories hold beside the tower, and buffers of older transformers.

@@ -12,13 +12,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
-from llava_jax.models.cache import LayerCache, from_prefill, write
+from llava_jax.models.cache import LayerCache, from_prefill
 from llava_jax.models.flamingo import CrossConfig, GatedBlock, Media
 from llava_jax.models.layers import Dense, Params, RMSNorm, read_layer, rotary, rotate, stacked, take_layer
+from llava_jax.models.paged import PagedCache
 from llava_jax.models.parts import DecoderConfig
 from llava_jax.models.remat import INPUT, QKV, Remat, groups, named, remat
 from llava_jax.sharding import constrain, constrain_parameters
 
+Cache = LayerCache | PagedCache
 Rotation = tuple[Float[Array, "B T H2"], Float[Array, "B T H2"]]
 
 
@@ -38,8 +40,8 @@ class DecoderBlock(nn.Module):
         rotation: Rotation,
         segments: Int[Array, "B T"] | None = None,
         slots: Int[Array, "B T"] | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Returns the block's output and the keys and values: the new ones, or the whole cache if one was given.
 
         slots: where in `cache` each token is written; it sees this slot and those before.
@@ -49,8 +51,8 @@ class DecoderBlock(nn.Module):
         return x + self.feed(RMSNorm(self.config.eps, self.dtype, name="ln2")(x)), kept
 
     def attend(
-        self, y: Float[Array, "B T D"], rotation: Rotation, segments: Any, slots: Any, cache: LayerCache | None
-    ) -> tuple[Float[Array, "B T D"], LayerCache]:
+        self, y: Float[Array, "B T D"], rotation: Rotation, segments: Any, slots: Any, cache: Cache | None
+    ) -> tuple[Float[Array, "B T D"], Cache]:
         """Attention of the normed input, with the keys and values that it leaves."""
         config = self.config
         q = self._heads("q", config.heads, y)
@@ -60,8 +62,7 @@ class DecoderBlock(nn.Module):
         if cache is None:
             kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
         else:
-            kept = write(cache, k, v, slots)
-            y = attention(q, kept.k, kept.v, last_key=slots)
+            kept, y = cache.attend(q, k, v, slots)
         return self.dense("o", config.width)(y.reshape(*y.shape[:2], -1)), kept
 
     def feed(self, y: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
@@ -225,8 +226,8 @@ class LanguageModel(nn.Module):
         return self.norm(x), (*from_prefill(kept, cache_tokens), *looked)
 
     def decode(
-        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        self, x: Float[Array, "B T D"], positions: Int[Array, "B T"], cache: tuple[Cache, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
         """Forward of new tokens at `positions` against the cache; usually T is 1."""
         rotation = rotary(positions, self.config)
         kept, looked = [], cache[self.config.layers :]

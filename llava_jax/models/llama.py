@@ -7,7 +7,16 @@ from typing import Any
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.decoder import LanguageModel
 from llava_jax.models.names import LINEAR, SAME, Row
-from llava_jax.models.parts import NUMBERS, Content, Decoder, DecoderConfig, RopeScaling, check_fixed, check_numbers
+from llava_jax.models.parts import (
+    NUMBERS,
+    Content,
+    Decoder,
+    DecoderConfig,
+    GgufDecoder,
+    RopeScaling,
+    check_fixed,
+    check_numbers,
+)  # fmt: skip
 
 # Defaults of transformers' LlamaConfig, which config.json may leave out. Source: transformers 4.57.6 and 5.23.0.
 DEFAULTS = {
@@ -56,6 +65,20 @@ def rows(prefix: str, head: str) -> list[Row]:
         ("llm/norm/scale", (prefix + "norm.weight", SAME)),
         ("llm/head/kernel", (head, LINEAR)),
     ]
+
+
+# Source: gguf 0.19.0 constants.py TENSOR_NAMES; llama.cpp conversion/llama.py (the order of rotary halves).
+GGUF_ROWS: list[Row] = [
+    ("llm/embed/table", ("token_embd.weight", SAME)),
+    ("llm/blocks/ln1/scale", ("blk.{layer}.attn_norm.weight", SAME)),
+    ("llm/blocks/ln2/scale", ("blk.{layer}.ffn_norm.weight", SAME)),
+    ("llm/blocks/([qkv])/kernel", (r"blk.{layer}.attn_\1.weight", LINEAR)),
+    ("llm/blocks/o/kernel", ("blk.{layer}.attn_output.weight", LINEAR)),
+    ("llm/blocks/(gate|up|down)/kernel", (r"blk.{layer}.ffn_\1.weight", LINEAR)),
+    ("llm/norm/scale", ("output_norm.weight", SAME)),
+    ("llm/head/kernel", ("output.weight", LINEAR)),
+]
+GGUF = GgufDecoder("llama", GGUF_ROWS, paired=True, scalings=("linear", "llama3"))
 
 
 def read_config(content: Content, where: str) -> LlamaConfig:
@@ -220,5 +243,5 @@ LLAMA31_8B = replace(
 PART = Decoder(
     kind="llama", label="a LLaMA", config=LlamaConfig, module=Llama, rows=rows, read_config=read_config,
     config_json=config_json, hub_class="LlamaForCausalLM", original=("LlavaLlamaForCausalLM", "llava"),
-    template="v1",
+    template="v1", gguf=GGUF,
 )  # fmt: skip

@@ -5,11 +5,12 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, UInt8
+from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from llava_jax.batch import Corners
 from llava_jax.models import flamingo, registry
 from llava_jax.models.cache import LayerCache
+from llava_jax.models.decoder import Cache
 from llava_jax.models.layers import LayerNorm
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.remat import Remat
@@ -136,10 +137,18 @@ class Llava(nn.Module):
         return flamingo.Media(nothing, jnp.full_like(image_slots, -1))
 
     def decode(
-        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[LayerCache, ...]
-    ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...]]:
+        self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"], cache: tuple[Cache, ...]
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:
         """Hidden states of new tokens at `positions`, and the cache with them in it."""
         return self.llm.decode(self.llm.embed(tokens), positions, cache)
+
+    def extend(
+        self, tokens: Int[Array, "B T"], features: Float[Array, "B T D"], is_feature: Bool[Array, "B T"],
+        positions: Int[Array, "B T"], cache: tuple[Cache, ...],
+    ) -> tuple[Float[Array, "B T D"], tuple[Cache, ...]]:  # fmt: skip
+        """As `decode` for a part of a prompt, with image features, which are there already, in place of some tokens."""
+        x = jnp.where(is_feature[..., None], features, self.llm.embed(tokens))
+        return self.llm.decode(x, positions, cache)
 
     def head(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
         """float32 logits of hidden states."""

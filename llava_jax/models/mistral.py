@@ -66,5 +66,5 @@ MISTRAL_7B = MistralConfig(
 PART = Decoder(
     kind="mistral", label="a Mistral", config=MistralConfig, module=Mistral, rows=llama.rows, read_config=read_config,
     config_json=config_json, hub_class="MistralForCausalLM", original=("LlavaMistralForCausalLM", "llava_mistral"),
-    template="mistral",
+    template="mistral", gguf=llama.GGUF,
 )  # fmt: skip

@@ -111,6 +111,8 @@ def _check_shuffled(config: Any) -> None:
 PLAIN = Connector(
     name=r"linear|mlp[1-9]\d*x_gelu", shown="linear, mlp2x_gelu (any number of layers)", module=Projector, rows=rows,
     features=lambda config: config.vision.features,
+    # llama.cpp has a GELU behind the first layer even where no other follows.
+    gguf={"mlp2x_gelu": linear("projector/([02])", r"mm.\1")},
 )  # fmt: skip
 IDENTITY = Connector(
     name="identity", shown="identity", module=Identity, rows=lambda projector, prefix: [],

@@ -158,6 +158,21 @@ NUMBERS = (int, float)  # types of its numbers; `true` is none
 
 
 @dataclass(frozen=True)
+class GgufDecoder:
+    """How llama.cpp has a decoder.
+
+    architecture: `general.architecture`. rows: the table of its tensors' names.
+    paired: the rotary halves of queries and keys stand in pairs (0, H/2, 1, H/2 + 1, ...), not one behind the other.
+    scalings: kinds of `RopeScaling` that it knows.
+    """
+
+    architecture: str
+    rows: Sequence[Row]
+    paired: bool = False
+    scalings: tuple[str, ...] = ("linear",)
+
+
+@dataclass(frozen=True)
 class Tower:
     """A kind of vision tower.
 
@@ -174,6 +189,8 @@ class Tower:
     kept: the form in which the original code keeps a fetched tower among its own tensors.
     ignored: patterns over names of theirs that are no part of the model.
     hub_class, processor: the classes of transformers for the tower alone and for its pictures.
+    gguf: the table of what runs of it in llama.cpp's file of a tower and connector; its config is a `vit.VisionConfig`.
+      None: that has no such tower.
     """
 
     kind: str
@@ -192,6 +209,7 @@ class Tower:
     ignored: tuple[str, ...] = ()
     hub_class: str = "CLIPVisionModel"
     processor: str = "CLIPImageProcessor"
+    gguf: Sequence[Row] | None = None
 
 
 @dataclass(frozen=True)
@@ -206,6 +224,7 @@ class Decoder:
     hub_class: the class of transformers. original: (class, model_type) of the original code's model with it.
     template: of conversations, where nobody says another.
     ignored: patterns over names of theirs that are no part of the model.
+    gguf: None where llama.cpp has no such decoder.
     """
 
     kind: str
@@ -219,6 +238,7 @@ class Decoder:
     original: tuple[str, str]
     template: str
     ignored: tuple[str, ...] = (r".*\brotary_emb\.inv_freq",)
+    gguf: GgufDecoder | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +253,7 @@ class Connector:
       has parameters of its own; None: there is none.
     check: (config of the model) raises UsageError where the tower or the decoder does not fit.
     gated: its features enter no sequence; blocks in the decoder look at them.
+    gguf: {connector's name: the table of `projector/` in llama.cpp's file} of those that it computes as they are here.
     """
 
     name: str
@@ -244,6 +265,7 @@ class Connector:
     resampler_module: Callable[..., nn.Module] | None = None
     check: Callable[[Any], None] = lambda config: None
     gated: bool = False
+    gguf: Mapping[str, Sequence[Row]] = field(default_factory=dict)
 
 
 def check_fixed(values: Content, wanted: Mapping[str, Any], where: str, model: str) -> None:

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from llava_jax.models import llama
 from llava_jax.models.decoder import DecoderBlock, LanguageModel
 from llava_jax.models.names import SAME, Row
-from llava_jax.models.parts import Content, Decoder, DecoderConfig, check_fixed
+from llava_jax.models.parts import Content, Decoder, DecoderConfig, GgufDecoder, check_fixed
 
 # Defaults of transformers' Qwen2Config and Qwen3Config where they are not LLaMA's. Source: transformers 4.57.6, 5.23.0.
 _DEFAULTS = llama.DEFAULTS | {
@@ -40,6 +40,9 @@ def rows2(prefix: str, head: str) -> list[Row]:
     return [*llama.rows(prefix, head), bias]
 
 
+GGUF2 = GgufDecoder("qwen2", [*llama.GGUF_ROWS, ("llm/blocks/([qkv])/bias", (r"blk.{layer}.attn_\1.bias", SAME))])
+
+
 @dataclass(frozen=True)
 class Qwen3Config(DecoderConfig):
     """A Qwen3 decoder."""
@@ -62,6 +65,10 @@ def rows3(prefix: str, head: str) -> list[Row]:
     """The table of a Qwen3 whose tensors begin with `prefix` (`model.`) and whose output matrix is `head`."""
     norms = ("llm/blocks/([qk])_norm/scale", (prefix + r"layers.{layer}.self_attn.\1_norm.weight", SAME))
     return [*llama.rows(prefix, head), norms]
+
+
+_GGUF_NORMS = ("llm/blocks/([qk])_norm/scale", (r"blk.{layer}.attn_\1_norm.weight", SAME))
+GGUF3 = GgufDecoder("qwen3", [*llama.GGUF_ROWS, _GGUF_NORMS])
 
 
 def _reader(config: type[DecoderConfig], model: str, own: Content, fixed: Content) -> Callable[..., DecoderConfig]:
@@ -102,12 +109,13 @@ QWEN2 = Decoder(
     kind="qwen2", label="a Qwen2", config=Qwen2Config, module=Qwen2, rows=rows2,
     read_config=_reader(Qwen2Config, "Qwen2", {}, {}), config_json=_writer("qwen2", ("attention_bias", "mlp_bias")),
     hub_class="Qwen2ForCausalLM", original=("LlavaQwenForCausalLM", "llava_qwen"),
-    template="qwen",
+    template="qwen", gguf=GGUF2,
 )  # fmt: skip
 QWEN3 = Decoder(
     kind="qwen3", label="a Qwen3", config=Qwen3Config, module=Qwen3, rows=rows3,
     read_config=_reader(Qwen3Config, "Qwen3", {"head_dim": 128}, {"attention_bias": False}),
     config_json=_writer("qwen3", ("mlp_bias",)), hub_class="Qwen3ForCausalLM",
     original=("LlavaQwen3ForCausalLM", "llava_qwen3"), template="qwen_3",
+    gguf=GGUF3,
 )  # fmt: skip
 PARTS = (QWEN2, QWEN3)

@@ -126,6 +126,7 @@ PART = Tower(
     kind="siglip", label="a SigLIP", config=SiglipConfig, module=SiglipTower, model_types=_TYPES,
     mark="embeddings.patch_embedding.bias", rows=rows, read_config=read_config, config_json=config_json,
     class_token=False, first_layers=vit.first_layers,
+    gguf=[("vision/patch/bias", ("v.patch_embd.bias", SAME)), *vit.GGUF_ROWS],
     hub={"google/siglip-so400m-patch14-384": SO400M_384, "google/siglip2-so400m-patch16-384": SIGLIP2_SO400M_384},
     kept=kept, ignored=(r".*\bposition_ids", r"text_model\..*", "logit_scale", "logit_bias"),
     hub_class="SiglipVisionModel", processor="SiglipImageProcessor",

@@ -155,6 +155,18 @@ def rows(prefix: str) -> list[Row]:
     ]
 
 
+# Source: llama.cpp tools/mtmd/clip-impl.h (TN_*), of release b11549.
+GGUF_ROWS: list[Row] = [
+    ("vision/patch/kernel", ("v.patch_embd.weight", PATCH)),
+    ("vision/pos", ("v.position_embd.weight", SAME)),
+    *norm("vision/blocks/ln([12])", r"v.blk.{layer}.ln\1"),
+    *linear("vision/blocks/([qkv])", r"v.blk.{layer}.attn_\1"),
+    *linear("vision/blocks/o", "v.blk.{layer}.attn_out"),
+    *linear("vision/blocks/fc1", "v.blk.{layer}.ffn_up"),
+    *linear("vision/blocks/fc2", "v.blk.{layer}.ffn_down"),
+]
+
+
 def first_layers(config: VisionConfig) -> dict[str, int]:
     """Where `vision/tail` begins in the numbering of their layers."""
     return {"vision/tail/": config.run_layers}

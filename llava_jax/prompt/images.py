@@ -132,10 +132,24 @@ def image_size(ref: Any, root: epath.PathLike | None = None) -> tuple[int, int]:
         return _found(ref, root, _size)
 
 
+def thumbnail(pixels: np.ndarray, longest: int) -> bytes:
+    """A JPEG file of uint8 [H, W, 3], whose longer side is made `longest` where it is longer."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((longest, longest))
+    return encode_jpeg(np.asarray(image), quality=80)
+
+
 def encode_jpeg(pixels: np.ndarray, quality: int = 92) -> bytes:
     """A JPEG file of uint8 [H, W, 3]."""
     out = io.BytesIO()
     Image.fromarray(pixels).save(out, "JPEG", quality=quality)
+    return out.getvalue()
+
+
+def encode_png(pixels: np.ndarray) -> bytes:
+    """A PNG file of uint8 [H, W, 3]."""
+    out = io.BytesIO()
+    Image.fromarray(pixels).save(out, "PNG")
     return out.getvalue()
 
 
@@ -243,6 +257,15 @@ def _size(image: Image.Image, name: str) -> tuple[int, int]:
     return width, height
 
 
+def _eight_bits(image: Image.Image) -> np.ndarray:
+    """uint8 [H, W] of 16-bit grey, a strip at a time: whole arrays of 32 bits would be most of what a picture takes."""
+    grey = np.empty((image.height, image.width), np.uint8)
+    for row in range(0, image.height, _STRIP_ROWS):
+        strip = image.crop((0, row, image.width, min(row + _STRIP_ROWS, image.height)))
+        grey[row : row + strip.height] = (np.asarray(strip).astype(np.uint32) + 128) // 257
+    return grey
+
+
 def _rgb(image: Image.Image, name: str) -> Image.Image:
     """Decodes `image`, after its header has been found harmless."""
     _size(image, name)
@@ -251,8 +274,7 @@ def _rgb(image: Image.Image, name: str) -> Image.Image:
         raise UsageError(f"{name}: mode {image.mode} (32 bits a pixel) has no known range: save it with 8 or 16 bits")
     try:
         if sixteen_bits:
-            grey = (np.asarray(image).astype(np.uint32) + 128) // 257
-            image = Image.fromarray(grey.astype(np.uint8))
+            image = Image.fromarray(_eight_bits(image))
         return image.convert("RGB")
     except _DAMAGE as error:
         raise UsageError(f"{name}: damaged picture ({error}): replace the file or drop the record") from error

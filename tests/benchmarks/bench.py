@@ -134,12 +134,22 @@ def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
     cores = len(os.sched_getaffinity(0))
     return [
         Pair(f"input, JPEG of {width} x {height} to {sizes.image_size} pixels, padded", "images/s per core",
-             sizes.records / cores, "read", (min(READ_BATCH, sizes.records), cores), 2.0, _close(1e-3))
+             sizes.records / cores, "read", (min(READ_BATCH, sizes.records), False, cores), 2.0, _close(1e-3))
+    ]  # fmt: skip
+
+
+def _tiling(folder: Path, sizes: Sizes) -> list[Pair]:
+    height, width = sizes.picture
+    cores = len(os.sched_getaffinity(0))
+    return [
+        Pair(f"input, JPEG of {width} x {height} to {same.TILES} tiles of {sizes.image_size} pixels",
+             "tiles/s per core", same.TILES * sizes.records / cores, "read",
+             (min(READ_BATCH, sizes.records), True, cores), 2.0, _close(1e-3))
     ]  # fmt: skip
 
 
 PAIRS: dict[str, Callable[[Path, Sizes], list[Pair]]] = {
-    "train": _training, "generate": _generation, "input": _reading,
+    "train": _training, "generate": _generation, "input": _reading, "tiles": _tiling,
 }  # fmt: skip
 
 

@@ -82,19 +82,20 @@ def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:
     return turn
 
 
-def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
+def read(folder: Path, sizes: Sizes, batch: int, tiled: bool, workers: int) -> Turn:
     """Records to padded batches of ids and pixels; the check: places of images, and the first picture's mean."""
     vision = sizes.model.vision
     features = (sizes.image_size // vision.patch_size) ** 2
-    form = same.format_of(folder, sizes.image_size, features)
+    form = same.format_of(folder, sizes.image_size, features, tiled)
     source = open_source(folder / same.RECORDS, folder / same.PICTURES)
     mean, std = np.float32(vision.mean), np.float32(vision.std)
 
     def turn() -> tuple[float, list[float]]:
         begun, places, pixels = time.perf_counter(), 0.0, 0.0
         for fields, _ in Pipeline(
-            sources=[source], format=form, batch_samples=batch, row_tokens=2048, threads=workers, one_pass=True
-        ):
+            sources=[source], format=form, batch_samples=batch, row_tokens=4096 if tiled else 2048, threads=workers,
+            images_per_group=same.TILES if tiled else 1, one_pass=True,
+        ):  # fmt: skip
             places += float((fields.image_slots >= 0).sum())
             pixels = pixels or float(((fields.pixels[0].mean((0, 1, 2)) / 255 - mean) / std).mean())
         return time.perf_counter() - begun, [places, pixels]

@@ -18,11 +18,14 @@ from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import encode_jpeg
 
 TOKENIZER = Path(__file__).parents[1] / "golden" / "tiny_llama.model"
 OURS, THEIRS, RECORDS, PICTURES, BATCHES = "ours", "theirs", "records.json", "pictures", "batches.pickle"
+GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))  # LLaVA-1.6's
+TILES = 5  # the whole and 2 x 2 tiles: pictures of the sizes below
 WORDS = "a the red small square left of and what is it picture on there three circle green under it has no".split()
 
 
@@ -97,9 +100,11 @@ def prompts(folder: Path, sizes: Sizes, count: int) -> list[Example]:
     return [cut(examples[0], sizes.prompt_tokens)[0] for examples in batches(folder)["prompts"][:count]]
 
 
-def format_of(folder: Path, image_size: int, features: int) -> Format:
-    """The format of our checkpoint, at any image size."""
-    return Format(templates.get("v1"), tokenizer.load(folder / OURS / "tokenizer"), image_size, features, "pad")
+def format_of(folder: Path, image_size: int, features: int, tiled: bool = False) -> Format:
+    """The format of our checkpoint, at any image size, or LLaVA-1.6's on it."""
+    words = tokenizer.load(folder / OURS / "tokenizer")
+    mode, tiling = ("anyres", Tiling(GRIDS)) if tiled else ("pad", None)
+    return Format(templates.get("v1"), words, image_size, features, mode, tiling=tiling)
 
 
 def _write_records(folder: Path, sizes: Sizes, rng: np.random.Generator) -> None:

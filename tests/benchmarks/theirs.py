@@ -12,7 +12,14 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
-from transformers import AutoImageProcessor, AutoTokenizer, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoTokenizer,
+    LlavaForConditionalGeneration,
+    LlavaNextImageProcessorPil,
+    LlavaNextProcessor,
+    LlavaProcessor,
+)
 from transformers.utils import logging
 
 from llava_jax.batch import Example
@@ -63,13 +70,13 @@ def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:
     return turn
 
 
-def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
+def read(folder: Path, sizes: Sizes, batch: int, tiled: bool, workers: int) -> Turn:
     """Records to padded batches of ids and pixels; the check: places of images, and the first picture's mean.
 
     The ids are the same but for a space behind each image, which the original code has and LlavaProcessor has not.
     """
     torch.set_num_threads(1)  # as in DataLoader's workers
-    records = _Records(folder, sizes)
+    records = _Records(folder, sizes, tiled)
     loader = DataLoader(records, batch_size=batch, num_workers=workers, collate_fn=_collated,
                         persistent_workers=workers > 0)  # fmt: skip
 
@@ -84,14 +91,18 @@ def read(folder: Path, sizes: Sizes, batch: int, workers: int) -> Turn:
 
 
 class _Records(Dataset):
-    """LLaVA records through LlavaProcessor, whose image processor runs on PIL: on the CPU the quicker of its two."""
+    """LLaVA records through LlavaProcessor or LlavaNextProcessor, whose image processors run on PIL: on the CPU the
+    quicker of their two."""
 
-    def __init__(self, folder: Path, sizes: Sizes):
+    def __init__(self, folder: Path, sizes: Sizes, tiled: bool):
         side = sizes.image_size
-        images = AutoImageProcessor.from_pretrained(
-            folder / same.THEIRS, backend="pil", size={"shortest_edge": side}, crop_size={"height": side, "width": side}
-        )
-        self.processor = LlavaProcessor(
+        size = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+        if tiled:
+            grids = [[rows * side, columns * side] for columns, rows in same.GRIDS]
+            images = LlavaNextImageProcessorPil(image_grid_pinpoints=grids, **size)
+        else:
+            images = AutoImageProcessor.from_pretrained(folder / same.THEIRS, backend="pil", **size)
+        self.processor = (LlavaNextProcessor if tiled else LlavaProcessor)(
             images, AutoTokenizer.from_pretrained(folder / same.THEIRS), patch_size=sizes.model.vision.patch_size,
             vision_feature_select_strategy="default", num_additional_image_tokens=1,
         )  # fmt: skip

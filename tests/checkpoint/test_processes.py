@@ -1,21 +1,20 @@
 """Two processes restore the same step, or end with the same error, whichever of them cannot read it."""
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.ports import free_port
+
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory):
     """(the folder, what each of the two processes of `two` printed)."""
     folder = tmp_path_factory.mktemp("two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     settings = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     processes = [
         subprocess.Popen([sys.executable, "-m", "tests.checkpoint.two", str(folder)], cwd=Path(__file__).parents[2],

@@ -22,6 +22,7 @@ from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.prompt.conversation import Conversation, Turn
 from tests.convert import tiny
 from tests.prompt.chat_models import MODELS
+from tests.prompt.test_anyres import sizes
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -206,6 +207,22 @@ def test_ids_logits_and_every_gradient_are_those_of_transformers(tmp_path, name)
         worst |= {key: max(worst[key], one) for key, one in found.items()}
     print(f"{kind.name}, {kind.template}: largest relative distance {worst}")
     assert max(worst.values()) <= 1e-5, worst
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KINDS)
+def test_ids_of_pictures_of_500_sizes_are_those_of_transformers_processor(tmp_path, name):
+    kind = KINDS[name]
+    there_and_back(tmp_path, kind)
+    assistant, processor = Assistant.open(tmp_path / "ours"), processor_of(tmp_path / "out", kind)
+    image_id = json.loads((tmp_path / "out" / "config.json").read_text())["image_token_index"]
+    for size in sizes(500):
+        conversation, messages = asked([Image.new("RGB", size)], "What is it?")
+        example = assistant.encode(conversation, reply=True)
+        ours = example.tokens.copy()
+        ((start, length),) = example.image_spans
+        ours[start : start + length] = image_id
+        assert prepared(processor, messages)["input_ids"][0].tolist() == ours.tolist(), size
 
 
 def worst_gradient(theirs, gradients, config):

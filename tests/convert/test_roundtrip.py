@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, files, importing, readme, reports
+from llava_jax.convert import exported, exporting, files, importing, readme, reports
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import clip, mistral, presets, qwen
@@ -140,12 +140,12 @@ def test_hf_export_adds_image_and_pad_and_llava_export_takes_them_off(tmp_path, 
 @pytest.mark.parametrize("axis", [0, 1])
 def test_new_rows_are_the_mean_row_and_cut_ones_are_gone(dtype, axis):
     leaf = np.random.default_rng(0).standard_normal((5, 7)).astype(tiny.DTYPES[dtype])
-    more = exporting.fit_axis([leaf], axis, leaf.shape[axis] + 3)
+    more = exported.fit_axis([leaf], axis, leaf.shape[axis] + 3)
     kept, new = np.split(more, [leaf.shape[axis]], axis)
     mean = leaf.astype(np.float64).mean(axis, keepdims=True).astype(leaf.dtype)
     assert kept.tobytes() == leaf.tobytes() and (new == mean).all() and new.shape[axis] == 3
-    assert exporting.fit_axis([leaf], axis, 2).tobytes() == leaf.take([0, 1], axis).tobytes()
-    joined = exporting.fit_axis([leaf, leaf], axis, 2 * leaf.shape[axis])
+    assert exported.fit_axis([leaf], axis, 2).tobytes() == leaf.take([0, 1], axis).tobytes()
+    joined = exported.fit_axis([leaf, leaf], axis, 2 * leaf.shape[axis])
     assert joined.tobytes() == np.concatenate([leaf, leaf], axis).tobytes() and joined.dtype == leaf.dtype
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
@@ -103,6 +103,40 @@ def test_an_assembly_with_a_newline_draws_it_and_nothing_else_anew(base):
         np.testing.assert_array_equal(leaf, with_newline[name], err_msg=name)
     config = config_from_json(dict(model_json.read(base / "ours").model))
     anyres.check(Tiling(V16), config.image_newline, config.image_features)
+
+
+def test_a_siglip_is_assembled_as_onevision_keeps_it(base, tmp_path, capsys):
+    """Without the last block and the head, which are behind no feature."""
+    config = siglip.SiglipConfig(image_size=28, patch_size=14, width=32, mlp_width=64, layers=3, heads=2)
+    whole = dataclasses.replace(presets.get("tiny"), vision=config)
+    tower = tmp_path / "siglip"
+    tower.mkdir()
+    rng, rows = np.random.default_rng(0), siglip.rows("vision_model.")
+    tensors = {
+        name: rng.normal(size=entry.their_shape).astype(np.float32)
+        for entry in table.entries(vision_leaves(whole), rows, llava.first_layers(whole), "test")
+        for name in entry.theirs
+    }
+    save_file(tensors, tower / "model.safetensors", metadata={"format": "pt"})
+    tiny.write_json(tower / "config.json", siglip.config_json(config))
+    for name, options in (("whole", []), ("cut", ["--cut-tower"])):
+        command = ["assemble", str(tmp_path / name), "--vision", str(tower), "--llm", str(base / "llm"), *options]
+        assert main(command) == 0
+    assert config_from_json(dict(model_json.read(tmp_path / "cut").model)).vision == siglip.kept(config)
+    one, two = leaves_of(tmp_path / "whole"), leaves_of(tmp_path / "cut")
+    assert {name for name in one if name not in two} == {
+        name for name in one if name.startswith(("vision/tail/blocks", "vision/tail/head"))
+    }
+    for name, leaf in two.items():
+        np.testing.assert_array_equal(leaf, one[name], err_msg=name)
+    wrong = ["assemble", str(tmp_path / "no"), "--llm", str(base / "llm"), "--cut-tower", "--vision"]
+    for vision, option in ((base / "clip", []), (tower, ["--select-layer", "-2"])):
+        assert main([*wrong, str(vision), *option]) == 64
+        assert "wanted a SigLIP without --select-layer" in capsys.readouterr().err
+
+
+def vision_leaves(config):
+    return {name: leaf for name, leaf in params.flatten(abstract_params(config)).items() if name.startswith("vision/")}
 
 
 def tiled(base, folder, tiles):

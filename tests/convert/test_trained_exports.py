@@ -1,4 +1,4 @@
-"""Tiny checkpoints made by transformers: imported, trained for ten steps, exported and loaded back, by the commands."""
+"""Tiny checkpoints made by transformers: imported, trained a little, exported and loaded back, by the commands."""
 
 import json
 import shutil
@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 
 from llava_jax import params
-from llava_jax.checkpoint import reader
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.train import metrics
 from llava_jax.train.__main__ import main as train
+from tests.convert import test_anyres_live as live
 from tests.convert import tiny
 from tests.convert.test_parts_live import SIZES, TEMPLATES, made_by_transformers
 from tests.prompt.chat_models import MODELS
@@ -28,21 +29,25 @@ SYSTEMS = {
     "qwen3 with siglip2": System("qwen3", "siglip_headless", 2, None),
     "llama with siglip": System("llama", "siglip", 3, None),
 }
-QUICK = "qwen2 with siglip"
+TILED = {
+    "LLaVA-1.6 with llama": "next_clip_llama", "LLaVA-1.6 with mistral": "next_clip_mistral",
+    "OneVision with qwen2": "onevision_siglip_qwen2",
+}  # fmt: skip
+QUICK = ("qwen2 with siglip", "OneVision with qwen2")
 CONFIG = """
 from llava_jax.config import Source, default
 
 def get_config():
     config = default()
     config.model.update(base={base!r}, dtype="float32", remat="none")
-    config.prompt.update(template={template!r}, image_mode="pad")
-    config.data.update(sources=(Source({records!r}, {images!r}),), batch_samples=4, row_tokens=128, threads=2)
-    config.train.update(steps=10, lr=2e-3, vision_lr={vision_lr!r}, warmup_ratio=0.0)
+    config.prompt.update({prompt!r})
+    config.data.update(sources=(Source({records!r}, {images!r}),), batch_samples=4, threads=2, **{rows!r})
+    config.train.update(steps={steps!r}, lr=2e-3, vision_lr={vision_lr!r}, warmup_ratio=0.0)
     config.checkpoint.update(every=5, keep=1)
     config.log.update(every=4, tensorboard=False)
     config.rates = (
         ("vision/tail/.*", None), ("vision/.*", config.train.get_ref("vision_lr")),
-        ("(projector|llm)/.*", config.train.get_ref("lr")),
+        ("(projector|llm)/.*{newline}", config.train.get_ref("lr")),
     )
     config.init = ((".*", config.model.get_ref("base")),)
     return config
@@ -84,30 +89,47 @@ def flat(directory):
     return params.flatten(reader.load_params(directory, put=lambda name, leaf: leaf))
 
 
-@pytest.mark.parametrize("name", [QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in SYSTEMS if n != QUICK)])
+def trained(tmp_path, template, prompt, vision_lr, steps, tiled):
+    """The names of the parts that a run of so many steps changed; it goes from `in` to `out` and lasts in `run`."""
+    assert convert(["import", str(tmp_path / "in"), str(tmp_path / "base"), "--template", template]) == 0
+    tiling = {**model_json.read(tmp_path / "base").prompt.tiling} if tiled else {}
+    (tmp_path / "config.py").write_text(CONFIG.format(
+        base=str(tmp_path / "base"), prompt={"template": template, **prompt, **tiling}, steps=steps,
+        records=str(write_data(tmp_path)), images=str(tmp_path / "images"), vision_lr=vision_lr,
+        rows={"row_tokens": 256, "images_per_group": 8} if tiled else {"row_tokens": 128},
+        newline="|image_newline" if tiled else "",
+    ))  # fmt: skip
+    assert train(["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]) == 0
+    losses = [row["loss"] for row in metrics.read(tmp_path / "run")]
+    assert len(losses) == steps and np.mean(losses[-3:]) < np.mean(losses[:3])
+    assert convert(["export", "--format", "hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    before, after = flat(tmp_path / "base"), flat(tmp_path / "run")
+    return {name.partition("/")[0] for name in before if not np.array_equal(before[name], after[name])}
+
+
+def loaded(kind, folder):
+    """transformers' model of an export, of which nothing is missing or left over."""
+    theirs, report = getattr(transformers, f"{kind}ForConditionalGeneration").from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    return theirs.eval()
+
+
+def parametrized(names):
+    return pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow)
+                                            for name in names])  # fmt: skip
+
+
+@parametrized(SYSTEMS)
 def test_a_checkpoint_of_transformers_is_imported_trained_exported_and_answers_there_as_here(tmp_path, name):
     from PIL import Image
 
     system = SYSTEMS[name]
     template = write_source(tmp_path / "in", system)
-    assert convert(["import", str(tmp_path / "in"), str(tmp_path / "base"), "--template", template]) == 0
-    records = write_data(tmp_path)
-    (tmp_path / "config.py").write_text(CONFIG.format(
-        base=str(tmp_path / "base"), template=template, records=str(records), images=str(tmp_path / "images"),
-        vision_lr=system.vision_lr,
-    ))  # fmt: skip
-    assert train(["--config", str(tmp_path / "config.py"), "--workdir", str(tmp_path / "run")]) == 0
-    losses = [row["loss"] for row in metrics.read(tmp_path / "run")]
-    assert len(losses) == 10 and np.mean(losses[-3:]) < np.mean(losses[:3])
-    before, after = flat(tmp_path / "base"), flat(tmp_path / "run")
-    moved = {name.partition("/")[0] for name in before if not np.array_equal(before[name], after[name])}
+    moved = trained(tmp_path, template, {"image_mode": "pad"}, system.vision_lr, steps=10, tiled=False)
     assert moved == {"projector", "llm"} | ({"vision"} if system.vision_lr else set())
-
-    assert convert(["export", "--format", "hf", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
-    theirs, report = transformers.LlavaForConditionalGeneration.from_pretrained(
-        tmp_path / "out", output_loading_info=True
-    )
-    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    theirs = loaded("Llava", tmp_path / "out")
     processor = transformers.AutoProcessor.from_pretrained(tmp_path / "out", backend="pil")
     assistant, rng = Assistant.open(tmp_path / "run"), np.random.default_rng(1)
     answers = set()
@@ -118,7 +140,26 @@ def test_a_checkpoint_of_transformers_is_imported_trained_exported_and_answers_t
         content = [{"type": "image", "image": picture}, {"type": "text", "text": question}]
         inputs = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True,
                                                tokenize=True, return_dict=True, return_tensors="pt")  # fmt: skip
-        found = theirs.eval().generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=wordless)
+        found = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=wordless)
         assert found[0, inputs["input_ids"].shape[1] :].tolist()[: len(ours)] == list(ours), question
         answers.add(tuple(ours))
+    assert len(answers) > 1  # the pictures are seen
+
+
+@parametrized(TILED)
+def test_a_checkpoint_with_tiles_is_imported_trained_exported_and_answers_there_as_here(tmp_path, name):
+    kind, rng, answers = live.KINDS[TILED[name]], np.random.default_rng(1), set()
+    live.made_by_transformers(tmp_path / "in", kind, loud=4)
+    moved = trained(tmp_path, kind.template, {"image_mode": "anyres"}, 2e-3, steps=20, tiled=True)
+    assert moved == {"projector", "llm", "vision", "image_newline"}
+    theirs, processor = loaded(kind.name, tmp_path / "out"), live.processor_of(tmp_path / "out", kind)
+    assistant = Assistant.open(tmp_path / "run")
+    wordless = list(range(assistant.format.tokenizer.size, live.TEXT["vocab_size"]))
+    for i in range(4):
+        conversation, messages = live.asked([live.random_picture(rng) for _ in range(1 + i // 3)], f"What is {i}?")
+        inputs = live.prepared(processor, messages)
+        found = theirs.generate(**inputs, max_new_tokens=6, do_sample=False, suppress_tokens=wordless)
+        ours = assistant.replies([conversation], max_new_tokens=6)[0].ids
+        assert found[0, inputs["input_ids"].shape[1] :].tolist()[: len(ours)] == list(ours), i
+        answers.add(ours)
     assert len(answers) > 1  # the pictures are seen

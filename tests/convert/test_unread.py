@@ -33,6 +33,7 @@ HUB = [
     (TILED, "its image processor's mode is 'pad', but config.json is of a LlavaNext; wanted a LlavaNextImageProcessor"),
     (TILED | ONEVISION | {"vision_aspect_ratio": "anyres"}, "vision_aspect_ratio is 'anyres'; wanted 'anyres_max_'"),
     (TILED | ONEVISION | {"vision_aspect_ratio": "anyres_max_0"}, "'anyres_max_0' leaves no tile"),
+    ({"architectures": ["LlavaNextForConditionalGeneration"]}, "wanted LlavaForConditionalGeneration"),
     ({"model_type": "qwen2_vl", "architectures": ["Qwen2VLForConditionalGeneration"]}, "model_type is 'qwen2_vl'"),
     ({"model_type": "llama"}, "a language model alone; .*`convert assemble DST --vision TOWER_DIR --llm THIS_"),
     ({"vision_config": {**VISION, "model_type": "dinov2"}}, "vision model_type is 'dinov2'; wanted one of clip_visi"),

@@ -136,7 +136,7 @@ def test_665298_samples_are_planned_in_seconds():
         "print(time.process_time() - start)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 20  # 4 on this project's machines
+    assert float(done.stdout) < 30  # 4 on this project's machines
 
 
 @pytest.fixture

@@ -278,5 +278,13 @@ def test_the_lines_of_a_file_are_records_and_a_line_that_is_no_json_costs_itself
         assert record.fault.startswith("no valid JSON: ") and refused_by(record).startswith("unreadable: no valid JSON")
 
 
+@pytest.mark.parametrize("name, text", [("a.json", "[{}, {}]"), ("a.jsonl", "{}\n{}")])
+def test_a_record_that_says_a_key_twice_costs_itself(name, text, tmp_path):
+    twice = ['{"id": 1, "id": 2}', '{"id": 1, "conversations": [{"from": "human", "from": "gpt", "value": "x"}]}']
+    (tmp_path / name).write_text(text.format(*twice))
+    for record, key in zip(open_source(tmp_path / name), ("id", "from")):
+        assert f"the key '{key}' stands twice" in refused_by(record)
+
+
 def refused_by(record: Record) -> str:
     return ": ".join(parse(record))

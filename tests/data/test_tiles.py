@@ -11,9 +11,10 @@ from PIL import Image
 from llava_jax.data import index
 from llava_jax.data.check import Checks, rules
 from llava_jax.data.packed import Packed
+from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
 from llava_jax.data.validate import validate
-from llava_jax.errors import UsageError
+from llava_jax.errors import DataError
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.encode import Format
@@ -33,9 +34,9 @@ def write(folder, sizes=SIZES):
     return open_source(folder / "records.json", folder)
 
 
-def feed(source, cache=None, images=8):
+def feed(source, cache=None, images=11, skip_budget=0.0):
     return Packed(sources=[source], format=FORMAT, rows=1, row_tokens=400, images_per_group=images, order="sequential",
-                  threads=1, cache_dir=cache)  # fmt: skip
+                  threads=1, cache_dir=cache, skip_budget=skip_budget)  # fmt: skip
 
 
 def test_tiles_are_counted_from_headers_and_kept_only_where_every_picture_was_there(tmp_path):
@@ -48,14 +49,33 @@ def test_tiles_are_counted_from_headers_and_kept_only_where_every_picture_was_th
     assert index.sizes(source, FORMAT, tmp_path / "kept")[:, 1].tolist() == [3, 5, 3]  # from the cache
 
 
-def test_hosts_whose_pictures_differ_have_other_plans_and_a_replaced_picture_says_what_to_delete(tmp_path):
+def test_hosts_whose_pictures_differ_have_other_plans(tmp_path):
     (tmp_path / "other").mkdir()
     one, other = write(tmp_path), write(tmp_path / "other", [SIZES[1]] * 3)
     assert feed(one).state()["plan"] != feed(other).state()["plan"]  # compared before anything is compiled
-    feed(one, tmp_path / "kept")
-    write(tmp_path, [SIZES[1]] * 3)
-    with pytest.raises(UsageError, match="delete WORKDIR/lengths"):
-        list(zip(range(2), feed(one, tmp_path / "kept")))
+
+
+def padded(source, cache, skip_budget):
+    return Pipeline(sources=[source], format=FORMAT, batch_samples=3, row_tokens=200, images_per_group=5, threads=1,
+                    order="sequential", lengths=(150,), cache_dir=cache, skip_budget=skip_budget)  # fmt: skip
+
+
+@pytest.mark.parametrize("number, size", [("1", (20, 60)), ("0", (900, 900))])
+def test_a_picture_that_was_replaced_after_rows_were_planned_costs_itself_alone(tmp_path, number, size):
+    """Of fewer or more tiles than its row and its pool have room for; the others train as if nothing had happened."""
+    source, cache, counts = write(tmp_path), tmp_path / "kept", {}
+    for name, made in (("packed", feed), ("padded", padded)):
+        write(tmp_path)
+        before, _ = next(iter(made(source, cache, skip_budget=0.4)))
+        Image.new("RGB", size, "red").save(tmp_path / f"{number}.png")
+        again = made(source, cache, skip_budget=0.4)
+        after, _ = next(iter(again))
+        assert [finding.reason for finding in again.bad] == ["replaced_image"] and again.bad[0].id == number
+        assert before.tokens.shape == after.tokens.shape and before.weights.sum() > after.weights.sum() > 0
+        counts[name] = before.weights.sum(), after.weights.sum()
+        with pytest.raises(DataError, match=rf"id='{number}' replaced_image: .* delete WORKDIR/lengths"):
+            next(iter(made(source, cache, skip_budget=0.0)))
+    assert counts["packed"] == counts["padded"]
 
 
 def test_validate_refuses_the_tiles_that_training_refuses(tmp_path):

@@ -214,7 +214,7 @@ print(len(source) / min(secs))
 """
 
 
-def test_at_least_8000_records_a_second(tmp_path):
+def test_at_least_5000_records_a_second(tmp_path):
     """Without the suite's type checks; the best of three in processor time, as other work on the machine must not fail
     it. It was 27,000 on a busy machine (2 cores, 2026-11)."""
     answer = "A cat sits on a mat near the door. " * 6
@@ -223,4 +223,4 @@ def test_at_least_8000_records_a_second(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(rows))
     done = subprocess.run([sys.executable, "-c", SPEED, tmp_path / "a.json"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) > 8000
+    assert float(done.stdout) > 5000

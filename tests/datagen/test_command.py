@@ -2,6 +2,7 @@
 
 import json
 import random
+import threading
 import time
 
 import pytest
@@ -151,19 +152,31 @@ def test_the_key_is_in_no_file(world, tmp_path, monkeypatch, capsys):
 
 
 def kills(world, tmp_path, count, seed):
-    """Kills the command `count` times at random moments, then lets it finish; (server's bodies, report, records)."""
-    rng = random.Random(seed)
+    """Kills the command `count` times at random moments, then lets it finish; (server's bodies, report, records).
+
+    The server answers only so many requests of each start before the kill: a slow machine does not miss the moment.
+    """
+    rng, limits, killed = random.Random(seed), [0], threading.Event()
+
+    def reply(body):
+        if len(server.bodies) > limits[-1]:
+            killed.wait(60)
+        return small.reply(body)
+
     arguments = ["conversation", "--records", world / "records.json", "--out", tmp_path, "--model", "m",
                  "--concurrency", 4]  # fmt: skip
-    with FakeOpenAI(small.reply, latency_secs=0.02) as server:
+    with FakeOpenAI(reply, latency_secs=0.02) as server:
         for _ in range(count):
-            before = len(server.bodies)
+            begun = len(server.bodies)
+            limits.append(begun + rng.randrange(2, 10))
+            killed.clear()
             child = small.start(*arguments, "--base-url", server.url)
-            while len(server.bodies) < before + 2 and child.poll() is None:
+            while len(server.bodies) < begun + 2 and child.poll() is None:
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, 0.06))
             child.kill()
             child.communicate()
+            killed.set()
             assert child.returncode == -9, "it was killed in the middle"
         child = small.start(*arguments, "--base-url", server.url)
         _, errors = child.communicate(timeout=60)

@@ -9,6 +9,7 @@ from llava_jax.data.sources import open_source
 from llava_jax.demo import bases, records, world
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.images import image_size
 
 SIZES = records.Sizes(train=40, heldout=40, unseen=40, heldout_per_kind=12, unseen_per_kind=6)
 
@@ -64,6 +65,20 @@ def test_a_test_set_asks_each_kind_equally_often_about_its_own_pictures(world_fo
             scene = test_sets[name].scenes[picture]
             if turn.kind in ("count", "describe"):
                 assert turn == world.ask(turn.kind, scene, rng)
+
+
+def test_a_wide_world_has_wide_pictures_in_dialogues_and_questions_and_both_kinds_in_captions(world_folder, tmp_path):
+    folder, test_sets = world_folder
+    wide_sets = records.write(tmp_path, seed=0, sizes=SIZES, wide=4)
+    sizes = {name: {image_size(str(path)) for path in (tmp_path / name).glob("*.jpg")}
+             for name in ("train", "wide", "heldout", "unseen")}  # fmt: skip
+    assert sizes == {"train": {(96, 96)}, "wide": {(384, 96)}, "heldout": {(384, 96)}, "unseen": {(384, 96)}}
+    square, both = (json.loads((place / records.PRETRAIN).read_text()) for place in (folder, tmp_path))
+    assert both[: len(square)] == square and len({record["id"] for record in both}) == 2 * len(square)
+    assert [record["image"] for record in both[len(square) :]] == [f"wide/{i:05}.jpg" for i in range(len(square))]
+    square, wide = (json.loads((place / records.FINETUNE).read_text()) for place in (folder, tmp_path))
+    assert {record["image"].split("/")[0] for record in wide} == {"wide"} and len(wide) == len(square)
+    assert all({world.split_of(scene) for scene in one.scenes} == {name} for name, one in wide_sets.items())
 
 
 def test_the_same_seed_writes_the_same_files(world_folder, tmp_path):

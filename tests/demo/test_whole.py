@@ -1,13 +1,19 @@
 """The demo from its command to its numbers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from llava_jax import config as configs
 from llava_jax.checkpoint import reader
 from llava_jax.demo import __main__ as command
-from llava_jax.demo import story, world
+from llava_jax.demo import records, story, world
+from llava_jax.prompt import anyres
+from llava_jax.prompt.anyres import Tiling
+
+ANYRES = story.FAMILIES["anyres"]
 
 
 def test_a_workdir_that_holds_something_is_refused(tmp_path, capsys):
@@ -49,6 +55,30 @@ def test_the_demo_learns_to_see(tmp_path):
     assert (tmp_path / story.EXPORT / "model.safetensors").stat().st_size > 1e6
     log = Path(tmp_path / "stage2.log").read_text()
     assert "frozen" in log
+
+
+def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
+    """The same start, records, steps, learning rates and batches; a row is longer by the tiles' features."""
+    tiled, plain = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
+    assert [run[3:5] for run in ANYRES.runs[1:]] == [("stage1", records.FINETUNE)] * 2
+    assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "pad"
+    features = len(anyres.layout((384, 96), Tiling(((4, 1),)), 48, 16).slots)
+    assert tiled.data.row_tokens - plain.data.row_tokens == features - 16
+    assert replace(tiled, prompt=plain.prompt, data=plain.data) == plain
+    assert replace(tiled.data, row_tokens=128, images_per_group=1) == plain.data
+
+
+@pytest.mark.slow
+def test_tiles_show_what_a_padded_square_does_not(tmp_path):
+    assert command.main(["--family", "anyres", "--workdir", str(tmp_path)]) == 0
+    numbers = json.loads((tmp_path / "demo.json").read_text())
+    kinds = numbers["by_kind"]
+    assert numbers["stage2"] >= 0.75 and numbers["unseen"]["stage2"] >= 0.55
+    assert numbers["stage2"] >= numbers["stage2_without_tiles"] + 0.15
+    assert kinds["stage2"]["shape"] >= kinds["stage2_without_tiles"]["shape"] + 0.3
+    exported = json.loads((tmp_path / story.EXPORT / "config.json").read_text())
+    assert exported["architectures"] == ["LlavaNextForConditionalGeneration"]
+    assert "LLaVA-1.6" in (tmp_path / "report.html").read_text()
 
 
 @pytest.mark.slow

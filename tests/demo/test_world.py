@@ -1,12 +1,15 @@
 """The drawn world is a function of its seed, its parts never meet, and its questions cannot be guessed."""
 
+import itertools
 from collections import Counter
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from llava_jax.demo import world
 from llava_jax.demo.world import Thing
+from llava_jax.prompt.images import to_pixels, to_tiles
 
 
 def scenes(split: str, count: int, seed: int = 0) -> list[world.Scene]:
@@ -56,6 +59,33 @@ def test_a_picture_has_the_colours_of_its_scene():
     assert picture.shape == (96, 96, 3)
     red, empty, blue = picture[24, 24], picture[24, 72], picture[72, 72]
     assert red[0] > 150 and red[1] < 100 and blue[2] > 150 and blue[0] < 100 and empty.min() > 170
+
+
+def test_a_wide_picture_has_each_shape_in_its_own_corner_whole_within_one_tile():
+    scene = (Thing("red", "circle"), None, None, Thing("blue", "square"))
+    for seed in range(8):
+        picture = world.draw(scene, np.random.default_rng(seed), wide=4).astype(int)
+        assert picture.shape == (96, 384, 3)
+        for colour, rows, columns in ((0, slice(0, 48), slice(0, 192)), (2, slice(48, 96), slice(192, 384))):
+            others = picture[..., [channel for channel in range(3) if channel != colour]].max(axis=-1)
+            painted = picture[..., colour] - others > 60
+            assert 600 < painted.sum() == painted[rows, columns].sum()
+            assert len(set(np.nonzero(painted)[1] // 96)) == 1
+
+
+def test_shapes_that_a_tile_tells_apart_are_nearly_the_same_pixels_in_a_padded_square():
+    """Pixels of 48 x 48 that differ by more than a fifth of the range between two shapes, colour and place the same."""
+    pairs, counts = list(itertools.combinations(world.SHAPES, 2)), []
+    for first, second in pairs:
+        seen = []
+        for shape in (first, second):
+            scene = (None, Thing("blue", shape), None, None)
+            picture = Image.fromarray(world.draw(scene, np.random.default_rng(0), wide=4))
+            tiles = to_tiles(picture, 48, (4, 1), (192, 48))[1:]
+            seen.append((to_pixels(picture, 48, "pad").astype(int), np.stack(tiles).astype(int)))
+        counts.append([(abs(one - other).max(axis=-1) > 51).sum() for one, other in zip(*seen)])
+    padded, tiled = np.transpose(counts)
+    assert (tiled >= 8 * padded).all() and padded.max() <= 12 and tiled.min() >= 40, counts
 
 
 def test_the_words_say_what_the_scene_holds():

@@ -7,7 +7,6 @@ each and prints the exit codes; what a process printed is in FOLDER/NUMBER.out.
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -112,9 +113,7 @@ def _child(process: dict[str, Any], number: int, job: dict[str, Any], port: int)
 def _main(job: dict[str, Any]) -> None:
     import llava_jax.doctor.session  # noqa: F401 - before the forks
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     children = []
     for number, process in enumerate(job["processes"]):
         pid = os.fork()

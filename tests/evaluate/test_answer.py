@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import encode, marked
 from tests.fake_openai import FakeOpenAI, always, first
 from tests.generate import tiny
+from tests.ports import free_port
 
 ROOT = Path(__file__).parents[2]
 QUESTIONS = 5
@@ -90,12 +90,9 @@ def test_two_hosts_merged_are_one_host_to_the_byte_and_in_score(data, checkpoint
 
 def pair(*args):
     """Two processes of two devices each, started with the same words: [(exit code, what it printed)]."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     settings = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
                 "LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2",
-                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}"}  # fmt: skip
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}"}  # fmt: skip
     processes = [subprocess.Popen([sys.executable, "-m", "tests.evaluate.pair", *map(str, args)], text=True, cwd=ROOT,
                                   env=os.environ | settings | {"JAX_PROCESS_ID": str(number)},
                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for number in range(2)]  # fmt: skip

@@ -45,3 +45,11 @@ def test_eight_devices_answer_as_one_spread_and_sharded(one):
 @pytest.mark.slow
 def test_eight_devices_answer_as_one_in_other_shapes(one):
     run(one, OTHERS)
+
+
+def test_continuous_batching_on_eight_devices_answers_as_one(one):
+    flags = {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
+    done = subprocess.run([sys.executable, "-m", "tests.generate.paged_mesh", str(one)], cwd=ROOT, text=True,
+                          env=os.environ | flags, capture_output=True, timeout=1500)  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout == "50\n"

@@ -92,7 +92,7 @@ class Workplace:
     def run(self, script: str, *words: str, **environ: str) -> subprocess.CompletedProcess:
         command = [str(self.repository / "launch" / script), *words]
         environ = {**self.environ, **environ}
-        return subprocess.run(command, env=environ, cwd=self.repository, capture_output=True, text=True, timeout=30)
+        return subprocess.run(command, env=environ, cwd=self.repository, capture_output=True, text=True, timeout=120)
 
     def lines(self, name: str) -> list[str]:
         path = self.fake / name

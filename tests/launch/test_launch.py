@@ -59,6 +59,14 @@ for ((i = 0; i < 1000; i++)); do perl -e "select undef, undef, undef, 0.02"; don
 """
 
 
+LISTENING = """
+import os, signal, sys
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+
+
 def _told(workplace: Workplace) -> list[list[str]]:
     return [line.split("\0")[:-1] for line in workplace.lines("argv")]
 
@@ -86,14 +94,15 @@ def test_a_gpu_node_that_is_told_to_stop_waits_for_the_save_and_does_not_start_a
     (workplace.fake / "fate").write_text("wait\n0\n")
     command = [str(workplace.repository / "launch" / "gpu_node.sh"), "--", *TRAINING]
     # A shell cannot trap what it was told to ignore, as a test run in the background is.
-    running = subprocess.Popen(command, env=workplace.environ, stderr=subprocess.DEVNULL,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
+    listening = [sys.executable, "-c", LISTENING, *command]
+    running = subprocess.Popen(listening, env=workplace.environ, stderr=subprocess.DEVNULL)
     while not (workplace.fake / "ready").exists():
+        assert running.poll() is None
         time.sleep(0.01)
     for number in signals:
         running.send_signal(number)
         time.sleep(0.1)
-    assert running.wait(timeout=10) == 75
+    assert running.wait(timeout=120) == 75
     assert workplace.lines("saved") == ["saved"] and len(_told(workplace)) == 1
 
 
@@ -146,9 +155,10 @@ def test_a_slurm_job_that_slurm_itself_ends_leaves_the_requeue_to_slurm(workplac
     environ = {**workplace.environ, "SLURM_JOB_ID": "12"}
     job = subprocess.Popen(command, env=environ, start_new_session=True, stderr=subprocess.PIPE, text=True)
     while not (workplace.fake / "ready").exists():
+        assert job.poll() is None
         time.sleep(0.01)
     os.killpg(job.pid, signal.SIGTERM)  # as Slurm does: to the script and to what it runs
-    assert job.wait(timeout=10) == 75 and workplace.lines("slept") == ["900"]
+    assert job.wait(timeout=120) == 75 and workplace.lines("slept") == ["900"]
     assert "scontrol" not in job.stderr.read()
 
 

@@ -180,7 +180,7 @@ def test_another_training_that_runs_there_is_neither_stopped_nor_taken_for_this_
     second = cloud.run("tpu_vm.sh", "run", *SLICE, "--", *TRAINING, "--config.train.seed=1")
     assert second.returncode == 64 and "another training runs here" in second.stdout
     (cloud.fake / "release").touch()
-    assert first.wait(timeout=20) == 0 and len(_trained(cloud)) == 1
+    assert first.wait(timeout=120) == 0 and len(_trained(cloud)) == 1
 
 
 @pytest.mark.parametrize("trouble", ["unreachable", "full"])

@@ -54,7 +54,7 @@ def test_the_limit_has_the_name_that_the_server_wants_and_what_is_not_given_is_n
 @pytest.mark.parametrize("fault", ["429", "500", "503", "broken json", "no choices", "other shape", "truncated",
                                    "dropped", "timeout"])  # fmt: skip
 def test_a_fault_that_passes_is_survived(fault):
-    limit, server = 1 if fault == "timeout" else 20, FakeOpenAI(echo, first(fault, fault), silence_secs=2)
+    limit, server = 2 if fault == "timeout" else 20, FakeOpenAI(echo, first(fault, fault), silence_secs=20)
     with server, Client(endpoint(server, timeout_secs=limit)) as client:
         assert client.ask(user("a")).text == "You said a"
         assert client.usage.retries == 2 and len(server.bodies) == 3
@@ -66,7 +66,7 @@ def test_a_server_that_asks_for_a_pause_gets_it():
     with FakeOpenAI(echo, first("429 wait")) as server, Client(endpoint(server)) as client:
         start = time.monotonic()
         client.ask(user("a"))
-        assert 1.0 <= time.monotonic() - start < 2.0
+        assert 1.0 <= time.monotonic() - start < 20
 
 
 def test_what_cannot_pass_is_tried_once_and_what_never_passes_as_often_as_was_asked():
@@ -93,14 +93,18 @@ def test_one_failure_costs_the_others_nothing():
 
 
 def test_requests_run_side_by_side_but_never_more_than_was_asked():
-    drawn_indices = []
+    drawn_indices, four = [], threading.Barrier(4)
+
+    def echo_together(body):
+        four.wait(60)
+        return echo(body)
 
     def requests():
         for i in range(12):
             drawn_indices.append(i)
             yield Request(user(str(i)))
 
-    with FakeOpenAI(echo, latency_secs=0.05) as server, Client(endpoint(server, concurrency=4)) as client:
+    with FakeOpenAI(echo_together, latency_secs=0.05) as server, Client(endpoint(server, concurrency=4)) as client:
         outcomes = client.ask_many(requests())
         next(outcomes)
         assert len(drawn_indices) <= 5, "pictures of requests far ahead would fill the memory"
@@ -285,8 +289,8 @@ def test_pictures_travel_as_data_urls_and_count_in_the_budget():
 def test_the_key_is_nowhere(fault, tmp_path, caplog, capsys):
     caplog.set_level(logging.DEBUG)
     path, texts = tmp_path / "cache.jsonl", []
-    with FakeOpenAI(echo, always(fault), silence_secs=0.2) as server:
-        with Client(endpoint(server, retries=1, timeout_secs=0.1 if fault == "timeout" else 20), path) as client:
+    with FakeOpenAI(echo, always(fault), silence_secs=20) as server:
+        with Client(endpoint(server, retries=1, timeout_secs=0.5 if fault == "timeout" else 20), path) as client:
             try:
                 texts.append(repr(client.ask(user("a"))))
             except AskError as error:

@@ -198,7 +198,7 @@ def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, 
         with Client(endpoint, tmp_path / "c.jsonl") as client:
             requests = [chat_request("one"), chat_request("bad"), chat_request("two"), chat_request("bad", choice=1)]
             outcomes = dict(client.ask_many(requests))
-        assert time.monotonic() - start < 25
+        assert time.monotonic() - start < 60
         assert [outcomes[index].text for index in (0, 2)] == ["fine", "fine"]
         for outcome in (outcomes[1], outcomes[3]):
             if isinstance(outcome, Answer):
@@ -206,7 +206,7 @@ def test_a_fault_costs_the_request_that_met_it_and_nothing_else(name, tmp_path, 
             else:
                 assert re.search(expected, outcome.reason) and len(outcome.reason) < 400 and not outcome.fatal
         assert server.hits <= 4
-        # The kernel's buffers take up to tens of MiB a connection beside what is read; 20 s without an end are gigabytes.
+        # The kernel's buffers take tens of MiB a connection beside what is read; 20 s without an end are gigabytes.
         assert server.sent_bytes <= server.hits * 16 * MAX_BODY_BYTES, "an endless answer is not read to its end"
     texts = [(tmp_path / "c.jsonl").read_text(), *map(repr, outcomes.values()), str(client.usage), *capsys.readouterr()]
     reasons = [result.reason if isinstance(result, Failure) else result.finish_reason for result in outcomes.values()]
@@ -276,7 +276,7 @@ def test_attempts_that_may_have_been_billed_count_against_the_budget(fault, tmp_
     """Six attempts of 12 + 5 tokens at most would be 102; the budget has room for three."""
     budget = Budget(max_tokens=3 * sum(wire.estimate(chat_request("x" * 20))))
     patience = 1 if fault == "timeout" else 20
-    with FakeOpenAI(faults=always(fault), silence_secs=2) as server:
+    with FakeOpenAI(faults=always(fault), silence_secs=20) as server:
         endpoint = Endpoint(server.url, "m", timeout_secs=patience, backoff_secs=0.01, concurrency=1)
         with Client(endpoint, tmp_path / "c.jsonl", budget) as client:
             outcomes = dict(client.ask_many(chat_request("x" * 20, choice=i) for i in range(3)))

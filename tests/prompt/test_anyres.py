@@ -47,21 +47,32 @@ def test_each_merge_in_a_drawing():
     assert drawn((56, 28), "flat") == "0 1 2 3 4 5 6 7 8 9 10 11"
 
 
-def _sizes(count):
-    rng = np.random.default_rng(5)
-    return [tuple(int(x) for x in np.exp(rng.uniform(np.log(20), np.log(3000), 2))) for _ in range(count)]
+def sizes(count):
+    """Widths and heights of 1 x 1 to 4,000 x 300 or 300 x 4,000, both on a logarithmic scale; no aspect is refused."""
+    rng, found = np.random.default_rng(5), [(1, 1), (4000, 300), (300, 4000), (1, images.MAX_ASPECT)]
+    while len(found) < count:
+        long, short = (int(np.exp(rng.uniform(0, np.log(most)))) for most in (4000, 300))
+        if images.MAX_ASPECT * min(long, short) >= max(long, short):
+            found.append((long, short) if len(found) % 2 else (short, long))
+    return found[:count]
 
 
+# {what: (pixels a side of a tile and of a patch, of LLaVA-1.6 and OneVision; sizes of pictures)}
+SMALL = ({"llava_next": (28, 7), "llava_onevision": (28, 7)}, 40)
+RELEASED = ({"llava_next": (336, 14), "llava_onevision": (384, 14)}, 500)
+GEOMETRIES = [pytest.param(*SMALL, id="small"), pytest.param(*RELEASED, id="released", marks=pytest.mark.slow)]
 
 
+@pytest.mark.parametrize("sides, count", GEOMETRIES)
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_features_are_packed_as_transformers_packs_them(name):
+def test_features_are_packed_as_transformers_packs_them(name, sides, count):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kind = {"llava_next": "LlavaNext", "llava_onevision": "LlavaOnevision"}[name]
-    tile, side = 28, 4  # 4 x 4 features of 7 pixels each
+    tile, patch = sides[name]
+    side = tile // patch
     vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
-              "image_size": tile, "patch_size": 7}  # fmt: skip
+              "image_size": tile, "patch_size": patch}  # fmt: skip
     text = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1,
             "num_key_value_heads": 1, "vocab_size": 32}  # fmt: skip
     tiling = V16 if name == "llava_next" else ONEVISION
@@ -72,7 +83,7 @@ def test_features_are_packed_as_transformers_packs_them(name):
     )  # fmt: skip
     model = getattr(transformers, kind + "ForConditionalGeneration")(config).model
     newline, rng = np.linspace(1, 2, 8, dtype=np.float32), np.random.default_rng(1)
-    for width, height in _sizes(60):
+    for width, height in sizes(count):
         found = anyres.layout((width, height), tiling, tile, side * side)
         features = rng.normal(size=(found.tiles, side * side, 8)).astype(np.float32)
         more = {"vision_feature_select_strategy": "default"} if name == "llava_next" else {}
@@ -85,12 +96,13 @@ def test_features_are_packed_as_transformers_packs_them(name):
         np.testing.assert_allclose(ours, theirs[0].numpy(), atol=1e-5, err_msg=f"{width} x {height}")
 
 
+@pytest.mark.parametrize("sides, count", GEOMETRIES)
 @pytest.mark.parametrize("name", ["llava_next", "llava_onevision"])
-def test_pixels_of_tiles_are_those_of_transformers(name, monkeypatch):
+def test_pixels_of_tiles_are_those_of_transformers(name, sides, count, monkeypatch):
     pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     kind = {"llava_next": "LlavaNextImageProcessorPil", "llava_onevision": "LlavaOnevisionImageProcessorPil"}[name]
-    tiling, tile = (V16 if name == "llava_next" else ONEVISION), 28
+    tiling, tile = (V16 if name == "llava_next" else ONEVISION), sides[name][0]
     grids = [[rows * tile, columns * tile] for columns, rows in tiling.grids]
     side = {"height": tile, "width": tile}
     size = {"size": {"shortest_edge": tile}, "crop_size": side} if name == "llava_next" else {"size": side}
@@ -104,7 +116,7 @@ def test_pixels_of_tiles_are_those_of_transformers(name, monkeypatch):
         first = (image.width, size[1]) if stripe else (size[0], image.height)
         return resize(resize(image, first, resample), size, resample)
 
-    for width, height in _sizes(25):
+    for width, height in sizes(count):
         picture = images._rgb(Image.effect_noise((width, height), 90), "noise")
         grid = anyres.best_grid((width, height), tiling.grids, tile)
         ours = images.to_tiles(picture, tile, grid, anyres.resized((width, height), grid, tile))

@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -16,6 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tests.ports import free_port
 from tests.train import tiny
 
 
@@ -119,12 +119,6 @@ def parent(folder: Path) -> Iterator[Parent]:
     finally:
         server.process.kill()
         server.process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def finish(processes: Sequence[Process], code: int = 0) -> list[Ended]:

@@ -42,12 +42,12 @@ def config(tmp_path_factory, compiled):
     return tiny.write_run(tmp_path_factory.mktemp("failures") / "run")
 
 
-def pair(forks, config, workdir, compiled, words=(), breaks="", who=1, **settings):
+def pair(forks, config, workdir, compiled, words=SETTINGS, breaks="", who=1, **settings):
     """Two processes, of which one runs other code."""
     other = config.parent / "breaks.py"
     other.write_text(config.read_text() + FAILING + breaks + "\n")
     configs = [other if number == who else config for number in range(2)]
-    return forks.job(2, 1, configs, workdir, *SETTINGS, *words, **compiled, **settings)
+    return forks.job(2, 1, configs, workdir, *words, **compiled, **settings)
 
 
 @pytest.mark.parametrize("place", [place if place in ("restore", "save", "hook") else
@@ -68,7 +68,7 @@ def test_a_failure_of_one_process_ends_both_within_seconds(forks, config, compil
 
 def test_a_process_that_is_stuck_is_ended_by_its_watchdog_and_takes_the_other_along(forks, config, compiled, tmp_path):
     breaks = "import time\nfeed.packed = lambda *_: time.sleep(1000)"
-    words = ("--config.train.watchdog_secs=20",)
+    words = (*SETTINGS, "--config.train.watchdog_secs=20")
     one, two = finish(pair(forks, config, tmp_path / "out", compiled, words, breaks), 42)
     assert "nothing has happened for 20 s" in one.err + two.err and "packed" in two.err or "lambda" in two.err
 
@@ -76,25 +76,21 @@ def test_a_process_that_is_stuck_is_ended_by_its_watchdog_and_takes_the_other_al
 def test_sigterm_to_one_of_two_saves_the_same_step_on_both_and_the_same_command_goes_on(
     forks, config, compiled, tmp_path
 ):
-    words = ("--config.train.steps=40", "--config.checkpoint.every=100", "--config.train.eval_every=0")
+    words = ("--config.train.steps=12", "--config.checkpoint.every=100", "--config.train.eval_every=0")
     finish(forks.job(2, 1, config, tmp_path / "whole", *words, **compiled))
-    both = forks.job(2, 1, config, tmp_path / "out", *words, **compiled)
-    while len(metrics.read(tmp_path / "out")) < 5:
-        assert both[0].poll() is None, both[0].wait()
-        time.sleep(0.01)
-    both[1].signal(signal.SIGTERM)
-    one, two = finish(both, 75)
+    one, two = finish(pair(forks, config, tmp_path / "out", compiled, words, tiny.TERMINATED), 75)
     assert "preempted and saved" in one.out and "SIGTERM: stops after this step and saves" in two.err
-    assert reader.latest_step(tmp_path / "out") == len(metrics.read(tmp_path / "out")) < 40
+    assert 5 <= reader.latest_step(tmp_path / "out") == len(metrics.read(tmp_path / "out")) < 12
     finish(forks.job(2, 1, config, tmp_path / "out", *words, **compiled))
     losses = [[row["loss"] for row in metrics.read(tmp_path / name)] for name in ("out", "whole")]
-    assert losses[0] == losses[1] and len(losses[0]) == 40
+    assert losses[0] == losses[1] and len(losses[0]) == 12
 
 
 def test_sigterm_before_the_first_step_ends_both_with_75(forks, config, compiled, tmp_path):
     breaks = "import time\nfeed.packed = lambda *_: time.sleep(1000)"
     both = pair(forks, config, tmp_path / "out", compiled, breaks=breaks.replace("feed.packed", "trainer._restore"))
     while not (tmp_path / "out").exists():
+        assert both[0].poll() is None, both[0].wait()
         time.sleep(0.05)
     both[0].signal(signal.SIGTERM)
     one, two = finish(both, 75)
@@ -102,11 +98,14 @@ def test_sigterm_before_the_first_step_ends_both_with_75(forks, config, compiled
 
 
 def test_a_second_run_on_the_same_workdir_is_refused_and_the_first_goes_on(forks, config, compiled, tmp_path):
-    words = ("--config.train.steps=400", "--config.checkpoint.every=400", "--config.train.eval_every=0")
-    first = forks.job(1, 1, config, tmp_path / "out", *words, **compiled)
+    words = ("--config.train.steps=3", "--config.train.eval_every=0")
+    busy = config.parent / "busy.py"
+    busy.write_text(config.read_text() + FAILING + "import time\nloop.train = lambda *_: time.sleep(1000)\n")
+    first = forks.job(1, 1, busy, tmp_path / "out", *words, **compiled)
     while not (tmp_path / "out" / "lock.json").exists():
+        assert first[0].poll() is None, first[0].wait()
         time.sleep(0.02)
     (second,) = finish(forks.job(1, 1, config, tmp_path / "out", *words, **compiled), 64)
     assert f"process {first[0].pid} on " in second.err and "two runs cannot share a directory" in second.err
     first[0].kill()
-    finish(forks.job(1, 1, config, tmp_path / "out", *words[1:], "--config.train.steps=3", **compiled))
+    finish(forks.job(1, 1, config, tmp_path / "out", *words, **compiled))

@@ -3,13 +3,14 @@
 import json
 import random
 import signal
-import socket
 import time
 
 import pytest
 
 from llava_jax.checkpoint import reader
+from tests.ports import free_port
 from tests.train import tiny
+from tests.train.forks import finish as forks_finish
 
 SETTINGS = ("--config.train.steps=150", "--config.checkpoint.every=10", "--config.log.every=50")
 
@@ -29,43 +30,44 @@ def finish(process):
 
 def wait_for(workdir, steps, process):
     """Returns when that many updates are written."""
-    while len(losses(workdir)) < steps:
-        assert process.poll() is None, finish(process)
+    while True:
+        ended = process.poll() is not None  # before the look at what it wrote
+        if len(losses(workdir)) >= steps:
+            return
+        assert not ended, (workdir, losses(workdir))
         time.sleep(0.01)
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory, compiled):
+def reference(tmp_path_factory, compiled, forks):
     """(config, losses) of a run that nobody disturbed."""
     folder = tmp_path_factory.mktemp("reference")
     config = tiny.write_run(folder / "run")
-    code, output = finish(tiny.start(config, folder / "out", *SETTINGS, **compiled))
-    assert code == 0, output
+    forks_finish([forks.start(config, folder / "out", *SETTINGS, **compiled)])
     return config, losses(folder / "out")
 
 
-def kill(process, folder, wanted):
-    """Kills it, and compares what it had written."""
-    process.kill()
-    process.communicate()
+def compare(folder, wanted):
+    """What a killed process had written."""
     found = losses(folder)
     assert found == {step: wanted[step] for step in found}
 
 
-def finish_and_compare(config, folder, wanted, compiled):
-    code, output = finish(tiny.start(config, folder, *SETTINGS, **compiled))
-    assert code == 0, output
+def compare_all(folder, wanted):
+    """What the process that came to the end has written."""
     assert losses(folder) == wanted and len(wanted) == 150
     assert not list(folder.glob("*.corrupt")) and reader.latest_step(folder) == 150
 
 
-def test_killed_three_times_it_gives_the_same_losses(reference, tmp_path, compiled):
+def test_killed_three_times_it_gives_the_same_losses(reference, tmp_path, compiled, forks):
     (config, wanted), moments = reference, random.Random(0)
     for rows in (20, 60, 100):
-        process = tiny.start(config, tmp_path / "out", *SETTINGS, **compiled)
+        process = forks.start(config, tmp_path / "out", *SETTINGS, **compiled)
         wait_for(tmp_path / "out", rows + moments.randrange(30), process)
-        kill(process, tmp_path / "out", wanted)
-    finish_and_compare(config, tmp_path / "out", wanted, compiled)
+        process.kill()
+        compare(tmp_path / "out", wanted)
+    forks_finish([forks.start(config, tmp_path / "out", *SETTINGS, **compiled)])
+    compare_all(tmp_path / "out", wanted)
 
 
 @pytest.mark.slow
@@ -79,19 +81,22 @@ def test_killed_twenty_times_at_any_moment_it_gives_the_same_losses(reference, t
             time.sleep(moments.uniform(0, 0.1))
         else:
             time.sleep(moments.uniform(0.2, 8))
-        kill(process, tmp_path / "out", wanted)
-    finish_and_compare(config, tmp_path / "out", wanted, compiled)
+        process.kill()
+        process.communicate()
+        compare(tmp_path / "out", wanted)
+    code, output = finish(tiny.start(config, tmp_path / "out", *SETTINGS, **compiled))
+    assert code == 0, output
+    compare_all(tmp_path / "out", wanted)
 
 
 def test_sigterm_saves_exits_75_and_the_same_command_goes_on(reference, tmp_path, compiled):
+    """A whole process: nothing of it is forked."""
     config, wanted = reference
-    process = tiny.start(config, tmp_path / "out", *SETTINGS, **compiled)
-    wait_for(tmp_path / "out", 25, process)
-    process.send_signal(signal.SIGTERM)
-    code, output = finish(process)
+    terminated = config.parent / "terminated.py"
+    terminated.write_text(config.read_text() + tiny.TERMINATED)
+    code, output = finish(tiny.start(terminated, tmp_path / "out", *SETTINGS, **compiled))
     assert code == 75 and "preempted and saved" in output
-    done = losses(tmp_path / "out")
-    assert reader.latest_step(tmp_path / "out") == len(done) < 150 and len(done) % 10  # not a step it would save anyway
+    assert 5 <= reader.latest_step(tmp_path / "out") == len(losses(tmp_path / "out")) < 10  # none that it would save
     assert finish(tiny.start(config, tmp_path / "out", *SETTINGS, **compiled))[0] == 0
     assert losses(tmp_path / "out") == wanted
 
@@ -102,10 +107,7 @@ def test_sigterm_to_one_of_two_processes_saves_one_step_in_both(reference, tmp_p
     config, wanted = reference
 
     def pair(folder):
-        with socket.socket() as free:
-            free.bind(("localhost", 0))
-            port = free.getsockname()[1]
-        settings = compiled | {"LLAVA_JAX_MULTIHOST": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{port}",
+        settings = compiled | {"LLAVA_JAX_MULTIHOST": "1", "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}",
                                "JAX_NUM_PROCESSES": "2"}  # fmt: skip
         return [tiny.start(config, folder, *SETTINGS, **settings, JAX_PROCESS_ID=str(i)) for i in range(2)]
 

@@ -86,11 +86,11 @@ def test_every_row_says_what_it_learned_from_and_how_fast(program, tmp_path, cap
     assert first["positions"] == 96 and first["fill"] == 1 and first["image_fill"] == 1 and first["flops"] > 1e6
     assert first["hbm_peak_bytes"] is None and "data_wait" not in first
     for row in rows:
-        rounded = 1e-4 / row["secs"]  # the last update has hardly any time to itself
-        assert row["positions_per_sec"] == pytest.approx(96 / row["secs"], rel=rounded)
-        assert row["tokens_per_sec"] == pytest.approx(row["tokens"] / row["secs"], rel=rounded)
+        for name, count in (("positions_per_sec", 96), ("tokens_per_sec", row["tokens"])):
+            speed, rounded = count / row["secs"], 1e-4 / row["secs"]  # the last update has hardly any time to itself
+            assert row[name] == pytest.approx(speed, abs=0.1 + rounded * speed)
         assert row["mfu"] is None and row["compiles"] == first["compiles"]
-    assert np.median([row["data_wait"] for row in rows]) > 0.5  # a step takes a few milliseconds, a batch 50
+    assert np.median([row["data_wait"] for row in rows]) > 0.5  # a step takes a few milliseconds, a batch 200
     out, err = capsys.readouterr()
     assert " tokens/s  data_wait " in out.splitlines()[-1] and "MFU" not in out and not err
 
@@ -100,7 +100,7 @@ class Slow:
 
     def __iter__(self):
         while True:
-            time.sleep(0.05)
+            time.sleep(0.2)
             yield Batch(**tiny.batch()), ["record"]
 
     def state(self):

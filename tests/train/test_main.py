@@ -16,7 +16,6 @@ from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.train import metrics
 from llava_jax.train.__main__ import main
-from llava_jax.train.process import keep_compilations
 from tests.train import tiny
 
 
@@ -236,21 +235,6 @@ def test_a_mistake_is_one_line_and_an_exit_code(run, tmp_path, capsys, changes, 
     assert train(run, tmp_path / "out", **changes) == code
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("error: ") and words in line
-
-
-def test_compiled_code_is_kept_in_a_private_directory_only(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    before, folder = jax.config.jax_compilation_cache_dir, tmp_path / "llava_jax" / "compiled"
-    try:
-        jax.config.update("jax_compilation_cache_dir", None)
-        keep_compilations()
-        assert jax.config.jax_compilation_cache_dir == str(folder) and folder.stat().st_mode & 0o777 == 0o700
-        jax.config.update("jax_compilation_cache_dir", None)
-        folder.chmod(0o777)
-        with pytest.raises(ValueError, match="chmod 700"):
-            keep_compilations()
-    finally:
-        jax.config.update("jax_compilation_cache_dir", before)
 
 
 def test_a_directory_with_a_checkpoint_of_another_kind_is_left_alone(run, tmp_path, capsys):

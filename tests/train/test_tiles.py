@@ -15,6 +15,7 @@ from llava_jax.batch import ResizedBatch
 from llava_jax.checkpoint import model_json, reader
 from llava_jax.data.packing import packed
 from llava_jax.errors import DataError, UsageError
+from llava_jax.generate import engine
 from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets
 from llava_jax.models.llava import Llava, abstract_params
@@ -79,10 +80,8 @@ def test_tiles_in_packed_rows_give_the_loss_and_the_gradients_of_rows_of_their_o
         assert float(jnp.abs(ours - apart_).max()) <= 1e-6 * max(1, float(jnp.abs(apart_).max())), name
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def write_run(folder):
     """The config of a run whose base has a newline."""
-    folder = tmp_path_factory.mktemp("tiles")
     tiny.write_run(folder)
     rng = np.random.default_rng(0)
     with reader.TensorWriter(folder / "tiled" / "0" / reader.PARAMS) as writer:
@@ -105,6 +104,11 @@ def run(tmp_path_factory):
     return folder / "config.py"
 
 
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return write_run(tmp_path_factory.mktemp("tiles"))
+
+
 def test_a_run_trains_the_newline_and_answers_as_it_was_trained(run, tmp_path):
     whole = tmp_path / "whole"
     trainer = Trainer(configs.load(run, {"train.steps": 3}), workdir=whole)
@@ -120,8 +124,54 @@ def test_a_run_trains_the_newline_and_answers_as_it_was_trained(run, tmp_path):
     asked = [replace(talk, turns=talk.turns[:1]) for talk in conversations()]
     together = assistant.replies(asked, max_new_tokens=4)
     assert [reply.ids for reply in together] == [assistant.reply(one, max_new_tokens=4).ids for one in asked]
-    with pytest.raises(UsageError, match="not of one shape"):
-        assistant.image_features(["0.png"], run.parent / "images")
+    relative = [replace(talk, images=(f"{talk.id}.png",)) for talk in asked]
+    found = assistant.replies(relative, max_new_tokens=4, image_root=run.parent / "images")
+    assert [reply.ids for reply in found] == [reply.ids for reply in together]
+    named = [replace(talk, images=(f"{talk.id}.png",)) for talk in conversations()]
+    np.testing.assert_array_equal(np.concatenate(assistant.logps(named, run.parent / "images")), np.concatenate(logps))
+
+
+def test_features_of_a_picture_are_those_that_its_prompt_shows(run):
+    """Of each picture alone, and of all together; lines with newlines, and those of more than two tiles resized."""
+    tiling = Tiling(((1, 2), (2, 1), (2, 2), (3, 1), (1, 3)), max_tiles=2)
+    assistant = Assistant.open(run.parent / "tiled", slots=3)
+    assistant = replace(assistant, format=replace(assistant.format, image_mode="anyres", tiling=tiling))
+
+    @jax.jit
+    def embedded(batch):
+        def embed(model, batch):
+            return model.embed(batch.tokens, batch.image_slots, model.encode_images(batch.pixels), batch.corners)
+
+        return Llava(MODEL).apply({"params": assistant.params}, batch, method=embed)
+
+    places = [f"{i}.png" for i in range(len(SIZES))]
+    together = assistant.image_features(places, run.parent / "images")
+    for place, talk, found in zip(places, conversations(), together, strict=True):
+        example = assistant.encode(talk)
+        ((start, length),) = example.image_spans
+        wanted = embedded(packed([[[example]]], 128, 5, 28, resizes=True)[0])[0, start : start + length]
+        np.testing.assert_allclose(found, wanted, atol=2e-6)
+        np.testing.assert_array_equal(found, assistant.image_features([place], run.parent / "images")[0])
+
+
+def test_prefill_compiles_nothing_for_the_sizes_of_200_pictures_beyond_its_buckets(run):
+    """Prompts of 64 or 96 positions with 2, 4 or 8 tiles serve all of them."""
+    tiling = Tiling(tuple((x, y) for x in range(1, 4) for y in range(1, 3)), max_tiles=4)
+    assistant = Assistant.open(run.parent / "tiled", slots=8)
+    assistant = replace(assistant, format=replace(assistant.format, image_mode="anyres", tiling=tiling))
+
+    def ask(sizes):
+        talks = [Conversation((Turn("user", "<image>\nWhat is it?"),), (Image.new("RGB", size),)) for size in sizes]
+        assistant.replies(talks, max_new_tokens=1)
+        return {assistant._shape(talk, 1, None) for talk in talks}
+
+    before = engine._start._cache_size()
+    buckets = ask([(width, height) for width in (9, 28, 50, 80, 300) for height in (9, 28, 50, 80, 300)])
+    assert engine._start._cache_size() - before == len(buckets) <= 8
+    sides = np.exp(np.random.default_rng(0).uniform(np.log(6), np.log(900), (200, 2))).astype(int)
+    found = ask([(int(width), int(height)) for width, height in sides])
+    assert engine._start._cache_size() - before == len(buckets) and found <= buckets
+    assert {shape.prompt_tokens for shape in found} <= {64, 96} and {shape.images for shape in found} <= {2, 4, 8}
 
 
 def test_a_model_without_a_newline_and_a_pool_too_small_are_refused(run, tmp_path):

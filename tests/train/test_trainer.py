@@ -21,8 +21,8 @@ from llava_jax import config as configs
 from llava_jax.checkpoint import reader
 from llava_jax.errors import DataError, UsageError
 from llava_jax.train import metrics
+from tests.ports import free_port
 from tests.train import tiny
-from tests.train.forks import free_port
 
 PACKED = {"data.layout": "packed", "data.rows_per_chip": 2, "data.rows_per_group": 2, "data.row_tokens": 200,
           "data.images_per_group": 6}  # fmt: skip

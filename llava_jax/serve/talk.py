@@ -1,0 +1,199 @@
+"""OpenAI's messages to a `Conversation`, and to the prompt that the model reads; pictures are data: URLs."""
+
+import base64
+import binascii
+import re
+import threading
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from llava_jax.errors import UsageError
+from llava_jax.generate.pages import Prompt, prompt_of
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
+from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.images import image_size
+from llava_jax.serve.fields import Refused, refuse
+
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MAX_MESSAGES = 1000
+MAX_TOKEN_CHARACTERS = 32  # of text for each position: a longer text cannot fit, and is not even cut into tokens
+MAX_PIXELS, MAX_ALL_PIXELS = 16_000_000, 100_000_000  # of a picture, and of a request's pictures together
+MAX_WEBP_PIXELS = 8_000_000  # PIL's WebP reader holds a picture three times: 12 bytes a pixel
+LARGE_PIXELS = 4_000_000  # pictures above are decoded one after the other
+_DATA_URL = re.compile(r"data:image/[a-z0-9.+-]{1,40};base64,", re.ASCII | re.IGNORECASE)
+_RECORD = "record 'request': "  # how `encode` begins what it says of the conversation
+_large = threading.Lock()
+
+
+class Picture(NamedTuple):
+    """A picture of the messages and where it stands in them, for errors."""
+
+    content: bytes
+    field: str
+
+
+@dataclass(frozen=True)
+class Talk:
+    """A conversation that has been read and not yet opened."""
+
+    conversation: Conversation
+    pictures: tuple[Picture, ...]
+
+
+def read(messages: list[Any]) -> Talk:
+    """The conversation of a list of messages.
+
+    A message's parts are joined by line ends, a picture standing as the marker where it is. A conversation of one
+    picture shows it before its message's text, as LLaVA does; several stand in place.
+
+    Raises:
+      Refused: names the message.
+    """
+    if not 1 <= len(messages) <= MAX_MESSAGES:
+        raise Refused(f"messages: {len(messages)} of them, want 1 to {MAX_MESSAGES}", "messages")
+    system, turns, pictures = None, list[Turn](), list[Picture]()
+    marked: list[str] = []
+    for index, message in enumerate(messages):
+        name = f"messages[{index}]"
+        if type(message) is not dict:
+            refuse(name, message, 'an object such as {"role": "user", "content": "Hello"}')
+        role = ROLES.get(message.get("role")) if isinstance(message.get("role"), str) else None
+        if role is None:
+            refuse(f"{name}.role", message.get("role"), f"one of {', '.join(ROLES)}")
+        words, shown = _content(message, role, name)
+        pictures += shown
+        if any(IMAGE_MARKER in word for word in words if word is not None):
+            marked.append(f"{name}.content")
+        joined = "\n".join(IMAGE_MARKER if word is None else word for word in words)
+        if role != "system":
+            turns.append(Turn(role, joined))
+        elif index:
+            refuse(f"{name}.role", message["role"], "it in the first message only")
+        else:
+            system = joined
+    if marked and pictures:
+        raise Refused(f"{marked[0]}: holds {IMAGE_MARKER}, which stands for a picture: leave it out; a picture is "
+                      "shown where its part stands", marked[0])  # fmt: skip
+    images = tuple(picture.content for picture in pictures)
+    conversation = Conversation(tuple(turns), images, "request", system, images_in_place=len(images) > 1)
+    return Talk(conversation, tuple(pictures))
+
+
+def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | None], list[Picture]]:
+    """The texts of a message, None where a picture stands, and its pictures."""
+    content, name = message.get("content"), f"{name}.content"
+    if content is None and role == "assistant":
+        return [], []
+    if isinstance(content, str):
+        return [_checked(content, name)], []
+    if type(content) is not list:
+        refuse(name, content, "a text or a list of parts")
+    words, pictures = list[str | None](), list[Picture]()
+    for index, part in enumerate(content):
+        place = f"{name}[{index}]"
+        kind = part.get("type") if type(part) is dict else None
+        if kind == "text" and type(part.get("text")) is str:
+            words.append(_checked(part["text"], f"{place}.text"))
+        elif kind == "image_url" and role == "user":
+            words.append(None)
+            pictures.append(_picture(part.get("image_url"), f"{place}.image_url"))
+        else:
+            kinds = "a part of type text" + " or image_url" * (role == "user")
+            refuse(f"{place}.text" if kind == "text" else place, part, kinds)
+    return words, pictures
+
+
+def _checked(text: str, name: str) -> str:
+    try:
+        check_text(text, name)
+    except UsageError as error:
+        raise Refused(str(error), name) from None
+    return text
+
+
+def _picture(value: Any, name: str) -> Picture:
+    url = value.get("url") if type(value) is dict else None
+    if type(url) is not str:
+        refuse(name, value, 'an object such as {"url": "data:image/png;base64,..."}')
+    name = f"{name}.url"
+    if url.lower().startswith(("http:", "https:")):
+        refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures; send its bytes")
+    found = _DATA_URL.match(url)
+    if found is None:
+        refuse(name, url, "a data: URL of a picture in base64 (data:image/png;base64,...)")
+    try:
+        return Picture(base64.b64decode(url[found.end() :], validate=True), name)
+    except (binascii.Error, ValueError) as error:
+        raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
+
+
+def length(talk: Talk, format: Format, positions: int) -> int:
+    """Positions of the prompt; no picture is decoded.
+
+    Raises:
+      Refused: the turns do not fit the template, a picture is none or too large, or the prompt leaves no position for
+        an answer.
+    """
+    conversation = talk.conversation
+    characters = sum(len(turn.text) for turn in conversation.turns) + len(conversation.system or "")
+    if characters > MAX_TOKEN_CHARACTERS * positions:
+        raise _too_long(f"a text of {characters:,} characters", positions)
+    if len(talk.pictures) > positions:
+        raise _too_long(f"{len(talk.pictures)} pictures", positions)
+    _check_pixels(talk)
+    try:
+        tokens = len(encode(conversation, format, reply=True, open_images=False).tokens)
+    except ValueError as error:
+        raise Refused(f"messages: {str(error).removeprefix(_RECORD)}", "messages") from None
+    if tokens >= positions:
+        raise _too_long(f"a prompt of {tokens:,} tokens", positions)
+    return tokens
+
+
+def _too_long(what: str, positions: int) -> Refused:
+    return Refused(f"messages: {what} leaves no room for an answer in {positions:,} positions: shorten it or show "
+                   "fewer pictures", "messages", code="context_length_exceeded")  # fmt: skip
+
+
+def _check_pixels(talk: Talk) -> None:
+    total = 0
+    for picture in talk.pictures:
+        try:
+            width, height = image_size(picture.content)
+        except ValueError as error:
+            raise Refused(f"{picture.field}: {error}", picture.field) from None
+        total += width * height
+        most = MAX_WEBP_PIXELS if picture.content[8:12] == b"WEBP" else MAX_PIXELS
+        if width * height > most or total > MAX_ALL_PIXELS:
+            raise Refused(f"{picture.field}: {width} x {height} pixels, want at most {most:,} a picture and "
+                          f"{MAX_ALL_PIXELS:,} in all: resize it", picture.field)  # fmt: skip
+
+
+def prompt(talk: Talk, format: Format) -> Prompt:
+    """The prompt with its pictures decoded. Raises Refused where one is damaged."""
+    try:
+        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in talk.pictures):
+            with _large:
+                return prompt_of(encode(talk.conversation, format, reply=True))
+        return prompt_of(encode(talk.conversation, format, reply=True))
+    except ValueError as error:
+        field = talk.pictures[0].field if len(talk.pictures) == 1 else "messages"
+        raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
+
+
+def raw_prompt(text: str, format: Format, positions: int) -> Prompt:
+    """The prompt of a text without a template. Raises Refused where it is empty or too long."""
+    words = format.tokenizer
+    if not text:
+        refuse("prompt", text, "a text")
+    _checked(text, "prompt")
+    if len(text) > MAX_TOKEN_CHARACTERS * positions:
+        raise Refused(f"prompt: {len(text):,} characters are too many for {positions:,} positions", "prompt",
+                      code="context_length_exceeded")  # fmt: skip
+    tokens = np.array([words.bos_id] * words.adds_bos + words.encode(text, False), np.int32)
+    if len(tokens) >= positions:
+        raise Refused(f"prompt: {len(tokens):,} tokens leave no room for an answer in {positions:,} positions",
+                      "prompt", code="context_length_exceeded")  # fmt: skip
+    return Prompt(tokens)

@@ -1,0 +1,279 @@
+"""Guards: keys, hosts, overload, slow and lost clients, large bodies, shutdown, a model that fails."""
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import httpx2
+import openai
+import pytest
+
+from llava_jax.serve import __main__ as command
+from llava_jax.serve import guards, server
+from tests.generate import tiny
+from tests.serve.running import KEY, part, running, user
+
+LONG = {"messages": [{"role": "user", "content": "Tell me a long story"}], "max_tokens": 400, "temperature": 0,
+        "stream": True}  # fmt: skip
+ROUTES = [("GET", "/"), ("GET", "/metrics"), ("GET", "/v1/models"), ("GET", "/v1/models/llava-jax"),
+          ("POST", "/v1/chat/completions"), ("POST", "/v1/completions"), ("POST", "/v1/prompt"), ("GET", "/nowhere"),
+          ("DELETE", "/v1/models")]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def served():
+    with running(slots=4, queue=4, key=KEY) as one:
+        yield one
+
+
+def headers(key: bytes = KEY) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key.decode()}", "Content-Type": "application/json"}
+
+
+def connect(served) -> socket.socket:
+    return socket.create_connection(("127.0.0.1", httpx2.URL(served.url).port), timeout=30)
+
+
+def raw(body: bytes, length: int | None = None) -> bytes:
+    lines = [f"{name}: {value}" for name, value in headers().items()]
+    lines += ["Host: 127.0.0.1", f"Content-Length: {len(body) if length is None else length}"]
+    return ("POST /v1/chat/completions HTTP/1.1\r\n" + "\r\n".join(lines) + "\r\n\r\n").encode() + body
+
+
+def test_every_route_but_health_wants_the_key(served):
+    for method, path in ROUTES:
+        for header in ({}, {"Authorization": "Bearer wrong key here"}, {"Authorization": KEY.decode()},
+                       {"Authorization": "Basic ***"}):  # fmt: skip
+            found = httpx2.request(method, served.url + path, headers=header)
+            assert found.status_code == 401 and found.json()["error"]["code"] == "invalid_api_key", path
+            assert found.headers["www-authenticate"].startswith("Basic")
+    assert [httpx2.get(served.url + path).status_code for path in guards.HEALTH] == [200, 200]
+    assert httpx2.get(served.url, auth=("anybody", KEY.decode())).status_code == 200
+    assert len(served.client(KEY.decode()).models.list().data) == 1
+    with pytest.raises(openai.AuthenticationError):
+        served.client("another key").models.list()
+    paths = {route.path for route in served.uvicorn.config.app._app.routes} - set(guards.HEALTH)
+    assert {path.partition("{")[0] for path in paths} <= {path.removesuffix("llava-jax") for _, path in ROUTES} | {
+        "/v1/models/"}  # fmt: skip
+
+
+def test_without_a_key_other_names_of_this_address_are_refused():
+    with running(slots=1) as open_one:
+        assert httpx2.get(open_one.url + "/v1/models").status_code == 200
+        found = httpx2.get(open_one.url + "/v1/models", headers={"Host": "rebound.example:80"})
+        assert found.status_code == 403 and found.json()["error"]["code"] == "unknown_host"
+
+
+def test_more_requests_than_slots_and_queue_are_refused_at_once_and_the_others_are_answered(served):
+    body = {**LONG, "stream": False, "max_tokens": 5}
+    expected = httpx2.post(served.url + "/v1/chat/completions", json=body, headers=headers(), timeout=60).json()
+
+    def one(_: int):
+        start = time.monotonic()
+        found = httpx2.post(served.url + "/v1/chat/completions", json=body, headers=headers(), timeout=60)
+        return found, time.monotonic() - start
+
+    with concurrent.futures.ThreadPoolExecutor(40) as pool:
+        found = list(pool.map(one, range(60)))
+    statuses = [response.status_code for response, _ in found]
+    assert set(statuses) == {200, 429} and statuses.count(200) >= 8
+    for response, _ in found:
+        if response.status_code == 200:
+            assert response.json()["choices"] == expected["choices"]
+        else:
+            assert response.headers["retry-after"] == "1" and response.json()["error"]["type"] == "rate_limit_error"
+    assert served.idle()
+
+
+def test_tokens_are_bounded_too(served):
+    full = {**LONG, "stream": False, "n": 8}
+    assert httpx2.post(served.url + "/v1/chat/completions", json=full, headers=headers(), timeout=60).status_code == 200
+    more = {**full, "n": 9}  # with slots and queue there are 8 places
+    found = httpx2.post(served.url + "/v1/chat/completions", json=more, headers=headers(), timeout=60)
+    assert found.status_code == 429 and served.idle()
+
+
+def test_a_client_that_goes_frees_its_slot_within_a_step(served):
+    for cut in (0, 1, 3):
+        with httpx2.stream("POST", served.url + "/v1/chat/completions", json=LONG, headers=headers()) as response:
+            lines = response.iter_lines()
+            for _ in range(cut):
+                next(lines)
+        assert served.idle(1.0)
+    for length in (10, 200, 400):  # within the headers, the body, and while it waits for a whole answer
+        content = raw(json.dumps({**LONG, "stream": False}).encode())
+        with connect(served) as connection:
+            connection.sendall(content[:length])
+            time.sleep(0.05)
+        assert served.idle(1.0)
+    assert served.service.worker.answers
+
+
+def test_bodies_are_counted_while_they_come(served, monkeypatch):
+    monkeypatch.setattr(guards, "MAX_BODY_BYTES", 10_000)
+
+    def pieces():
+        for _ in range(100):
+            yield b" " * 1000
+
+    found = httpx2.post(served.url + "/v1/chat/completions", content=pieces(), headers=headers())
+    assert found.status_code == 413 and found.json()["error"]["param"] == "body"
+    with connect(served) as connection:  # the length is a lie: what comes after it is another request
+        connection.sendall(raw(b'{"messages": []}', length=5) + b"\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 400")
+    assert served.idle()
+
+
+def test_slow_clients_are_cut_off_and_others_do_not_notice(served, monkeypatch):
+    monkeypatch.setattr(guards, "IDLE_SECS", 0.3)
+    monkeypatch.setattr(guards, "BODY_SECS", 0.5)
+    silent, headless, bodiless = connect(served), connect(served), connect(served)
+    headless.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n")
+    bodiless.sendall(raw(b"{", length=100))
+    start = time.monotonic()
+    assert httpx2.get(served.url + "/v1/models", headers=headers()).status_code == 200
+    assert bodiless.recv(100).startswith(b"HTTP/1.1 408")
+    for connection in (silent, headless):
+        try:
+            assert connection.recv(10) == b""
+        except ConnectionResetError:
+            pass
+    assert time.monotonic() - start < 10 and served.idle()
+
+
+def test_a_client_that_reads_nothing_is_given_up(served, monkeypatch):
+    monkeypatch.setattr(guards, "SEND_SECS", 0.3)
+
+    async def never(message: dict) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    async def one() -> None:
+        app = served.uvicorn.config.app
+        scope = {"type": "http", "path": "/v1/models", "method": "GET", "headers": [
+            (b"authorization", b"Bearer " + KEY)], "query_string": b"", "root_path": ""}  # fmt: skip
+        await asyncio.wait_for(app(scope, None, never), 5)
+
+    asyncio.run(one())
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # the traceback, for the log
+def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_exit_code(capsys):
+    service = server.of_assistant(tiny.assistant(), "llava-jax", 4, 4, 512)
+    make_scheduler, statuses = service.worker._make, []
+
+    def broken():
+        scheduler = make_scheduler()
+        step = scheduler.step
+
+        def fail():
+            if any(len(slot.row.ids) > 4 for slot in scheduler._slots if slot):
+                raise RuntimeError("planted")
+            return step()
+
+        scheduler.step = fail
+        return scheduler
+
+    service.worker._make = broken
+    listener = socket.create_server(("127.0.0.1", 0))
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+
+    def ask() -> None:
+        while httpx2.get(url + "/readyz").status_code != 200:
+            time.sleep(0.05)
+        body = {**LONG, "stream": False}
+        for limit in (2, 400):
+            found = httpx2.post(url + "/v1/chat/completions", json={**body, "max_tokens": limit}, timeout=60)
+            statuses.append(found.status_code)
+
+    client = threading.Thread(target=ask)
+    client.start()
+    assert server.run(service, listener, None, None, 10) == 1
+    client.join(10)
+    assert statuses == [200, 503] and service.worker.failed and not service.worker.answers
+    assert capsys.readouterr().err.endswith("the model's thread has failed (see above); the server ends\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--host", "0.0.0.0"], 64, "--host 0.0.0.0: other machines could use the model without a key"),
+        (["--host", "::"], 64, "want --api-key-file"),
+        (["--port", "70000"], 64, "--port 70000: want 0 (any) to 65535"),
+        (["--slots", "0"], 64, "--slots=0: want 1 to 1024"),
+        (["--api-key-file", "nowhere"], 64, "--api-key-file nowhere: no such file"),
+        (["--api-key-file", "short"], 64, "want a key of at least 8"),
+        (["--checkpoint", "nowhere"], 66, "nowhere: there is no such checkpoint"),
+        (["--host", "256.1.1.1"], 64, "256.1.1.1"),
+    ],
+)
+def test_what_cannot_be_served_is_one_line_at_start(tmp_path, monkeypatch, capsys, arguments, code, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short").write_text("abc\n")
+    defaults = {"--checkpoint": "model", "--port": "0"}
+    given = [*(arg for pair in defaults.items() if pair[0] not in arguments for arg in pair), *arguments]
+    assert command.main(given) == code
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and message in error
+
+
+def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert command.main(["--checkpoint", str(tmp_path), "--port", port]) == 64
+    assert f"--port {port}: cannot listen there" in capsys.readouterr().err
+
+
+def test_sigterm_gives_the_answers_that_are_under_way_and_exits_0(tmp_path):
+    tiny.save(tmp_path / "model")
+    (tmp_path / "model" / "9").mkdir()  # what a running training has begun to write
+    arguments = ["--checkpoint", str(tmp_path / "model"), "--port", "0", "--slots", "2", "--positions", "512"]
+    process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+    lines = [process.stdout.readline() for _ in range(2)]
+    url = lines[1].split()[1]
+    try:
+        assert httpx2.get(url + "/healthz", timeout=30).status_code == 200
+        early = httpx2.post(url + "/v1/chat/completions", json=LONG, timeout=30)
+        assert early.status_code == 503 and "retry-after" in early.headers
+        while httpx2.get(url + "/readyz", timeout=30).status_code != 200:
+            time.sleep(0.2)
+        body = {"messages": [user(part(), "What is it?")], "max_tokens": 300, "temperature": 0}
+        found = []
+
+        def ask() -> None:
+            found.append(httpx2.post(url + "/v1/chat/completions", json=body, timeout=60))
+
+        thread = threading.Thread(target=ask)
+        thread.start()
+        while "llava_jax_slots_active 1" not in httpx2.get(url + "/metrics", timeout=30).text:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        thread.join(60)
+        assert found[0].status_code == 200
+        assert process.wait(30) == 0
+        with pytest.raises(httpx2.ConnectError):
+            httpx2.get(url + "/healthz")
+        error = process.stderr.read()
+        assert "compiled 3 of 3: answers" in error and "Traceback" not in error
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_worker_is_not_ready_while_it_is_stuck(served):
+    worker = served.service.worker
+    assert worker.answers
+    worker._step_began = time.monotonic() - 1000
+    try:
+        assert httpx2.get(served.url + "/readyz").status_code == 503
+        assert httpx2.get(served.url + "/healthz").status_code == 200
+    finally:
+        worker._step_began = None
