@@ -27,7 +27,7 @@ from llava_jax.prompt.tokenizer import Tokenizer
 
 # Backend -> rows whose prompts are read at once, and tokens of each. A CPU's time is that of the products, padding
 # included; an accelerator reads all weights for a chunk, which 256 tokens make worth it, and one prompt should fill.
-READING = {"cpu": (4, 32)}
+READING = {"cpu": (2, 32)}
 READING_ELSEWHERE = (2, 128)
 
 
