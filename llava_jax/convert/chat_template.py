@@ -23,6 +23,9 @@ class Picture(NamedTuple):
 
 
 HUB = Picture("part['type'] in ('image', 'image_url')", json.dumps(IMAGE))
+# OneVision's, whose tokenizer has <video> too.
+HUB_VIDEOS = Picture("part['type'] in ('image', 'image_url', 'video', 'video_url')",
+                     "('<video>' if part['type'] in ('video', 'video_url') else '<image>')")  # fmt: skip
 # llama.cpp writes "<__media__>", or with random letters "<__media_AbC__>", into the text of a message, which then has
 # no parts. Source: llama.cpp of llama-cpp-python 0.3.36, common/chat.cpp, tools/server/server-common.cpp.
 LLAMA_CPP = Picture("part['type'] == 'media_marker'", "part['text']", (

@@ -14,7 +14,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llava_jax.batch import Example, alone, laid_out, lay_images
+from llava_jax.batch import Example, alone, laid_out, lay_images, plain
 from llava_jax.checkpoint import model_json, reader
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement
@@ -25,7 +25,7 @@ from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.names import NEVER_RUN
-from llava_jax.prompt import anyres, ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer, video
 from llava_jax.prompt import conversation as questions
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode, pictures
@@ -114,6 +114,7 @@ class Assistant:
             chosen, words, config.vision.image_size, config.image_features,
             metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
             anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling),
+            video.from_json(metadata.prompt.video),
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
@@ -136,7 +137,7 @@ class Assistant:
         Args:
           prompt: a question, whose pictures are shown before it unless `<image>` stands where each is shown; or a
             conversation, which has its own.
-          images: paths, encoded bytes or PIL images.
+          images: paths, encoded bytes, PIL images or `Video`s, in the order in which they are shown.
           max_new_tokens and the others: as for `reply`, which is this for a conversation.
 
         Raises:
@@ -204,26 +205,27 @@ class Assistant:
         """float32 [n, N, D]: the features of each picture as the decoder takes them, behind the connector.
 
         N features an image (`format.image_features`) of the decoder's width D; of "flamingo_xattn", whose decoder looks
-        at features that have no position, the resampler's number and the tower's width. Of a model with tiles a list of
-        [features, D], laid out as in a prompt that shows these pictures: lines, their newlines, and resized features.
+        at features that have no position, the resampler's number and the tower's width. Of a model with tiles, or where
+        there are videos, a list of [features, D], laid out as in a prompt that shows these pictures: lines, their
+        newlines, and resized features.
 
         Args:
-          images: paths, encoded bytes or PIL images.
+          images: paths, encoded bytes, PIL images or `Video`s.
 
         Raises:
           ValueError, FileNotFoundError: there is none, or one cannot be read.
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        shown = list(pictures(images, self.format, image_root))
+        shown, usual = list(pictures(images, self.format, image_root)), plain(self.format.image_features)
         pixels = np.stack([tile for picture in shown for tile in picture.tiles])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
         found = [runner.features(self.params, pixels[i : i + self.slots]) for i in starts]
         features = np.concatenate([features for features, _ in found])
-        if not self.format.tiling:
+        if not any(picture.layout for picture in shown):
             return features
         tiles = np.split(features, np.cumsum([len(picture.tiles) for picture in shown]))
-        return [laid_out(own, found[0][1], picture.layout) for own, picture in zip(tiles, shown)]
+        return [laid_out(own, found[0][1], picture.layout or usual) for own, picture in zip(tiles, shown)]
 
     def reply(
         self,
