@@ -77,7 +77,7 @@ def make_prompts(side: int) -> list[Prompt]:
         pictures = tuple(_picture(side, number + 100 * i) for i in range(2 if number % 5 == 3 else 1))
         texts = [QUESTIONS[number % 5]] + (["A small one.", "Which colour?"] if number % 5 == 4 else [])
         turns = tuple(Turn(role, text) for role, text in zip(("user", "assistant", "user"), texts))
-        first = Turn("user", with_markers(turns[0].text, len(pictures)))
+        first = Turn("user", with_markers(turns[0].text, pictures))
         conversation = Conversation((first, *turns[1:]), pictures, str(number), images_in_place=len(pictures) > 1)
         found.append(Prompt(conversation, turns, pictures, NEW_TOKENS))
     return found
