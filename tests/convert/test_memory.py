@@ -5,6 +5,7 @@ import math
 import tracemalloc
 
 import numpy as np
+import pytest
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
@@ -41,4 +42,7 @@ def test_export_and_import_hold_one_stacked_leaf_and_one_tensor(tmp_path):
     out = peak_of(lambda: exporting.export("hf", tmp_path / "ours", tmp_path / "out"))
     back = peak_of(lambda: importing.import_checkpoint(tmp_path / "out", tmp_path / "again"))
     slack = 2 * 2**20  # tracing the model for its names, tokenizer.json
+    pytest.importorskip("gguf")
+    q8 = peak_of(lambda: exporting.export("gguf", tmp_path / "ours", tmp_path / "gguf", dtype="q8_0"))
+    assert q8 < leaf + 3 * theirs + slack, f"gguf {q8} bytes, largest leaf {leaf}"  # a tensor, and what it becomes
     assert max(out, back) < leaf + 2 * theirs + slack, f"export {out}, import {back} bytes, largest leaf {leaf}"
