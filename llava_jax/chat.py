@@ -51,7 +51,8 @@ def _run(args: argparse.Namespace) -> int:
     from llava_jax.generate.assistant import Assistant
 
     compilations.keep()
-    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
+    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
+                               weights=args.weights)  # fmt: skip
     initial = Session(pending_images=images, system=args.system)
     if args.prompt is None:
         converse(assistant, initial, args)
@@ -204,6 +205,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, help="default: 512, or what the model has room for")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--weights", choices=["int8"], help="the language model's matrices in int8, on TPUs and GPUs; default: --dtype")
     return parser.parse_args(argv)
 
 

@@ -4,8 +4,7 @@ It is opened from a checkpoint's own model.json, or made from parameters in memo
 as in training, by `prompt.encode`.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +14,11 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llava_jax import params
 from llava_jax.batch import Example, alone, laid_out, lay_images, plain
-from llava_jax.checkpoint import model_json, reader, sharded
-from llava_jax.checkpoint.tensors import Tensors
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement
+from llava_jax.generate import weights as stored
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.stream import Row, extended
@@ -90,7 +88,7 @@ class Assistant:
     @classmethod
     def open(
         cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: reader.Step = None,
-        template: str | None = None, mesh: Mesh | None = None,
+        template: str | None = None, mesh: Mesh | None = None, weights: str | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
@@ -99,11 +97,13 @@ class Assistant:
           step: None is the latest, "best" that of the lowest validation loss.
           template: to be asked in the words of another one; None is the checkpoint's own.
           mesh: as for the class.
+          weights: "int8" holds the decoder's matrices in int8 (`generate.weights`), on accelerators; None in `dtype`.
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its metadata.
-          ValueError, FileNotFoundError: an unknown template or dtype, a damaged tokenizer.
+          ValueError, FileNotFoundError: an unknown template, dtype or kind of weights, a damaged tokenizer.
         """
+        stored.check(weights)
         metadata = model_json.read(directory)
         config = presets.config_from_json(dict(metadata.model))
         kind = _dtype(dtype)
@@ -123,8 +123,9 @@ class Assistant:
         model = Llava(config, kind)
         held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
                 for name, x in shapes.items()}  # fmt: skip
+        held = stored.int8_shapes(held) if weights else held
         mesh = mesh or placement.mesh_for(model, held, slots)
-        return cls(model, _read(sources, held, mesh), format, slots, mesh)
+        return cls(model, stored.read(sources, held, mesh), format, slots, mesh)
 
     def generate(
         self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
@@ -354,7 +355,7 @@ class Assistant:
 
 def load(
     directory: epath.PathLike, mesh: Mesh | None = None, slots: int = 1, dtype: str | None = None,
-    step: int | None = None, template: str | None = None,
+    step: int | None = None, template: str | None = None, weights: str | None = None,
 ) -> Assistant:  # fmt: skip
     """The model of a checkpoint directory, to be asked: what `train` or `convert` wrote, on a disk or in a bucket.
 
@@ -363,7 +364,7 @@ def load(
 
     Arguments and errors are those of `Assistant.open`; `slots` is how many conversations are answered at once.
     """
-    return Assistant.open(directory, slots, dtype, step, template, mesh)
+    return Assistant.open(directory, slots, dtype, step, template, mesh, weights)
 
 
 def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversation:
@@ -372,17 +373,6 @@ def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversa
     if len(images):
         raise UsageError(f"{len(images)} image(s) beside a Conversation: put them into it (Conversation.images)")
     return prompt
-
-
-def _read(
-    sources: Mapping[str, Tensors], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
-) -> dict[str, Any]:
-    """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
-    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
-    put = functools.partial(placement.put, mesh=mesh)
-    if placement.spans_processes(mesh):
-        return params.unflatten(sharded.load_checked(sources, structs, put))
-    return params.unflatten(sharded.load(sources, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:
