@@ -56,8 +56,8 @@ def read(
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", registry.decoder_of(config.llm).template)
-    return PromptMetadata(template, options.legacy, mode, marks, anyres.to_json(tiles),
-                          kept.get("video", video.to_json(tiling.frame_rule(content, tiles))))  # fmt: skip
+    frames = kept.get("video") if OURS in content else video.to_json(tiling.frame_rule(content, tiles))
+    return PromptMetadata(template, options.legacy, mode, marks, anyres.to_json(tiles), frames)
 
 
 def original_mode(content: Mapping[str, Any], tiles: Tiling | None) -> str:

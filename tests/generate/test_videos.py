@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from etils import epath
 from PIL import Image
 
 import llava_jax
@@ -121,4 +122,4 @@ def test_evaluate_asks_about_videos(root, assistant, tmp_path, capsys):
 def test_a_server_is_not_asked_about_a_video(root):
     job = answer.Job(Question("1", "What?", (Video("clip.mp4"),)), 0)
     with pytest.raises(UsageError, match="a video, and OpenAI's protocol has none: ask a checkpoint"):
-        answer._request(job, answer.Settings(8), root)
+        answer._request(job, answer.Settings(8), epath.Path(root))

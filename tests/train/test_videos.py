@@ -30,7 +30,7 @@ from tests import videos
 from tests.train import moving, tiny
 
 WORDS = tokenizer.load(tiny.TOKENIZER, legacy=True)
-SMALL = replace(moving.MODEL, vision=replace(moving.MODEL.vision, layers=1), llm=replace(moving.MODEL.llm, layers=1))
+SMALL = replace(moving.MODEL, llm=replace(moving.MODEL.llm, layers=1))
 FORMAT = Format(templates.get("v1"), WORDS, 28, 16, "anyres", tiling=Tiling(((1, 1), (2, 1)), several=False),
                 video=FrameRule(4))  # fmt: skip
 
