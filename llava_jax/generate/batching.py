@@ -1,6 +1,6 @@
 """The programs of continuous batching: three compiled shapes serve requests of any length, at any time.
 
-`read` takes one page of the prompts of a few rows, `advance` makes ids for all rows, `features` runs the tower. Every
+`read` takes a chunk of the prompts of a few rows, `advance` makes ids for all rows, `features` runs the tower. Every
 row is computed by itself, in tiles of one size, so its ids and log-probabilities are the same, bit for bit, whoever its
 neighbours are, whenever they come, and whether the pages of its beginning were computed for it or for another row.
 """
@@ -34,11 +34,11 @@ Pool = tuple[tuple[Array, Array], ...]  # keys and values of each layer
 
 
 class Chunk(NamedTuple):
-    """One page of the prompts of `lanes` rows; the table of an idle lane is all 0."""
+    """So many tokens of the prompts of `lanes` rows; the table of an idle lane is all 0."""
 
-    tokens: Int[np.ndarray | Array, "R Page"]
-    features: Float[np.ndarray | Array, "R Page D"]
-    is_feature: Bool[np.ndarray | Array, "R Page"]
+    tokens: Int[np.ndarray | Array, "R C"]
+    features: Float[np.ndarray | Array, "R C D"]
+    is_feature: Bool[np.ndarray | Array, "R C"]
     start: Int[np.ndarray | Array, "R"]  # position of its first token
     end: Int[np.ndarray | Array, "R"]  # the place in it whose next id is chosen: the prompt's last, if it is there
     table: Int[np.ndarray | Array, "R P"]
@@ -73,13 +73,15 @@ class Batching:
     """A model with its slots and pages; parameters are arguments.
 
     slots: rows that answer at once. lanes: rows whose prompts are read at once, and pictures that the tower sees.
-    pages: of the pool, page 0 included. row_pages: of a row at most, a multiple of TILE_PAGES.
+    chunk: tokens of each that are read at once, a multiple of PAGE.
+    pages: of the pool, page 0 included. row_pages: of a row's table, as `row_pages` has them.
     vocabulary: ids that may be said. ends: ids that end an answer. mesh: of the devices of the parameters.
     """
 
     model: Llava
     slots: int
     lanes: int
+    chunk: int
     pages: int
     row_pages: int
     vocabulary: int
@@ -95,7 +97,7 @@ class Batching:
         return _empty(self)
 
     def read(self, params: Any, pool: Pool, chunk: Chunk) -> tuple[Pool, Ids]:
-        """The pool with a page of some prompts in it, and the id that follows place `end` of each, [R]. The given pool
+        """The pool with a chunk of some prompts in it, and the id that follows place `end` of each, [R]. The given pool
         is used up. What is returned is not waited for."""
         return _read(self, params, pool, chunk)
 
@@ -140,9 +142,10 @@ def positions(model: Llava, most: int) -> int:
     return min(most, llm.usable_positions)
 
 
-def row_pages(limit: int) -> int:
-    """Pages of a row of so many positions, a multiple of TILE_PAGES."""
-    return -(-limit // (PAGE * TILE_PAGES)) * TILE_PAGES
+def row_pages(limit: int, chunk: int) -> int:
+    """Pages in the table of a row of so many positions, a multiple of TILE_PAGES: the last chunk of its prompt may
+    begin at any page, and be padded to beyond its end."""
+    return -(-(limit + chunk - PAGE) // (PAGE * TILE_PAGES)) * TILE_PAGES
 
 
 def page_bytes(llm: DecoderConfig, dtype: Any) -> int:
@@ -180,7 +183,7 @@ def _pool(layers: tuple[PagedCache, ...]) -> Pool:
 
 @partial(jax.jit, static_argnames=("batching",), donate_argnames=("pool",))
 def _read(batching: Batching, params: Any, pool: Pool, chunk: Chunk) -> tuple[Pool, Ids]:
-    places = chunk.start[:, None] + jnp.arange(PAGE)
+    places = chunk.start[:, None] + jnp.arange(batching.chunk)
     with answering(batching.mesh):
         hidden, layers = batching.model.apply(
             {"params": params}, chunk.tokens, chunk.features, chunk.is_feature, places, _layers(pool, chunk.table),

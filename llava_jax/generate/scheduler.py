@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from llava_jax.generate import batching as programs
@@ -24,7 +25,10 @@ from llava_jax.models.paged import PAGE
 from llava_jax.prompt import ending
 from llava_jax.prompt.tokenizer import Tokenizer
 
-LANE_SLOTS = 4  # slots for each lane: prompts are read at once by a quarter of the rows that answer
+# Backend -> rows whose prompts are read at once, and tokens of each. A CPU's time is that of the products, padding
+# included; an accelerator reads all weights for a chunk, which 256 tokens make worth it, and one prompt should fill.
+READING = {"cpu": (2, 32)}
+READING_ELSEWHERE = (2, 128)
 
 
 @dataclass(frozen=True)
@@ -106,7 +110,7 @@ class Scheduler:
         self._waiting: deque[tuple[int, Job]] = deque()
         self._numbers = itertools.count()
         width = batching.model.config.llm.width
-        self._no_features = np.zeros((batching.lanes, PAGE, width), batching.dtype)
+        self._no_features = np.zeros((batching.lanes, batching.chunk, width), batching.dtype)
 
     @property
     def busy(self) -> bool:
@@ -120,7 +124,7 @@ class Scheduler:
     def submit(self, job: Job) -> int:
         """Puts a request at the end of the queue; returns its number.
 
-        It must fit: len(job.prompt.tokens) + job.limit <= `batching.row_pages` * PAGE.
+        It must fit: len(job.prompt.tokens) + job.limit is at most the positions that `row_pages` was made for.
         """
         number = next(self._numbers)
         self._waiting.append((number, job))
@@ -198,27 +202,33 @@ class Scheduler:
                     slot.features[index] = self._features.find(shown)
 
     def _lanes(self) -> list[int]:
-        """Slots whose next page can be read: the oldest, then those that are nearly through."""
-        ready = [index for index, slot in enumerate(self._slots) if slot is not None and slot.reads and _sees(slot)]
+        """Slots whose next chunk can be read: the oldest, then those that are nearly through."""
+        ready = [i for i, slot in enumerate(self._slots) if slot is not None and slot.reads and self._sees(slot)]
         oldest = sorted(ready, key=lambda index: self._slots[index].number)[:1]
         others = sorted(set(ready) - set(oldest), key=lambda i: (self._slots[i].unread, self._slots[i].number))
         return (oldest + others)[: self.batching.lanes]
 
+    def _sees(self, slot: _Slot) -> bool:
+        """Whether the features of its next chunk are there."""
+        end = slot.at + self.batching.chunk
+        return all(features is not None or shown.start >= end or shown.start + shown.length <= slot.at
+                   for shown, features in zip(slot.job.prompt.shown, slot.features))  # fmt: skip
+
     def _read(self, lanes: list[int]) -> Ids:
-        batching, count = self.batching, self.batching.lanes
+        batching, count, size = self.batching, self.batching.lanes, self.batching.chunk
         chunk = Chunk(
-            np.zeros((count, PAGE), np.int32), self._no_features, np.zeros((count, PAGE), bool),
+            np.zeros((count, size), np.int32), self._no_features, np.zeros((count, size), bool),
             np.zeros(count, np.int32), np.zeros(count, np.int32), np.zeros((count, batching.row_pages), np.int32),
             np.bool_(any(self._slots[index].job.top for index in lanes)),
             stack([self._slots[index].job.sampling for index in lanes] + [Sampling()] * (count - len(lanes))),
         )  # fmt: skip
         for lane, index in enumerate(lanes):
             slot = self._slots[index]
-            tokens = slot.job.prompt.tokens[slot.at : slot.at + PAGE]
+            tokens = slot.job.prompt.tokens[slot.at : slot.at + size]
             chunk.tokens[lane, : len(tokens)] = tokens
             chunk.start[lane], chunk.end[lane], chunk.table[lane] = slot.at, len(tokens) - 1, slot.table
             for shown, features in zip(slot.job.prompt.shown, slot.features):
-                first, last = max(shown.start, slot.at), min(shown.start + shown.length, slot.at + PAGE)
+                first, last = max(shown.start, slot.at), min(shown.start + shown.length, slot.at + size)
                 if first < last:
                     if chunk.features is self._no_features:
                         chunk = chunk._replace(features=np.zeros_like(self._no_features))
@@ -231,11 +241,10 @@ class Scheduler:
         return ids
 
     def _passed(self, slot: _Slot) -> None:
-        page, prompt = slot.at // PAGE, slot.job.prompt
-        if page < len(prompt.digests):
+        first, prompt = slot.at // PAGE, slot.job.prompt
+        slot.at = slot.position = min(slot.at + self.batching.chunk, len(prompt.tokens))
+        for page in range(first, slot.at // PAGE):
             self.pages.publish(slot.pages[page], prompt.digests[page])
-        slot.at = min(slot.at + PAGE, len(prompt.tokens))
-        slot.position = slot.at
 
     def _advance(self, answering: list[bool], steps: int) -> Ids:
         on = [slot if is_on else None for slot, is_on in zip(self._slots, answering)]
@@ -283,19 +292,13 @@ def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[
       UsageError: the pages do not fit on the devices.
     """
     model, words = assistant.model, assistant.format.tokenizer
-    row_pages = programs.row_pages(positions)
+    lanes, chunk = READING.get(jax.default_backend(), READING_ELSEWHERE)
+    row_pages = programs.row_pages(positions, chunk)
     pages = slots * row_pages + 1
     programs.check_memory(model, assistant.params, pages, assistant.mesh)
     ends = ending.of(assistant.format.template, words).ids
-    lanes = max(1, slots // LANE_SLOTS)
-    batching = Batching(model, slots, lanes, pages, row_pages, words.size, ends, assistant.mesh)
+    batching = Batching(model, slots, min(lanes, slots), chunk, pages, row_pages, words.size, ends, assistant.mesh)
     return lambda: Scheduler(batching, assistant.params, words)
-
-
-def _sees(slot: _Slot) -> bool:
-    """Whether the features of its next page are there."""
-    return all(features is not None or shown.start >= slot.at + PAGE or shown.start + shown.length <= slot.at
-               for shown, features in zip(slot.job.prompt.shown, slot.features))  # fmt: skip
 
 
 def _host(ids: Ids) -> Ids:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models.tiled import NEVER
 from llava_jax.sharding import constrain
 
-PAGE = 64  # positions
+PAGE = 32  # positions: what is shared is whole pages, and a system text is some 35 tokens
 TILE_PAGES = 4  # whose scores exist at once
 
 

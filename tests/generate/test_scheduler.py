@@ -24,7 +24,7 @@ from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import encode
 from tests.generate import tiny
 
-POSITIONS = 512
+POSITIONS, CHUNK = 512, 2 * PAGE
 FIELDS = ("temperature", "top_p", "top_k", "seed")
 WORDS = "what is that red thing on the left of the big blue one and how many of them do you see".split()
 
@@ -36,9 +36,9 @@ def assistant() -> Assistant:
 
 @functools.cache
 def batching(slots: int = 4) -> Batching:
-    one, pages = assistant(), row_pages(POSITIONS)
+    one, pages = assistant(), row_pages(POSITIONS, CHUNK)
     ends = ending.of(one.format.template, one.format.tokenizer).ids
-    return Batching(one.model, slots, 2, slots * pages + 1, pages, one.format.tokenizer.size, ends)
+    return Batching(one.model, slots, 2, CHUNK, slots * pages + 1, pages, one.format.tokenizer.size, ends)
 
 
 def scheduler(slots: int = 4, pages: int | None = None) -> Scheduler:
@@ -108,7 +108,7 @@ def test_an_answer_is_the_same_bits_alone_in_any_company_whenever_it_comes_and_w
     warm = scheduler()
     for seed in range(3):
         assert random_arrivals(jobs, warm, seed) == alone
-    assert answers(jobs, scheduler(pages=row_pages(POSITIONS) + 1)) == alone  # they wait for pages
+    assert answers(jobs, scheduler(pages=row_pages(POSITIONS, CHUNK) + 1)) == alone  # they wait for pages
 
 
 def test_log_probabilities_are_those_of_the_forward_pass():
@@ -257,4 +257,4 @@ def test_a_row_has_the_positions_that_the_model_can_tell_apart():
     assert [positions(None, most) for most in (512, 10**6)] == [512, own]
     assert positions(RopeScaling("linear", 4.0), 10**6) == 4 * own
     assert positions(RopeScaling("dynamic", 4.0), 10**6) == own  # beyond, the rotation is that of the whole row
-    assert [row_pages(n) for n in (1, 256, 257)] == [4, 4, 8]
+    assert [row_pages(n, chunk) for n, chunk in ((1, 32), (128, 32), (128, 64), (129, 32))] == [4, 4, 8, 8]
