@@ -18,6 +18,7 @@ from llava_jax.serve.guards import Load, Protocol
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.worker import Worker
 
+SWITCH_SECS = 0.0005  # that a thread may keep the interpreter: connections shall not wait for the model's thread
 QUEUE_ROWS = 4  # positions that open requests may ask for together, in full rows for each slot
 
 
@@ -54,6 +55,7 @@ def run(service: Service, listener: socket.socket, key: bytes | None, hosts: tup
         server.should_exit = True
 
     server = uvicorn.Server(config(app(service, key, hosts, on_failure), drain_secs))
+    sys.setswitchinterval(SWITCH_SECS)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:  # uvicorn sets handlers of its own, and raises what it got again for these
         asyncio.run(server.serve(sockets=[listener]))
