@@ -49,6 +49,7 @@ setup(
         "gcs": GCS,
         "serve": ["starlette>=1.10.0", "uvicorn>=0.54.0"],
         "wandb": ["wandb"],
+        "video": ["av>=18.1.0"],  # PyAV, which reads video files
         "report": ["matplotlib>=3.11.2"],  # plots of `evaluate report`
         "gguf": ["gguf>=0.19.0"],  # convert export --format gguf
         "docs": ["pdoc>=16"],  # python -m pdoc --docformat google llava_jax
@@ -61,6 +62,7 @@ setup(
             "gguf>=0.19.0",
             "starlette>=1.10.0", "uvicorn>=0.54.0", "openai>=3.57.0",  # the server and its client
             "jinja2>=3.1.6",  # transformers renders chat templates with it
+            "av>=18.1.0",
         ],
     },
 )

@@ -4,7 +4,7 @@
 
 It starts from stage 1's projector in runs/llava16_13b_pretrain. Rows and tiles are the 7B's. Memory and time:
 
-    python -m llava_jax.plan --config configs/llava16_13b_finetune.py --topology v5e:8x8
+    python -m llava_jax.plan --config configs/llava16_13b_finetune.py --topology v6e:4x8
 
 Numbers: those of llava16_7b_finetune; LLaVA-NeXT's script names no 13B, and its rates are the same for all sizes.
 Expected: nobody has published scores of exactly this run. llava-v1.6-vicuna-13b, trained on 760K records that were

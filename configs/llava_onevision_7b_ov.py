@@ -11,7 +11,7 @@ Data: 1.6M records, the list of LLaVA-NeXT scripts/train/onevision.yaml@e81e007:
   again, with the shares written there ("first:10%" and so on), lmms-lab/M4-Instruct-Data, and 0.32M videos, of which
   ShareGPTVideo's 255,000 are published there and the others in lmms-lab/LLaVA-Video-178K. Write them as LLaVA's JSON.
 Numbers: LLaVA-VL/LLaVA-NeXT scripts/train/finetune_ov.sh@811422d: those of finetune_si.sh, with at most 32 frames a
-  video (frames_upbound).
+  video (frames_upbound), one a second (the default of llava/train/train.py: video_fps).
 Differs from LLaVA-OneVision: as llava_onevision_7b_si; a record of more than 37 pictures or frames is refused, within
   the skip budget: raise data.images_per_group.
 Expected: nobody has published scores of exactly this run; llava-onevision-qwen2-7b-ov's are those of all the data.
@@ -25,6 +25,7 @@ from llava_jax.config import Source, start_from
 def get_config() -> ConfigDict:
     config = start_from(__file__, "llava_onevision_7b_si.py")
     config.model.update(base="runs/llava_onevision_7b_si")
+    config.prompt.update(frames=32, fps=1.0)
     data = "playground/data/onevision"
     config.data.update(sources=(Source(f"{data}/onevision.json", f"{data}/images", name="one vision 1.6M"),))
     return config

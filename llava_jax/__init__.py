@@ -17,7 +17,7 @@ What a notebook or a program needs is named here, and imported when it is first 
 | `Trainer` | `llava_jax.train.trainer.Trainer`: one training run |
 | `Config` | `llava_jax.config.Config`: what a run is told; `llava_jax.config.load` reads it from a file |
 | `Dataset` | `llava_jax.data.datasets.Dataset`: what a data set that is an object has |
-| `Conversation`, `Turn` | `llava_jax.prompt.conversation.Conversation`: what is said and shown |
+| `Conversation`, `Turn`, `Video` | `llava_jax.prompt.conversation.Conversation`: what is said and shown |
 | `Hook` | `llava_jax.train.loop.Hook`: what is called after every so many updates |
 | `register` | `llava_jax.models.registry.register`: adds a tower, a connector or a decoder of your own |
 
@@ -29,8 +29,8 @@ import importlib
 __version__ = "0.1.0"  # setup.py reads it here
 _MODULES = {
     "Config": "config", "Conversation": "prompt.conversation", "Dataset": "data.datasets", "Hook": "train.loop",
-    "Trainer": "train.trainer", "Turn": "prompt.conversation", "load": "generate.assistant",
-    "register": "models.registry",
+    "Trainer": "train.trainer", "Turn": "prompt.conversation", "Video": "prompt.conversation",
+    "load": "generate.assistant", "register": "models.registry",
 }  # fmt: skip
 
 

@@ -32,9 +32,9 @@ def alone(slots: np.ndarray) -> Corners:
 
 
 class Layout(NamedTuple):
-    """Which features of a picture's tiles stand for it, in order.
+    """Which features of a picture's tiles, or of a video's frames, stand for it, in order.
 
-    tiles: pictures of the tower's size that it is cut into; features: N, of each.
+    tiles: pictures of the tower's size that it is cut into, or frames; features: N, of each.
     slots: int32 [n]: tile * N + p for feature p of a tile, or `NEWLINE`; where features are mixed, the first of four.
     corners: all four; None where none is mixed.
     """
@@ -43,6 +43,11 @@ class Layout(NamedTuple):
     features: int
     slots: np.ndarray
     corners: Corners | None = None
+
+
+def plain(features: int) -> Layout:
+    """A picture's features in their own order."""
+    return Layout(1, features, np.arange(features, dtype=np.int32))
 
 
 class Span(NamedTuple):
@@ -104,7 +109,7 @@ class Batch(NamedTuple):
 
 
 class ResizedBatch(NamedTuple):
-    """A `Batch` for a model that resizes the features of large pictures."""
+    """A `Batch` for a model that resizes the features of large pictures, or of a video's frames."""
 
     tokens: np.ndarray
     targets: np.ndarray
@@ -161,8 +166,8 @@ def lay_images(
 
     first: the number of its first tile among the `images_per_group` of its group.
     """
-    plain = [Layout(1, length, np.arange(length, dtype=np.int32)) for _, length in example.image_spans]
-    for span, layout in zip(example.image_spans, example.layouts or plain, strict=True):
+    layouts = example.layouts or [plain(length) for _, length in example.image_spans]
+    for span, layout in zip(example.image_spans, layouts, strict=True):
         here = slice(span.start, span.start + span.length)
         newline, start = images_per_group * layout.features, first * layout.features
         slots[here] = np.where(layout.slots == NEWLINE, newline, start + layout.slots)

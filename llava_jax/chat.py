@@ -12,13 +12,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from llava_jax import cli
-from llava_jax.errors import UsageError
+from llava_jax.errors import MissingFile, UsageError
 
 if TYPE_CHECKING:
     from llava_jax.generate.assistant import Assistant, Reply
 
 MARKER = "<image>"
 HELP = """/image FILE   shows another picture with the next question (a URL with --allow-urls)
+/video PLACE  the same of a video: a file, or a folder of frames
 /system TEXT  starts a new conversation with this system text
 /reset        starts a new conversation; the pictures of the command line are shown again
 /quit         ends, as an empty line does"""
@@ -45,12 +46,13 @@ def _run(args: argparse.Namespace) -> int:
     from llava_jax.generate.sampling import Sampling  # what follows takes seconds to import
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
-    images = tuple(_open(source, args.allow_urls) for source in args.image)
+    images = tuple(_OPEN[kind](source, args.allow_urls) for kind, source in args.shown)
     from llava_jax import compilations
     from llava_jax.generate.assistant import Assistant
 
     compilations.keep()
-    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template)
+    assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
+                               weights=args.weights)  # fmt: skip
     initial = Session(pending_images=images, system=args.system)
     if args.prompt is None:
         converse(assistant, initial, args)
@@ -89,8 +91,9 @@ def _banner(assistant: "Assistant", initial: Session, args: argparse.Namespace) 
 
 def _run_command(command: str, argument: str, session: Session, initial: Session, args: argparse.Namespace) -> Session:
     match command:
-        case "/image":
-            return replace(session, pending_images=(*session.pending_images, _open(argument, args.allow_urls)))
+        case "/image" | "/video":
+            shown = _OPEN[command[1:]](argument, args.allow_urls)
+            return replace(session, pending_images=(*session.pending_images, shown))
         case "/system":
             return replace(initial, system=argument)
         case "/reset":
@@ -109,7 +112,7 @@ def _ask(session: Session, question: str) -> Session:
     """
     from llava_jax.prompt.conversation import Turn, with_markers
 
-    text = with_markers(question, len(session.pending_images))
+    text = with_markers(question, session.pending_images)
     images = (*session.images, *session.pending_images)
     return replace(session, turns=(*session.turns, Turn("user", text)), images=images, pending_images=())
 
@@ -149,6 +152,21 @@ def _open(source: str, allow_urls: bool) -> Any:
     return open_image(content)
 
 
+def _open_video(source: str, allow_urls: bool) -> Any:
+    """The video of a path; its frames are read when it is shown."""
+    from llava_jax import files
+    from llava_jax.prompt.conversation import Video
+
+    if not source or source.startswith(("http://", "https://")):
+        raise UsageError(f"/video {source}: want a file or a folder of frames; download it first")
+    if not files.exists(source):
+        raise MissingFile(f"video {source!r}: no such file or folder")
+    return Video(source)
+
+
+_OPEN = {"image": _open, "video": _open_video}
+
+
 def _question() -> str:
     """The next line, with a prompt on a terminal; empty at the end of the input."""
     prompt = "> " if sys.stdin.isatty() else ""
@@ -169,8 +187,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="DIR", help="what `train` or `convert` wrote")
     add("--step", type=cli.step, metavar="N", help="of the checkpoint, or best; default: the latest")
-    add("--image", metavar="FILE", action="append", default=[], help="a picture; given again, several in that order; "
+    parser.set_defaults(shown=[])  # pictures and videos, in the order of the command line
+    add("--image", metavar="FILE", action="append", dest="shown", type=lambda source: ("image", source),
+        help="a picture; given again, several in that order; "
         f"{MARKER} in the question says where each is shown (default: before it)")  # fmt: skip
+    add("--video", metavar="FILE|DIR", action="append", dest="shown", type=lambda source: ("video", source),
+        help="the same of a video: a file (extra `video`), or a folder of frames")  # fmt: skip
     add("--prompt", metavar="TEXT", help="answer this and end; left out, questions are read in turn")
     add("--system", metavar="TEXT", help="in place of the template's own system text")
     add("--allow-urls", action="store_true", help="--image and /image may fetch from http(s)")
@@ -183,6 +205,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--max-new-tokens", type=int, help="default: 512, or what the model has room for")
     add("--seed", type=int, default=0)
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--weights", choices=["int8"], help="the language model's matrices in int8, on TPUs and GPUs; default: --dtype")
     return parser.parse_args(argv)
 
 

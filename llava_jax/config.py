@@ -40,6 +40,8 @@ class Prompt:
     merge: Literal["flat", "spatial", "spatial_unpad"] = "spatial_unpad"  # of anyres: the tiles' features in order
     max_tiles: int = 0  # of anyres: features of more tiles are resized to so many ("anyres_max_9"); 0: never
     several: Literal["anyres", "pad"] = "anyres"  # of anyres: what several pictures of a conversation are, each
+    frames: int = 0  # of a video at most, uniformly chosen (32 in OneVision); 0: no video is read
+    fps: float = 0.0  # frames a second of a video, as far as that are no more than `frames`; 0: `frames` of any video
     image_start_end: bool = False
     legacy: bool | None = None  # the SentencePiece prefix rule; None: what the tokenizer's own files say
     tokenizer: str = ""  # directory or file; "": the one in `model.base`

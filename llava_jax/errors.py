@@ -19,6 +19,10 @@ class MissingFile(FileNotFoundError, UsageError):
     """A file or directory that was named does not exist (exit code 64)."""
 
 
+class MissingPackage(RuntimeError):
+    """A library of an extra is not installed; no record is to blame for that (exit code 64)."""
+
+
 class DataError(ValueError):
     """The data is bad, not the configuration (exit code 65)."""
 
@@ -46,7 +50,7 @@ class NonFinite(ArithmeticError):
 # The first class that fits decides.
 _CODES = (
     (UnusableCheckpoint, CHECKPOINT), (SaveFailed, CHECKPOINT), (Unreachable, UNREACHABLE), (DataError, DATA),
-    (NonFinite, NONFINITE), (UsageError, USAGE),
+    (NonFinite, NONFINITE), (MissingPackage, USAGE), (UsageError, USAGE),
 )  # fmt: skip
 # What the operating system says of a path that the user named: nothing here is a fault of the program.
 _PATHS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST,

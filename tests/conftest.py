@@ -23,9 +23,9 @@ def pytest_configure(config: pytest.Config) -> None:
     Most of the suite's time is LLVM's for programs that run once: it optimises little, as in JAX's own tests.
     """
     os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = tempfile.mkdtemp(prefix="llava_jax-compiled-")
-        os.environ.update(JAX_COMPILATION_CACHE_DIR=folder, JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="llava_jax-compiled-")
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 

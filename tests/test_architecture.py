@@ -64,7 +64,7 @@ DEPENDENCIES = {
     "ml_collections": ("config",),
     "transformers": ("prompt/tokenizer", "convert/readers"), "tokenizers": ("prompt/hub",),
     "sentencepiece": ("prompt/llama",),
-    "PIL": ("prompt/images",),
+    "PIL": ("prompt/images",), "av": ("prompt/video",),
     "grain": ("data",), "pyarrow": ("data/parquet",), "tensorflow_datasets": ("data/tfds", "data/builders"),
     "flax": ("models",), "optax": ("train",), "wandb": ("train/metrics",),
     "gcsfs": ("files",), "fsspec": ("files",),  # what it raises, and reads of a part of an object

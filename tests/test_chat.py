@@ -102,7 +102,7 @@ def test_a_checkpoint_must_be_named(capsys):
 def test_without_a_limit_the_answer_may_fill_the_model(root, assistant, capsys):
     """The demo's model has 512 positions in all: a fixed default of 512 new tokens was refused."""
     question = tiny.question("What is it?")
-    room = assistant._room(question)
+    room = assistant._room(question, None)
     prompt = assistant.reply(question, int(NEW)).prompt_tokens
     assert room == min(512, assistant.model.config.llm.max_positions - prompt)
     assert assistant.reply(question) == assistant.reply(question, room)

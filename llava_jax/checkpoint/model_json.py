@@ -30,10 +30,11 @@ _JSON_TYPES: dict[str, Any] = {
     "format": int, "family": str, "model": dict, "prompt": dict, "base": list, "source": dict,
     "tokenizer": dict, "checksum": str,
     "template": str, "legacy": bool | None, "image_mode": str, "image_start_end": bool, "tiling": dict,
+    "video": dict,
     "path": str, "step": int, "fingerprint": str, "patterns": list, "origin": str,
 }  # fmt: skip
 _SINCE = {"tokenizer": 2, "checksum": 2, "origin": 2}  # the format that brought a key; others have always been there
-_OPTIONAL = ("tiling",)  # left out where there is none
+_OPTIONAL = ("tiling", "video")  # left out where there is none
 _NOT_IN_METADATA = ("tokenizer", "checksum")
 
 
@@ -43,6 +44,7 @@ class PromptMetadata:
 
     legacy: None: the tokenizer's files decide.
     tiling: of image mode "anyres" (`prompt.anyres.to_json`).
+    video: which frames of a video are shown (`prompt.video.to_json`); None: no video is read.
     """
 
     template: str
@@ -50,6 +52,7 @@ class PromptMetadata:
     image_mode: str
     image_start_end: bool
     tiling: Mapping[str, Any] | None = None
+    video: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,8 +124,8 @@ def write(directory: epath.PathLike, metadata: Metadata, tokenizer_files: Mappin
             raise UsageError(f"tokenizer file {name!r}: a plain file name is wanted, without a folder")
         write_whole(directory / TOKENIZER / name, content)
     content = {"format": FORMAT} | dataclasses.asdict(metadata)
-    if metadata.prompt.tiling is None:
-        del content["prompt"]["tiling"]
+    content["prompt"] = {key: value for key, value in content["prompt"].items() if value is not None or
+                         key not in _OPTIONAL}  # fmt: skip
     content["base"] = [dataclasses.asdict(_relative(directory, base)) for base in metadata.base]
     content["tokenizer"] = {name: _sha256(content) for name, content in tokenizer_files.items()}
     content["checksum"] = _checksum(content)

@@ -23,8 +23,11 @@ class Picture(NamedTuple):
 
 
 HUB = Picture("part['type'] in ('image', 'image_url')", json.dumps(IMAGE))
+# OneVision's, whose tokenizer has <video> too.
+HUB_VIDEOS = Picture("part['type'] in ('image', 'image_url', 'video', 'video_url')",
+                     "('<video>' if part['type'] in ('video', 'video_url') else '<image>')")  # fmt: skip
 # llama.cpp writes "<__media__>", or with random letters "<__media_AbC__>", into the text of a message, which then has
-# no parts. Source: b11549 common/chat.cpp common_chat_msg::to_json_oaicompat, tools/server/server-common.cpp.
+# no parts. Source: llama.cpp of llama-cpp-python 0.3.36, common/chat.cpp, tools/server/server-common.cpp.
 LLAMA_CPP = Picture("part['type'] == 'media_marker'", "part['text']", (
     "{%- set all = namespace(turns=[]) -%}",
     "{%- for turn in turns -%}",

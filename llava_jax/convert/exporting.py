@@ -168,7 +168,8 @@ def _export_hf(source: Source, partial: epath.Path, final: epath.Path) -> None:
     write_json(partial / "processor_config.json", processor.processor_json(config.vision, tiles))
     text = None
     if not prompt.image_start_end:  # marks around images stand inside the text that the processor expands
-        text = chat_template.render(templates.get(prompt.template), words.tokenizer)
+        picture = chat_template.HUB_VIDEOS if videos else chat_template.HUB
+        text = chat_template.render(templates.get(prompt.template), words.tokenizer, picture)
     if text is not None:
         files.write_whole(partial / "chat_template.jinja", text.encode())
         write_json(partial / "chat_template.json", {"chat_template": text})  # wins where both are read
@@ -318,7 +319,8 @@ def _fetched(tower: TowerConfig) -> dict[str, Any]:
 def _kept(prompt: model_json.PromptMetadata) -> dict[str, Any]:
     """What the formats have no key for; a later `convert import` reads it, others pass over it."""
     kept = {"template": prompt.template, "image_mode": prompt.image_mode, "image_start_end": prompt.image_start_end}
-    return kept if prompt.tiling is None else kept | {"tiling": dict(prompt.tiling)}
+    parts = {"tiling": prompt.tiling, "video": prompt.video}
+    return kept | {key: dict(part) for key, part in parts.items() if part is not None}
 
 
 def _write_bytes(directory: epath.Path, contents: Mapping[str, bytes]) -> None:

@@ -1,6 +1,7 @@
 """GGUF: the two files that llama.cpp reads, a decoder with its tokenizer, and a tower with its connector (mmproj).
 
-Source: gguf 0.19.0 constants.py; llama.cpp b11549 conversion/base.py, conversion/llama.py and tools/mtmd/clip.cpp.
+Source: gguf 0.19.0 constants.py; llama.cpp of llama-cpp-python 0.3.36, conversion/base.py, conversion/llama.py and
+tools/mtmd/clip.cpp.
 """
 
 import importlib.util
@@ -12,6 +13,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
+from llava_jax.checkpoint import model_json
 from llava_jax.convert import chat_template, exported, llama_cpp_words, readme, table, tokenizer_files
 from llava_jax.convert.source import Source
 from llava_jax.errors import UsageError
@@ -45,7 +47,7 @@ def export(source: Source, partial: epath.Path, final: epath.Path, kind: str) ->
     assert decoder is not None and tower is not None
     # Rows without a word are never said here, but llama.cpp would; and a picture is no word of its files.
     rows = tokenizer_files.kept_rows(source.words, source.words.size)
-    marked = tokenizer_files.with_image_token(source.directory / "tokenizer", prompt.legacy).tokenizer
+    marked = tokenizer_files.with_image_token(source.directory / model_json.TOKENIZER, prompt.legacy).tokenizer
     chat = chat_template.render(templates.get(prompt.template), marked, chat_template.LLAMA_CPP)
     if chat is None:
         raise UsageError(f"{source.directory}: template {prompt.template!r} cannot be written as a chat template, and "

@@ -1,6 +1,6 @@
 """A tokenizer as GGUF holds it, so that llama.cpp makes the tokens of `prompt.encode`.
 
-Source: llama.cpp b11549 src/llama-vocab.cpp, conversion/base.py.
+Source: llama.cpp of llama-cpp-python 0.3.36, src/llama-vocab.cpp, conversion/base.py.
 """
 
 import json

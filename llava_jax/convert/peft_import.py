@@ -283,6 +283,7 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
         mode,
         kept.get("image_start_end", said.image_start_end),
         kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
+        kept.get("video", said.video),
     )
     anyres.check(anyres.from_json(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)

@@ -11,7 +11,7 @@ from llava_jax.convert import llava, minigpt4, processor, tiling, unread
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.anyres import ANYRES, Tiling
 
 OURS = "llava_jax"  # the key of an exported config.json that keeps what the format has no place for
@@ -56,7 +56,8 @@ def read(
         raise UsageError(f"{directory}: no preprocessor_config.json in it; say --image-mode pad or square")
     marks = bool(kept.get("image_start_end", content.get("mm_use_im_start_end", False)))
     template = options.template or kept.get("template", registry.decoder_of(config.llm).template)
-    return PromptMetadata(template, options.legacy, mode, marks, anyres.to_json(tiles))
+    return PromptMetadata(template, options.legacy, mode, marks, anyres.to_json(tiles),
+                          kept.get("video", video.to_json(tiling.frame_rule(content, tiles))))  # fmt: skip
 
 
 def original_mode(content: Mapping[str, Any], tiles: Tiling | None) -> str:

@@ -7,7 +7,7 @@ from llava_jax.checkpoint.model_json import PromptMetadata
 from llava_jax.models import registry
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.prompt import anyres, ending, templates
-from llava_jax.prompt.tokenizer import Tokenizer
+from llava_jax.prompt.tokenizer import HubTokenizer, Tokenizer
 
 _HUB = """# {name}
 
@@ -90,7 +90,21 @@ chat template (`{template}`), `mmproj-{kind}.gguf` the vision tower and the proj
 ```sh
 llama-server -m {name}/model-{kind}.gguf --mmproj {name}/mmproj-{kind}.gguf
 ```
+
+Prompts have the ids of training. Pictures are not all seen as in training (llama.cpp of xllamacpp 2026.10.11549):
+
+{notes}
 {stops}"""
+# Measured on xllamacpp 2026.10.11549, by the log-probabilities of its answers.
+_RESIZED = """\
+- It resizes a picture and pads it then; training padded first. Square pictures are the same; of others the edges differ
+  (640 x 427 at 336 pixels: a quarter of the pixels, one in twenty by more than 8 of 255 levels)."""
+_CLASS_TOKEN = """\
+- It puts CLIP's class token behind the patches, so that every position is off by one and the first patch is lost
+  (ggml-org/llama.cpp#25814; #25844, which mends it, was open): answers about pictures are worse than the model's."""
+_GREY = """\
+- It pads with CLIP's mean colour and resizes bicubically; training padded with {mean}, {resample}."""
+_NFC = "- It does not compose the characters of a text, as this tokenizer does (NFC): send composed text."
 _CODE = {  # repository -> the decoders that it has
     "haotian-liu/LLaVA": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM"),
     "LLaVA-NeXT": ("LlavaLlamaForCausalLM", "LlavaMistralForCausalLM", "LlavaQwenForCausalLM"),
@@ -144,7 +158,13 @@ def gguf(words: Tokenizer, config: LlavaConfig, prompt: PromptMetadata, name: st
     """README.md of the two files for llama.cpp."""
     texts = ", ".join(map(repr, ending.of(templates.get(prompt.template), words).texts))
     stops = f"\nAnswers end with {texts}, which is no token: send it as `stop` with every request.\n" if texts else ""
-    return _GGUF.format(name=name, model=_model(config), template=prompt.template, kind=kind, stops=stops)
+    vision, mean = config.vision, tuple(int(255 * x) for x in config.vision.mean)
+    grey = (mean, vision.resample) != ((122, 116, 104), "bicubic")
+    notes = [_RESIZED, *([_CLASS_TOKEN] if registry.tower_of(vision).class_token else []),
+             *([_GREY.format(mean=mean, resample=vision.resample)] if grey else []),
+             *([_NFC] if isinstance(words, HubTokenizer) and '"NFC"' in words.content else [])]  # fmt: skip
+    return _GGUF.format(name=name, model=_model(config), template=prompt.template, kind=kind, stops=stops,
+                        notes="\n".join(notes))  # fmt: skip
 
 
 def original(config: LlavaConfig, prompt: PromptMetadata, name: str, tower: str | None) -> str:

@@ -6,9 +6,14 @@ from typing import Any, NamedTuple
 
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.prompt.anyres import ANYRES, MERGES, Size, Tiling
+from llava_jax.prompt.video import RELEASED, FrameRule
 
 _MAX = re.compile(r"anyres_max_(\d{1,6})")
 _GRIDS = 99  # tiles along a side at most
+
+
+# How `prompt.video` lays frames out, in the original code's words; it has a default for the last alone.
+ORIGINAL_VIDEO = {"mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": 2, "mm_newline_position": "one_token"}
 
 
 class Hub(NamedTuple):
@@ -93,6 +98,17 @@ def read_original(content: Mapping[str, Any], where: str, tile: int) -> Tiling |
     grids = _original_grids(content.get("image_grid_pinpoints"), where, tile)
     limited = match and merge == "spatial_unpad"  # the other merges know no limit
     return Tiling(grids, merge, _limit(grids, int(match[1]), where) if limited else 0, several=not match)
+
+
+def frame_rule(content: Mapping[str, Any], tiling: Tiling | None) -> FrameRule | None:
+    """Which frames of a video a model of these tiles is shown; None where it was trained without videos, or with others
+    than `prompt.video` makes: pooled in another way, or with a newline after each frame or line (LLaVA-Video).
+
+    Of several pictures only OneVision pads each, which is how one is known. No config.json says how many frames.
+    """
+    onevision = tiling is not None and not tiling.several
+    pooled = all(content.get(key, value) == value for key, value in ORIGINAL_VIDEO.items())
+    return RELEASED if onevision and pooled else None
 
 
 def _original_grids(pinpoints: Any, where: str, tile: int) -> tuple[Size, ...]:

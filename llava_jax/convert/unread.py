@@ -26,7 +26,7 @@ _ALMOST = {
 _KEPT = {  # key that an export of ours writes -> whether a value may be one of it
     "template": lambda value: isinstance(value, str), "image_start_end": lambda value: isinstance(value, bool),
     "image_mode": lambda value: value in ["square", "pad", "squash", "anyres"],
-    "tiling": lambda value: isinstance(value, dict),
+    "tiling": lambda value: isinstance(value, dict), "video": lambda value: isinstance(value, dict),
     "ln_vision_eps": lambda value: value is None or isinstance(value, float),
 }  # fmt: skip
 _NAMES = ("model_type", "architectures", "mm_vision_tower")  # what a config.json calls its model and parts

@@ -1,6 +1,7 @@
 """`python -m llava_jax.data show | look | validate | index | prepare`: look at records before training on them."""
 
 import argparse
+import dataclasses
 import json
 import sys
 import tempfile
@@ -12,13 +13,14 @@ from etils import epath
 from llava_jax import cli, errors, files, limits
 from llava_jax import config as configs
 from llava_jax.data import index, inspection, page, prepare, report
-from llava_jax.data.check import Checks, rules
+from llava_jax.data.check import Checks, rules, rules_of
 from llava_jax.data.inspection import Inspection
 from llava_jax.data.page import Refused
 from llava_jax.data.problems import brief
 from llava_jax.data.sources import open_source
 from llava_jax.errors import DataError, UsageError
 from llava_jax.prompt import ending, templates, tokenizer
+from llava_jax.prompt.conversation import IMAGE_MARKER, VIDEO_MARKER, Conversation, Video
 from llava_jax.prompt.encode import Format, encode, marked, with_labels
 
 _RECORDS = ".json list, .jsonl, .parquet, .tar, or a directory of parquet, tar, Hugging Face datasets or TFDS"
@@ -145,7 +147,10 @@ def _show(options: argparse.Namespace) -> int:
     source = open_source(options.records, split=options.split)
     for _, record in inspection.select([source], options.first, options.id):
         try:
-            example = encode(record.conversation, format, open_images=False)
+            conversation = record.conversation
+            markers = _markers(conversation)
+            counted = dataclasses.replace(conversation, images=(None,) * len(markers))  # none is looked at
+            example = encode(counted, format, open_images=False)
         except ValueError as error:
             print(f"data: {record.where}: {error}", file=sys.stderr)
             code = errors.DATA
@@ -155,8 +160,12 @@ def _show(options: argparse.Namespace) -> int:
             print(json.dumps({"id": record.id, "input_ids": ids.tolist(), "labels": labels.tolist()}))
         else:
             print(f"{record.where} id={brief(record.id)}: {len(example.tokens)} tokens (an image as one), "
-                  f"{example.learned.sum()} learned\n{marked(example, format.tokenizer)}\n")  # fmt: skip
+                  f"{example.learned.sum()} learned\n{marked(example, format.tokenizer, markers)}\n")  # fmt: skip
     return code
+
+
+def _markers(conversation: Conversation) -> list[str]:
+    return [VIDEO_MARKER if isinstance(one, Video) else IMAGE_MARKER for one in conversation.images]
 
 
 def _show_of_config(options: argparse.Namespace) -> int:
@@ -174,10 +183,10 @@ def _show_of_config(options: argparse.Namespace) -> int:
             continue
         print(f"{record.where} id={brief(record.id)}: {one}")
         for number, picture in enumerate(one.pictures, 1):
-            print(f"  picture {number}: {picture}")
+            print(f"  {picture.noun} {number}: {picture}")
         for problem in one.problems:
             print(f"  {problem.reason}: {problem.detail}")
-        print(f"{marked(example, task.checks.format.tokenizer)}\n")
+        print(f"{marked(example, task.checks.format.tokenizer, _markers(one.conversation))}\n")
     return code
 
 
@@ -236,8 +245,7 @@ def _of_config(options: argparse.Namespace) -> report.Task:
     from llava_jax.train import inputs  # here only: it brings jax
 
     format, data = inputs.format_of(config), config.data
-    checks = Checks(rules(format.template, format.tokenizer), format, data.sample_tokens or data.row_tokens,
-                    data.images_per_group)  # fmt: skip
+    checks = Checks(rules_of(format), format, data.sample_tokens or data.row_tokens, data.images_per_group)
     places = [report.Place(one.path, one.images or None, options.split) for one in data.named_sources()]
     held_out = [report.Place(one.path, one.images or None, options.split, False) for one in data.validation]
     if options.records:

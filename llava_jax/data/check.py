@@ -18,13 +18,16 @@ from llava_jax import files
 from llava_jax.batch import Example
 from llava_jax.data.packing import cut
 from llava_jax.data.problems import Finding, Problem, brief
-from llava_jax.data.records import Record, found, parse, resolved
+from llava_jax.data.records import Record, found, parse
+from llava_jax.data.shown import resolved
 from llava_jax.errors import Unreachable
-from llava_jax.prompt.conversation import Conversation, Turn
-from llava_jax.prompt.encode import IMAGE_MARKER, Format, encode
+from llava_jax.prompt import video
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video
+from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import open_image
 from llava_jax.prompt.templates import Template
 from llava_jax.prompt.tokenizer import Tokenizer
+from llava_jax.prompt.video import FrameRule
 
 Listings = dict[epath.Path, frozenset[str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -39,10 +42,11 @@ class Rules(NamedTuple):
     controls: tuple[str, ...]
     images_only: bool
     system_inside: bool
+    videos: bool = False
 
 
-def rules(template: Template, tokenizer: Tokenizer | None = None) -> Rules:
-    """The checks' view of a template and a tokenizer.
+def rules(template: Template, tokenizer: Tokenizer | None = None, videos: bool = False) -> Rules:
+    """The checks' view of a template and a tokenizer, and whether videos are read.
 
     controls are the texts that a turn should not hold: what opens the assistant's turn, and special tokens written
     out. For v1 with LLaMA's tokenizer: "ASSISTANT:", "</s>", "<s>", "<unk>".
@@ -52,7 +56,12 @@ def rules(template: Template, tokenizer: Tokenizer | None = None) -> Rules:
     if tokenizer is not None:
         specials = (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id)
         texts |= {tokenizer.decode([token], skip_special=False).strip() for token in specials if token is not None}
-    return Rules(tuple(sorted(texts - {""})), template.images_only, template.system_inside)
+    return Rules(tuple(sorted(texts - {""})), template.images_only, template.system_inside, videos)
+
+
+def rules_of(format: Format) -> Rules:
+    """The checks' view of a run's format."""
+    return rules(format.template, format.tokenizer, format.video is not None)
 
 
 @dataclass(frozen=True)
@@ -128,8 +137,8 @@ def read(record: Record, rules: Rules, root: epath.Path | None = None) -> Readin
     conversation, place, first, key, unknown = parsed
     roles = [turn.role for turn in conversation.turns]
     texts = [turn.text for turn in conversation.turns]
-    paths = [image for image in conversation.images if isinstance(image, str)]
-    problems = [
+    paths = _paths(conversation)
+    problems = list(_videos(conversation, key, rules)) or [
         *_roles(conversation.turns, place, first),
         *_frames(texts, len(conversation.images), rules),
         *_text([*texts, *paths, *([conversation.system] if conversation.system else [])], rules.controls),
@@ -137,6 +146,19 @@ def read(record: Record, rules: Rules, root: epath.Path | None = None) -> Readin
         *(Problem("unsafe_path", _outside(path, root)) for path in paths if _escapes(path)),
     ]
     return Reading(conversation, problems, tuple([found(record, Problem("unknown_key", key)) for key in unknown]))
+
+
+def _paths(conversation: Conversation) -> list[str]:
+    """Of pictures and videos that are named by one."""
+    sources = (one.source if isinstance(one, Video) else one for one in conversation.images)
+    return [source for source in sources if isinstance(source, str)]
+
+
+def _videos(conversation: Conversation, key: str, rules: Rules) -> Iterator[Problem]:
+    shown = next((one for one in conversation.images if isinstance(one, Video)), None)
+    if shown and not rules.videos:
+        yield Problem("unread_key", f"{key}={brief(shown.source)}: video is not read without a rule for its frames: "
+                      "set prompt.frames (OneVision: 32; `validate --config` knows it), or drop the record")
 
 
 def _roles(turns: Sequence[Turn], place: str, first: int) -> Iterator[Problem]:
@@ -216,24 +238,29 @@ def _outside(path: str, root: epath.Path | None) -> str:
 
 
 def check_files(conversation: Conversation, root: epath.Path | None, listings: Listings) -> list[Problem]:
-    """Images of a sound record that are not files below `root`; nothing is opened.
+    """Images of a sound record that are not files below `root`, and videos that are neither files nor folders there;
+    nothing is opened.
 
     root: None: paths are relative to the current directory.
     listings: of a bucket's folders, as far as records before this one were in them; those of this one are added.
     """
     problems = []
-    for path in (image for image in conversation.images if isinstance(image, str)):
-        shown, place = brief(path, 200), located(path, root, listings)
+    for one in conversation.images:
+        path, what = (one.source, "file or folder") if isinstance(one, Video) else (one, "file")
+        if not isinstance(path, str):
+            continue
+        shown, place = brief(path, 200), located(path, root, listings, isinstance(one, Video))
         if place is None:
-            problems.append(Problem("missing_image", f"{shown}: no such file in {root or 'the current directory'}"))
+            problems.append(Problem("missing_image", f"{shown}: no such {what} in {root or 'the current directory'}"))
         elif root is not None and not files.is_bucket(place) and not _is_below(place, root):
             problems.append(Problem("unsafe_path", f"{shown}: a link that leaves {root}"))
     return problems
 
 
-def located(path: str, root: epath.Path | None, listings: Listings) -> str | None:
-    """Where the file of an image is; None: there is none."""
-    return next((place for place in _spellings(root, path) if _is_file(place, listings)), None)
+def located(path: str, root: epath.Path | None, listings: Listings, folders: bool = False) -> str | None:
+    """Where the file of an image is, or the folder where there may be one; None: there is none."""
+    places = _spellings(root, path)
+    return next((one for one in places if _is_file(one, listings) or (folders and files.is_dir(one))), None)
 
 
 def _is_file(place: str, listings: Listings) -> bool:
@@ -274,12 +301,15 @@ def _prefix(root: epath.Path | None) -> str:
     return "" if root is None else os.fspath(root).rstrip("/") + "/"
 
 
-def check_pictures(conversation: Conversation, root: epath.Path | None) -> list[Problem]:
-    """Images of a sound record that do not open."""
+def check_pictures(conversation: Conversation, root: epath.Path | None, rule: FrameRule | None = None) -> list[Problem]:
+    """Images and videos of a sound record that do not open. rule: for the videos' frames."""
     problems = []
     for i, reference in enumerate(conversation.images):
         try:
-            open_image(reference, root)
+            if isinstance(reference, Video):
+                video.frames(reference, rule, root)
+            else:
+                open_image(reference, root)
         except Unreachable:  # no fault of the picture's
             raise
         except (ValueError, OSError) as error:
@@ -343,7 +373,9 @@ def _limits(example: Example, checks: Checks) -> list[Problem]:
 def _surely_fits(conversation: Conversation, checks: Checks) -> bool:
     """True if even one token a character would fit: most records are spared the tokenizer (30 times as fast)."""
     images, texts = len(conversation.images), [turn.text for turn in conversation.turns]
-    if checks.format.tiling or (checks.images_per_group is not None and images > checks.images_per_group):
+    if checks.format.tiling or any(isinstance(one, Video) for one in conversation.images):
+        return False
+    if checks.images_per_group is not None and images > checks.images_per_group:
         return False
     text = "".join([conversation.system or "", *texts])
     fixed, each = _frame_characters(checks.format.template)

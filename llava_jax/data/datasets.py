@@ -9,7 +9,7 @@ from etils import epath
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt.conversation import Conversation
+from llava_jax.prompt.conversation import Conversation, Video
 
 
 @runtime_checkable
@@ -55,12 +55,18 @@ class DatasetSource(Source):
             fault = f"a {type(found).__name__}: want a llava_jax.Conversation"
             return Record(self.path, index, None, None, fault)
         # A path in a file may not leave the image folder. The user's own code may name any: not a str, but a path.
-        images = tuple(epath.Path(image) if isinstance(image, str) else image for image in found.images)
+        images = tuple(map(_own, found.images))
         return Record(self.path, index, None, dataclasses.replace(found, turns=tuple(found.turns), images=images))
 
     @property
     def repair(self) -> str:
         return f"Mend what {self.path}[NUMBER] gives, or leave it out"
+
+
+def _own(image: Any) -> Any:
+    if isinstance(image, Video):
+        return Video(_own(image.source))
+    return epath.Path(image) if isinstance(image, str) else image
 
 
 def of_dataset(dataset: Any) -> DatasetSource:

@@ -25,6 +25,16 @@ class View(NamedTuple):
     tiles: bool = False
 
 
+def frames(video: Picture, shown: Sequence[np.ndarray]) -> list[View]:
+    """The frames of a video as the tower sees them. shown: of `Example.images`, those of this video."""
+    each, first = video.base.features // video.frames, video.base.first
+    return [
+        View(_svg(frame, (_PICTURE, _PICTURE), ""),
+             f"Frame {i + 1}: positions {first + i * each:,} to {first + (i + 1) * each - 1:,}")
+        for i, frame in enumerate(shown)
+    ]  # fmt: skip
+
+
 def views(picture: Picture, image: Image.Image, tiles: Sequence[np.ndarray], format: Format) -> list[View]:
     """What there is to see of one picture: itself, what the tower sees of the whole, and the tiles.
 

@@ -16,7 +16,7 @@ import grain
 import numpy as np
 
 from llava_jax.batch import AnyBatch, Example
-from llava_jax.data.check import Checks, allowed_bad, example, read, rules
+from llava_jax.data.check import Checks, allowed_bad, example, read, rules_of
 from llava_jax.data.orders import Schedule
 from llava_jax.data.packing import cut, packed
 from llava_jax.data.problems import Finding, Problem, brief
@@ -102,7 +102,7 @@ class Feed(abc.ABC):
         self.skip_budget, self.threads = skip_budget, threads
         self.tally = Tally(self._own, self.sample_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
-        self._checks = Checks(rules(format.template, format.tokenizer), format, self.sample_tokens, images_per_group)
+        self._checks = Checks(rules_of(format), format, self.sample_tokens, images_per_group)
         self._bad: dict[int, Finding] = {}
         self._bad_everywhere = SharedSet("bad")
         self._step = start_step
@@ -294,13 +294,13 @@ class Feed(abc.ABC):
 
     def _replaced(self, example: Example, number: int) -> Problem | None:
         """What is wrong where its pictures do not have the tiles that were measured; text cannot change unnoticed."""
-        if self.sizes is None or self.format.tiling is None:
+        if self.sizes is None or not (self.format.tiling or self.format.video):
             return None
         (tokens, images), new = self.sizes[number].tolist(), (len(example.tokens), example.tiles)
         if new == (tokens, images):
             return None
-        return Problem("replaced_image", f"{new[0]} tokens and {new[1]} tiles, where {tokens} and {images} were "
-                       "planned: to train on the new picture, delete WORKDIR/lengths and start again")  # fmt: skip
+        return Problem("replaced_image", f"{new[0]} tokens and {new[1]} tiles or frames, where {tokens} and {images} "
+                       "were planned: to train on the new picture, delete WORKDIR/lengths and start again")  # fmt: skip
 
 
 def _weighted(example: Example, total: float) -> Example:

@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
-from llava_jax.data.check import read, rules
+from llava_jax.data.check import read, rules_of
 from llava_jax.data.problems import Problem
 from llava_jax.data.records import Record, parse
 from llava_jax.data.sources import Source
@@ -42,7 +42,7 @@ def token_lengths(source: Source, format: Format, cache_dir: epath.PathLike | No
 def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
     """int32 [n, 2]: tokens of each record in this format, image features counted, and images; 0 0 if it is refused."""
 
-    fit, unread = rules(format.template), list[int]()
+    fit, unread = rules_of(format), list[int]()
 
     def measured(record: Record) -> tuple[int, int]:
         reading = read(record, fit)
@@ -56,7 +56,7 @@ def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = Non
             return 0, 0  # what is wrong is said when the record is read for training
         return len(example.tokens), example.tiles
 
-    kind, fetch = f"tokens-{_fingerprint(format)}", source.__getitem__ if format.tiling else source.text
+    kind, fetch = f"tokens-{_fingerprint(format)}", source.__getitem__ if format.tiling or format.video else source.text
     return _kept(source, kind, 2, measured, cache_dir, fetch, lambda: not unread)
 
 
@@ -72,7 +72,7 @@ def _words(record: Record) -> int:
 def _fingerprint(format: Format) -> str:
     parts = [repr(format.template), repr(format.tokenizer.legacy), repr(format.tokenizer.size),
              repr(format.image_features), repr(format.image_start_end),
-             *([repr(format.tiling)] if format.tiling else [])]  # fmt: skip
+             *(repr(one) for one in (format.tiling, format.video) if one)]  # fmt: skip
     files = [part for name, data in sorted(format.tokenizer.files().items()) for part in (name.encode(), data)]
     digest = hashlib.sha256()
     for part in [*(part.encode() for part in parts), *files]:

@@ -17,8 +17,8 @@ from llava_jax.data.sources import Source
 from llava_jax.errors import UsageError
 from llava_jax.prompt import anyres
 from llava_jax.prompt.anyres import Size
-from llava_jax.prompt.conversation import Conversation
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.conversation import Conversation, Video
+from llava_jax.prompt.encode import Format, encode, opened
 from llava_jax.prompt.images import image_size
 
 _MODES = {"square": "its middle", "pad": "padded to a square", "squash": "its aspect changed"}
@@ -55,7 +55,8 @@ class Picture(NamedTuple):
 
     size: width and height in pixels. grid: columns and rows of tiles beside the whole picture; None: there are none.
     span: the positions of its features. read: what of the grid any of these positions reads, in features.
-    base: the features of the whole picture. lines: those of the grid, in the order of their positions.
+    base: the features of the whole picture, or of all frames. lines: those of the grid, in order of their positions.
+    frames: how many are shown of a video; 0: it is a picture.
     """
 
     size: Size
@@ -65,6 +66,11 @@ class Picture(NamedTuple):
     read: Box | None
     base: Line
     lines: tuple[Line, ...]
+    frames: int = 0
+
+    @property
+    def noun(self) -> str:
+        return "video" if self.frames else "picture"
 
     @property
     def newlines(self) -> int:
@@ -74,6 +80,7 @@ class Picture(NamedTuple):
     def __str__(self) -> str:
         width, height = self.size
         tiles = f"{self.grid[0]} x {self.grid[1]} tiles and the whole" if self.grid else "one tile"
+        tiles = f"{self.frames} frames" if self.frames else tiles
         ends = f" (newlines: {self.newlines:,})" if self.newlines else ""
         return (f"{width} x {height} pixels, {tiles}: {self.span.length:,} features{ends} at positions "
                 f"{self.span.start:,} to {self.span.start + self.span.length - 1:,}")  # fmt: skip
@@ -81,7 +88,8 @@ class Picture(NamedTuple):
     def facts(self) -> dict[str, Any]:
         """The same for programs."""
         return {"size": list(self.size), "grid": self.grid and list(self.grid), "tiles": self.layout.tiles,
-                "features": self.span.length, "newlines": self.newlines, "start": self.span.start}  # fmt: skip
+                "features": self.span.length, "newlines": self.newlines, "start": self.span.start,
+                **({"frames": self.frames} if self.frames else {})}  # fmt: skip
 
 
 class Inspection(NamedTuple):
@@ -124,7 +132,7 @@ def examine(record: Record, checks: Checks, source: Source) -> Inspection:
     example = encode(conversation, checks.format, root)
     layouts = example.layouts or [Layout(1, span.length, np.arange(span.length)) for span in example.image_spans]
     pictures = tuple(
-        _picture(image_size(image, root), layout, span, checks.format)
+        _shown(image, root, layout, span, checks.format)
         for image, layout, span in zip(conversation.images, layouts, example.image_spans)
     )
     kept, lost = cut(example, checks.row_tokens)
@@ -159,6 +167,15 @@ def shape_of(format: Format) -> str:
     limit = f", resized to the features of {tiling.max_tiles} tiles where there are more" if tiling.max_tiles else ""
     return (f"a picture is its whole and the tiles of a grid ({grids}), each of {side} pixels and "
             f"{features} features; merged {tiling.merge}{limit}")  # fmt: skip
+
+
+def _shown(image: Any, root: epath.Path | None, layout: Layout, span: Span, format: Format) -> Picture:
+    if not isinstance(image, Video):
+        return _picture(image_size(image, root), layout, span, format)
+    size, side = opened(image, format, root).source[0].size, math.isqrt(layout.features)
+    ends = NEWLINE in layout.slots
+    base = Line(span.start, span.length - ends, ends, Box(0, 0, side, side))
+    return Picture(size, None, layout, span, None, base, (), layout.tiles)
 
 
 def _picture(size: Size, layout: Layout, span: Span, format: Format) -> Picture:

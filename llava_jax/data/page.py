@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llava_jax.data.drawing import views
+from llava_jax.data.drawing import frames, views
 from llava_jax.data.inspection import Inspection, shape_of
 from llava_jax.data.problems import brief
 from llava_jax.prompt.encode import Format
@@ -118,7 +118,8 @@ def _runs(one: Inspection, number: int, format: Format) -> Iterator[str]:
         cut = first >= one.kept
         if first in spans:
             which = list(spans).index(first) + 1
-            text = f'<a class="picture" href="#r{number}p{which}">picture {which}: {end - first:,} features</a>'
+            noun = one.pictures[which - 1].noun if which <= len(one.pictures) else "picture"
+            text = f'<a class="picture" href="#r{number}p{which}">{noun} {which}: {end - first:,} features</a>'
             start = end
         else:
             before, text = (format.tokenizer.decode(ids[start:n], skip_special=False) for n in (first, end))
@@ -135,8 +136,11 @@ def _pictures(one: Inspection, number: int, format: Format) -> Iterator[str]:
             return
         tiles = one.example.images[tile : tile + picture.layout.tiles]
         tile += picture.layout.tiles
-        yield f'<h3 id="r{number}p{which}">Picture {which}: {html.escape(str(picture))}</h3><div class="views">'
-        for view in views(picture, open_image(reference, one.root), tiles, format):
+        title = f"{picture.noun.capitalize()} {which}: {html.escape(str(picture))}"
+        yield f'<h3 id="r{number}p{which}">{title}</h3><div class="views">'
+        found = frames(picture, tiles) if picture.frames else views(picture, open_image(reference, one.root), tiles,
+                                                                    format)  # fmt: skip
+        for view in found:
             kind = ' class="tiles"' if view.tiles else ""
             yield f"<figure{kind}>{view.svg}<figcaption>{html.escape(view.caption)}</figcaption></figure>"
         yield "</div>"

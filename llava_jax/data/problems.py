@@ -8,7 +8,7 @@ REASONS = {
     "bad_source": (True, "the file or directory cannot be read as a whole"),
     "unreadable": (True, "the record cannot be read from its file: no JSON, damaged, cut off"),
     "bad_shape": (True, "a field is missing or has the wrong type"),
-    "unread_key": (True, "a key whose content cannot be trained on: video, audio, tools, preferences, ..."),
+    "unread_key": (True, "a key that is not trained on: audio, tools, preferences, video without prompt.frames, ..."),
     "bad_mark": (True, "`loss`, `train` or `weight` of a turn is neither true (1) nor false (0)"),
     "bad_weight": (True, "the record's `weight` is no number that can weigh it"),
     "empty_conversations": (True, "no turns at all"),
@@ -22,16 +22,16 @@ REASONS = {
     "several_markers": (True, "more <image> in a turn than images"),
     "marker_count": (True, "<image> markers of all turns are not as many as the images"),
     "marker_in_answer": (True, "<image> in an assistant turn"),
-    "missing_image": (True, "the image file does not exist"),
-    "bad_image": (True, "the image cannot be opened"),
-    "replaced_image": (True, "a picture of tiles has another size than when lengths were measured"),
+    "missing_image": (True, "the image or video file does not exist"),
+    "bad_image": (True, "the image or video cannot be opened"),
+    "replaced_image": (True, "a picture of tiles, or a video, has another size than when lengths were measured"),
     "unsafe_path": (True, "the image path leaves the image folder"),
     "lone_surrogate": (True, "half of a UTF-16 pair, which is no text"),
     "not_a_caption": (True, "template `plain` wants one question with an image and one caption"),
     "empty_question": (True, "the template puts its system text into the first turn, which is empty"),
     "no_learned_tokens": (True, "nothing to learn is left within the row"),
     "bad_text": (True, "the text cannot be encoded"),
-    "too_many_images": (True, "more images than a row takes (data.images_per_group)"),
+    "too_many_images": (True, "more images, tiles or frames than a row takes (data.images_per_group)"),
     "control_text": (False, "a separator written out in a turn: read as letters here, masked whole by LLaVA"),
     "foreign_marker": (False, "another program's sign for a picture or a clip in a turn: read as letters"),
     "cut": (False, "longer than the row (data.row_tokens): its right end is not trained on"),
@@ -49,6 +49,14 @@ class Problem(NamedTuple):
     @property
     def fatal(self) -> bool:
         return REASONS[self.reason][0]
+
+
+class Unfit(ValueError):
+    """A problem with a record, on its way out of what reads it."""
+
+    def __init__(self, reason: str, detail: str):
+        super().__init__(detail)
+        self.problem = Problem(reason, detail)
 
 
 @dataclass(frozen=True)

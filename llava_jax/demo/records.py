@@ -38,18 +38,15 @@ class TestSet(NamedTuple):
 def write(directory: Path, seed: int, sizes: Sizes = SIZES, wide: int = 1) -> dict[str, TestSet]:
     """Draws a world into `directory`: three JSON files, their pictures, and the test sets "heldout" and "unseen".
 
-    wide: how many times as wide as high pictures of dialogues and questions are; captions are about square ones too.
+    wide: how many times as wide as high the pictures of dialogues and questions are; captions are about square ones.
     """
     rng = np.random.default_rng([seed, 3])
     scenes = [world.random_scene(rng, "train") for _ in range(sizes.train)]
     pictures = _draw(directory, "train", scenes, rng)
     (directory / BLANK).write_bytes(world.blank_jpeg())
     captions = [_record(picture, [("<image>", world.caption(scene))]) for picture, scene in zip(pictures, scenes)]
-    if wide > 1:
-        pictures = _draw(directory, "wide", scenes, rng, wide)
-        captions += [{**caption, "id": f"{caption['id']}-wide", "image": picture}
-                     for caption, picture in zip(captions, pictures)]  # fmt: skip
     _write_json(directory / PRETRAIN, captions)
+    pictures = pictures if wide == 1 else _draw(directory, "wide", scenes, rng, wide)
     dialogues = []
     for number in range(DIALOGUES):
         for picture, scene in zip(pictures, scenes):

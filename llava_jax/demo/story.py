@@ -93,14 +93,14 @@ FAMILIES = {
     "anyres": Family(
         {BASE: {**_CLIP, "select_layer": -2, "newline": True}},
         (
-            Run("stage1", "stage 1: captions of square and of wide pictures, only the projector is trained",
-                "stage1.py", BASE, records.PRETRAIN),
-            Run("stage2_without_tiles", "stage 2: wide pictures, each padded to a square", "wide.py", "stage1",
-                records.FINETUNE, "without tiles: padded to a square"),
-            Run("stage2", "the same stage 2, each picture its whole and four tiles", "anyres.py", "stage1",
-                records.FINETUNE, "with tiles"),
+            Run("stage1", "stage 1: captions of square pictures, only the projector is trained", "stage1.py", BASE,
+                records.PRETRAIN),
+            Run("stage2_without_tiles", "stage 2: wide pictures, of each the whole alone", "whole.py", "stage1",
+                records.FINETUNE, "without tiles: the whole alone"),
+            Run("stage2", "the same stage 2, of each picture the whole and four tiles", "anyres.py", "stage1",
+                records.FINETUNE, "with tiles: the whole and four tiles"),
         ),
-        "A tiny LLaVA-1.6: pictures four times as wide as high, whose shapes a padded square is too small to show",
+        "A tiny LLaVA-1.6: pictures four times as wide as high, whose shapes are too small to see without tiles",
         wide=4,
     ),
 }  # fmt: skip

@@ -109,6 +109,8 @@ def _answer_options(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--slots", type=int, default=16, help="questions answered at once by all devices together; no "
                       "answer depends on it")
     verb.add_argument("--dtype", choices=DTYPES, help="default: float32 on a CPU, bfloat16 elsewhere")
+    text = "the language model's matrices in int8, on TPUs and GPUs; default: --dtype"
+    verb.add_argument("--weights", choices=("int8",), help=text)
     verb.add_argument("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     _endpoint_options(verb)
     verb.add_argument(

@@ -26,7 +26,7 @@ from llava_jax.evaluate.answers import Answer
 from llava_jax.evaluate.questions import FAULTS, Fault, Question
 from llava_jax.generate.assistant import Assistant
 from llava_jax.openai_client import Client, Failure, Request
-from llava_jax.prompt.conversation import Conversation, Turn
+from llava_jax.prompt.conversation import Conversation, Turn, Video
 from llava_jax.prompt.images import encode_jpeg, open_image
 from llava_jax.streams import GrowingFile
 
@@ -237,12 +237,15 @@ def _request(job: Job, settings: Settings, folder: epath.Path) -> Request:
                    settings.max_new_tokens, choice=job.repeat)  # fmt: skip
 
 
-def _data_url(image: str | bytes, folder: epath.Path) -> str:
+def _data_url(image: str | bytes | Video, folder: epath.Path) -> str:
     """The picture unchanged where servers can read its format, otherwise as JPEG.
 
     Raises:
-      ValueError: it is no picture, or its path or a link leads out of the folder; nothing else leaves the machine.
+      ValueError: it is a video or no picture, or its path or a link leads out of the folder; nothing else leaves the
+        machine.
     """
+    if isinstance(image, Video):
+        raise UsageError("a video, and OpenAI's protocol has none: ask a checkpoint (--checkpoint)")
     picture = open_image(image, folder)
     data = image if isinstance(image, bytes) else files.read(folder / image)
     if data[:2] not in _MEDIA:

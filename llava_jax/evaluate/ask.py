@@ -41,7 +41,8 @@ def _of_checkpoint(
     missing: Sequence[Fault],
 ) -> tuple[Answer, ...]:  # fmt: skip
     compilations.keep()
-    assistant = Assistant.open(options.checkpoint, options.slots, options.dtype, options.step, options.template)
+    assistant = Assistant.open(options.checkpoint, options.slots, options.dtype, options.step, options.template,
+                               weights=options.weights)  # fmt: skip
     respond = answer.from_checkpoint(assistant, settings, folder)
     facts = {"weights": answer.weights_id(assistant), "template": assistant.format.template.name}
     run_id, name = answer.fingerprint(questions, settings, facts), options.name or str(options.checkpoint)

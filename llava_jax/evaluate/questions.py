@@ -13,6 +13,7 @@ from etils import epath
 from llava_jax import files
 from llava_jax.data.files import unique_keys
 from llava_jax.errors import DataError, UsageError
+from llava_jax.prompt.conversation import Video
 
 SHORT = "Answer the question using a single word or phrase."  # Source: haotian-liu/LLaVA docs/Evaluation.md:13-18
 LETTER = "Answer with the option's letter from the given choices directly."  # Source: the same, 20-29
@@ -27,8 +28,8 @@ FAULTS = {
     "duplicate_id": (True, "an id that an earlier row has"),
     "unknown_id": (True, "an answer to a question that the benchmark does not ask"),
     "missing_answer": (True, "a question without an answer"),
-    "missing_image": (True, "the picture's file does not exist"),
-    "bad_image": (True, "the picture cannot be read, or lies outside of the benchmark's folder"),
+    "missing_image": (True, "the picture's or video's file does not exist"),
+    "bad_image": (True, "the picture or video cannot be read or sent, or lies outside of the benchmark's folder"),
     "empty_question": (True, "a question without text"),
     "empty_truth": (True, "the benchmark's own answer is empty"),
     "wrong_truth": (True, "the benchmark's own answer is none of its choices"),
@@ -60,7 +61,7 @@ class Question:
     """One question.
 
     id: unique within the benchmark. text: without a picture's marker.
-    images: paths relative to the benchmark's picture folder, or encoded bytes.
+    images: paths relative to the benchmark's picture folder, encoded bytes, or `Video`s of either.
     kind: the category that numbers are broken down by. choices: how many lettered choices there are; 0: none.
     truth: the right answer, in the benchmark's own form; None where only a server has it.
     facts: further inputs of its rule.
@@ -68,7 +69,7 @@ class Question:
 
     id: str
     text: str
-    images: tuple[str | bytes, ...] = ()
+    images: tuple[str | bytes | Video, ...] = ()
     kind: str = ""
     choices: int = 0
     truth: Any = None
@@ -219,10 +220,14 @@ def percent(right: int | float, of: int) -> float:
 
 def _missing_images(questions: Sequence[Question], folder: epath.Path) -> list[Fault]:
     """A fault for each picture that is not in the folder; each file is looked for once."""
-    names = {image for question in questions for image in question.images if isinstance(image, str)}
-    missing = files.missing(folder, names)
-    return [Fault("missing_image", question.id, f"{folder / image} does not exist")
-            for question in questions for image in question.images if image in missing]  # fmt: skip
+    named = [(question.id, path) for question in questions for path in map(_source, question.images)
+             if isinstance(path, str)]  # fmt: skip
+    missing = files.missing(folder, {path for _, path in named})
+    return [Fault("missing_image", id, f"{folder / path} does not exist") for id, path in named if path in missing]
+
+
+def _source(image: str | bytes | Video) -> Any:
+    return image.source if isinstance(image, Video) else image
 
 
 def _faults(questions: Sequence[Question]) -> Iterator[Fault]:

@@ -4,8 +4,7 @@ It is opened from a checkpoint's own model.json, or made from parameters in memo
 as in training, by `prompt.encode`.
 """
 
-import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,19 +14,18 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from llava_jax import params
-from llava_jax.batch import Example, alone, laid_out, lay_images
-from llava_jax.checkpoint import model_json, reader, sharded
-from llava_jax.checkpoint.tensors import Tensors
+from llava_jax.batch import Example, alone, laid_out, lay_images, plain
+from llava_jax.checkpoint import model_json, reader
 from llava_jax.errors import UsageError
 from llava_jax.generate import engine, placement
+from llava_jax.generate import weights as stored
 from llava_jax.generate.engine import Engine, Request, Shape
 from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.stream import Row, extended
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.names import NEVER_RUN
-from llava_jax.prompt import anyres, ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer, video
 from llava_jax.prompt import conversation as questions
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import Format, encode, pictures
@@ -90,7 +88,7 @@ class Assistant:
     @classmethod
     def open(
         cls, directory: epath.PathLike, slots: int = 1, dtype: str | None = None, step: reader.Step = None,
-        template: str | None = None, mesh: Mesh | None = None,
+        template: str | None = None, mesh: Mesh | None = None, weights: str | None = None,
     ) -> "Assistant":  # fmt: skip
         """The assistant of a checkpoint; its model.json alone says what it is.
 
@@ -99,11 +97,13 @@ class Assistant:
           step: None is the latest, "best" that of the lowest validation loss.
           template: to be asked in the words of another one; None is the checkpoint's own.
           mesh: as for the class.
+          weights: "int8" holds the decoder's matrices in int8 (`generate.weights`), on accelerators; None in `dtype`.
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its metadata.
-          ValueError, FileNotFoundError: an unknown template or dtype, a damaged tokenizer.
+          ValueError, FileNotFoundError: an unknown template, dtype or kind of weights, a damaged tokenizer.
         """
+        stored.check(weights)
         metadata = model_json.read(directory)
         config = presets.config_from_json(dict(metadata.model))
         kind = _dtype(dtype)
@@ -114,6 +114,7 @@ class Assistant:
             chosen, words, config.vision.image_size, config.image_features,
             metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
             anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling),
+            video.from_json(metadata.prompt.video),
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}
@@ -122,8 +123,9 @@ class Assistant:
         model = Llava(config, kind)
         held = {name: jax.ShapeDtypeStruct(x.shape, lora.running_dtype(name, specs[name].dtype, kind))
                 for name, x in shapes.items()}  # fmt: skip
+        held = stored.int8_shapes(held) if weights else held
         mesh = mesh or placement.mesh_for(model, held, slots)
-        return cls(model, _read(sources, held, mesh), format, slots, mesh)
+        return cls(model, stored.read(sources, held, mesh), format, slots, mesh)
 
     def generate(
         self, prompt: str | Conversation, images: Sequence[Any] = (), max_new_tokens: int | None = None,
@@ -135,7 +137,7 @@ class Assistant:
         Args:
           prompt: a question, whose pictures are shown before it unless `<image>` stands where each is shown; or a
             conversation, which has its own.
-          images: paths, encoded bytes or PIL images.
+          images: paths, encoded bytes, PIL images or `Video`s, in the order in which they are shown.
           max_new_tokens and the others: as for `reply`, which is this for a conversation.
 
         Raises:
@@ -203,26 +205,27 @@ class Assistant:
         """float32 [n, N, D]: the features of each picture as the decoder takes them, behind the connector.
 
         N features an image (`format.image_features`) of the decoder's width D; of "flamingo_xattn", whose decoder looks
-        at features that have no position, the resampler's number and the tower's width. Of a model with tiles a list of
-        [features, D], laid out as in a prompt that shows these pictures: lines, their newlines, and resized features.
+        at features that have no position, the resampler's number and the tower's width. Of a model with tiles, or where
+        there are videos, a list of [features, D], laid out as in a prompt that shows these pictures: lines, their
+        newlines, and resized features.
 
         Args:
-          images: paths, encoded bytes or PIL images.
+          images: paths, encoded bytes, PIL images or `Video`s.
 
         Raises:
           ValueError, FileNotFoundError: there is none, or one cannot be read.
         """
         if not len(images):
             raise UsageError("images=(): want at least one picture")
-        shown = list(pictures(images, self.format, image_root))
+        shown, usual = list(pictures(images, self.format, image_root)), plain(self.format.image_features)
         pixels = np.stack([tile for picture in shown for tile in picture.tiles])
         runner, starts = self._engine(), range(0, len(pixels), self.slots)
         found = [runner.features(self.params, pixels[i : i + self.slots]) for i in starts]
         features = np.concatenate([features for features, _ in found])
-        if not self.format.tiling:
+        if not any(picture.layout for picture in shown):
             return features
         tiles = np.split(features, np.cumsum([len(picture.tiles) for picture in shown]))
-        return [laid_out(own, found[0][1], picture.layout) for own, picture in zip(tiles, shown)]
+        return [laid_out(own, found[0][1], picture.layout or usual) for own, picture in zip(tiles, shown)]
 
     def reply(
         self,
@@ -352,7 +355,7 @@ class Assistant:
 
 def load(
     directory: epath.PathLike, mesh: Mesh | None = None, slots: int = 1, dtype: str | None = None,
-    step: int | None = None, template: str | None = None,
+    step: int | None = None, template: str | None = None, weights: str | None = None,
 ) -> Assistant:  # fmt: skip
     """The model of a checkpoint directory, to be asked: what `train` or `convert` wrote, on a disk or in a bucket.
 
@@ -361,7 +364,7 @@ def load(
 
     Arguments and errors are those of `Assistant.open`; `slots` is how many conversations are answered at once.
     """
-    return Assistant.open(directory, slots, dtype, step, template, mesh)
+    return Assistant.open(directory, slots, dtype, step, template, mesh, weights)
 
 
 def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversation:
@@ -370,17 +373,6 @@ def _conversation(prompt: str | Conversation, images: Sequence[Any]) -> Conversa
     if len(images):
         raise UsageError(f"{len(images)} image(s) beside a Conversation: put them into it (Conversation.images)")
     return prompt
-
-
-def _read(
-    sources: Mapping[str, Tensors], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
-) -> dict[str, Any]:
-    """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts."""
-    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items()}
-    put = functools.partial(placement.put, mesh=mesh)
-    if placement.spans_processes(mesh):
-        return params.unflatten(sharded.load_checked(sources, structs, put))
-    return params.unflatten(sharded.load(sources, structs, put, whole=tuple(structs))[0])
 
 
 def _names(tree: Any) -> dict[str, jax.ShapeDtypeStruct]:

@@ -1,4 +1,7 @@
-"""Flash attention of causal rows on TPU: two Pallas kernels that compute only the tiles in which some query sees a key.
+"""Flash attention of causal rows on TPU: two Pallas kernels that compute only the parts in which some query sees a key.
+
+A visit reads a tile of queries and one of keys, large ones since a visit itself costs time, and computes those of its
+parts that share a sample, as few as small tiles would be.
 
 jax's and tokamax's splash attention (jax 0.10.2 to 0.12.0.1, tokamax 0.0.17) want queries that are scaled beforehand,
 which rounds bfloat16 ones once more; these kernels scale float32 scores. jax's also computes tiles whose queries and
@@ -6,6 +9,7 @@ keys share no sample, tokamax's skips those by one schedule for all rows of a ba
 """
 
 import functools
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +26,7 @@ from llava_jax.models.tiled import NEVER, share
 
 LANES = 128
 TILES = (512, 384, 256, 128)  # the largest that divides a row is taken
+PART = 256  # the side of a tile's parts, where it is a multiple
 # Keys of long rows go span by span through the backward kernel: their sums and results may take this much of the
 # 16 MiB of vector memory that every TPU has.
 SPAN_BYTES = 8 << 20
@@ -30,13 +35,15 @@ _NN, _NT, _TN = (((a, b), ((), ())) for a, b in (((1,), (0,)), ((1,), (1,)), ((0
 
 
 class Visits(NamedTuple):
-    """The tiles that are computed of each row, in order: all that a tile of queries sees, then those of the next.
+    """The tiles that are visited of each row, in order: all that a tile of queries sees, then those of the next.
 
+    parts: a bit for each part that is computed, those of the first queries lowest.
     counts: how many; what follows repeats the last one.
     """
 
     queries: Int[Array, "B Visits"]
     keys: Int[Array, "B Visits"]
+    parts: Int[Array, "B Visits"]
     counts: Int[Array, "B"]
 
 
@@ -61,19 +68,28 @@ def tile_of(tokens: int) -> int:
     return next(size for size in TILES if tokens % size == 0)
 
 
+def part_of(tile: int) -> int:
+    """The side of a tile's parts."""
+    return min(tile, PART) if tile % PART == 0 else tile
+
+
 def visits(of_queries: Int[Array, "B T"], of_keys: Int[Array, "B S"], tile: int) -> Visits:
-    """The tiles on or below the diagonal whose queries and keys share a sample, given the sample numbers; S <= T.
+    """The tiles with a part on or below the diagonal whose queries and keys share a sample, by their numbers; S <= T.
 
     Queries behind all keys visit the last tile of keys in any case.
     """
-    (rows, tokens), ends = of_queries.shape, of_keys.shape[1] // tile
-    queries, keys = (x.astype(np.int32) for x in np.tril_indices(tokens // tile, m=ends))
-    shared = share(*(x.reshape(rows, -1, tile) for x in (of_queries, of_keys)))[:, queries, keys]
-    shared |= (queries >= ends) & (keys == ends - 1)
-    counts = shared.sum(axis=1, dtype=jnp.int32)
-    order = jnp.argsort(~shared, axis=1, stable=True)
+    rows, part = len(of_queries), part_of(tile)
+    (tiles, ends), side = (x.shape[1] // tile for x in (of_queries, of_keys)), tile // part
+    queries, keys = (x.astype(np.int32) for x in np.tril_indices(tiles, m=ends))
+    shared = share(*(x.reshape(rows, -1, part) for x in (of_queries, of_keys)))
+    shared &= np.tri(*shared.shape[1:], dtype=bool)
+    shared = shared.reshape(rows, tiles, side, ends, side).swapaxes(2, 3)[:, queries, keys]
+    parts = (shared.reshape(*shared.shape[:2], -1) << np.arange(side * side, dtype=np.int32)).sum(2, dtype=jnp.int32)
+    visited = (parts > 0) | ((queries >= ends) & (keys == ends - 1))
+    counts = visited.sum(axis=1, dtype=jnp.int32)
+    order = jnp.argsort(~visited, axis=1, stable=True)
     order = jnp.take_along_axis(order, jnp.minimum(jnp.arange(queries.size), counts[:, None] - 1), axis=1)
-    return Visits(jnp.asarray(queries)[order], jnp.asarray(keys)[order], counts)
+    return Visits(jnp.asarray(queries)[order], jnp.asarray(keys)[order], jnp.take_along_axis(parts, order, 1), counts)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -158,7 +174,8 @@ def _call(
         (of_keys[:, None], pl.BlockSpec((None, 1, tile), lambda b, k, g, s, queries, keys, *_: (b, 0, keys[b, s]))),
     ]
     grid = pltpu.PrefetchScalarGridSpec(
-        num_scalar_prefetch=3, grid=(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], schedule.counts.max()),
+        num_scalar_prefetch=len(schedule),
+        grid=(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], schedule.counts.max()),
         in_specs=[spec for _, spec in (*inputs, *ids)], out_specs=[spec for _, spec in results],
         scratch_shapes=[pltpu.VMEM(*one) for one in scratch],
     )  # fmt: skip
@@ -171,21 +188,28 @@ def _call(
         ),
         interpret=interpret,
         name=name,
-        metadata={"xprof_metadata": json.dumps({"tile": tile})},  # `plan` counts products by it
+        metadata={"xprof_metadata": json.dumps({"tile": part_of(tile)})},  # `plan` counts products by it
     )(*schedule, *(x for x, _ in (*inputs, *ids)))
 
 
 class _Visit:
     """Where a kernel's step stands: tile i of queries, tile j of keys."""
 
-    def __init__(self, queries: Any, keys: Any, counts: Any) -> None:
+    def __init__(self, queries: Any, keys: Any, parts: Any, counts: Any) -> None:
         row, step = pl.program_id(0), pl.program_id(3)
         before, after = jnp.maximum(step - 1, 0), jnp.minimum(step + 1, queries.shape[1] - 1)
-        self.i, self.j = queries[row, step], keys[row, step]
+        self.i, self.j, self.parts = queries[row, step], keys[row, step], parts[row, step]
         self.opens = (step == 0) | (queries[row, before] != self.i)
         self.works = step < counts[row]
         self.ends_row = step == counts[row] - 1
         self.closes = self.works & (self.ends_row | (queries[row, after] != self.i))
+
+    def each_part(self, tile: int, compute: Callable[[slice, slice], None]) -> None:
+        """Calls `compute` with the queries and keys of each part that is to be computed, the first keys first."""
+        part = part_of(tile)
+        places = [slice(start, start + part) for start in range(0, tile, part)]
+        for number, (queries, keys) in enumerate(itertools.product(places, places)):
+            pl.when(self.works & ((self.parts >> number) & 1 == 1))(functools.partial(compute, queries, keys))
 
 
 def _dot(a: Array, b: Array, dims: Any) -> Array:
@@ -194,10 +218,11 @@ def _dot(a: Array, b: Array, dims: Any) -> Array:
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _visible(visit: _Visit, tile: int, axis: int) -> Array:
-    """Where in a tile the key is not behind the query; axis: along which the queries lie."""
-    place = [jax.lax.broadcasted_iota(jnp.int32, (tile, tile), one) for one in (axis, 1 - axis)]
-    return place[0] + (visit.i - visit.j) * tile >= place[1]
+def _visible(visit: _Visit, tile: int, queries: slice, keys: slice, axis: int) -> Array:
+    """Where in a part the key is not behind the query; axis: along which the queries lie."""
+    part = queries.stop - queries.start
+    place = [jax.lax.broadcasted_iota(jnp.int32, (part, part), one) for one in (axis, 1 - axis)]
+    return place[0] + (visit.i - visit.j) * tile + (queries.start - keys.start) >= place[1]
 
 
 def _forward_kernel(*refs: Any, scale: float) -> None:
@@ -212,15 +237,19 @@ def _forward_kernel(*refs: Any, scale: float) -> None:
         weighted[...] = jnp.zeros_like(weighted)
         q_columns[...] = jnp.broadcast_to(q_ids[...], (LANES, tile)).T
 
-    @pl.when(visit.works)
-    def _() -> None:
-        same = jnp.tile(q_columns[...], (1, tile // LANES)) == k_ids[...]
-        scores = jnp.where(_visible(visit, tile, 0) & same, _dot(q[...], k[...], _NT) * scale, NEVER)
-        before, now = top[...], jnp.maximum(top[...], scores.max(axis=1, keepdims=True))
-        weights, shrink = jnp.exp(scores - jnp.tile(now, (1, tile // LANES))), jnp.exp(before - now)
-        top[...] = now
-        total[...] = shrink * total[...] + weights.sum(axis=1, keepdims=True)
-        weighted[...] = _wide(shrink, width) * weighted[...] + _dot(weights.astype(v.dtype), v[...], _NN)
+    def compute(queries: slice, keys: slice) -> None:
+        lanes = (queries.stop - queries.start) // LANES
+        same = jnp.tile(q_columns[queries], (1, lanes)) == k_ids[:, keys]
+        seen = _visible(visit, tile, queries, keys, 0) & same
+        scores = jnp.where(seen, _dot(q[queries], k[keys], _NT) * scale, NEVER)
+        before, now = top[queries], jnp.maximum(top[queries], scores.max(axis=1, keepdims=True))
+        weights, shrink = jnp.exp(scores - jnp.tile(now, (1, lanes))), jnp.exp(before - now)
+        top[queries] = now
+        total[queries] = shrink * total[queries] + weights.sum(axis=1, keepdims=True)
+        part = _dot(weights.astype(v.dtype), v[keys], _NN)
+        weighted[queries] = _wide(shrink, width) * weighted[queries] + part
+
+    visit.each_part(tile, compute)
 
     @pl.when(visit.closes)
     def _() -> None:
@@ -247,16 +276,19 @@ def _backward_kernel(*refs: Any, scale: float) -> None:
     def _() -> None:
         dq_sum[...] = jnp.zeros_like(dq_sum)
 
-    @pl.when(visit.works)
-    def _() -> None:
-        own = pl.ds(pl.multiple_of(visit.j * tile, tile), tile)
-        seen = _visible(visit, tile, 1) & (k_ids[...].T == q_ids[...])
-        scores = jnp.where(seen, _dot(k[...], q[...], _NT) * scale, NEVER)
-        weights = jnp.exp(scores - sums[...])
-        dv_sum[own] += _dot(weights.astype(slope.dtype), slope[...], _NN)
-        of_scores = (weights * (_dot(v[...], slope[...], _NT) - inner[...])).astype(q.dtype)
-        dk_sum[own] += _dot(of_scores, q[...], _NN)
-        dq_sum[...] += _dot(of_scores, k[...], _TN)
+    def compute(queries: slice, keys: slice) -> None:
+        size = keys.stop - keys.start
+        own = pl.ds(pl.multiple_of(visit.j * tile + keys.start, size), size)
+        seen = _visible(visit, tile, queries, keys, 1) & (k_ids[:, keys].T == q_ids[:, queries])
+        scores = jnp.where(seen, _dot(k[keys], q[queries], _NT) * scale, NEVER)
+        weights = jnp.exp(scores - sums[:, queries])
+        dv_sum[own] += _dot(weights.astype(slope.dtype), slope[queries], _NN)
+        of_weights = _dot(v[keys], slope[queries], _NT)
+        of_scores = (weights * (of_weights - inner[:, queries])).astype(q.dtype)
+        dk_sum[own] += _dot(of_scores, q[queries], _NN)
+        dq_sum[queries] += _dot(of_scores, k[keys], _TN)
+
+    visit.each_part(tile, compute)
 
     @pl.when(visit.closes)
     def _() -> None:

@@ -155,7 +155,7 @@ def rows(prefix: str) -> list[Row]:
     ]
 
 
-# Source: llama.cpp tools/mtmd/clip-impl.h (TN_*), of release b11549.
+# Source: llama.cpp tools/mtmd/clip-impl.h (TN_*).
 GGUF_ROWS: list[Row] = [
     ("vision/patch/kernel", ("v.patch_embd.weight", PATCH)),
     ("vision/pos", ("v.position_embd.weight", SAME)),

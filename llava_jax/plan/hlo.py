@@ -1,4 +1,4 @@
-"""Counts matrix products and collectives of a compiled step in its optimized HLO, times the trip counts of loops.
+"""Counts products, collectives and memory traffic of a compiled step in its optimized HLO, times loops' trip counts.
 
 XLA's own cost analysis counts a loop's body once, so a scan over 32 layers looks like one. Here every computation is
 walked from the entry, and what a loop's body costs is multiplied by its trip count. Counted are dots, convolutions
@@ -10,7 +10,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -18,25 +18,8 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.errors import UsageError
-
-
-class Instruction(NamedTuple):
-    """One line: %name = shape opcode(operands), attributes. literal: what stands between the parentheses."""
-
-    name: str
-    shape: str
-    opcode: str
-    operands: tuple[str, ...]
-    literal: str
-    attributes: str
-
-
-class Computation(NamedTuple):
-    """Instructions by name, in order; `root` is the result."""
-
-    name: str
-    instructions: Mapping[str, Instruction]
-    root: str
+from llava_jax.plan import traffic
+from llava_jax.plan.hlo_text import Computation, Instruction, arrays, attribute, parse, size_bytes
 
 
 class Transfer(NamedTuple):
@@ -58,12 +41,14 @@ class Cost:
 
     products: FLOPs by the name of the operation in the program that they come from.
     transfers: by channel or instruction; parts of one asynchronous collective share a channel.
+    memory_bytes: read from the device's memory and written to it (`plan.traffic`).
     open_loops: loops whose trip count is in the data, by the name of their operation.
     uncounted: kernels of unknown cost.
     """
 
     products: Counter[str] = field(default_factory=Counter)
     transfers: Mapping[str, Transfer] = field(default_factory=dict)
+    memory_bytes: int = 0
     open_loops: tuple[str, ...] = ()
     uncounted: tuple[str, ...] = ()
 
@@ -74,13 +59,6 @@ class Cost:
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all",
                "collective-broadcast")  # fmt: skip
-ITEM_BITS = {"pred": 8, "token": 0, "bf16": 16, "c64": 64, "c128": 128, **{
-    f"{kind}{bits}": bits for kind, sizes in (("s", (2, 4, 8, 16, 32, 64)), ("u", (2, 4, 8, 16, 32, 64)),
-                                              ("f", (16, 32, 64))) for bits in sizes
-}}  # fmt: skip
-_ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\]")
-
-
 def cost(
     text: str, slices: int = 1, open_trips: int = 1, tile_shares: Mapping[int, float] = MappingProxyType({})
 ) -> Cost:
@@ -93,72 +71,6 @@ def cost(
     """
     entry, computations = parse(text)
     return _Reader(computations, slices, open_trips, tile_shares).cost(entry)
-
-
-def parse(text: str) -> tuple[str, dict[str, Computation]]:
-    """(name of the entry computation, computations by name)."""
-    computations, entry, name = dict[str, Computation](), "", ""
-    lines: list[str] = []
-    for line in text.splitlines():
-        head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
-        if head:
-            entry, name, lines = head[2] if head[1] else entry, head[2], []
-        elif line == "}" and name:
-            computations[name], name = _computation(name, lines), ""
-        elif re.match(r"\s+(ROOT )?%?[\w.\-]+ = ", line):
-            lines.append(line.strip())
-        elif name and lines:
-            lines[-1] += line  # a kernel's metadata may hold line breaks
-    return entry, computations
-
-
-def _computation(name: str, lines: Sequence[str]) -> Computation:
-    instructions = [_instruction(line.removeprefix("ROOT ")) for line in lines]
-    root = next((op.name for op, line in zip(instructions, lines) if line.startswith("ROOT ")), "")
-    return Computation(name, {op.name: op for op in instructions}, root)
-
-
-def _instruction(line: str) -> Instruction:
-    name, _, rest = re.sub(r"/\*.*?\*/", "", line).partition(" = ")
-    end = _closing_index(rest, 0) if rest.startswith("(") else rest.index(" ")
-    shape, rest = rest[:end], rest[end:].lstrip()
-    start = rest.index("(")
-    end = _closing_index(rest, start)
-    literal = rest[start + 1 : end - 1]
-    operands = tuple(operand.split()[-1].lstrip("%") for operand in _split(literal) if operand)
-    return Instruction(name.lstrip("%"), shape, rest[:start], operands, literal, rest[end:])
-
-
-def _closing_index(text: str, start: int) -> int:
-    """The index after the parenthesis that closes the one at `start`."""
-    depth = 0
-    for index in range(start, len(text)):
-        depth += {"(": 1, ")": -1}.get(text[index], 0)
-        if depth == 0:
-            return index + 1
-    raise UsageError(f"HLO text has an open parenthesis: {text[start : start + 80]!r}")
-
-
-def _split(literal: str) -> list[str]:
-    """Operands at the commas that lie in no bracket (their shapes may be printed with them)."""
-    parts, depth = [""], 0
-    for letter in literal:
-        depth += {"(": 1, "[": 1, "{": 1, ")": -1, "]": -1, "}": -1}.get(letter, 0)
-        if letter == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
-def arrays(shape: str) -> list[tuple[str, tuple[int, ...]]]:
-    """(type, dimensions) of each array in a shape, which may be a tuple."""
-    return [(kind, tuple(int(d) for d in dims.split(",") if d)) for kind, dims in _ARRAY.findall(shape)]
-
-
-def size_bytes(shape: str) -> int:
-    """Bytes of all arrays in a shape, without the padding of its layout; the small floats (f8...) take one each."""
-    return sum(ITEM_BITS.get(kind, 8) * math.prod(dims) // 8 for kind, dims in arrays(shape))
 
 
 class _Reader:
@@ -178,6 +90,8 @@ class _Reader:
         total = Cost()
         for op in computation.instructions.values():
             total = _sum(total, self._own_cost(computation, op, fused))
+            if not fused:
+                total = _sum(total, Cost(memory_bytes=traffic.memory_bytes(self.computations, computation, op)))
             for called, times, inside in self._calls(computation, op):
                 total = _sum(total, _scale(self.cost(called, fused or inside), times))
         return total
@@ -194,7 +108,7 @@ class _Reader:
             return Cost(open_loops=(_op_name(op) or op.name,))
         elif kind in COLLECTIVES or op.opcode == "send":
             transfer = self._transfer(computation, op, kind)
-            key = _attribute(op, r"channel_id=(\d+)") if fused else ""
+            key = attribute(op, r"channel_id=(\d+)") if fused else ""
             return Cost(transfers={f"channel {key}" if key else op.name: transfer}) if transfer else Cost()
         return Cost(Counter({_op_name(op): flops})) if flops else Cost()
 
@@ -202,14 +116,14 @@ class _Reader:
         """(computation, times, whether it is a fusion's body) of all that an instruction calls."""
         if op.opcode == "while":
             trips = self._trips(computation, op)
-            yield _attribute(op, r"body=%?([\w.\-]+)"), self.open_trips if trips is None else trips, False
+            yield attribute(op, r"body=%?([\w.\-]+)"), self.open_trips if trips is None else trips, False
         elif op.opcode == "conditional":
             branches = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", op.attributes)
-            names = _attribute(op, r"branch_computations=\{([^}]*)\}")
+            names = attribute(op, r"branch_computations=\{([^}]*)\}")
             branches += [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
             yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the costliest branch
         elif op.opcode in ("fusion", "call", "async-start"):
-            called = _attribute(op, r"(?:calls|to_apply)=%?([\w.\-]+)")
+            called = attribute(op, r"(?:calls|to_apply)=%?([\w.\-]+)")
             yield called, 1, op.opcode == "fusion"
 
     def _trips(self, computation: Computation, loop: Instruction) -> int | None:
@@ -217,16 +131,16 @@ class _Reader:
 
         From XLA's own note, or from a condition `counter < constant` whose counter the body raises by a constant.
         """
-        trip_count = _attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
+        trip_count = attribute(loop, r'"known_trip_count":\{"n":"(\d+)"')
         if trip_count:
             return int(trip_count)
-        condition = self.computations[_attribute(loop, r"condition=%?([\w.\-]+)")]
-        body = self.computations[_attribute(loop, r"body=%?([\w.\-]+)")]
+        condition = self.computations[attribute(loop, r"condition=%?([\w.\-]+)")]
+        body = self.computations[attribute(loop, r"body=%?([\w.\-]+)")]
         test = condition.instructions[condition.root]
         if test.opcode != "compare" or "direction=LT" not in test.attributes:
             return None
         counter, limit = (condition.instructions[name] for name in test.operands)
-        index = _attribute(counter, r"index=(\d+)") if counter.opcode == "get-tuple-element" else ""
+        index = attribute(counter, r"index=(\d+)") if counter.opcode == "get-tuple-element" else ""
         if not index:
             return None
         initial = _element(computation, loop.operands[0], int(index))
@@ -238,7 +152,7 @@ class _Reader:
         instructions = computation.instructions
         operand_bytes = sum(size_bytes(instructions[name].shape) for name in op.operands if name in instructions)
         if op.opcode == "send":  # between TPU slices the host's runtime does what the chips cannot
-            kind = _attribute(op, r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
+            kind = attribute(op, r'_xla_megascale_transfer_type="(\w+)"').lower().replace("_", "-")
             return Transfer(kind, _op_name(op), _ring_bytes(kind, operand_bytes, self.slices), True) if kind else None
         if computation.name.startswith("all-reduce-scatter"):  # an all-reduce fused with taking one's own part of it
             kind = "reduce-scatter"
@@ -246,7 +160,7 @@ class _Reader:
 
 
 def _sum(a: Cost, b: Cost) -> Cost:
-    if not (b.products or b.transfers or b.open_loops or b.uncounted):
+    if not (b.products or b.transfers or b.memory_bytes or b.open_loops or b.uncounted):
         return a
     transfers = dict(a.transfers)
     for key, transfer in b.transfers.items():
@@ -257,7 +171,8 @@ def _sum(a: Cost, b: Cost) -> Cost:
         elif previous:
             transfer = transfer._replace(bytes=previous.bytes + transfer.bytes)
         transfers[key] = transfer
-    return Cost(a.products + b.products, transfers, a.open_loops + b.open_loops, a.uncounted + b.uncounted)
+    return Cost(a.products + b.products, transfers, a.memory_bytes + b.memory_bytes, a.open_loops + b.open_loops,
+                a.uncounted + b.uncounted)  # fmt: skip
 
 
 def _scale(cost: Cost, times: int) -> Cost:
@@ -265,16 +180,11 @@ def _scale(cost: Cost, times: int) -> Cost:
         return cost
     products = Counter({name: flops * times for name, flops in cost.products.items()})
     transfers = {key: transfer._replace(bytes=transfer.bytes * times) for key, transfer in cost.transfers.items()}
-    return Cost(products, transfers, cost.open_loops, cost.uncounted)
-
-
-def _attribute(op: Instruction, pattern: str) -> str:
-    match = re.search(pattern, op.attributes)
-    return match[1] if match else ""
+    return Cost(products, transfers, cost.memory_bytes * times, cost.open_loops, cost.uncounted)
 
 
 def _op_name(op: Instruction) -> str:
-    return _attribute(op, r'op_name="([^"]*)"')
+    return attribute(op, r'op_name="([^"]*)"')
 
 
 def _constant(computation: Computation, name: str) -> int | None:
@@ -306,7 +216,7 @@ def _step(body: Computation, index: int) -> int | None:
 def _dot_flops(computation: Computation, dot: Instruction) -> int:
     (_, left), *_ = arrays(computation.instructions[dot.operands[0]].shape)
     (_, out), *_ = arrays(dot.shape)
-    inner = _attribute(dot, r"lhs_contracting_dims=\{([\d,]*)\}")
+    inner = attribute(dot, r"lhs_contracting_dims=\{([\d,]*)\}")
     return 2 * math.prod(out) * math.prod(left[int(d)] for d in inner.split(",") if d)
 
 
@@ -315,19 +225,19 @@ def _convolution_flops(computation: Computation, op: Instruction) -> int:
     (_, left), *_ = arrays(computation.instructions[op.operands[0]].shape)
     (_, right), *_ = arrays(computation.instructions[op.operands[1]].shape)
     (_, out), *_ = arrays(op.shape)
-    in_labels, kernel_labels, out_labels = re.split(r"_|->", _attribute(op, r"dim_labels=([\w>\-]+)"))
+    in_labels, kernel_labels, out_labels = re.split(r"_|->", attribute(op, r"dim_labels=([\w>\-]+)"))
     window, spatial = _window(op), 1
     for d in (letter for letter in in_labels if letter.isdigit()):
         sizes = left[in_labels.index(d)], right[kernel_labels.index(d)], out[out_labels.index(d)]
         spatial *= _overlaps(*sizes, **{key: values[int(d)] for key, values in window.items()})
-    groups = int(_attribute(op, r"batch_group_count=(\d+)") or 1)
+    groups = int(attribute(op, r"batch_group_count=(\d+)") or 1)
     batch = left[in_labels.index("b")] // groups
     return 2 * batch * spatial * right[kernel_labels.index("i")] * right[kernel_labels.index("o")]
 
 
 def _window(op: Instruction) -> dict[str, list[int]]:
     """{"stride": [...], "pad": [low ...], "lhs_dilate": [...], "rhs_dilate": [...]}, one number a dimension."""
-    text = _attribute(op, r"window=\{([^}]*)\}")
+    text = attribute(op, r"window=\{([^}]*)\}")
     fields = dict(value.split("=") for value in text.split())
     dims = len(fields["size"].split("x")) if fields else 0
     pads = fields["pad"].split("x") if "pad" in fields else ["0"] * dims
@@ -375,10 +285,10 @@ def _group(op: Instruction) -> int:
     """Devices that take part in a collective, from whichever of the ways in which XLA writes its groups."""
     if op.opcode.startswith("collective-permute"):
         return 2
-    members = _attribute(op, r"replica_groups=\{\{([\d,]+)\}")
+    members = attribute(op, r"replica_groups=\{\{([\d,]+)\}")
     if members:
         return len(members.split(","))
-    iota = _attribute(op, r"replica_groups=\[([\d,]+)\]<=")
+    iota = attribute(op, r"replica_groups=\[([\d,]+)\]<=")
     if iota:
         return int(iota.split(",")[-1])
     axes = re.search(r"replica_groups=mesh\[([^\]]*)\][^{]*\{([^}]*)\}", op.attributes)

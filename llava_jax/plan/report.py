@@ -28,6 +28,15 @@ PARTS = (
     ("decoder", r"/llm/"),
     ("logits", ""),
 )
+# What a collective is for, by its kind and the name of its operation; first match wins.
+USES = (
+    ("embedded tokens", r"llm\.embed"),
+    ("gradients", r"^reduce-scatter|^all-reduce .*transpose\("),
+    ("weights, backward pass", r"^all-gather .*transpose\("),
+    ("weights, forward pass", r"^all-gather "),
+    ("activations", r"Llava"),
+    ("embedding's gradient, loss, norms", ""),
+)
 REMATERIALISED = "rematted_computation"
 
 
@@ -116,24 +125,29 @@ class Times:
     """Lower bounds of a step in seconds, for each resource; their maximum is the roofline."""
 
     compute: float
+    memory: float
     links: float
     between_slices: float
 
     @property
     def step(self) -> float:
-        return max(self.compute, self.links, self.between_slices)
+        return max(self.compute, self.memory, self.links, self.between_slices)
+
+    @property
+    def in_turn(self) -> float:
+        """Compute and communication with nothing overlapped; memory is read and written meanwhile."""
+        return max(self.compute, self.memory) + self.links + self.between_slices
 
 
 def times_of(compiled: CompiledStep) -> Times:
-    """Compute at the chip's peak, links at their full speed, all overlapped: no run can be faster.
-
-    Memory bandwidth is left out: the compiler does not say how much of the traffic stays on the chip.
-    """
+    """Compute at the chip's peak, memory and links at their full speed, all overlapped: no run can be faster."""
     assert compiled.cost is not None
     target = compiled.target
     link_bytes, slice_bytes = (sum(_bytes(compiled, crosses).values()) for crosses in (False, True))
     links = link_bytes / target.ici_bytes_per_sec if link_bytes else 0.0
-    return Times(compiled.cost.flops / target.chip.peak_flops, links, slice_bytes / target.chip.dcn_bytes_per_sec)
+    chip, cost = target.chip, compiled.cost
+    return Times(cost.flops / chip.peak_flops, cost.memory_bytes / chip.hbm_bytes_per_sec, links,
+                 slice_bytes / chip.dcn_bytes_per_sec)  # fmt: skip
 
 
 def _bytes(compiled: CompiledStep, between_slices: bool) -> dict[str, int]:
@@ -165,7 +179,8 @@ def numbers(compiled: CompiledStep, workload: Workload, costs: Costs) -> dict[st
         "argument_bytes": memory.arguments, "temp_bytes": memory.temporaries, "parameter_bytes": memory.trainable,
         "frozen_bytes": memory.frozen, "optimizer_bytes": memory.optimizer, "batch_bytes": memory.batch,
         "host_bytes": memory.on_host, "assumed": workload.assumption, "model_flops": model, "executed_flops": None,
-        "collective_bytes": None, "collective_bytes_between_slices": None, "step_secs_roofline": None,
+        "collective_bytes": None, "collective_bytes_between_slices": None, "collective_uses": None,
+        "memory_bytes": None, "remat": remat.describe(compiled.program.model.remat), "step_secs_roofline": None,
         "mfu_roofline": None, "tokens_per_sec_roofline": None, "hours_roofline": None, "money_roofline": None,
         "samples": costs.samples, "compile_secs": round(compiled.secs, 1),
     }  # fmt: skip
@@ -177,7 +192,9 @@ def numbers(compiled: CompiledStep, workload: Workload, costs: Costs) -> dict[st
         "executed_flops": compiled.cost.flops * target.devices,
         "flops_by_part": {w.part: {"useful": w.model, "executed": w.executed, "again": w.rematerialised}
                           for w in work_of(compiled, workload)},
+        "memory_bytes": compiled.cost.memory_bytes,
         "collective_bytes": _bytes(compiled, between_slices=False),
+        "collective_uses": {f"{kind}: {use}": count for (kind, use), count in _uses(compiled).items()},
         "collective_bytes_between_slices": _bytes(compiled, between_slices=True),
         "step_secs_roofline": step,
         "mfu_roofline": model / (step * target.devices * target.chip.peak_flops),
@@ -240,15 +257,29 @@ def _work_lines(compiled: CompiledStep, workload: Workload) -> list[str]:
 
 
 def _time_lines(compiled: CompiledStep) -> list[str]:
+    assert compiled.cost is not None
     times = times_of(compiled)
-    link_bytes, slice_bytes = _bytes(compiled, between_slices=False), _bytes(compiled, between_slices=True)
-    letter, unit = _unit(sum(link_bytes.values()))
-    cells = [["matrix products", "", f"{times.compute:.3g}"]]
-    cells += [[f"  {kind}", f"{count / unit:.2f}", ""] for kind, count in link_bytes.items()]
-    cells += [["links to other chips", f"{sum(link_bytes.values()) / unit:.2f}", f"{times.links:.3g}"]]
+    link_bytes, slice_bytes = (sum(_bytes(compiled, crosses).values()) for crosses in (False, True))
+    letter, unit = _unit(max(link_bytes, compiled.cost.memory_bytes))
+    cells = [["matrix products", "", f"{times.compute:.3g}"],
+             ["memory", f"{compiled.cost.memory_bytes / unit:.2f}", f"{times.memory:.3g}"]]  # fmt: skip
+    cells += [[f"  {kind}: {use}", f"{count / unit:.2f}", ""] for (kind, use), count in _uses(compiled).items()
+              if count >= link_bytes / 200]  # fmt: skip
+    cells += [["links to other chips", f"{link_bytes / unit:.2f}", f"{times.links:.3g}"]]
     if slice_bytes:
-        cells += [["network between slices", f"{sum(slice_bytes.values()) / unit:.2f}", f"{times.between_slices:.3g}"]]
-    return table(["roofline bound of a chip's step", f"{letter}B sent", "secs"], cells)
+        cells += [["network between slices", f"{slice_bytes / unit:.2f}", f"{times.between_slices:.3g}"]]
+    return table(["roofline bound of a chip's step", f"{letter}B", "secs"], cells)
+
+
+def _uses(compiled: CompiledStep) -> dict[tuple[str, str], int]:
+    """{(kind, use): bytes} of the collectives on the chips' own links, the largest first."""
+    assert compiled.cost is not None
+    found = Counter[tuple[str, str]]()
+    for transfer in compiled.cost.transfers.values():
+        if not transfer.between_slices:
+            name = f"{transfer.kind} {transfer.op_name}"
+            found[transfer.kind, next(use for use, pattern in USES if re.search(pattern, name))] += transfer.bytes
+    return dict(found.most_common())
 
 
 def _unit(largest: int) -> tuple[str, float]:
@@ -266,7 +297,8 @@ def _end_lines(target: Target, workload: Workload, costs: Costs, step: float, mo
              f"{samples_text}: {hours:.2f} hours or more"]  # fmt: skip
     if costs.price is not None:
         lines[-1] += f", {hours * target.chips * costs.price:,.2f} at {costs.price} a chip and hour"
-    return [*lines, "(a roofline bound: compute at peak, all communication hidden, memory traffic left out)"]
+    return [*lines, "(a roofline bound: the largest of three, with the others hidden. Memory: what the program's "
+                    "instructions read and write once; kernels read some of it again)"]  # fmt: skip
 
 
 def table(head: list[str], cells: Iterable[list[str]]) -> list[str]:

@@ -81,7 +81,7 @@ def search(
             continue
         compile_secs, count = compile_secs + compiled.secs, count + 1
         if compiled.fits:
-            secs = sum(vars(report.times_of(compiled)).values()) / choice.workload.tokens
+            secs = report.times_of(compiled).in_turn / choice.workload.tokens
             result = Result(compiled, choice.workload, choice.overrides, secs)
             slack = min(slack, result.secs / choice.secs)
             best = result if best is None or result.secs < best.secs else best
@@ -106,7 +106,7 @@ def _fitted(best: Result, path: str, overrides: Mapping[str, str]) -> Result:
     except (CompilerRefused, UsageError) as error:
         _log(f"model.remat=auto: {error}")
         return best
-    secs = sum(vars(report.times_of(compiled)).values()) / workload.tokens
+    secs = report.times_of(compiled).in_turn / workload.tokens
     _log(f"{remat.describe(compiled.program.model.remat)}: {_verdict(compiled, workload)}")
     return Result(compiled, workload, settings, secs) if secs < best.secs else best
 
@@ -189,8 +189,7 @@ def _verdict(compiled: CompiledStep, workload: Workload) -> str:
     peak = f"{compiled.memory.peak / GIB:.2f} GiB"
     if not compiled.fits:
         return f"does not fit ({peak})"
-    times = report.times_of(compiled)
-    speed = workload.tokens / compiled.target.devices / sum(vars(times).values())
+    speed = workload.tokens / compiled.target.devices / report.times_of(compiled).in_turn
     return f"fits ({peak}), {speed:,.0f} tokens/s a device with nothing overlapped"
 
 

@@ -151,7 +151,7 @@ def layout(size: Size, tiling: Tiling, tile: int, features: int) -> Layout:
     if ratio <= _RESIZED_ABOVE:
         lines = np.pad(lines, ((0, 0), (0, 1)), constant_values=NEWLINE)
         return Layout(tiles, features, np.concatenate([base, lines.ravel()]))
-    resized = _bilinear(lines, int(lines.shape[0] // ratio), int(lines.shape[1] // ratio))
+    resized = bilinear(lines, int(lines.shape[0] // ratio), int(lines.shape[1] // ratio))
     ends = alone(np.full((len(resized.slots), 1), NEWLINE, np.int32))
     resized = [np.concatenate(pair, axis=1).reshape(-1, 4) for pair in zip(resized, ends)]
     corners = Corners(*(np.concatenate(pair) for pair in zip(alone(base), resized)))
@@ -174,7 +174,7 @@ def _unpadded(lines: np.ndarray, size: Size) -> np.ndarray:
     return lines[:, empty : width - empty]
 
 
-def _bilinear(lines: np.ndarray, height: int, width: int) -> Corners:
+def bilinear(lines: np.ndarray, height: int, width: int) -> Corners:
     """[height, width, 4]: the corners that torch's `interpolate(mode="bilinear")` mixes."""
     (top, bottom, down), (left, right, across) = (_ends(n, m) for n, m in zip(lines.shape, (height, width)))
     slots = [lines[np.ix_(y, x)] for y in (top, bottom) for x in (left, right)]

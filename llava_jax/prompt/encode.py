@@ -11,14 +11,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from etils import epath
 
-from llava_jax.batch import Example, Layout, Span
+from llava_jax.batch import Example, Layout, Span, plain
 from llava_jax.errors import UsageError
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.anyres import Tiling
-from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
 from llava_jax.prompt.images import CLIP_MEAN, Image, image_size, open_image, to_pixels, to_tiles
 from llava_jax.prompt.templates import Frame, Template
 from llava_jax.prompt.tokenizer import Tokenizer
+from llava_jax.prompt.video import FrameRule
 
 IMAGE_START, IMAGE_END = "<im_start>", "<im_end>"
 IMAGE_LABEL = -200  # one of these stands for an image in LLaVA's input_ids
@@ -33,6 +34,7 @@ class Format:
     image_mode: "square" (centre crop), "pad", "squash" or "anyres"; image_mean, resample: of the tower; see
       `images.to_pixels`.
     tiling: how pictures become tiles, of "anyres" alone.
+    video: which frames of a video are shown; None: no video is read.
     image_start_end: each image stands between <im_start> and <im_end>.
     """
 
@@ -45,15 +47,20 @@ class Format:
     image_mean: tuple[float, ...] = CLIP_MEAN
     resample: str = "bicubic"
     tiling: Tiling | None = None
+    video: FrameRule | None = None
 
     @property
     def resizes(self) -> bool:
-        """Whether features of large pictures are resized (`ResizedBatch`)."""
-        return self.tiling is not None and self.tiling.max_tiles > 0
+        """Whether features of large pictures, or of a video's frames, are resized (`ResizedBatch`)."""
+        return self.video is not None or (self.tiling is not None and self.tiling.max_tiles > 0)
 
 
 class Picture(NamedTuple):
-    """A picture as the model takes it: its tiles, uint8 [H, W, 3] (none where it was not decoded), and their layout."""
+    """A picture or video as the model takes it.
+
+    tiles: or frames, uint8 [H, W, 3] each; none where it was not decoded.
+    layout: of their features; None: of one picture, whose features stand in their own order.
+    """
 
     tiles: tuple[np.ndarray, ...]
     layout: Layout | None
@@ -91,7 +98,7 @@ def encode(
     image_root: folder that image paths are relative to and may not leave; None takes paths as they are.
     reply: end with an open assistant turn, as generation wants it, and what is `begun` of it.
     open_images: False leaves `images` empty and does not compare their number with the markers'; where the features
-      depend on a picture's size, its header is read nonetheless.
+      depend on a picture's size or a video's length, its header is read nonetheless.
 
     Raises:
       ValueError: the turns do not fit the template, markers and images differ in number, or an image cannot be
@@ -106,7 +113,7 @@ def encode(
             f"write one {IMAGE_MARKER} for each image"
         )
     shown = iter(_shown(conversation, format, image_root, open_images, name))
-    tokenizer, images, layouts = format.tokenizer, list[np.ndarray](), list[Layout]()
+    tokenizer, images, layouts = format.tokenizer, list[np.ndarray](), list[Layout | None]()
     ids = [tokenizer.bos_id] if tokenizer.adds_bos else []
     learned, spans = [False] * len(ids), []
     for chunk in chunks:
@@ -115,26 +122,59 @@ def encode(
             images += tiles
             width = len(layout.slots) if layout else format.image_features
             spans.append(Span(len(ids), width))
-            layouts += [layout] if layout else []
+            layouts.append(layout)
             ids += [0] * width
             learned += [False] * width
         chunk_ids, chunk_learned = _tokenized(chunk.pieces, tokenizer)
         ids += chunk_ids
         learned += chunk_learned
     tokens, targets = np.array(ids, np.int32), np.array(learned, bool)
-    return Example(
-        tokens, targets, tuple(spans), tuple(images), conversation.id, conversation.weight, tuple(layouts)
-    )
+    laid = tuple(layout or plain(span.length) for layout, span in zip(layouts, spans)) if any(layouts) else ()
+    return Example(tokens, targets, tuple(spans), tuple(images), conversation.id, conversation.weight, laid)
 
 
 def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None = None) -> Iterator[Picture]:
-    """Each picture (path, encoded bytes or PIL image) as the model takes it.
+    """Each picture (path, encoded bytes or PIL image) or `Video` as the model takes it.
 
     Raises:
       ValueError, FileNotFoundError: one cannot be read; names it.
     """
+    only = _only(images)
     for image in images:
-        yield _picture(open_image(image, root), format, len(images) == 1)
+        if isinstance(image, Video):
+            yield _video(video.frames(image, _rule(format), root), format)
+        else:
+            yield _picture(open_image(image, root), format, only)
+
+
+def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
+    """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
+    if isinstance(image, Video):
+        return Video(tuple(video.frames(image, _rule(format), root)))
+    return open_image(image, root)
+
+
+def _only(images: Sequence[Any]) -> bool:
+    """Whether there is one picture, beside any videos. Source: transformers processing_llava_onevision.py."""
+    return sum(not isinstance(image, Video) for image in images) == 1
+
+
+def _rule(format: Format) -> FrameRule:
+    if format.video is None:
+        raise UsageError("a video, and no rule for its frames: set prompt.frames of the run (32 is OneVision's), or "
+                         "ask a model that was trained with it")  # fmt: skip
+    return format.video
+
+
+def _video(frames: Sequence[Image.Image], format: Format) -> Picture:
+    """Of a model of tiles each frame is squashed, as transformers' OneVision takes it; else a frame is a picture."""
+    mode = "squash" if format.tiling else format.image_mode
+    pixels = (to_pixels(frame, format.image_size, mode, format.image_mean, format.resample) for frame in frames)
+    return Picture(tuple(pixels), _frames_layout(len(frames), format))
+
+
+def _frames_layout(frames: int, format: Format) -> Layout:
+    return video.layout(frames, format.image_features, format.tiling is not None and format.tiling.newline)
 
 
 def _picture(image: Image.Image, format: Format, only: bool) -> Picture:
@@ -166,17 +206,17 @@ def with_labels(example: Example) -> tuple[np.ndarray, np.ndarray]:
     return ids[keep], labels[keep]
 
 
-def marked(example: Example, tokenizer: Tokenizer) -> str:
-    """The tokens for people to read, learned runs between ⟦ and ⟧, images as <image>.
+def marked(example: Example, tokenizer: Tokenizer, markers: Iterable[str] = ()) -> str:
+    """The tokens for people to read, learned runs between ⟦ and ⟧, images as <image>, or as their `markers`.
 
     <s> ▁A ▁chat ... ▁US ER : ▁ <image> ▁ <0x0A> What ▁is ▁it ? ▁A SS IST ANT : ⟦ ▁A ▁cat . </s> ⟧
     """
-    words, inside = [], False
+    words, inside, signs = [], False, iter(markers)
     for token, label in zip(*with_labels(example), strict=True):
         if (label != IGNORED_LABEL) != inside:
             inside = not inside
             words.append("⟦" if inside else "⟧")
-        words.append(IMAGE_MARKER if token == IMAGE_LABEL else tokenizer.piece(int(token)))
+        words.append(next(signs, IMAGE_MARKER) if token == IMAGE_LABEL else tokenizer.piece(int(token)))
     return " ".join(words + ["⟧"] * inside)
 
 
@@ -332,12 +372,17 @@ def _shown(
     conversation: Conversation, format: Format, root: epath.PathLike | None, decode: bool, name: str
 ) -> Sequence[Picture]:
     """The conversation's pictures; decoded, or laid out by their sizes alone."""
-    images, tiling = conversation.images, format.tiling
+    images, only = conversation.images, _only(conversation.images)
     try:
         if decode:
             return list(pictures(images, format, root))
-        if tiling is None:
-            return ()
-        return [Picture((), _layout(image_size(image, root), format, tiling, len(images) == 1)) for image in images]
+        return [Picture((), _unopened(image, format, root, only)) for image in images]
     except (ValueError, FileNotFoundError) as error:
         raise UsageError(f"{name}: {error}") from error
+
+
+def _unopened(image: Any, format: Format, root: epath.PathLike | None, only: bool) -> Layout | None:
+    """The layout of a picture or video by its header alone."""
+    if isinstance(image, Video):
+        return _frames_layout(video.count(image, _rule(format), root), format)
+    return format.tiling and _layout(image_size(image, root), format, format.tiling, only)

@@ -27,6 +27,7 @@ MAX_PIXELS = 64_000_000  # decoded, a picture of this size takes 192 MB
 MAX_ASPECT = 200  # a 1 x 5000 picture of 99 bytes would be resized to 336 x 1,680,000: 2.3 GB
 MAX_FILE_BYTES = 256_000_000
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # PIL's other readers may start programs
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm")  # of a folder's frames
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
 
@@ -73,7 +74,7 @@ def _found(
     if not isinstance(ref, str | os.PathLike):
         raise UsageError(f"image given as {type(ref).__name__}: want a path, a file's bytes or a PIL image "
                          "(PIL.Image.fromarray makes one of an array)")  # fmt: skip
-    for path in _spellings(os.fspath(ref), root):
+    for path in spellings(os.fspath(ref), root):
         try:
             bucket = files.is_bucket(path)
             content = files.read_range(path, 0, most_bytes) if bucket else _read_local(path, root, most_bytes)
@@ -193,33 +194,46 @@ def _resized(image: Image.Image, size: tuple[int, int], filter: Image.Resampling
     return image.resize(first, filter).resize(size, filter)
 
 
-def _spellings(ref: str, root: epath.PathLike | None) -> list[str]:
+def spellings(ref: str, root: epath.PathLike | None, noun: str = "image") -> list[str]:
     """The paths that `ref` may mean, under `root` if there is one.
 
     macOS writes é as two characters where Linux data sets write one: as given, then both spellings.
+
+    Raises:
+      UsageError: it leaves `root`, or is no path; calls it a `noun`.
     """
     parts = ref.replace("\\", "/").split("/")
     if root is not None and ("://" in ref or ref.startswith(("/", "\\")) or ".." in parts):
-        raise UsageError(f"image {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
+        raise UsageError(f"{noun} {ref!r}: want a path inside the image folder {str(root)!r}, without '..'")
     if not ref or "\0" in ref:
-        raise UsageError(f"image {ref!r}: not a path")
+        raise UsageError(f"{noun} {ref!r}: not a path")
     if files.is_bucket(ref) and not ref.startswith("gs://"):
-        raise UsageError(f"image {ref!r}: want a file or gs://BUCKET/FILE; download it first")
-    spellings = dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref)))
-    return [os.fspath(epath.Path(one) if root is None else epath.Path(root) / one) for one in spellings]
+        raise UsageError(f"{noun} {ref!r}: want a file or gs://BUCKET/FILE; download it first")
+    forms = dict.fromkeys((ref, unicodedata.normalize("NFC", ref), unicodedata.normalize("NFD", ref)))
+    return [os.fspath(epath.Path(one) if root is None else epath.Path(root) / one) for one in forms]
 
 
 def _read_local(path: str, root: epath.PathLike | None, most_bytes: int) -> bytes:
     """What a file holds, at most `most_bytes` of it."""
+    return files.read_range(path, 0, min(local_bytes(path, root) + 1, most_bytes))
+
+
+def local_bytes(path: str, root: epath.PathLike | None, noun: str = "image") -> int:
+    """The size of a file on a disk, after it has been found harmless.
+
+    Raises:
+      OSError: there is none.
+      UsageError: a link that leaves `root`, or no regular file; calls it a `noun`.
+    """
     found = os.stat(path)
     if root is not None and not Path(path).resolve().is_relative_to(Path(root).resolve()):
         raise UsageError(
-            f"image {path!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
-            "folder that really holds the images, or copy them"
+            f"{noun} {path!r}: is a link to {str(Path(path).resolve())!r}, outside of the image folder: name the "
+            f"folder that really holds the {noun}s, or copy them"
         )
     if not stat.S_ISREG(found.st_mode):  # reading a pipe would wait for ever
-        raise UsageError(f"image {path!r}: not a regular file")
-    return files.read_range(path, 0, min(found.st_size + 1, most_bytes))
+        raise UsageError(f"{noun} {path!r}: not a regular file")
+    return found.st_size
 
 
 def _opened(content: bytes, name: str) -> tuple[Image.Image, str]:

@@ -15,8 +15,7 @@ from llava_jax.distributed import Stop
 from llava_jax.errors import Unreachable
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation
-from llava_jax.prompt.encode import Format, encode
-from llava_jax.prompt.images import open_image
+from llava_jax.prompt.encode import Format, encode, opened
 from llava_jax.train import loop, metrics
 from llava_jax.train.loop import Hook, Run
 from llava_jax.train.step import State
@@ -67,7 +66,7 @@ def _questions(source: Source, format: Format) -> list[Conversation]:
     for index in range(min(LOOKED_AT, len(source))):
         try:
             conversation = source[index].conversation_in(source.images)
-            pictures = tuple(open_image(image, source.images) for image in conversation.images)
+            pictures = tuple(opened(image, format, source.images) for image in conversation.images)
             question = dataclasses.replace(conversation, turns=conversation.turns[:1], images=pictures)
             encode(question, format, reply=True)
             questions[index] = question

@@ -18,7 +18,7 @@ from llava_jax.data.sources import Source, hold_out, open_source
 from llava_jax.errors import DataError, UsageError
 from llava_jax.models import presets
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import anyres, ending, templates, tokenizer
+from llava_jax.prompt import anyres, ending, templates, tokenizer, video
 from llava_jax.prompt.encode import Format
 from llava_jax.train import program as programs
 
@@ -69,10 +69,12 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
     prompt = config.prompt
     tiling = anyres.tiling(prompt.image_mode, prompt.grids, prompt.merge, prompt.max_tiles, prompt.several)
     anyres.check(tiling, sizes.image_newline, sizes.image_features)
+    of_videos = video.rule(prompt.frames, prompt.fps)
+    video.check(of_videos, sizes.image_features, sizes.cross is None)
     return Format(
         template, words, sizes.vision.image_size, sizes.image_features, config.prompt.image_mode,
         config.prompt.image_start_end, sizes.vision.mean, sizes.vision.resample,
-        tiling,
+        tiling, of_videos,
     )  # fmt: skip
 
 

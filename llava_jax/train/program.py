@@ -229,7 +229,7 @@ def _batch(config: configs.Config, model_config: LlavaConfig, mesh: Mesh) -> Any
             raise UsageError(f"a row of {length} tokens is not divisible by mesh.context={parts}")
     groups, side = rows // data.rows_per_group, model_config.vision.image_size
     limits.check_step(rows, data.row_tokens, groups * data.images_per_group, side)
-    resizes = config.prompt.max_tiles > 0
+    resizes = config.prompt.max_tiles > 0 or config.prompt.frames > 0
     fields = batches.spec(rows, data.row_tokens, groups, data.images_per_group, side, resizes)
 
     def struct(name: str, x: batches.Field) -> jax.ShapeDtypeStruct:

@@ -30,7 +30,7 @@ from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.lifecycle import Sigterm
 from llava_jax.models import presets, remat
 from llava_jax.models.presets import LlavaConfig
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.encode import Format
 from llava_jax.train import fitting, init, inputs, learning, loop, metrics, settings
 from llava_jax.train import hooks as built_in
@@ -358,7 +358,8 @@ def _begin(program: Program, config: configs.Config, format: Format, workdir: ep
     sources = init.resolve(program, config.init, workdir, config.train.seed)
     if distributed.index() == 0:
         prompt = PromptMetadata(config.prompt.template, format.tokenizer.legacy, config.prompt.image_mode,
-                            config.prompt.image_start_end, anyres.to_json(format.tiling))  # fmt: skip
+                                config.prompt.image_start_end, anyres.to_json(format.tiling),
+                                video.to_json(format.video))  # fmt: skip
         metadata = Metadata(presets.config_to_json(program.model.config), prompt, init.bases(program, sources))
         model_json.write(workdir, metadata, format.tokenizer.files())
         settings.write(workdir, config)

@@ -49,7 +49,7 @@ def test_every_verb_does_its_work(tmp_path, capsys, hub):
     (["import", "HUB", "DST", "--template", "v9"], 64, "template 'v9' is unknown"),
     (["import", "HUB", "DST", "--vision", "clip"], 64, "holds its own tower"),
     (["export", "--format", "hf", "none", "DST"], 66, "there is no such checkpoint"),
-    (["export", "--format", "gguf", "none", "DST"], 64, "invalid choice"),
+    (["export", "--format", "onnx", "none", "DST"], 64, "invalid choice"),
     (["inspect", "none"], 66, "there is no such checkpoint"),
     (["verify", "none", "--step", "x"], 64, "want the number of a step, or best"),
     (["assemble", "DST", "--vision", "HUB", "--llm", "HUB"], 66, "tower's model_type is 'llava'; wanted one of clip"),

@@ -119,7 +119,7 @@ def test_the_keys_say_what_the_model_is(ours):
 
 
 class LlamaCpp:
-    """llama.cpp's tokenizer of a file's keys. Source: b11549 src/llama-vocab.cpp tokenize, llm_tokenizer_spm."""
+    """llama.cpp's tokenizer of a file's keys. Source: llama.cpp of llama-cpp-python 0.3.36, src/llama-vocab.cpp."""
 
     def __init__(self, keys):
         self.keys = {name.removeprefix("tokenizer.ggml."): value for name, value in keys.items()}

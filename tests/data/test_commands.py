@@ -138,7 +138,7 @@ def test_validate_refuses_what_a_config_cannot_say(run, capsys, words, said):
 
 def test_validate_writes_what_is_fit_as_it_was_written_and_train_takes_it(run, tmp_path, capsys):
     rows = ['{"id": "a", "x":1.50, "conversations": [{"from":"human","value":"\\u00e9"},{"from":"gpt","value":"Ho"}]}',
-            '{"id": "b", "video": "clip.mp4", "conversations": []}', '{"id": ',
+            '{"id": "b", "audio": "clip.mp3", "conversations": []}', '{"id": ',
             '{"id": "c", "image": "0.jpg", "conversations": [{"from":"human","value":"<image>"},'
             '{"from":"gpt","value":"Ho"}]}']  # fmt: skip
     (tmp_path / "a.jsonl").write_text("\n".join(rows))
@@ -171,7 +171,7 @@ MESSAGES = [{"role": "user", "content": "<image>What colour is the square?"}, {"
     [
         ({"images": ["0.png"], "conversations": ASKED}, 65, "1 image(s) under 'images' and no <image>"),
         ({"images": [], "conversations": ASKED}, 0, "0 bad"),
-        ({"video": "clip.mp4", "conversations": ASKED}, 65, "unread_key: video='clip.mp4': video is not read"),
+        ({"video": "clip.mp4", "conversations": ASKED}, 65, "unread_key: video='clip.mp4': video is not read without"),
         ({"images": ["0.png"], "messages": MESSAGES}, 0, "0 bad"),
         ({"system_prompt": "Answer in one word.", "conversations": ASKED}, 0, "0 bad"),
         ({"tools": "[]", "conversations": ASKED}, 0, "0 bad"),

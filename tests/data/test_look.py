@@ -15,6 +15,7 @@ from llava_jax.data.sources import open_source
 from llava_jax.prompt import anyres, templates, tokenizer
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.encode import Format
+from tests.prompt import chat_models
 
 GRIDS = ((1, 2), (2, 1), (2, 2), (3, 1), (1, 3))
 TALK = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A thing."}]
@@ -51,13 +52,13 @@ def words(golden):
 
 @pytest.fixture
 def drawn(words, tmp_path):
-    """drawn(records, tiling, mode="anyres", row_tokens=900) -> what was examined, and the page."""
+    """drawn(records, tiling, mode="anyres", row_tokens=900, of=("v1", words)) -> what was examined, and the page."""
 
-    def made(records, tiling=None, mode="anyres", row_tokens=900):
+    def made(records, tiling=None, mode="anyres", row_tokens=900, of=("v1", words)):
         (tmp_path / "r.json").write_text(json.dumps(records))
-        format = Format(templates.get("v1"), words, 28, 4, mode, tiling=tiling)
+        format = Format(templates.get(of[0]), of[1], 28, 4, mode, tiling=tiling)
         source = open_source(tmp_path / "r.json", tmp_path)
-        checks = Checks(rules(format.template, words), format, row_tokens, 99)
+        checks = Checks(rules(format.template, of[1]), format, row_tokens, 99)
         found = [inspection.examine(record, checks, source) for record in source]
         return found, Parsed(page.write(found, "r.json", format, row_tokens))
 
@@ -131,6 +132,16 @@ def test_tokens_are_counted_supervised_ones_marked_and_cut_ones_struck_through(d
     links = [attributes["href"][1:] for tag, attributes in parsed.tags if tag == "a"]
     assert links == [attributes["id"] for tag, attributes in parsed.tags if tag == "h3"] and len(links) == 2
     assert "The first. The first." in parsed.text
+
+
+@pytest.mark.parametrize("template", ["v1", "qwen_2"])
+def test_a_conversation_reads_as_it_was_written_by_any_tokenizer(drawn, words, tmp_path, template):
+    if template == "qwen_2":
+        words = tokenizer.load(chat_models.write_qwen(tmp_path / "qwen"))
+    (name,), answer = picture(tmp_path, (40, 20)), "答案 naïve 漢字 🌋 and\n  two  blanks."
+    talk = [{"from": "human", "value": f"<image>\n{answer}?"}, {"from": "gpt", "value": answer}]
+    _, parsed = drawn([{"id": "1", "image": name, "conversations": talk}], mode="pad", of=(template, words))
+    assert parsed.text.count(f"picture 1: 4 features\n{answer}?") == 1 and parsed.text.count(answer) == 2
 
 
 def test_what_a_record_says_runs_nowhere(drawn, words, tmp_path):

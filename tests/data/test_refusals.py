@@ -130,7 +130,7 @@ def test_validate_refuses_exactly_what_training_refuses(write, opened, v1, tmp_p
 def test_the_corpus_has_every_reason_of_a_record():
     met = {reason for reason, *_ in BAD + NOTED}
     assert met >= {reason for reason, (fatal, _) in REASONS.items() if fatal} - {
-        "bad_source", "unreadable", "not_a_caption", "empty_question", "bad_text",
+        "bad_source", "unreadable", "not_a_caption", "empty_question", "bad_text", "replaced_image",
     }  # fmt: skip
 
 

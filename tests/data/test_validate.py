@@ -39,7 +39,7 @@ BAD = [
     ("bad_shape", "image={'width': 3}", {"id": "x", "image": {"width": 3}, "conversations": ASKED}),
     ("bad_shape", "both image and images", {"id": "x", "image": "0.png", "images": ["0.png"], "conversations": SHOWN}),
     ("bad_shape", "both conversations and messages", {"id": "x", "conversations": ASKED, "messages": ASKED}),
-    ("unread_key", "video='a.mp4': video is not read", {"id": "x", "video": "a.mp4", "conversations": ASKED}),
+    ("unread_key", "video='a.mp4': video is not read without", {"id": "x", "video": "a.mp4", "conversations": ASKED}),
     ("bad_mark", "conversations[1].loss=0.5", {"id": "x", "conversations": [ASKED[0], ASKED[1] | {"loss": 0.5}]}),
     ("bad_weight", "weight=0: want a number", {"id": "x", "weight": 0, "conversations": ASKED}),
     ("no_learned_tokens", "the marks of all answers",
@@ -194,7 +194,7 @@ def test_the_bound_that_spares_the_tokenizer_is_never_below_the_true_length(v1):
 def test_every_reason_is_documented_and_met():
     met = {reason for reason, *_ in BAD + NOTED}
     elsewhere = {"bad_source", "duplicate_id", "not_a_caption", "empty_question", "unreadable", "bad_text",
-                 "unknown_key"}  # fmt: skip
+                 "unknown_key", "replaced_image"}  # fmt: skip
     assert met | elsewhere == set(REASONS)
 
 

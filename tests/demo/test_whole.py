@@ -59,9 +59,9 @@ def test_the_demo_learns_to_see(tmp_path):
 
 def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
     """The same start, records, steps, learning rates and batches; a row is longer by the tiles' features."""
-    tiled, plain = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
+    plain, tiled = (configs.load(story.CONFIGS / run.config, {"model.base": "b"}) for run in ANYRES.runs[1:])
     assert [run[3:5] for run in ANYRES.runs[1:]] == [("stage1", records.FINETUNE)] * 2
-    assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "pad"
+    assert tiled.prompt.image_mode == "anyres" and plain.prompt.image_mode == "squash"
     features = len(anyres.layout((384, 96), Tiling(((4, 1),)), 48, 16).slots)
     assert tiled.data.row_tokens - plain.data.row_tokens == features - 16
     assert replace(tiled, prompt=plain.prompt, data=plain.data) == plain
@@ -69,13 +69,19 @@ def test_the_two_runs_with_and_without_tiles_differ_in_tiles_alone():
 
 
 @pytest.mark.slow
-def test_tiles_show_what_a_padded_square_does_not(tmp_path):
+def test_tiles_show_what_the_whole_alone_does_not(tmp_path):
     assert command.main(["--family", "anyres", "--workdir", str(tmp_path)]) == 0
     numbers = json.loads((tmp_path / "demo.json").read_text())
     kinds = numbers["by_kind"]
     assert numbers["stage2"] >= 0.75 and numbers["unseen"]["stage2"] >= 0.55
     assert numbers["stage2"] >= numbers["stage2_without_tiles"] + 0.15
     assert kinds["stage2"]["shape"] >= kinds["stage2_without_tiles"]["shape"] + 0.3
+    # README's table: where XLA adds in another order, scores differ by a point or two.
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").replace("*", "")
+    for run in ANYRES.evaluated:
+        cells = next(line for line in readme.splitlines() if line.startswith(f"| {run.label} |")).split("|")
+        measured = [100 * numbers[run.name], 100 * numbers["unseen"][run.name]]
+        assert [float(cells[2]), float(cells[-2])] == pytest.approx(measured, abs=3)
     exported = json.loads((tmp_path / story.EXPORT / "config.json").read_text())
     assert exported["architectures"] == ["LlavaNextForConditionalGeneration"]
     assert "LLaVA-1.6" in (tmp_path / "report.html").read_text()

@@ -15,13 +15,10 @@ from tests.doctor import plants
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The files of the run, and a cache of its compiled programs."""
+    """The files of the run."""
     place = tmp_path_factory.mktemp("trial")
     trial.write_files(place)
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(place / "compiled"))
-    yield place
-    jax.config.update("jax_compilation_cache_dir", before)
+    return place
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ def doctor(tmp_path, devices, *args):
     """{check: line} of one process, which must end with 0."""
     flags = f"--xla_force_host_platform_device_count={devices}"
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
+    del environment["JAX_COMPILATION_CACHE_DIR"]  # it makes one for itself and the run that it kills
     command = [sys.executable, "-m", "llava_jax.doctor", "--json", str(tmp_path / "doctor.json"), *args]
     completed = subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], capture_output=True, text=True,
                                timeout=400)  # fmt: skip

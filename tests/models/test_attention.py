@@ -1,6 +1,7 @@
 """What `attention` computes, what it chooses to compute it with, and what it leaves out."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -111,9 +112,11 @@ def test_a_row_goes_tile_by_tile_with_the_result_and_gradient_of_the_whole(monke
     assert "40,40]" not in jaxpr, "scores of all queries at once"
 
 
-def test_tiles_are_left_out_in_which_no_query_sees_a_key(monkeypatch):
-    """Sample 1 is not a number; tiles that only hold it never meet queries of sample 2."""
-    monkeypatch.setattr(flash, "TILES", (128,))
+@pytest.mark.parametrize("tile", [128, 256])
+def test_tiles_and_their_parts_are_left_out_in_which_no_query_sees_a_key(monkeypatch, tile):
+    """Sample 1 is not a number; tiles, and parts of them, that only hold it never meet queries of sample 2."""
+    monkeypatch.setattr(flash, "TILES", (tile,))
+    monkeypatch.setattr(flash, "PART", 128)
     q, k, v = (x.at[:, :128].set(jnp.nan) for x in heads(512, rows=1))
     segments = jnp.asarray(np.repeat([1, 2, 0], [128, 256, 128])[None], jnp.int32)
     for name in ("flash", "xla"):
@@ -125,20 +128,29 @@ def test_tiles_are_left_out_in_which_no_query_sees_a_key(monkeypatch):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_tiles_that_are_visited_are_those_that_share_a_sample(seed):
+def test_the_tiles_that_are_visited_are_those_that_share_a_sample(seed, monkeypatch):
+    monkeypatch.setattr(flash, "PART", 2)
     in_order, mixed = samples(24, rows=3, seed=seed), jnp.asarray(np.random.default_rng(seed).integers(0, 9, (3, 24)))
     for numbers in (in_order, mixed):
         tiles = np.asarray(numbers).reshape(3, 6, 4)
         needed = [{(i, j) for i in range(6) for j in range(i + 1) if set(row[i]) & set(row[j])} for row in tiles]
-        queries, keys, counts = map(np.asarray, flash.visits(numbers, numbers, 4))
+        queries, keys, parts, counts = map(np.asarray, flash.visits(numbers, numbers, 4))
         visited = [list(zip(queries[row, :n].tolist(), keys[row, :n].tolist())) for row, n in enumerate(counts)]
         assert all(row == sorted(set(row)) for row in visited)
         assert all(a <= set(b) for a, b in zip(needed, visited))
         assert numbers is mixed or [len(a) for a in needed] == counts.tolist()
+        halves = np.asarray(numbers).reshape(3, 12, 2)
+        for row, n in enumerate(counts):
+            for i, j, bits in zip(queries[row, :n], keys[row, :n], parts[row, :n]):
+                for number, (a, b) in enumerate(itertools.product((2 * i, 2 * i + 1), (2 * j, 2 * j + 1))):
+                    shares = b <= a and bool(set(halves[row, a]) & set(halves[row, b]))
+                    assert bits >> number & 1 >= shares and (numbers is mixed or bits >> number & 1 == shares)
 
 
-def test_keys_of_long_rows_go_span_by_span(monkeypatch):
-    monkeypatch.setattr(flash, "TILES", (128,))
+@pytest.mark.parametrize("tile", [128, 256])
+def test_keys_of_long_rows_go_span_by_span(monkeypatch, tile):
+    monkeypatch.setattr(flash, "TILES", (tile,))
+    monkeypatch.setattr(flash, "PART", 128)
     q, k, v = heads(512, rows=1)
     segments = jnp.asarray(np.repeat([1, 2, 3], [150, 100, 262])[None], jnp.int32)
 

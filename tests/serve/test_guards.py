@@ -69,7 +69,7 @@ def test_without_a_key_other_names_of_this_address_are_refused():
 
 
 def test_more_requests_than_slots_and_queue_are_refused_at_once_and_the_others_are_answered(served):
-    body = {**LONG, "stream": False, "max_tokens": 5}
+    body = {**LONG, "stream": False, "max_tokens": 60}  # an answer takes longer than clients take to come
     expected = httpx2.post(served.url + "/v1/chat/completions", json=body, headers=headers(), timeout=60).json()
 
     def one(_: int):

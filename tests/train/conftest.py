@@ -1,24 +1,19 @@
-"""One cache of compiled programs for all runs of this session, and a small run's files."""
+"""A small run's files, the session's cache of compiled programs, and a process that forks training processes."""
 
-import jax
+import os
+
 import pytest
 
 from tests.train import tiny
 from tests.train.forks import parent
 
+CACHE = ("JAX_COMPILATION_CACHE_DIR", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
 
-@pytest.fixture(scope="session", autouse=True)
-def compiled(tmp_path_factory):
-    """Environment of a process that shares the session's compilations; this process shares them too."""
-    folder = tmp_path_factory.mktemp("compiled")
-    settings = {"jax_compilation_cache_dir": str(folder), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {"jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir,
-              "jax_persistent_cache_min_compile_time_secs": jax.config.jax_persistent_cache_min_compile_time_secs}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield {name.upper(): str(value) for name, value in settings.items()}
-    for name, value in before.items():
-        jax.config.update(name, value)
+
+@pytest.fixture(scope="session")
+def compiled():
+    """What tells a process of the session's cache of compiled programs, where its environment is made anew."""
+    return {name: os.environ[name] for name in CACHE}
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from llava_jax.data.problems import Problem
 from llava_jax.data.records import found, parse
 from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, UsageError
-from llava_jax.prompt.conversation import Conversation, Turn
+from llava_jax.prompt.conversation import Conversation, Turn, Video
 
 _log = logging.getLogger(__name__)
 
@@ -57,6 +57,9 @@ class LlavaInstruct(tfds.core.GeneratorBasedBuilder):
             for problem in check_files(parsed.conversation, self._source.images, listings):
                 raise DataError(str(found(record, problem)))
             self.unknown.note([found(record, Problem("unknown_key", key)) for key in parsed.unknown])
+            if any(isinstance(one, Video) for one in parsed.conversation.images):
+                where = f"{record.where} id={record.id!r}"
+                raise DataError(f"{where}: a video, which this data set cannot hold: train on the records as they are")
             places = [
                 image if isinstance(image, bytes) else located(image, self._source.images, listings)
                 for image in parsed.conversation.images

@@ -5,6 +5,7 @@
 
 They are lines of DATA/questions.jsonl; pictures lie in DATA/images. `answer` may be a list of right ones; without any,
 the questions can be asked and not scored. `image`, `category` and `choices` may be left out, `image` may be a list.
+`video` names videos in the same way, files or folders of frames; they are shown after the pictures.
 """
 
 import re
@@ -31,6 +32,7 @@ from llava_jax.evaluate.questions import (
     percent,
     with_choices,
 )  # fmt: skip
+from llava_jax.prompt.conversation import Video
 
 _FILE = "questions.jsonl"
 # How a text without choices is compared with the truth.
@@ -110,7 +112,8 @@ def _question(row: Any, where: str) -> Question:
     key = "question_id" if isinstance(row, dict) and "question_id" in row else "id"
     identity = str(field(row, key, (str, int), where))
     text = field(row, "text" if "text" in row else "question", str, where)
-    images = tuple(_texts(row.get("image", []), "image", where))
+    videos = map(Video, _texts(row.get("video", []), "video", where))
+    images = (*_texts(row.get("image", []), "image", where), *videos)
     choices = _texts(field(row, "choices", list, where), "choices", where) if "choices" in row else []
     if len(choices) > len(LETTERS):
         raise DataError(f"{where}: {len(choices)} choices: want at most {len(LETTERS)}, a letter for each")
