@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
-from llava_jax import errors
+from llava_jax import compilations, errors
 from llava_jax.generate import batching, scheduler
 from llava_jax.generate.assistant import Assistant
 from llava_jax.serve.answer import READERS, Service
@@ -25,8 +25,9 @@ QUEUE_ROWS = 4  # positions that open requests may ask for together, in full row
 def service(args: argparse.Namespace, name: str) -> Service:
     """The service of a checkpoint; nothing is compiled yet. Raises as `Assistant.open`, and UsageError where the model
     cannot be served."""
+    compilations.keep()
     mesh = batching.one_copy()
-    assistant = Assistant.open(args.checkpoint, 1, args.dtype, args.step, args.template, mesh)
+    assistant = Assistant.open(args.checkpoint, 1, args.dtype, args.step, args.template, mesh, args.weights)
     return of_assistant(assistant, name, args.slots, args.queue, args.positions)
 
 
