@@ -5,6 +5,7 @@ Each has a small version that always runs and a slow one of the size that was pr
 
 import asyncio
 import base64
+import copy
 import http.server
 import io
 import json
@@ -106,7 +107,7 @@ def fuzzed(rng: random.Random) -> bytes:
         while isinstance(place[key], dict | list) and place[key] and rng.random() < 0.8:
             place = place[key]
             key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
-        place[key] = rng.choice(odd)
+        place[key] = copy.deepcopy(rng.choice(odd))
     content = bytearray(json.dumps(body).encode())
     for _ in range(rng.choice([0, 0, 0, 1, 5])):
         at = rng.randrange(len(content))
