@@ -1,4 +1,4 @@
-"""Features of pictures on the host, so that a picture that is shown again does not pass through the tower again."""
+"""Features of pictures on the host, so that a picture that is image again does not pass through the tower again."""
 
 import itertools
 from collections import OrderedDict
@@ -6,7 +6,7 @@ from collections import OrderedDict
 import numpy as np
 
 from llava_jax.batch import laid_out
-from llava_jax.generate.pages import Shown
+from llava_jax.generate.pages import PromptImage
 
 
 class Features:
@@ -18,34 +18,34 @@ class Features:
     def __init__(self, most_bytes: int, dtype: np.dtype) -> None:
         self._most_bytes, self._dtype = most_bytes, dtype
         self._bytes = 0
-        self._held: OrderedDict[bytes, np.ndarray] = OrderedDict()
-        self._wanted: OrderedDict[bytes, tuple[Shown, list[np.ndarray | None]]] = OrderedDict()
+        self._features: OrderedDict[bytes, np.ndarray] = OrderedDict()
+        self._unseen: OrderedDict[bytes, tuple[PromptImage, list[np.ndarray | None]]] = OrderedDict()
 
-    def find(self, shown: Shown) -> np.ndarray | None:
+    def find(self, image: PromptImage) -> np.ndarray | None:
         """The features of a picture; None where they are not there, which `pending` then hands out."""
-        if shown.key in self._held:
-            self._held.move_to_end(shown.key)
-            return self._held[shown.key]
-        if shown.key not in self._wanted:
-            self._wanted[shown.key] = shown, [None] * len(shown.tiles)
+        if image.key in self._features:
+            self._features.move_to_end(image.key)
+            return self._features[image.key]
+        if image.key not in self._unseen:
+            self._unseen[image.key] = image, [None] * len(image.tiles)
         return None
 
-    def pending(self, most: int) -> list[tuple[Shown, int, np.ndarray]]:
+    def pending(self, most: int) -> list[tuple[PromptImage, int, np.ndarray]]:
         """At most so many tiles whose features are wanted: the picture, which of its tiles, and its pixels."""
-        tiles = ((shown, index, shown.tiles[index]) for shown, found in self._wanted.values()
+        tiles = ((image, index, image.tiles[index]) for image, found in self._unseen.values()
                  for index, features in enumerate(found) if features is None)  # fmt: skip
         return list(itertools.islice(tiles, most))
 
-    def add(self, shown: Shown, index: int, features: np.ndarray, newline: np.ndarray) -> None:
+    def add(self, image: PromptImage, index: int, features: np.ndarray, newline: np.ndarray) -> None:
         """Takes the features [N, D] of a tile, and the model's `image_newline` [1, D] or [0, D]."""
-        found = self._wanted[shown.key][1]
+        found = self._unseen[image.key][1]
         found[index] = features
         if any(one is None for one in found):
             return
-        del self._wanted[shown.key]
+        del self._unseen[image.key]
         rows = np.stack(found)
-        held = (rows[0] if shown.layout is None else laid_out(rows, newline, shown.layout)).astype(self._dtype)
-        self._held[shown.key] = held
+        held = (rows[0] if image.layout is None else laid_out(rows, newline, image.layout)).astype(self._dtype)
+        self._features[image.key] = held
         self._bytes += held.nbytes
-        while self._bytes > self._most_bytes and len(self._held) > 1:
-            self._bytes -= self._held.popitem(last=False)[1].nbytes
+        while self._bytes > self._most_bytes and len(self._features) > 1:
+            self._bytes -= self._features.popitem(last=False)[1].nbytes

@@ -17,7 +17,7 @@ from llava_jax.batch import Example, Layout
 from llava_jax.models.paged import PAGE
 
 
-class Shown(NamedTuple):
+class PromptImage(NamedTuple):
     """A picture in a prompt: its features stand at positions start .. start + length - 1.
 
     key: a digest of the tiles' pixels and their layout. tiles: uint8 [H, W, 3] each.
@@ -38,11 +38,11 @@ class Prompt:
     """
 
     tokens: np.ndarray
-    shown: tuple[Shown, ...] = ()
+    images: tuple[PromptImage, ...] = ()
     digests: tuple[bytes, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "digests", tuple(_digests(self.tokens, self.shown)))
+        object.__setattr__(self, "digests", tuple(_digests(self.tokens, self.images)))
 
     @property
     def reusable(self) -> int:
@@ -52,22 +52,22 @@ class Prompt:
 
 def prompt_of(example: Example) -> Prompt:
     """The prompt of an encoded conversation with its pictures."""
-    tiles, shown = iter(example.images), list[Shown]()
+    tiles, images = iter(example.images), list[PromptImage]()
     for span, layout in zip(example.image_spans, example.layouts or (None,) * len(example.image_spans), strict=True):
         own = tuple(next(tiles) for _ in range(1 if layout is None else layout.tiles))
         digest = hashlib.sha256(b"".join(tile.tobytes() for tile in own))
         if layout is not None:
             arrays = [layout.slots, *(() if layout.corners is None else layout.corners)]
             digest.update(b"".join(array.tobytes() for array in arrays))
-        shown.append(Shown(span.start, span.length, digest.digest(), own, layout))
-    return Prompt(example.tokens, tuple(shown))
+        images.append(PromptImage(span.start, span.length, digest.digest(), own, layout))
+    return Prompt(example.tokens, tuple(images))
 
 
-def _digests(tokens: np.ndarray, shown: Sequence[Shown]) -> Iterator[bytes]:
+def _digests(tokens: np.ndarray, images: Sequence[PromptImage]) -> Iterator[bytes]:
     chain = b""
     for start in range(0, len(tokens) - PAGE + 1, PAGE):
         digest = hashlib.sha256(chain + tokens[start : start + PAGE].tobytes())
-        for one in shown:
+        for one in images:
             if one.start < start + PAGE and one.start + one.length > start:
                 digest.update(struct.pack("<qq", one.start, one.length) + one.key)
         chain = digest.digest()

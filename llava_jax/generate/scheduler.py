@@ -48,7 +48,7 @@ class Job:
     continues: bool = False
 
 
-class Made(NamedTuple):
+class Token(NamedTuple):
     """One id of an answer; likeliest: the `top` (id, log-probability) at its position."""
 
     id: int
@@ -59,12 +59,12 @@ class Made(NamedTuple):
 class Update(NamedTuple):
     """What a step added to an answer.
 
-    piece: text that can be shown. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
+    piece: text that can be image. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
     prompt that were not computed again.
     """
 
     piece: str
-    made: tuple[Made, ...]
+    tokens: tuple[Token, ...]
     ended_by: str
     reused: int
 
@@ -182,7 +182,7 @@ class Scheduler:
                 window = tuple(job.prompt.tokens[-8:].tolist())
                 text = Text(window=window, read=len(window), trims=False)
             slot = _Slot(number, job, pages, known * PAGE, table, known * PAGE, Row(job.limit, text))
-            slot.features = [None] * len(job.prompt.shown)
+            slot.features = [None] * len(job.prompt.images)
             self._slots[self._slots.index(None)] = slot
 
     def _see(self) -> None:
@@ -191,15 +191,15 @@ class Scheduler:
         tiles = self._features.pending(self.batching.lanes)
         if tiles:
             found, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
-            for (shown, index, _), features in zip(tiles, found):
-                self._features.add(shown, index, features, newline)
+            for (image, index, _), features in zip(tiles, found):
+                self._features.add(image, index, features, newline)
             self._find_features()
 
     def _find_features(self) -> None:
         for slot in filter(None, self._slots):
-            for index, shown in enumerate(slot.job.prompt.shown):
-                if slot.features[index] is None and shown.start + shown.length > slot.at:
-                    slot.features[index] = self._features.find(shown)
+            for index, image in enumerate(slot.job.prompt.images):
+                if slot.features[index] is None and image.start + image.length > slot.at:
+                    slot.features[index] = self._features.find(image)
 
     def _lanes(self) -> list[int]:
         """Slots whose next chunk can be read: the oldest, then those that are nearly through."""
@@ -211,8 +211,8 @@ class Scheduler:
     def _sees(self, slot: _Slot) -> bool:
         """Whether the features of its next chunk are there."""
         end = slot.at + self.batching.chunk
-        return all(features is not None or shown.start >= end or shown.start + shown.length <= slot.at
-                   for shown, features in zip(slot.job.prompt.shown, slot.features))  # fmt: skip
+        return all(features is not None or image.start >= end or image.start + image.length <= slot.at
+                   for image, features in zip(slot.job.prompt.images, slot.features))  # fmt: skip
 
     def _read(self, lanes: list[int]) -> Ids:
         batching, count, size = self.batching, self.batching.lanes, self.batching.chunk
@@ -227,13 +227,13 @@ class Scheduler:
             tokens = slot.job.prompt.tokens[slot.at : slot.at + size]
             chunk.tokens[lane, : len(tokens)] = tokens
             chunk.start[lane], chunk.end[lane], chunk.table[lane] = slot.at, len(tokens) - 1, slot.table
-            for shown, features in zip(slot.job.prompt.shown, slot.features):
-                first, last = max(shown.start, slot.at), min(shown.start + shown.length, slot.at + size)
+            for image, features in zip(slot.job.prompt.images, slot.features):
+                first, last = max(image.start, slot.at), min(image.start + image.length, slot.at + size)
                 if first < last:
                     if chunk.features is self._no_features:
                         chunk = chunk._replace(features=np.zeros_like(self._no_features))
                     here = slice(first - slot.at, last - slot.at)
-                    chunk.features[lane, here] = features[first - shown.start : last - shown.start]
+                    chunk.features[lane, here] = features[first - image.start : last - image.start]
                     chunk.is_feature[lane, here] = True
         self._pool, ids = batching.read(self._params, self._pool, chunk)
         for index in lanes:
@@ -269,8 +269,8 @@ class Scheduler:
         before = len(slot.row.ids)
         slot.row, piece = extended(slot.row, new, self.batching.ends, self._tokenizer, slot.job.stops)
         count, top = len(slot.row.ids) - before, slot.job.top
-        made = tuple(
-            Made(new[i], float(ids.logps[row, i]),
+        tokens = tuple(
+            Token(new[i], float(ids.logps[row, i]),
                  tuple(zip(ids.top_ids[row, i, :top].tolist(), ids.top_logps[row, i, :top].tolist())))
             for i in range(count)
         )  # fmt: skip
@@ -278,7 +278,7 @@ class Scheduler:
         slot.position = len(slot.job.prompt.tokens) + len(slot.row.ids) - 1
         if slot.row.ended_by:
             self._free(index)
-        return slot.number, Update(piece, made, slot.row.ended_by, slot.reused)
+        return slot.number, Update(piece, tokens, slot.row.ended_by, slot.reused)
 
     def _free(self, index: int) -> None:
         self.pages.release(self._slots[index].pages)

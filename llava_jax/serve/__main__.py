@@ -99,6 +99,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "(default: %(default)s)")  # fmt: skip
     add("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 elsewhere")
+    add("--weights", choices=["int8"], help="the language model's matrices in int8, on TPUs and GPUs; default: --dtype")
     return parser.parse_args(argv)
 
 

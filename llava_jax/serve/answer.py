@@ -13,7 +13,7 @@ from llava_jax.generate.pages import Prompt
 from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.scheduler import Job, Update
 from llava_jax.prompt.encode import Format, encode
-from llava_jax.serve import fields, talk
+from llava_jax.serve import fields, messages
 from llava_jax.serve.fields import Refused
 from llava_jax.serve.guards import Lease, Load
 from llava_jax.serve.metrics import Metrics
@@ -39,12 +39,12 @@ class Service:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Query:
     """A request that has been read: the values of its fields and its prompt; pictures are not open yet."""
 
     chat: bool
     values: dict[str, Any]
-    source: talk.Talk | Prompt
+    source: messages.Chat | Prompt
     tokens: int
     limit: int
 
@@ -52,17 +52,17 @@ class Asked:
 class Answer:
     """The answers to one request, under way. stream: whether they are wanted as they come."""
 
-    def __init__(self, service: Service, asked: Asked, prompt: Prompt, arrival: float) -> None:
-        values, words = asked.values, service.format.tokenizer
+    def __init__(self, service: Service, query: Query, prompt: Prompt, arrival: float) -> None:
+        values, words = query.values, service.format.tokenizer
         logprobs = values["logprobs"] is not None and values["logprobs"] is not False
         self._service, self._prompt, self._arrival = service, prompt, arrival
         self.stream = values["stream"]
-        self.wire = Wire(service.name, words, asked.chat, logprobs, values["return_token_ids"],
+        self.wire = Wire(service.name, words, query.chat, logprobs, values["return_token_ids"],
                          values["stream_options"], prompt.tokens.tolist())  # fmt: skip
         self.choices = [Choice() for _ in range(values["n"])]
         self._updates: asyncio.Queue[tuple[int, Update | None]] = asyncio.Queue()
         self._streams = [service.worker.submit(job, Stream(self._updates, index))
-                         for index, job in enumerate(_jobs(service, asked, prompt))]  # fmt: skip
+                         for index, job in enumerate(_jobs(service, query, prompt))]  # fmt: skip
 
     async def updates(self) -> AsyncIterator[tuple[int, Update]]:
         """Each update as it comes, with the number of its choice. Raises Ended."""
@@ -99,7 +99,7 @@ class Answer:
         """Frees what has not ended, and counts."""
         for stream in self._streams:
             self._service.worker.cancel(stream)
-        generated = sum(len(choice.made) for choice in self.choices)
+        generated = sum(len(choice.tokens) for choice in self.choices)
         reused = max(choice.reused for choice in self.choices)
         self._service.metrics.tokens(len(self._prompt.tokens), reused, generated)
 
@@ -109,15 +109,15 @@ def unavailable() -> Refused:
     return Refused("the server is not ready: it compiles, or it ends", status=503, code="unavailable", retry_secs=5)
 
 
-def _jobs(service: Service, asked: Asked, prompt: Prompt) -> Iterator[Job]:
-    values = asked.values
+def _jobs(service: Service, query: Query, prompt: Prompt) -> Iterator[Job]:
+    values = query.values
     seed = secrets.randbits(32) if values["seed"] is None else values["seed"]
-    top = values["top_logprobs"] if asked.chat else values["logprobs"] or 0
-    stops = (service.format.template.stops if asked.chat else ()) + values["stop"]
+    top = values["top_logprobs"] if query.chat else values["logprobs"] or 0
+    stops = (service.format.template.stops if query.chat else ()) + values["stop"]
     sampling = Sampling(values["temperature"], values["top_p"], values["top_k"])
     for index in range(values["n"]):
         own = replace(sampling, seed=(seed + index) % 2**32)
-        yield Job(prompt, asked.limit, own, stops, top, continues=not asked.chat)
+        yield Job(prompt, query.limit, own, stops, top, continues=not query.chat)
 
 
 async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arrival: float) -> Answer:
@@ -127,36 +127,36 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
       Refused: names the field, or there is no room (429). Ended.
     """
     loop = asyncio.get_running_loop()
-    asked = await loop.run_in_executor(service.pool, read, service, chat, body)
-    lease.take("requests", asked.values["n"] - 1)
-    lease.take("tokens", asked.tokens + asked.limit * asked.values["n"])
-    prompt = asked.source
-    if isinstance(prompt, talk.Talk):
-        prompt = await loop.run_in_executor(service.pool, talk.prompt, prompt, service.format)
+    query = await loop.run_in_executor(service.pool, read, service, chat, body)
+    lease.take("requests", query.values["n"] - 1)
+    lease.take("tokens", query.tokens + query.limit * query.values["n"])
+    prompt = query.source
+    if isinstance(prompt, messages.Chat):
+        prompt = await loop.run_in_executor(service.pool, messages.prompt, prompt, service.format)
     lease.give_back("bytes")
-    return Answer(service, asked, prompt, arrival)
+    return Answer(service, query, prompt, arrival)
 
 
-def read(service: Service, chat: bool, body: bytes) -> Asked:
+def read(service: Service, chat: bool, body: bytes) -> Query:
     """The request in a body. Raises Refused."""
     values = fields.read(body, fields.CHAT, "messages") if chat else fields.read(body, fields.TEXT, "prompt")
     if values["model"] not in (None, service.name):
         raise Refused(f"model={values['model'][: fields.SHOWN]!r}: this server has {service.name!r}", "model", 404,
                       "model_not_found")  # fmt: skip
     if chat:
-        source = talk.read(values["messages"])
-        tokens = talk.length(source, service.format, service.positions)
+        source = messages.read(values["messages"])
+        tokens = messages.length(source, service.format, service.positions)
     else:
-        source = talk.raw_prompt(values["prompt"], service.format, service.positions)
+        source = messages.raw_prompt(values["prompt"], service.format, service.positions)
         tokens = len(source.tokens)
     given = values["max_tokens"]
     if chat and values["max_completion_tokens"] is not None:
         given = values["max_completion_tokens"]
     limit = min(NEW_TOKENS if given is None else given, service.positions - tokens)
-    return Asked(chat, values | {"messages": None}, source, tokens, limit)
+    return Query(chat, values | {"messages": None}, source, tokens, limit)
 
 
-def shown_prompt(service: Service, body: bytes) -> dict[str, Any]:
+def prompt_parts(service: Service, body: bytes) -> dict[str, Any]:
     """The prompt of a chat's body as the model reads it: ids, their texts, and where pictures stand. Raises Refused."""
     source = read(service, True, body).source
     example = encode(source.conversation, service.format, reply=True, open_images=False)

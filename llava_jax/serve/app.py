@@ -121,8 +121,8 @@ def _prompt(service: Service) -> Endpoint:
         with contextlib.ExitStack() as stack:
             body = await read_body(request, lambda: _entered(service, stack))
             loop = asyncio.get_running_loop()
-            shown = loop.run_in_executor(service.pool, answer.shown_prompt, service, body)
-            return JSONResponse(await unless_gone(request, shown))
+            parts = loop.run_in_executor(service.pool, answer.prompt_parts, service, body)
+            return JSONResponse(await unless_gone(request, parts))
 
     return prompt
 

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
 
-from llava_jax import errors
+from llava_jax import compilations, errors
 from llava_jax.generate import batching, scheduler
 from llava_jax.generate.assistant import Assistant
 from llava_jax.serve.answer import READERS, Service
@@ -18,14 +18,16 @@ from llava_jax.serve.guards import Load, Protocol
 from llava_jax.serve.metrics import Metrics
 from llava_jax.serve.worker import Worker
 
+SWITCH_SECS = 0.0005  # that a thread may keep the interpreter: connections shall not wait for the model's thread
 QUEUE_ROWS = 4  # positions that open requests may ask for together, in full rows for each slot
 
 
 def service(args: argparse.Namespace, name: str) -> Service:
     """The service of a checkpoint; nothing is compiled yet. Raises as `Assistant.open`, and UsageError where the model
     cannot be served."""
+    compilations.keep()
     mesh = batching.one_copy()
-    assistant = Assistant.open(args.checkpoint, 1, args.dtype, args.step, args.template, mesh)
+    assistant = Assistant.open(args.checkpoint, 1, args.dtype, args.step, args.template, mesh, args.weights)
     return of_assistant(assistant, name, args.slots, args.queue, args.positions)
 
 
@@ -54,6 +56,7 @@ def run(service: Service, listener: socket.socket, key: bytes | None, hosts: tup
         server.should_exit = True
 
     server = uvicorn.Server(config(app(service, key, hosts, on_failure), drain_secs))
+    sys.setswitchinterval(SWITCH_SECS)
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:  # uvicorn sets handlers of its own, and raises what it got again for these
         asyncio.run(server.serve(sockets=[listener]))

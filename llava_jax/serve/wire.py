@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from llava_jax.generate.scheduler import Made, Update
+from llava_jax.generate.scheduler import Token, Update
 from llava_jax.prompt.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -19,13 +19,13 @@ class Choice:
     """One of the answers to a request, as far as it has come."""
 
     pieces: list[str] = field(default_factory=list)
-    made: list[Made] = field(default_factory=list)
+    tokens: list[Token] = field(default_factory=list)
     ended_by: str = ""
     reused: int = 0
 
     def add(self, update: Update) -> None:
         self.pieces.append(update.piece)
-        self.made += update.made
+        self.tokens += update.tokens
         self.ended_by, self.reused = update.ended_by, update.reused
 
 
@@ -49,8 +49,8 @@ class Wire:
 
     def whole(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """The body of a response."""
-        shown = [self._choice(index, one) for index, one in enumerate(choices)]
-        body = self._frame("chat.completion", shown) | {"usage": self.count(choices)}
+        bodies = [self._choice(index, one) for index, one in enumerate(choices)]
+        body = self._frame("chat.completion", bodies) | {"usage": self.count(choices)}
         return body | ({"prompt_token_ids": list(self.prompt_ids)} if self.ids else {})
 
     def first(self, choices: int) -> list[bytes]:
@@ -64,14 +64,14 @@ class Wire:
 
     def chunk(self, index: int, update: Update) -> bytes:
         """The event of an update; empty where there is nothing to show."""
-        if not (update.piece or update.ended_by or (update.made and (self.ids or self.logprobs))):
+        if not (update.piece or update.ended_by or (update.tokens and (self.ids or self.logprobs))):
             return b""
         own = {
-            "index": index, "logprobs": self._logprobs(update.made) if self.logprobs else None,
+            "index": index, "logprobs": self._logprobs(update.tokens) if self.logprobs else None,
             "finish_reason": update.ended_by or None,
         }  # fmt: skip
         own |= {"delta": {"content": update.piece}} if self.chat else {"text": update.piece}
-        return self._event([own | self._own_ids(update.made)])
+        return self._event([own | self._own_ids(update.tokens)])
 
     def last(self, choices: Sequence[Choice]) -> bytes:
         """The events after the last id."""
@@ -80,9 +80,9 @@ class Wire:
 
     def count(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """OpenAI's usage."""
-        prompt, made = len(self.prompt_ids), sum(len(one.made) for one in choices)
+        prompt, new = len(self.prompt_ids), sum(len(one.tokens) for one in choices)
         reused = max(one.reused for one in choices)
-        return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made,
+        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
                 "prompt_tokens_details": {"cached_tokens": reused}}  # fmt: skip
 
     def _frame(self, kind: str, choices: list[Any]) -> dict[str, Any]:
@@ -97,21 +97,21 @@ class Wire:
     def _choice(self, index: int, one: Choice) -> dict[str, Any]:
         text = "".join(one.pieces)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        logprobs = self._logprobs(one.made) if self.logprobs else None
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": one.ended_by} | self._own_ids(one.made)
+        logprobs = self._logprobs(one.tokens) if self.logprobs else None
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": one.ended_by} | self._own_ids(one.tokens)
 
-    def _own_ids(self, made: Sequence[Made]) -> dict[str, Any]:
-        return {"token_ids": [one.id for one in made]} if self.ids else {}
+    def _own_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
+        return {"token_ids": [one.id for one in tokens]} if self.ids else {}
 
-    def _logprobs(self, made: Sequence[Made]) -> dict[str, Any]:
+    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
         if self.chat:
             return {"content": [self._token(one.id, one.logp) | {
-                "top_logprobs": [self._token(*likely) for likely in one.likeliest]} for one in made],
+                "top_logprobs": [self._token(*likely) for likely in one.likeliest]} for one in tokens],
                 "refusal": None}  # fmt: skip
-        words = [token_text(self.tokenizer, one.id) for one in made]
-        tops = [{token_text(self.tokenizer, token): logp for token, logp in one.likeliest} for one in made]
+        words = [token_text(self.tokenizer, one.id) for one in tokens]
+        tops = [{token_text(self.tokenizer, token): logp for token, logp in one.likeliest} for one in tokens]
         offsets = [sum(map(len, words[:i])) for i in range(len(words))]
-        return {"tokens": words, "token_logprobs": [one.logp for one in made], "top_logprobs": tops,
+        return {"tokens": words, "token_logprobs": [one.logp for one in tokens], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
 
     def _token(self, token: int, logp: float) -> dict[str, Any]:

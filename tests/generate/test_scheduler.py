@@ -77,7 +77,7 @@ def answers(jobs: list[Job], target: Scheduler, most_at_once: int = 99, rng: np.
         for number, update in target.step():
             index = numbers[number]
             texts[index] = texts.get(index, "") + update.piece
-            made.setdefault(index, []).extend(update.made)
+            made.setdefault(index, []).extend(update.tokens)
             if update.ended_by:
                 ended[index] = update.ended_by
     return [(texts[i], tuple(made[i]), ended[i]) for i in range(len(jobs))]
@@ -158,7 +158,7 @@ def test_a_cancelled_request_frees_its_slot_and_pages_and_changes_no_other():
             target.cancel(numbers[5])
             assert target.active == 3
         for number, update in target.step():
-            made[number] += update.made
+            made[number] += update.tokens
         if not target.busy:
             break
     assert target.pages.available == free
@@ -224,7 +224,7 @@ def test_tiled_pictures_are_answered_as_by_the_assistant_alone_and_beside_others
         talk = Conversation((Turn("user", "<image>\nWhat is it?"),), (picture,))
         replies.append(one.reply(talk, 12))
         jobs.append(Job(prompt_of(encode(talk, one.format, reply=True)), 12, stops=one.format.template.stops))
-    assert len({len(each.prompt.shown[0].tiles) for each in jobs}) > 2
+    assert len({len(each.prompt.images[0].tiles) for each in jobs}) > 2
     fresh = of_assistant(one, 4, POSITIONS)
     alone = [answers([each], fresh())[0] for each in jobs]
     assert [tuple(made.id for made in row) for _, row, _ in alone] == [reply.ids for reply in replies]

@@ -4,11 +4,15 @@ import asyncio
 import base64
 import contextlib
 import io
+import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -74,6 +78,25 @@ def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any
         web.should_exit = True
         thread.join(30)
         assert not thread.is_alive()
+
+
+@contextlib.contextmanager
+def spawned(folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server by its own command, once it is ready: its address, and its process. It is killed at the end."""
+    tiny.save(folder / "model")
+    command = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", str(folder / "model"), "--port", "0",
+               "--positions", str(POSITIONS), *arguments]  # fmt: skip
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
+    try:
+        process.stdout.readline()
+        url = process.stdout.readline().split()[1]
+        while httpx2.get(url + "/readyz", timeout=30).status_code != 200:
+            time.sleep(0.2)
+        yield url, process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def data_url(seed: int = 0, size: tuple[int, int] | None = None) -> str:

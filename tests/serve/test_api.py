@@ -2,7 +2,10 @@
 
 import concurrent.futures
 import functools
+import re
+from pathlib import Path
 
+import httpx2
 import pytest
 
 from llava_jax.generate.assistant import Assistant
@@ -120,8 +123,6 @@ def test_answers_in_company_are_those_alone_bit_for_bit(served):
 def test_models_health_metrics_and_the_prompt_are_shown(served):
     assert [model.id for model in served.client().models.list()] == ["llava-jax"]
     assert served.client().models.retrieve("llava-jax").max_model_len == served.service.positions
-    import httpx2
-
     assert [httpx2.get(served.url + path).status_code for path in ("/healthz", "/readyz")] == [200, 200]
     text = httpx2.get(served.url + "/metrics").text
     assert "llava_jax_slots 4" in text and 'llava_jax_requests_total{status="200"}' in text
@@ -131,3 +132,15 @@ def test_models_health_metrics_and_the_prompt_are_shown(served):
     span = example.image_spans[0]
     assert {"image": {"start": span.start, "length": span.length}} in shown["parts"]
     assert served.idle()
+
+
+def test_the_script_of_the_readme_runs(served, tmp_path, monkeypatch, capsys):
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8").split("### Serve")[1]
+    script = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
+    assert "http://127.0.0.1:8000" in script
+    monkeypatch.chdir(tmp_path)
+    tiny.picture().save("photo.jpg")
+    exec(script.replace("http://127.0.0.1:8000", served.url), {})
+    picture = (tmp_path / "photo.jpg").read_bytes()
+    talk = Conversation((Turn("user", "<image>\nWhat is unusual here?"),), (picture,))
+    assert capsys.readouterr().out == assistant().reply(talk, 100).text

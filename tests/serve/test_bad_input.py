@@ -6,6 +6,7 @@ import json
 import struct
 import zlib
 
+import httpx2
 import numpy as np
 import pytest
 from PIL import Image
@@ -144,8 +145,6 @@ def test_what_is_no_json_is_refused(served):
 
 
 def test_a_body_of_another_type_or_route_or_method_is_refused(served):
-    import httpx2
-
     url = served.url + "/v1/chat/completions"
     form = httpx2.post(url, content=b"{}", headers={"Content-Type": "text/plain"})
     assert form.status_code == 415 and "application/json" in form.json()["error"]["message"]

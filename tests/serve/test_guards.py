@@ -3,11 +3,8 @@
 import asyncio
 import concurrent.futures
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 
@@ -18,7 +15,7 @@ import pytest
 from llava_jax.serve import __main__ as command
 from llava_jax.serve import guards, server
 from tests.generate import tiny
-from tests.serve.running import KEY, part, running, user
+from tests.serve.running import KEY, part, running, spawned, user
 
 LONG = {"messages": [{"role": "user", "content": "Tell me a long story"}], "max_tokens": 400, "temperature": 0,
         "stream": True}  # fmt: skip
@@ -212,6 +209,7 @@ def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_e
         (["--api-key-file", "short"], 64, "want a key of at least 8"),
         (["--checkpoint", "nowhere"], 66, "nowhere: there is no such checkpoint"),
         (["--host", "256.1.1.1"], 64, "256.1.1.1"),
+        (["--weights", "int8", "--checkpoint", "model"], 64, "weights int8: on a CPU"),
     ],
 )
 def test_what_cannot_be_served_is_one_line_at_start(tmp_path, monkeypatch, capsys, arguments, code, message):
@@ -232,40 +230,22 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path, capsy
 
 
 def test_sigterm_gives_the_answers_that_are_under_way_and_exits_0(tmp_path):
-    tiny.save(tmp_path / "model")
-    (tmp_path / "model" / "9").mkdir()  # what a running training has begun to write
-    arguments = ["--checkpoint", str(tmp_path / "model"), "--port", "0", "--slots", "2", "--positions", "512"]
-    process = subprocess.Popen([sys.executable, "-m", "llava_jax.serve", *arguments], text=True, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
-    lines = [process.stdout.readline() for _ in range(2)]
-    url = lines[1].split()[1]
-    try:
-        assert httpx2.get(url + "/healthz", timeout=30).status_code == 200
-        early = httpx2.post(url + "/v1/chat/completions", json=LONG, timeout=30)
-        assert early.status_code == 503 and "retry-after" in early.headers
-        while httpx2.get(url + "/readyz", timeout=30).status_code != 200:
-            time.sleep(0.2)
+    (tmp_path / "model" / "9").mkdir(parents=True)  # what a running training has begun to write
+    with spawned(tmp_path, "--slots", "2") as (url, process):
         body = {"messages": [user(part(), "What is it?")], "max_tokens": 300, "temperature": 0}
-        found = []
-
-        def ask() -> None:
-            found.append(httpx2.post(url + "/v1/chat/completions", json=body, timeout=60))
-
-        thread = threading.Thread(target=ask)
-        thread.start()
-        while "llava_jax_slots_active 1" not in httpx2.get(url + "/metrics", timeout=30).text:
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        thread.join(60)
-        assert found[0].status_code == 200
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            found = [pool.submit(httpx2.post, url + "/v1/chat/completions", json=body, timeout=60) for _ in range(4)]
+            while "llava_jax_slots_active 2" not in httpx2.get(url + "/metrics", timeout=30).text:
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            answers = [one.result() for one in found]
+        assert {one.status_code for one in answers} == {200}
+        assert len({json.dumps(one.json()["choices"]) for one in answers}) == 1
         assert process.wait(30) == 0
         with pytest.raises(httpx2.ConnectError):
             httpx2.get(url + "/healthz")
         error = process.stderr.read()
         assert "compiled 3 of 3: answers" in error and "Traceback" not in error
-    finally:
-        process.kill()
-        process.wait()
 
 
 def test_the_worker_is_not_ready_while_it_is_stuck(served):

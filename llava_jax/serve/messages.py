@@ -35,14 +35,14 @@ class Picture(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Talk:
+class Chat:
     """A conversation that has been read and not yet opened."""
 
     conversation: Conversation
     pictures: tuple[Picture, ...]
 
 
-def read(messages: list[Any]) -> Talk:
+def read(messages: list[Any]) -> Chat:
     """The conversation of a list of messages.
 
     A message's parts are joined by line ends, a picture standing as the marker where it is. A conversation of one
@@ -78,7 +78,7 @@ def read(messages: list[Any]) -> Talk:
                       "shown where its part stands", marked[0])  # fmt: skip
     images = tuple(picture.content for picture in pictures)
     conversation = Conversation(tuple(turns), images, "request", system, images_in_place=len(images) > 1)
-    return Talk(conversation, tuple(pictures))
+    return Chat(conversation, tuple(pictures))
 
 
 def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | None], list[Picture]]:
@@ -129,20 +129,20 @@ def _picture(value: Any, name: str) -> Picture:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
 
 
-def length(talk: Talk, format: Format, positions: int) -> int:
+def length(chat: Chat, format: Format, positions: int) -> int:
     """Positions of the prompt; no picture is decoded.
 
     Raises:
       Refused: the turns do not fit the template, a picture is none or too large, or the prompt leaves no position for
         an answer.
     """
-    conversation = talk.conversation
+    conversation = chat.conversation
     characters = sum(len(turn.text) for turn in conversation.turns) + len(conversation.system or "")
     if characters > MAX_TOKEN_CHARACTERS * positions:
         raise _too_long(f"a text of {characters:,} characters", positions)
-    if len(talk.pictures) > positions:
-        raise _too_long(f"{len(talk.pictures)} pictures", positions)
-    _check_pixels(talk)
+    if len(chat.pictures) > positions:
+        raise _too_long(f"{len(chat.pictures)} pictures", positions)
+    _check_pixels(chat)
     try:
         tokens = len(encode(conversation, format, reply=True, open_images=False).tokens)
     except ValueError as error:
@@ -157,9 +157,9 @@ def _too_long(what: str, positions: int) -> Refused:
                    "fewer pictures", "messages", code="context_length_exceeded")  # fmt: skip
 
 
-def _check_pixels(talk: Talk) -> None:
+def _check_pixels(chat: Chat) -> None:
     total = 0
-    for picture in talk.pictures:
+    for picture in chat.pictures:
         try:
             width, height = image_size(picture.content)
         except ValueError as error:
@@ -171,15 +171,15 @@ def _check_pixels(talk: Talk) -> None:
                           f"{MAX_ALL_PIXELS:,} in all: resize it", picture.field)  # fmt: skip
 
 
-def prompt(talk: Talk, format: Format) -> Prompt:
+def prompt(chat: Chat, format: Format) -> Prompt:
     """The prompt with its pictures decoded. Raises Refused where one is damaged."""
     try:
-        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in talk.pictures):
+        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in chat.pictures):
             with _large:
-                return prompt_of(encode(talk.conversation, format, reply=True))
-        return prompt_of(encode(talk.conversation, format, reply=True))
+                return prompt_of(encode(chat.conversation, format, reply=True))
+        return prompt_of(encode(chat.conversation, format, reply=True))
     except ValueError as error:
-        field = talk.pictures[0].field if len(talk.pictures) == 1 else "messages"
+        field = chat.pictures[0].field if len(chat.pictures) == 1 else "messages"
         raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
 
 

@@ -1,0 +1,84 @@
+"""The page in a browser: a talk about pictures, edited and retried, at three sizes and without the internet."""
+
+import json
+
+import httpx2
+import pytest
+
+from tests.serve.browser import CHROMIUM, page
+from tests.serve.running import data_url, running
+
+SIZES = {"phone": (375, 740), "tablet": (820, 1100), "desk": (1366, 800)}
+DROP = """(async () => {
+  const files = await Promise.all(%s.map(async (url, i) => {
+    const bytes = Uint8Array.from(atob(url.split(",")[1]), letter => letter.charCodeAt(0));
+    return new File([bytes], `${i}.png`, { type: "image/png" });
+  }));
+  const transfer = new DataTransfer();
+  files.forEach(file => transfer.items.add(file));
+  document.dispatchEvent(new DragEvent("drop", { dataTransfer: transfer, cancelable: true, bubbles: true }));
+})()"""
+
+
+@pytest.fixture(scope="module")
+def served():
+    with running() as one:
+        yield one
+
+
+def test_the_page_may_talk_to_its_own_server_alone(served):
+    found = httpx2.get(served.url)
+    policy = found.headers["content-security-policy"]
+    assert "default-src 'none'" in policy and "connect-src 'self'" in policy
+    assert "http://" not in found.text and "https://" not in found.text and "innerHTML" not in found.text
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="wants chromium")
+@pytest.mark.parametrize("size", SIZES)
+def test_a_talk_about_two_pictures_in_a_browser(served, tmp_path, size):
+    urls = [data_url(0), data_url(1)]
+    with page(*SIZES[size]) as one:
+        one.open(served.url)
+        one.wait("document.getElementById('title')?.textContent === 'llava-jax'")
+        one.run("$('max_tokens').value = 8")
+        one.run(DROP % json.dumps(urls))
+        one.wait("document.querySelectorAll('#chosen img').length === 2")
+        one.run("$('text').value = 'What <b>is</b> it?'; $('send').click()")
+        one.wait("turns.length === 2 && turns[1].usage && !running")
+        body = {"messages": one.run("messages(1)"), "max_tokens": 8, "temperature": 0}
+        assert body["messages"][0]["content"][0]["image_url"]["url"] == urls[0]
+        expected = served.chat(body).json()
+        assert one.run("turns[1].text") == expected["choices"][0]["message"]["content"]
+        shown = one.run("document.querySelector('main').innerText")
+        assert f"{expected['usage']['prompt_tokens']} tokens read" in shown and "What <b>is</b> it?" in shown
+        one.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'Prompt').click()")
+        one.wait("$('prompt').open")
+        assert one.run("document.querySelectorAll('#prompt-tokens .picture').length") == 2
+        one.screen(tmp_path / f"{size}.png")
+        one.run("$('prompt').close()")
+        one.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'Retry').click()")
+        one.wait("turns.length === 2 && turns[1].usage && !running")
+        assert one.run("turns[1].text") == expected["choices"][0]["message"]["content"]
+        one.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'Edit').click()")
+        assert one.run("[$('text').value, chosen.length, turns.length]") == ["What <b>is</b> it?", 2, 0]
+        assert one.run("document.documentElement.scrollWidth <= innerWidth")
+        assert one.errors == []
+        assert all(url.startswith((served.url, "data:", "blob:")) for url in one.requests)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="wants chromium")
+def test_an_error_of_the_server_is_shown_and_the_question_can_be_asked_again(served):
+    with page(*SIZES["phone"]) as one:
+        one.open(served.url)
+        one.wait("document.getElementById('title')?.textContent === 'llava-jax'")
+        one.run("$('temperature').value = 5; $('text').value = 'Hello'; $('send').click()")
+        one.wait("turns.length === 2 && turns[1].error")
+        assert "temperature=5" in one.run("document.querySelector('main').innerText")
+        one.run("$('temperature').value = 0; $('max_tokens').value = 4")
+        one.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'Retry').click()")
+        one.wait("turns.length === 2 && turns[1].usage && !running")
+        one.run("$('max_tokens').value = 400; $('text').value = 'More'; $('send').click()")
+        one.wait("running")
+        one.run("$('send').click()")
+        one.wait("!running && turns[3].error === 'stopped'")
+        assert served.idle(1.0)
