@@ -44,7 +44,7 @@ def ids(replies: list[Reply]) -> list[list[int]]:
 
 def bits(speaks: Assistant, company: list[Conversation], slot: int) -> list[np.ndarray]:
     """All that a batch says of one row: its ids, and its keys and values."""
-    runner, shape = speaks._engine(), speaks._shape(company[slot], NEW)
+    runner, shape = speaks._engine(), speaks._shape(company[slot], NEW, None)
     examples = [speaks.encode(one, reply=True) for one in company]
     requests = [speaks._request(example, NEW, engine.Sampling()) for example in examples]
     state, first = runner.start(speaks.params, requests, shape)
