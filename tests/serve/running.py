@@ -47,7 +47,7 @@ class Running:
     def client(self, key: str = "none") -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=key, timeout=120, max_retries=0)
 
-    def idle(self, secs: float = 5.0) -> bool:
+    def idle(self, secs: float = 30.0) -> bool:
         """Whether nothing is under way any more, within so many seconds."""
         end = time.monotonic() + secs
         while time.monotonic() < end:

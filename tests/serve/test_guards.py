@@ -69,7 +69,7 @@ def test_without_a_key_other_names_of_this_address_are_refused():
 
 
 def test_more_requests_than_slots_and_queue_are_refused_at_once_and_the_others_are_answered(served):
-    body = {**LONG, "stream": False, "max_tokens": 60}  # an answer takes longer than clients take to come
+    body = {**LONG, "stream": False, "max_tokens": 200}  # an answer takes longer than clients take to come
     expected = httpx2.post(served.url + "/v1/chat/completions", json=body, headers=headers(), timeout=60).json()
 
     def one(_: int):
@@ -103,13 +103,13 @@ def test_a_client_that_goes_frees_its_slot_within_a_step(served):
             lines = response.iter_lines()
             for _ in range(cut):
                 next(lines)
-        assert served.idle(1.0)
+        assert served.idle()
     for length in (10, 200, 400):  # within the headers, the body, and while it waits for a whole answer
         content = raw(json.dumps({**LONG, "stream": False}).encode())
         with connect(served) as connection:
             connection.sendall(content[:length])
             time.sleep(0.05)
-        assert served.idle(1.0)
+        assert served.idle()
     assert served.service.worker.answers
 
 
@@ -142,7 +142,7 @@ def test_slow_clients_are_cut_off_and_others_do_not_notice(served, monkeypatch):
             assert connection.recv(10) == b""
         except ConnectionResetError:
             pass
-    assert time.monotonic() - start < 10 and served.idle()
+    assert time.monotonic() - start < 60 and served.idle()
 
 
 def test_a_client_that_reads_nothing_is_given_up(served, monkeypatch):
@@ -183,7 +183,7 @@ def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_e
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
 
     def ask() -> None:
-        while httpx2.get(url + "/readyz").status_code != 200:
+        while httpx2.get(url + "/readyz", timeout=30).status_code != 200:
             time.sleep(0.05)
         body = {**LONG, "stream": False}
         for limit in (2, 400):
@@ -236,6 +236,7 @@ def test_sigterm_gives_the_answers_that_are_under_way_and_exits_0(tmp_path):
         with concurrent.futures.ThreadPoolExecutor(4) as pool:
             found = [pool.submit(httpx2.post, url + "/v1/chat/completions", json=body, timeout=60) for _ in range(4)]
             while "llava_jax_slots_active 2" not in httpx2.get(url + "/metrics", timeout=30).text:
+                assert not all(one.done() for one in found), "all were answered before they were seen"
                 time.sleep(0.01)
             process.send_signal(signal.SIGTERM)
             answers = [one.result() for one in found]

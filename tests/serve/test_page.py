@@ -81,4 +81,4 @@ def test_an_error_of_the_server_is_shown_and_the_question_can_be_asked_again(ser
         one.wait("running")
         one.run("$('send').click()")
         one.wait("!running && turns[3].error === 'stopped'")
-        assert served.idle(1.0)
+        assert served.idle()
