@@ -291,7 +291,6 @@ class Feed(abc.ABC):
             return _Loaded(_empty(record.id), number, found(record, result))
         return _Loaded(result, number, None, reading.unknown)
 
-
     def _replaced(self, example: Example, number: int) -> Problem | None:
         """What is wrong where its pictures do not have the tiles that were measured; text cannot change unnoticed."""
         if self.sizes is None or not (self.format.tiling or self.format.video):

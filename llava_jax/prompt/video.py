@@ -159,7 +159,8 @@ def _pictures(source: Any, root: epath.PathLike | None) -> list[Any] | None:
 
 def _natural(name: str) -> list[str | int]:
     """frame_2 before frame_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name, flags=re.ASCII)]
+    parts = re.split(r"(\d+)", name, flags=re.ASCII)  # every second one is a number
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def _measured(source: Any, root: epath.PathLike | None) -> tuple[int, float | None]:

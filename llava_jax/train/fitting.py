@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from llava_jax import config as configs
-from llava_jax import params, sharding
+from llava_jax import distributed, lifecycle, params, sharding
 from llava_jax.chips import GIB
 from llava_jax.errors import UsageError
 from llava_jax.models.presets import LlavaConfig
@@ -41,9 +41,15 @@ def resolve(config: configs.Config, model: LlavaConfig, steps: int, loss: Loss |
     def build(policies: Remat) -> Program:
         return programs.build(with_remat(config, policies), model, steps, loss=loss)
 
+    def peak(program: Program) -> int:
+        peak_bytes = memory.compile_step(program)[1].peak
+        lifecycle.beat()  # each compilation may take as long as one at all
+        return max(distributed.exchange("remat peak", peak_bytes))
+
     if limit is None:
         return build(LADDER[-1])  # a CPU
-    return fit(build, lambda program: memory.compile_step(program)[1].peak, limit)
+    # Devices of two hosts may differ by some bytes, but all processes must run the same program.
+    return fit(build, peak, min(distributed.exchange("remat limit", limit)))
 
 
 def with_remat(config: configs.Config, policies: Remat) -> configs.Config:

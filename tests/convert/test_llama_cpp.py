@@ -266,9 +266,12 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tmp_path):
     words = tokenizer.load(MODELS["qwen"].write(tmp_path / "words"))
     content = json.loads(words.content)
     prompt = model_json.PromptMetadata("qwen", None, "pad", False)
-    for key, value, match in (("pre_tokenizer", {"type": "Whitespace"}, "pre_tokenizer"),
-                              ("model", content["model"] | {"byte_fallback": True}, "byte_fallback")):  # fmt: skip
-        other = dataclasses.replace(words, content=json.dumps(content | {key: value}))
+    llama_3 = json.loads(json.dumps(content["pre_tokenizer"]).replace(r"\\p{N}|", r"\\p{N}{1,3}|"))
+    model = {key: value for key, value in content["model"].items() if key != "ignore_merges"}
+    for change, match in (({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
+                          ({"model": content["model"] | {"byte_fallback": True}}, "byte_fallback is True"),
+                          ({"pre_tokenizer": llama_3, "model": model}, "ignore_merges is None.*wanted True")):  # fmt: skip
+        other = dataclasses.replace(words, content=json.dumps(content | change))
         with pytest.raises(UsageError, match=match):
             llama_cpp_words.keys(other, prompt, words.size, "it")
 

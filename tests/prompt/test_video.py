@@ -84,6 +84,13 @@ def test_frames_of_a_folder_come_in_natural_order(tmp_path):
     np.testing.assert_array_equal(shown([Image.fromarray(frame) for frame in frames], FrameRule(12)), frames)
 
 
+def test_letters_that_are_digits_elsewhere_are_letters_of_a_frames_name(tmp_path):
+    frames = videos.moving(4)
+    for name, frame in zip(("1.png", "2_\u0663.png", "10.png", "\u00b2.png"), frames):  # an Arabic 3; a superscript 2
+        Image.fromarray(frame).save(tmp_path / name)
+    np.testing.assert_array_equal(shown(tmp_path, FrameRule(4)), frames)
+
+
 def test_a_video_in_a_bucket_is_read(bucket, tmp_path):
     path = videos.write(tmp_path / "a.mp4", videos.moving(20))
     (epath.Path(bucket) / "clips" / "a.mp4").write_bytes(path.read_bytes())

@@ -1,6 +1,7 @@
 """`model.remat=auto`: what fits, by a compiler whose answers are known."""
 
 import dataclasses
+import types
 
 import pytest
 
@@ -81,9 +82,20 @@ def test_a_machine_without_a_limit_keeps_all_products():
     assert fitting.resolve(CONFIG, MODEL, 2).model.remat == "save_dots"
 
 
-def test_gated_blocks_between_the_layers_want_one_policy():
-    import types
+def test_all_processes_fit_into_the_smallest_memory_and_by_the_largest_peak(fitted, monkeypatch):
+    others, beats = {"remat limit": 2 * GIB, "remat peak": 3 * GIB}, []
+    device = types.SimpleNamespace(memory_stats=lambda: {"bytes_limit": 4 * GIB})
+    compiled = types.SimpleNamespace(peak=GIB)
+    monkeypatch.setattr(fitting.jax, "local_devices", lambda: [device])
+    monkeypatch.setattr(fitting.memory, "compile_step", lambda program: (None, compiled))
+    monkeypatch.setattr(fitting.lifecycle, "beat", lambda: beats.append(1))
+    monkeypatch.setattr(fitting.distributed, "exchange", lambda name, value: [value, others[name]])
+    with pytest.raises(UsageError, match="a step takes 3.00 GiB of a device where nothing is kept, and may take 1.93"):
+        fitting.resolve(CONFIG, MODEL, 2)
+    assert beats == [1]
 
+
+def test_gated_blocks_between_the_layers_want_one_policy():
     cross = types.SimpleNamespace(model=types.SimpleNamespace(config=types.SimpleNamespace(cross=object())))
     with pytest.raises(UsageError, match="want one of full, save_qkv, save_linear, save_dots"):
         fitting.fit(lambda policies: cross, lambda program: 0, 1)
