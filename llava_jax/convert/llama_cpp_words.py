@@ -79,8 +79,8 @@ def _byte_level(tokenizer: HubTokenizer, where: str) -> tuple[_Pieces, dict[str,
              "end_of_word_suffix": ""}  # fmt: skip
     for key, value in known.items():
         if (model.get(key) or type(value)()) != value:
-            raise UsageError(f"{where}: tokenizer.json: model.{key} is {model.get(key)!r}, which llama.cpp does not know "
-                             f"here; wanted {value!r}. Use --format hf")  # fmt: skip
+            raise UsageError(f"{where}: tokenizer.json: model.{key} is {model.get(key)!r}, which llama.cpp does not "
+                             f"know here; wanted {value!r}. Use --format hf")  # fmt: skip
     pieces = {number: (text, 0.0, _NORMAL) for text, number in model["vocab"].items()}
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     return pieces, {"model": "gpt2", "pre": pre, "merges": merges}

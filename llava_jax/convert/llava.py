@@ -99,10 +99,10 @@ def projector_rows(layout: Layout, projector: str) -> list[Row]:
 def projector_kind(names: Sequence[str], prefix: str, content: Mapping[str, Any]) -> str:
     """The projector that tensors `prefix` + "weight" (linear) or "0.weight", "2.weight" ... (mlp) belong to; one that
     config.json names and that is no mere layers is taken by its word."""
-    said = content.get("mm_projector_type")
-    if isinstance(said, str) and not re.fullmatch(mlp.PLAIN.name, said):
-        registry.connector(said)
-        return said
+    kind = content.get("mm_projector_type")
+    if isinstance(kind, str) and not re.fullmatch(mlp.PLAIN.name, kind):
+        registry.connector(kind)
+        return kind
     if prefix + "weight" in names:
         return "linear"
     layers = [name for name in names if re.fullmatch(re.escape(prefix) + r"\d+\.weight", name)]
@@ -164,13 +164,13 @@ def original_decoder(content: Mapping[str, Any], where: str) -> Decoder:
     classes = {part.original[0]: part for part in decoders}
     # Files of the first LLaVA say "llava" or their decoder's own type.
     types = {name: part for part in decoders for name in (part.original[1], f"llava_{part.kind}", part.kind)}
-    said, kind = content.get("architectures"), content.get("model_type") or "llava"
-    if said and said not in [[name] for name in classes]:
-        raise UnusableCheckpoint(f"{where}: architectures {said}; wanted one of {', '.join(classes)}")
+    names, kind = content.get("architectures"), content.get("model_type") or "llava"
+    if names and names not in [[name] for name in classes]:
+        raise UnusableCheckpoint(f"{where}: architectures {names}; wanted one of {', '.join(classes)}")
     part = unread.part_of(kind, types, f"{where}:")
-    if said and kind != "llava" and part is not classes[said[0]]:
-        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}, architectures name a {said[0]}; want one model's")
-    return classes[said[0]] if said else part
+    if names and kind != "llava" and part is not classes[names[0]]:
+        raise UnusableCheckpoint(f"{where}: model_type is {kind!r}, architectures name a {names[0]}; want one model's")
+    return classes[names[0]] if names else part
 
 
 def read_hub_config(content: Mapping[str, Any], where: str, layout: Layout, tensors: TensorFiles) -> LlavaConfig:
@@ -217,11 +217,11 @@ def with_head(
     Raises:
       UnusableCheckpoint: what they say is no truth value.
     """
-    said = [part.get("tie_word_embeddings") for part in (content, around or {})]
-    wrong = [value for value in said if value is not None and not isinstance(value, bool)]
+    values = [part.get("tie_word_embeddings") for part in (content, around or {})]
+    wrong = [value for value in values if value is not None and not isinstance(value, bool)]
     if wrong:
         raise UnusableCheckpoint(f"{where}: tie_word_embeddings is {wrong[0]!r}; wanted true or false")
-    return {**content, "tie_word_embeddings": any(said) and head not in tensors.specs}
+    return {**content, "tie_word_embeddings": any(values) and head not in tensors.specs}
 
 
 def read_original_config(
@@ -240,8 +240,8 @@ def read_original_config(
     decoder = original_decoder(content, where)
     projector = projector_kind(list(tensors.specs), ORIGINAL.projector, content)
     if content.get("mm_projector_type", projector) != projector:
-        said = content["mm_projector_type"]
-        raise UnusableCheckpoint(f"{where}: mm_projector_type {said!r}, but the tensors are {projector!r}")
+        kind = content["mm_projector_type"]
+        raise UnusableCheckpoint(f"{where}: mm_projector_type {kind!r}, but the tensors are {projector!r}")
     feature = content.get("mm_vision_select_feature", "patch") if tower.class_token else "patch"  # it reads all anyway
     layer = content.get("mm_vision_select_layer", -2)
     if type(layer) is not int:

@@ -275,15 +275,15 @@ def _prompt(directory: epath.Path, base: Source, options: PromptOptions) -> mode
         tiles = tiling.read_original(content, str(directory / "config.json"), base.config.vision.image_size)
         kept |= {"image_mode": original_mode(content, tiles), "tiling": anyres.to_json(tiles)}
         kept["image_start_end"] = bool(content.get("mm_use_im_start_end", False))
-    said = base.metadata.prompt
-    mode = options.image_mode or kept.get("image_mode", said.image_mode)
+    fallback = base.metadata.prompt
+    mode = options.image_mode or kept.get("image_mode", fallback.image_mode)
     prompt = model_json.PromptMetadata(
-        options.template or kept.get("template", said.template),
-        said.legacy if options.legacy is None else options.legacy,
+        options.template or kept.get("template", fallback.template),
+        fallback.legacy if options.legacy is None else options.legacy,
         mode,
-        kept.get("image_start_end", said.image_start_end),
-        kept.get("tiling", said.tiling) if mode == anyres.ANYRES else None,
-        kept.get("video", said.video),
+        kept.get("image_start_end", fallback.image_start_end),
+        kept.get("tiling", fallback.tiling) if mode == anyres.ANYRES else None,
+        kept.get("video", fallback.video),
     )
     anyres.check(anyres.from_json(mode, prompt.tiling), base.config.image_newline, base.config.image_features)
     ending.check(templates.get(prompt.template), base.words, str(base.directory), prompt.image_start_end)

@@ -139,8 +139,8 @@ def _ask_vllm(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[Answer]
     for prompt in prompts:
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=prompt.new_tokens)
         found = model.chat(_messages(prompt, _image_url), sampling, use_tqdm=False)[0]
-        said = found.outputs[0]
-        yield Answer(_collapsed(found.prompt_token_ids, image), list(said.token_ids), said.text, None)
+        output = found.outputs[0]
+        yield Answer(_collapsed(found.prompt_token_ids, image), list(output.token_ids), output.text, None)
 
 
 def _ask_llama_cpp(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
@@ -188,8 +188,8 @@ def _logits_of(steps: Sequence[dict[str, Any]], ids: Sequence[int]) -> np.ndarra
     number = 0
     for row, id in zip(found, ids):
         if number < len(steps) and steps[number]["id"] == id:
-            said = steps[number]["top_logprobs"]
-            row[[one["id"] for one in said]] = [one["logprob"] for one in said]
+            logps = steps[number]["top_logprobs"]
+            row[[one["id"] for one in logps]] = [one["logprob"] for one in logps]
             number += 1
     return found
 

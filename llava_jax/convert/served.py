@@ -132,10 +132,10 @@ class _Row(NamedTuple):
 def _compared(assistant: Assistant, ours: Answer, theirs: Answer) -> _Row:
     end = ending.of(assistant.format.template, assistant.format.tokenizer)
     ids, others = ([i for i in one.ids if i not in end.ids] for one in (ours, theirs))  # some give the end, some not
-    said = theirs.text
+    text = theirs.text
     for stop in end.texts:
-        said = said.partition(stop)[0]
-    same = (ours.prompt == theirs.prompt, ids == others, ours.text == said.strip())
+        text = text.partition(stop)[0]
+    same = (ours.prompt == theirs.prompt, ids == others, ours.text == text.strip())
     shown = "-"
     if theirs.logits is not None and same[0]:
         steps = next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))

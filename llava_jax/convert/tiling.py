@@ -56,8 +56,8 @@ def read_hub(content: Mapping[str, Any], where: str, tile: int) -> Tiling | None
     if kind == PLAIN:
         return None
     if content.get("use_image_newline_parameter", True) is not True:
-        said = content["use_image_newline_parameter"]
-        raise UnusableCheckpoint(f"{where}: use_image_newline_parameter is {said!r}; wanted True")
+        value = content["use_image_newline_parameter"]
+        raise UnusableCheckpoint(f"{where}: use_image_newline_parameter is {value!r}; wanted True")
     pinpoints = pixel_sizes(content.get("image_grid_pinpoints"), where, "[height, width]")
     grids = _grids([(width, height) for height, width in pinpoints], where, tile)
     if kind == NEXT:

@@ -39,20 +39,20 @@ def refuse_quantised(content: Mapping[str, Any], where: str) -> None:
       where: the directory.
     """
     parts = (content, content.get("text_config"), content.get("vision_config"))
-    for said in (part.get("quantization_config") for part in parts if isinstance(part, Mapping)):
-        if said:
+    for quant in (part.get("quantization_config") for part in parts if isinstance(part, Mapping)):
+        if quant:
             raise UnusableCheckpoint(
-                f"{where} holds {_method(said)} weights: import the float model it was made of, or dequantise and save "
-                "it with transformers first"
+                f"{where} holds {_method(quant)} weights: import the float model it was made of, or dequantise and "
+                "save it with transformers first"
             )
 
 
-def _method(said: Any) -> str:
+def _method(settings: Any) -> str:
     """"bitsandbytes 4-bit" of a quantization_config."""
-    if not isinstance(said, Mapping):
+    if not isinstance(settings, Mapping):
         return "quantised"
-    bits = 4 if said.get("load_in_4bit") else 8 if said.get("load_in_8bit") else said.get("bits")
-    name = said.get("quant_method", "bitsandbytes" if "load_in_8bit" in said else "quantised")
+    bits = 4 if settings.get("load_in_4bit") else 8 if settings.get("load_in_8bit") else settings.get("bits")
+    name = settings.get("quant_method", "bitsandbytes" if "load_in_8bit" in settings else "quantised")
     return f"{name} {bits}-bit" if bits else str(name)
 
 
@@ -66,12 +66,12 @@ def refuse_original(content: Mapping[str, Any], where: str) -> None:
             )
 
 
-def part_of(said: Any, known: Mapping[str, P], where: str) -> P:
+def part_of(kind: Any, known: Mapping[str, P], where: str) -> P:
     """The part whose `model_type` config.json says. Raises UnusableCheckpoint: there is none such."""
-    if isinstance(said, str) and said in known:
-        return known[said]
-    almost = f" ({_ALMOST[said]})" if isinstance(said, str) and said in _ALMOST else ""
-    raise UnusableCheckpoint(f"{where} model_type is {said!r}{almost}; wanted one of {', '.join(known)}")
+    if isinstance(kind, str) and kind in known:
+        return known[kind]
+    almost = f" ({_ALMOST[kind]})" if isinstance(kind, str) and kind in _ALMOST else ""
+    raise UnusableCheckpoint(f"{where} model_type is {kind!r}{almost}; wanted one of {', '.join(known)}")
 
 
 def read_part(part: Tower | Decoder, content: Mapping[str, Any], where: str, *feature: Any) -> Any:
@@ -99,5 +99,5 @@ def identity(content: Mapping[str, Any]) -> str:
     for part in ("text_config", "vision_config"):
         inner = content.get(part)
         found[f"{part}.model_type"] = inner.get("model_type") if isinstance(inner, Mapping) else None
-    said = [f"{name} {str(value)[:80]!r}" for name, value in found.items() if value is not None]
-    return "config.json: " + (", ".join(said) or "no model_type, no architectures")
+    pairs = [f"{name} {str(value)[:80]!r}" for name, value in found.items() if value is not None]
+    return "config.json: " + (", ".join(pairs) or "no model_type, no architectures")

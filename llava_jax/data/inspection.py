@@ -147,15 +147,15 @@ def select(sources: Sequence[Source], first: int | None, ids: Sequence[str]) -> 
       UsageError: an id that no record has, after those that there are.
     """
     missing = set(ids)
+    limit = min(len(missing), first or len(missing)) if ids else first
     every = ((source, record) for source in sources for record in source)
-    chosen = (pair for pair in every if not ids or pair[1].id in missing)
-    for source, record in itertools.islice(chosen, first):
+    pairs = (pair for pair in every if not ids or pair[1].id in missing)
+    for source, record in itertools.islice(pairs, limit):
         missing.discard(record.id)
         yield source, record
-        if ids and not missing:
-            return
-    if missing and first is None:
-        raise UsageError(f"--id {sorted(missing)[0]}: no record of {sources[0].path} has this id")
+    if missing and len(set(ids)) - len(missing) < limit:
+        paths = ", ".join(source.path for source in sources)
+        raise UsageError(f"--id {sorted(missing)[0]}: no record of {paths} has this id")
 
 
 def shape_of(format: Format) -> str:

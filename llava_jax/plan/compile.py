@@ -204,10 +204,10 @@ def _refusal(target: Target, program: Program, error: str) -> CompilerRefused:
     rows, tokens = program.batch.tokens.shape
     mesh = " ".join(f"{name} {size}" for name, size in target.mesh.shape.items() if size > 1)
     policies = remat.describe(program.model.remat)
-    said = next((line.strip() for line in error.splitlines() if line.strip()), "it does not say why")
+    reason = next((line.strip() for line in error.splitlines() if line.strip()), "it does not say why")
     return CompilerRefused(
         f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}) refuses a step of {rows} rows of {tokens} "
-        f"tokens, remat {policies}, on {target.topology} with mesh {mesh or '1'}: {said[:500]}. That is no fault of "
+        f"tokens, remat {policies}, on {target.topology} with mesh {mesh or '1'}: {reason[:500]}. That is no fault of "
         "the config: ask for fewer rows or micro-batches (data.rows_per_chip, data.batch_samples, "
         "train.accumulate), another --topology, or install a newer libtpu"
     )

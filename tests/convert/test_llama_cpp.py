@@ -270,7 +270,8 @@ def test_a_tokenizer_that_llama_cpp_cannot_follow_is_refused(tmp_path):
     model = {key: value for key, value in content["model"].items() if key != "ignore_merges"}
     for change, match in (({"pre_tokenizer": {"type": "Whitespace"}}, "pre_tokenizer"),
                           ({"model": content["model"] | {"byte_fallback": True}}, "byte_fallback is True"),
-                          ({"pre_tokenizer": llama_3, "model": model}, "ignore_merges is None.*wanted True")):  # fmt: skip
+                          ({"pre_tokenizer": llama_3, "model": model}, "ignore_merges is None.*wanted True"),
+                          ):  # fmt: skip
         other = dataclasses.replace(words, content=json.dumps(content | change))
         with pytest.raises(UsageError, match=match):
             llama_cpp_words.keys(other, prompt, words.size, "it")

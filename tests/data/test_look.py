@@ -210,6 +210,7 @@ def test_look_writes_one_page_and_counts_what_training_refuses(run, tmp_path, ca
     [
         (["look", "RUN", "--out", "page.txt"], "--out page.txt: want a name that ends in .html"),
         (["look", "RUN", "--out", "page.html", "--id", "r99"], "--id r99: no record of"),
+        (["look", "RUN", "--out", "page.html", "--id", "r99", "--first", "2"], "--id r99: no record of"),
         (["look", "r.json", "--out", "page.html"], "the following arguments are required: --config"),
         (["show", "r.json", "--images", "i", "--tokenizer", "t"], "--images i: pictures are opened with --config FILE"),
         (["show"], "the following arguments are required: RECORDS, or --config FILE"),
