@@ -156,11 +156,12 @@ def _ask_llama_cpp(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[An
     params.n_ctx, params.n_parallel, params.verbosity = CONTEXT, 1, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # no proxy stands before this process
 
     def post(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(server.listening_address + path, content, {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request) as reply:
+        with opener.open(request) as reply:
             return json.load(reply)
 
     marker = post("/props", None)["media_marker"]

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Array, Float, Int
 
+from llava_jax import files
 from llava_jax.batch import Example, alone, lay_images
 from llava_jax.checkpoint import reader
 from llava_jax.convert import readers
@@ -41,16 +42,20 @@ def verify(served: epath.PathLike, checkpoint: epath.PathLike, names: Sequence[s
       names: of `readers.READERS`; None takes those that read its format.
 
     Raises:
-      UsageError: no reader of that name or that format, or none is installed.
+      UsageError: no reader of that name or that format, or none is installed; `served` is in a bucket.
       UnusableCheckpoint: an answer differs; raised behind the table.
     """
+    if files.is_bucket(served):
+        raise UsageError(f"--served {served}: others' programs read a disk only; want a directory there, a copy of it")
     served = epath.Path(served)
     chosen = readers.choose(served, names)
     missing = {name: one.missing() for name, one in chosen.items()}
     for name in (name for name in chosen if missing[name]):
         yield f"{name}: skipped, {missing[name]} is not installed"
     if all(missing.values()):
-        raise UsageError(f"--with {','.join(chosen)}: nothing was compared; {' '.join(map(str, missing.values()))}")
+        remedy = " or ".join(f"`pip install {' '.join(reader.modules)}`" for reader in chosen.values())
+        raise UsageError(f"--served {served}: nothing was compared, as none of {', '.join(chosen)} is installed: "
+                         f"{remedy}")  # fmt: skip
     assistant = Assistant.open(checkpoint, dtype="float32", step=step)
     prompts = make_prompts(assistant.format.image_size)
     ours = [answer(assistant, prompt) for prompt in prompts]
@@ -142,6 +147,8 @@ def _compared(assistant: Assistant, ours: Answer, theirs: Answer) -> _Row:
         steps = min(steps + 1, len(theirs.logits), len(ours.logits))  # up to the first that differs
         words = min(assistant.format.tokenizer.size, theirs.logits.shape[1])
         logps = [jax.nn.log_softmax(one.logits[:steps, :words]) for one in (ours, theirs)]
-        shown = f"{np.nanmax(np.abs(logps[0] - logps[1]), initial=0):.1e}"
+        differences = np.abs(logps[0] - logps[1])
+        if not np.isnan(differences).all():
+            shown = f"{np.nanmax(differences):.1e}"
     words = ["same" if one else "DIFFER" for one in same]
     return _Row(all(same), f" {words[0]:<12}{words[1]:<12}{words[2]:<8}{shown}")

@@ -1,12 +1,20 @@
 """`verify --served`: the table and the exit code, with transformers, and llama.cpp where xllamacpp is installed."""
 
+import http.server
 import importlib.util
+import json
 import re
+import sys
+import threading
+import types
 
+import numpy as np
 import pytest
+from etils import epath
 
 from llava_jax.convert import exporting, importing, readers, served
 from llava_jax.convert.__main__ import main as convert
+from llava_jax.prompt import templates, tokenizer
 from tests.convert import tiny
 
 SAME = re.compile(r" *\d+ \d pictures? +same +same +same +(\S+)")
@@ -66,7 +74,8 @@ def test_what_is_not_installed_is_skipped_by_name(exported, few, monkeypatch, ca
     assert verify(exported, "hf") == 0
     assert "vllm: skipped, a_module_of_no_such_name is not installed" in capsys.readouterr().out
     assert verify(exported, "hf", "--with", "vllm") == 64
-    assert "nothing was compared" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "nothing was compared, as none of vllm is installed: `pip install a_module_of_no_such_name`" in error
 
 
 @pytest.mark.parametrize("arguments, wish", [
@@ -74,12 +83,54 @@ def test_what_is_not_installed_is_skipped_by_name(exported, few, monkeypatch, ca
     (["verify", "d", "--with", "vllm"], "goes with --served"),
     (["verify", "--served", "HF", "--checkpoint", "OURS", "--with", "ollama"], "--with ollama: wanted some of"),
     (["verify", "--served", "HF", "--checkpoint", "OURS", "--with", "llama.cpp"], r"no \*.gguf there"),
+    (["verify", "--served", "gs://bucket/hf", "--checkpoint", "OURS"], "others' programs read a disk only"),
     (["verify", "--served", "OURS", "--checkpoint", "OURS"], "wanted an export of the format hf"),
 ])  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused(exported, arguments, wish, capsys):
     paths = {"HF": str(exported / "hf"), "OURS": str(exported / "ours")}
     assert convert([paths.get(one, one) for one in arguments]) == 64
     assert re.search(wish, capsys.readouterr().err)
+
+
+def test_llama_cpps_server_is_asked_past_any_proxy(tmp_path, monkeypatch):
+    replies = {"/props": {"media_marker": "<m>"}, "/apply-template": {"prompt": "a<m>b"}, "/tokenize": {"tokens": [5]},
+               "/completion": {"tokens": [7], "content": "c"}}  # fmt: skip
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(replies[self.path]).encode())
+
+        do_GET = do_POST
+
+        def log_message(self, *_):
+            pass
+
+    def params():
+        return types.SimpleNamespace(model=types.SimpleNamespace(), mmproj=types.SimpleNamespace())
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        address = types.SimpleNamespace(listening_address=f"http://127.0.0.1:{server.server_port}")
+        module = types.SimpleNamespace(CommonParams=params, Server=lambda params: address,
+                                       ggml_type=types.SimpleNamespace(GGML_TYPE_F32=0))  # fmt: skip
+        monkeypatch.setitem(sys.modules, "xllamacpp", module)
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+        for name in ("model", "mmproj"):
+            (tmp_path / f"{name}-f32.gguf").write_bytes(b"")
+        found = list(readers._ask_llama_cpp(epath.Path(tmp_path), served.make_prompts(28)[:1]))
+        server.shutdown()
+    assert found == [([5, -200, 5], [7], "c", None)]
+
+
+def test_where_no_log_probability_is_known_none_is_compared():
+    words = tokenizer.load(tiny.TOKENIZER, legacy=False)
+    assistant = types.SimpleNamespace(format=types.SimpleNamespace(template=templates.get("v1"), tokenizer=words))
+    ours = readers.Answer([1], [5], "a", np.zeros((1, words.size), np.float32))
+    row = served._compared(assistant, ours, ours._replace(logits=np.full_like(ours.logits, np.nan)))
+    assert row.equal and row.text.split() == ["same", "same", "same", "-"]
+    assert served._compared(assistant, ours, ours).text.endswith("0.0e+00")
 
 
 @pytest.mark.slow
