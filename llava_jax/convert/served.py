@@ -21,7 +21,7 @@ from llava_jax.generate.assistant import Assistant
 from llava_jax.models.llava import Llava
 from llava_jax.prompt import ending
 from llava_jax.prompt.conversation import Conversation, Turn, with_markers
-from llava_jax.prompt.encode import encode, with_labels
+from llava_jax.prompt.encode import Format, encode, with_labels
 from llava_jax.prompt.images import encode_png
 
 PROMPTS, NEW_TOKENS = 20, 16
@@ -64,7 +64,7 @@ def verify(served: epath.PathLike, checkpoint: epath.PathLike, names: Sequence[s
         equal = []
         yield f"{name:<14}{'prompt ids':<12}{'greedy ids':<12}{'text':<8}max |logp difference|"
         for number, (prompt, mine, theirs) in enumerate(zip(prompts, ours, chosen[name].ask(served, prompts))):
-            row = _compared(assistant, mine, theirs)
+            row = _compared(assistant.format, mine, theirs)
             equal.append(row.equal)
             yield f"{number + 1:>3} {len(prompt.pictures)} picture{'s' if len(prompt.pictures) > 1 else ' '}{row.text}"
         yield f"{name}: {sum(equal)} of {len(equal)} prompts have the same prompt ids, greedy ids and text"
@@ -134,8 +134,8 @@ class _Row(NamedTuple):
     text: str
 
 
-def _compared(assistant: Assistant, ours: Answer, theirs: Answer) -> _Row:
-    end = ending.of(assistant.format.template, assistant.format.tokenizer)
+def _compared(format: Format, ours: Answer, theirs: Answer) -> _Row:
+    end = ending.of(format.template, format.tokenizer)
     ids, others = ([i for i in one.ids if i not in end.ids] for one in (ours, theirs))  # some give the end, some not
     text = theirs.text
     for stop in end.texts:
@@ -145,7 +145,7 @@ def _compared(assistant: Assistant, ours: Answer, theirs: Answer) -> _Row:
     if theirs.logits is not None and same[0]:
         steps = next((i for i, (a, b) in enumerate(zip(ids, others)) if a != b), min(len(ids), len(others)))
         steps = min(steps + 1, len(theirs.logits), len(ours.logits))  # up to the first that differs
-        words = min(assistant.format.tokenizer.size, theirs.logits.shape[1])
+        words = min(format.tokenizer.size, theirs.logits.shape[1])
         logps = [jax.nn.log_softmax(one.logits[:steps, :words]) for one in (ours, theirs)]
         differences = np.abs(logps[0] - logps[1])
         if not np.isnan(differences).all():

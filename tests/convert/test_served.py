@@ -15,6 +15,7 @@ from etils import epath
 from llava_jax.convert import exporting, importing, readers, served
 from llava_jax.convert.__main__ import main as convert
 from llava_jax.prompt import templates, tokenizer
+from llava_jax.prompt.encode import Format
 from tests.convert import tiny
 
 SAME = re.compile(r" *\d+ \d pictures? +same +same +same +(\S+)")
@@ -126,11 +127,11 @@ def test_llama_cpps_server_is_asked_past_any_proxy(tmp_path, monkeypatch):
 
 def test_where_no_log_probability_is_known_none_is_compared():
     words = tokenizer.load(tiny.TOKENIZER, legacy=False)
-    assistant = types.SimpleNamespace(format=types.SimpleNamespace(template=templates.get("v1"), tokenizer=words))
+    format = Format(templates.get("v1"), words, 28, 4, "pad")
     ours = readers.Answer([1], [5], "a", np.zeros((1, words.size), np.float32))
-    row = served._compared(assistant, ours, ours._replace(logits=np.full_like(ours.logits, np.nan)))
+    row = served._compared(format, ours, ours._replace(logits=np.full_like(ours.logits, np.nan)))
     assert row.equal and row.text.split() == ["same", "same", "same", "-"]
-    assert served._compared(assistant, ours, ours).text.endswith("0.0e+00")
+    assert served._compared(format, ours, ours).text.endswith("0.0e+00")
 
 
 @pytest.mark.slow
