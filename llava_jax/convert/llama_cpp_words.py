@@ -33,21 +33,21 @@ def keys(tokenizer: Tokenizer, prompt: PromptMetadata, rows: int, where: str) ->
         raise UsageError(f"{where}: the word {strips[0]!r} takes white space along, or wants none beside it, which "
                          "llama.cpp does not know; use --format hf")  # fmt: skip
     kind = _llama if isinstance(tokenizer, LlamaTokenizer) else _byte_level
-    pieces, own = kind(tokenizer, where)
+    pieces, of_kind = kind(tokenizer, where)
     pieces = {number: piece for number, piece in pieces.items() if number < rows}
     for word in words.words:
         text, score, _ = pieces.get(word.id, ("", _WORD, _NORMAL))
         pieces[word.id] = (word.text, score, _type(tokenizer, word))
     listed = [pieces.get(number, (f"[PAD{number}]", _NOTHING, _UNUSED)) for number in range(rows)]
     texts, scores, types = map(list, zip(*listed))
-    found = {"tokens": [text.encode() for text in texts], "token_type": types, **own}
-    found |= {"scores": scores} if kind is _llama else {}
+    values = {"tokens": [text.encode() for text in texts], "token_type": types, **of_kind}
+    values |= {"scores": scores} if kind is _llama else {}
     ends = ending.of(templates.get(prompt.template), tokenizer).ids
     ids = {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "unknown": tokenizer.unk_id,
            "padding": words.ids.get(words.pad), "eot": next((end for end in ends if end != tokenizer.eos_id), None)}
-    found |= {f"{name}_token_id": number for name, number in ids.items() if number is not None}
-    found |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
-    return {f"tokenizer.ggml.{key}": value for key, value in found.items()}
+    values |= {f"{name}_token_id": number for name, number in ids.items() if number is not None}
+    values |= {"add_bos_token": tokenizer.adds_bos, "add_eos_token": False}
+    return {f"tokenizer.ggml.{key}": value for key, value in values.items()}
 
 
 def _type(tokenizer: Tokenizer, word: Word) -> int:
@@ -88,12 +88,12 @@ def _byte_level(tokenizer: HubTokenizer, where: str) -> tuple[_Pieces, dict[str,
 
 def _cut(content: Mapping[str, Any], where: str) -> tuple[str, bool]:
     part = content.get("pre_tokenizer") or {}
-    for regex, found in _CUTS.items():
+    for regex, entry in _CUTS.items():
         split = {"type": "Split", "pattern": {"Regex": regex}, "behavior": "Isolated", "invert": False}
         steps = part.get("pretokenizers", [])
         bytes_ = steps[-1] if len(steps) == 2 else {}
         if split in steps and bytes_.get("type") == "ByteLevel" and not bytes_.get("use_regex", True):
-            return found
+            return entry
     names = ", ".join(name for name, _ in _CUTS.values())
     raise UsageError(f"{where}: tokenizer.json: pre_tokenizer is {json.dumps(part)[:80]}, which llama.cpp is not known "
                      f"to have; wanted tokenizer.model, or that of {names}. Use --format hf")  # fmt: skip

@@ -94,8 +94,8 @@ def _image_url(picture: bytes) -> dict[str, Any]:
 
 def _collapsed(ids: Sequence[int], image: int) -> list[int]:
     """Ids with one -200 for each run of the image's id."""
-    kept = [number for i, number in enumerate(ids) if number != image or i == 0 or ids[i - 1] != image]
-    return [IMAGE_LABEL if number == image else number for number in kept]
+    starts = [number for i, number in enumerate(ids) if number != image or i == 0 or ids[i - 1] != image]
+    return [IMAGE_LABEL if number == image else number for number in starts]
 
 
 def _image_id(served: epath.Path) -> int:
@@ -138,9 +138,9 @@ def _ask_vllm(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[Answer]
     image = _image_id(served)
     for prompt in prompts:
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=prompt.new_tokens)
-        found = model.chat(_messages(prompt, _image_url), sampling, use_tqdm=False)[0]
-        output = found.outputs[0]
-        yield Answer(_collapsed(found.prompt_token_ids, image), list(output.token_ids), output.text, None)
+        reply = model.chat(_messages(prompt, _image_url), sampling, use_tqdm=False)[0]
+        output = reply.outputs[0]
+        yield Answer(_collapsed(reply.prompt_token_ids, image), list(output.token_ids), output.text, None)
 
 
 def _ask_llama_cpp(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[Answer]:
@@ -149,10 +149,10 @@ def _ask_llama_cpp(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[An
 
     params = xllamacpp.CommonParams()
     for name, field in (("model", params.model), ("mmproj", params.mmproj)):
-        found = sorted(map(str, served.glob(f"{name}-*.gguf")))
-        if len(found) != 1:
-            raise UsageError(f"--served {served}: {len(found)} files {name}-*.gguf there; wanted one")
-        field.path = found[0]
+        paths = sorted(map(str, served.glob(f"{name}-*.gguf")))
+        if len(paths) != 1:
+            raise UsageError(f"--served {served}: {len(paths)} files {name}-*.gguf there; wanted one")
+        field.path = paths[0]
     params.n_ctx, params.n_parallel, params.verbosity = CONTEXT, 1, 0
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     server = xllamacpp.Server(params)
@@ -185,14 +185,14 @@ def _logits_of(steps: Sequence[dict[str, Any]], ids: Sequence[int]) -> np.ndarra
     a token that ends within a character."""
     if not steps:
         return None
-    found = np.full((len(ids), len(steps[0]["top_logprobs"])), np.nan, np.float32)
+    logits = np.full((len(ids), len(steps[0]["top_logprobs"])), np.nan, np.float32)
     number = 0
-    for row, id in zip(found, ids):
+    for row, id in zip(logits, ids):
         if number < len(steps) and steps[number]["id"] == id:
             logps = steps[number]["top_logprobs"]
             row[[one["id"] for one in logps]] = [one["logprob"] for one in logps]
             number += 1
-    return found
+    return logits
 
 
 READERS = {

@@ -77,15 +77,15 @@ def verify(served: epath.PathLike, checkpoint: epath.PathLike, names: Sequence[s
 def make_prompts(side: int) -> list[Prompt]:
     """Questions about pictures that are computed: waves of colour, of several shapes, some of two pictures, and some
     behind a first answer."""
-    found = []
+    prompts = []
     for number in range(PROMPTS):
         pictures = tuple(_picture(side, number + 100 * i) for i in range(2 if number % 5 == 3 else 1))
         texts = [QUESTIONS[number % 5]] + (["A small one.", "Which colour?"] if number % 5 == 4 else [])
         turns = tuple(Turn(role, text) for role, text in zip(("user", "assistant", "user"), texts))
         first = Turn("user", with_markers(turns[0].text, pictures))
         conversation = Conversation((first, *turns[1:]), pictures, str(number), images_in_place=len(pictures) > 1)
-        found.append(Prompt(conversation, turns, pictures, NEW_TOKENS))
-    return found
+        prompts.append(Prompt(conversation, turns, pictures, NEW_TOKENS))
+    return prompts
 
 
 def _picture(side: int, seed: int) -> bytes:

@@ -46,14 +46,14 @@ def views(picture: Picture, image: Image.Image, tiles: Sequence[np.ndarray], for
     shorter, longer = (min(picture.size),) * 2, (max(picture.size),) * 2
     cut = _around(_middle(shorter, picture.size, drawn), drawn) if square and oblong else ""
     note = "; the shaded ends are cut off" if cut else ""
-    found = [View(_svg(np.asarray(image), drawn, cut), f"The picture, {width} x {height} pixels{note}")]
+    drawings = [View(_svg(np.asarray(image), drawn, cut), f"The picture, {width} x {height} pixels{note}")]
     padded = oblong and picture.grid is None and format.image_mode not in ("square", "squash")
     padding = _around(_middle(picture.size, longer, side), side) if padded else ""
     ends = _newlines([picture.base], side, _PICTURE / picture.base.box.height)
     note = "; shaded: padding, whose features count" if padded else ""
     name = "The whole" if picture.grid else "What the tower sees"
-    found.append(View(_svg(tiles[0], side, padding + ends), f"{name}: {_positions([picture.base])}{note}"))
-    return [*found, _grid(picture, picture.grid, tiles[1:])] if picture.grid else found
+    drawings.append(View(_svg(tiles[0], side, padding + ends), f"{name}: {_positions([picture.base])}{note}"))
+    return [*drawings, _grid(picture, picture.grid, tiles[1:])] if picture.grid else drawings
 
 
 def _grid(picture: Picture, grid: tuple[int, int], tiles: Sequence[np.ndarray]) -> View:

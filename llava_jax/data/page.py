@@ -138,9 +138,9 @@ def _pictures(one: Inspection, number: int, format: Format) -> Iterator[str]:
         tile += picture.layout.tiles
         title = f"{picture.noun.capitalize()} {which}: {html.escape(str(picture))}"
         yield f'<h3 id="r{number}p{which}">{title}</h3><div class="views">'
-        found = frames(picture, tiles) if picture.frames else views(picture, open_image(reference, one.root), tiles,
+        drawings = frames(picture, tiles) if picture.frames else views(picture, open_image(reference, one.root), tiles,
                                                                     format)  # fmt: skip
-        for view in found:
+        for view in drawings:
             kind = ' class="tiles"' if view.tiles else ""
             yield f"<figure{kind}>{view.svg}<figcaption>{html.escape(view.caption)}</figcaption></figure>"
         yield "</div>"

@@ -58,11 +58,11 @@ def of_layers(policies: Remat, layers: int) -> tuple[str, ...]:
 
 def groups(policies: Remat, layers: int) -> list[tuple[str, int, int]]:
     """Neighbouring layers of one policy: [(policy, first, end), ...]."""
-    found, end = list[tuple[str, int, int]](), 0
+    parts, end = list[tuple[str, int, int]](), 0
     for policy, same in itertools.groupby(of_layers(policies, layers)):
         first, end = end, end + len(list(same))
-        found.append((policy, first, end))
-    return found
+        parts.append((policy, first, end))
+    return parts
 
 
 def only(policies: Remat) -> str:

@@ -56,11 +56,11 @@ class Rows(NamedTuple):
 
 def records(parts: tuple[Part, ...], features: int, frame: int, samples: int = SAMPLES, seed: int = 0) -> np.ndarray:
     """int [2, n]: tokens of records in random order, and whether each has a picture of so many features."""
-    rng, total, found = np.random.default_rng(seed), sum(part.records for part in parts), []
+    rng, total, columns = np.random.default_rng(seed), sum(part.records for part in parts), []
     for part in parts:
         text = rng.lognormal(np.log(part.median), part.sigma, round(part.records * samples / total)).astype(int)
-        found.append(np.stack([part.pictured * features + frame + text, np.full(len(text), part.pictured)]))
-    drawn = np.concatenate(found, axis=1)
+        columns.append(np.stack([part.pictured * features + frame + text, np.full(len(text), part.pictured)]))
+    drawn = np.concatenate(columns, axis=1)
     return drawn[:, rng.permutation(drawn.shape[1])]
 
 

@@ -142,19 +142,19 @@ def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) ->
 def _pictures(source: Any, root: epath.PathLike | None) -> list[Any] | None:
     """The frames of a folder, or of a list, as references to pictures; None: it is a file."""
     if isinstance(source, Sequence) and not isinstance(source, str | bytes):
-        found, name = list(source), "video given as pictures"
+        references, name = list(source), "video given as pictures"
     elif isinstance(source, str | os.PathLike):
         name = os.fspath(source)
         folder = next((path for path in spellings(name, root, "video") if files.is_dir(path)), None)
         if folder is None:
             return None
         names = (entry.name for entry in files.listed(folder) if entry.suffix.lower() in SUFFIXES)
-        found, name = [f"{name}/{one}" for one in sorted(names, key=_natural)], f"video {name!r}"
+        references, name = [f"{name}/{one}" for one in sorted(names, key=_natural)], f"video {name!r}"
     else:
         return None
-    if not found:
+    if not references:
         raise UsageError(f"{name}: no frames in it; want pictures ({', '.join(SUFFIXES)}) in the order of their names")
-    return found
+    return references
 
 
 def _natural(name: str) -> list[str | int]:
@@ -181,13 +181,13 @@ def _measured(source: Any, root: epath.PathLike | None) -> tuple[int, float | No
 
 
 def _decoded(source: Any, root: epath.PathLike | None, chosen: list[int], total: int) -> list[Image.Image]:
-    found, seen = [], 0
+    images, seen = [], 0
     with _opened(source, root) as (name, container, stream):
         for seen, frame in enumerate(container.decode(stream), 1):
-            if seen - 1 == chosen[len(found)]:
-                found.append(open_image(frame.to_image()))
-                if len(found) == len(chosen):
-                    return found
+            if seen - 1 == chosen[len(images)]:
+                images.append(open_image(frame.to_image()))
+                if len(images) == len(chosen):
+                    return images
     raise UsageError(f"{name}: {seen} of its {total} frames can be decoded; encode it anew or drop the record")
 
 

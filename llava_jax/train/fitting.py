@@ -125,8 +125,8 @@ def _nothing_fits(program: Program, needed: int, limit: int) -> UsageError:
     trained = params.count(program.state.params)
     share = sum(x.size for x in blocks) / trained if trained else 0.0
     tokens = program.batch.tokens
-    kept = tokens.sharding.shard_shape(tokens.shape)[0] * tokens.shape[1] * llm.width
-    inputs = kept * jnp.dtype(program.model.dtype).itemsize // sharding.shards(program.mesh, "tokens")
+    input_items = tokens.sharding.shard_shape(tokens.shape)[0] * tokens.shape[1] * llm.width
+    inputs = input_items * jnp.dtype(program.model.dtype).itemsize // sharding.shards(program.mesh, "tokens")
     weights = share * (2 * of_state.trainable + of_state.optimizer) + (0 if blocks else of_state.frozen)
     layers = max(0, llm.layers - math.ceil((needed - limit) / (weights / llm.layers + inputs)))
     return UsageError(
