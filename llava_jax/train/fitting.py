@@ -31,6 +31,8 @@ COMPILATIONS = 4  # at most; each takes a minute or more for a large model
 def resolve(config: configs.Config, model: LlavaConfig, steps: int, loss: Loss | None = None) -> Program:
     """The program of a config for this machine's devices, with the policies that fit where it says `auto`.
 
+    All processes must call it: they take the policies that fit everywhere.
+
     Raises:
       ValueError: nothing fits, or as `program.build`.
     """

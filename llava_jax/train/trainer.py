@@ -97,8 +97,8 @@ class Trainer:
     def program(self) -> Program:
         """The model, the optimizer, the abstract state and the jitted steps, for this machine's devices.
 
-        No array is made; `model.remat=auto` compiles the step. Where the config says epochs, the records are opened,
-        whose number decides the steps.
+        No array is made; `model.remat=auto` compiles the step, for which all processes wait for each other. Where the
+        config says epochs, the records are opened, whose number decides the steps.
         """
         return fitting.resolve(self.config, self._sizes, self._steps, self._loss)
 
