@@ -39,8 +39,7 @@ def export(source: Source, partial: epath.Path, final: epath.Path, kind: str) ->
     """
     if importlib.util.find_spec("gguf") is None:
         raise UsageError('--format gguf wants the package gguf, which is missing: `pip install ".[gguf]"` in the clone')
-    if files.is_bucket(final):
-        raise UsageError(f"{final}: the gguf library writes to a disk only; want a directory there, copied afterwards")
+    files.want_disk(final, "--format gguf", "the gguf library writes to no bucket")
     _check(source)
     config, prompt = source.config, source.metadata.prompt
     decoder, tower = registry.decoder_of(config.llm).gguf, registry.tower_of(config.vision).gguf

@@ -45,8 +45,7 @@ def verify(served: epath.PathLike, checkpoint: epath.PathLike, names: Sequence[s
       UsageError: no reader of that name or that format, or none is installed; `served` is in a bucket.
       UnusableCheckpoint: an answer differs; raised behind the table.
     """
-    if files.is_bucket(served):
-        raise UsageError(f"--served {served}: others' programs read a disk only; want a directory there, a copy of it")
+    files.want_disk(served, "--served", "others' programs read no bucket")
     served = epath.Path(served)
     chosen = readers.choose(served, names)
     missing = {name: one.missing() for name, one in chosen.items()}

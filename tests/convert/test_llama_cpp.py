@@ -244,6 +244,8 @@ def test_what_llama_cpp_has_not_is_refused_by_name_and_leaves_nothing(ours, tmp_
     for words, one in cases.items():
         with pytest.raises(UsageError, match=re.escape(words)):
             llama_cpp.export(one, epath.Path(tmp_path), epath.Path(tmp_path) / "out", "f32")
+    with pytest.raises(UsageError, match="--format gguf gs://bucket/out: want a path on a disk"):
+        llama_cpp.export(opened, epath.Path(tmp_path), epath.Path("gs://bucket/out"), "f32")
     assert not list(tmp_path.iterdir())
 
 

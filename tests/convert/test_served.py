@@ -84,7 +84,7 @@ def test_what_is_not_installed_is_skipped_by_name(exported, few, monkeypatch, ca
     (["verify", "d", "--with", "vllm"], "goes with --served"),
     (["verify", "--served", "HF", "--checkpoint", "OURS", "--with", "ollama"], "--with ollama: wanted some of"),
     (["verify", "--served", "HF", "--checkpoint", "OURS", "--with", "llama.cpp"], r"no \*.gguf there"),
-    (["verify", "--served", "gs://bucket/hf", "--checkpoint", "OURS"], "others' programs read a disk only"),
+    (["verify", "--served", "gs://bucket/hf", "--checkpoint", "OURS"], "as others' programs read no bucket"),
     (["verify", "--served", "OURS", "--checkpoint", "OURS"], "wanted an export of the format hf"),
 ])  # fmt: skip
 def test_arguments_that_do_not_fit_are_refused(exported, arguments, wish, capsys):
