@@ -1,7 +1,8 @@
-"""Features of pictures on the host, so that a picture that is image again does not pass through the tower again."""
+"""Features of pictures on the host, so that a picture that is shown again does not pass through the tower again."""
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Set
 
 import numpy as np
 
@@ -29,6 +30,11 @@ class Features:
         if image.key not in self._unseen:
             self._unseen[image.key] = image, [None] * len(image.tiles)
         return None
+
+    def forget_unseen(self, keys: Set[bytes]) -> None:
+        """Forgets pictures that `pending` would hand out, but those of these keys."""
+        for key in self._unseen.keys() - keys:
+            del self._unseen[key]
 
     def pending(self, most: int) -> list[tuple[PromptImage, int, np.ndarray]]:
         """At most so many tiles whose features are wanted: the picture, which of its tiles, and its pixels."""

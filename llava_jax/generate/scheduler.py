@@ -59,7 +59,7 @@ class Token(NamedTuple):
 class Update(NamedTuple):
     """What a step added to an answer.
 
-    piece: text that can be image. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
+    piece: text that can be shown. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
     prompt that were not computed again.
     """
 
@@ -136,6 +136,7 @@ class Scheduler:
         for index, slot in enumerate(self._slots):
             if slot is not None and slot.number == number:
                 self._free(index)
+        self._features.forget_unseen({image.key for slot in self._slots if slot for image in slot.job.prompt.images})
 
     def compile(self) -> Iterator[str]:
         """Compiles all that will ever run; yields the name of each program before it does."""

@@ -166,6 +166,16 @@ def test_a_cancelled_request_frees_its_slot_and_pages_and_changes_no_other():
         assert tuple(made[numbers[index]]) == alone[index][1]
 
 
+def test_the_tower_sees_no_picture_of_a_cancelled_request():
+    target, shown = scheduler(), Conversation((Turn("user", "<image>\n" * 6 + "Why?"),), tuple(map(tiny.picture, range(6))),
+                                              images_in_place=True)  # fmt: skip
+    number = target.submit(Job(prompt_of(encode(shown, assistant().format, reply=True)), 4))
+    target.step()
+    assert target._features.pending(9)
+    target.cancel(number)
+    assert not target._features.pending(9) and not target.busy
+
+
 def test_a_raw_prompt_goes_on_with_its_white_space():
     words = assistant().format.tokenizer
     prompt = Prompt(np.array([words.bos_id, *words.encode("The cat", False)], np.int32))

@@ -83,7 +83,7 @@ CHAT = [
     (chat(model="gpt-4o"), "model"), (chat(model=5), "model"), (chat(model=""), "model"),
     (chat(n=0), "n"), (chat(n=17), "n"), (chat(n=10**9), "n"), (chat(n=1.5), "n"), (chat(n=True), "n"),
     (chat(temperature=-1), "temperature"), (chat(temperature=2.1), "temperature"),
-    (chat(temperature="1"), "temperature"),
+    (chat(temperature="1"), "temperature"), (chat(temperature=10**400), "temperature"),
     (chat(temperature=[1]), "temperature"), (chat(temperature=True), "temperature"),
     (chat(top_p=0), "top_p"), (chat(top_p=1.1), "top_p"), (chat(top_k=-1), "top_k"), (chat(top_k=2**31), "top_k"),
     (chat(seed=-1), "seed"), (chat(seed=2**32), "seed"), (chat(seed=1.0), "seed"),
