@@ -127,8 +127,8 @@ def one_copy() -> Mesh | None:
     return None if len(devices) == 1 else sharding.mesh_of_copies(1, devices)
 
 
-def positions(model: Llava, most: int) -> int:
-    """Positions of a row: the model's, at most `most`.
+def positions(model: Llava, most: int, chunk: int) -> int:
+    """Positions of a row whose prompt is read in chunks: the model's, at most `most`.
 
     Raises:
       UsageError: a decoder that looks at pictures from between its layers.
@@ -138,7 +138,8 @@ def positions(model: Llava, most: int) -> int:
         raise UsageError('a model whose decoder looks at pictures between its layers ("flamingo_xattn") cannot be '
                          "served: pages hold no pictures; use chat or evaluate")  # fmt: skip
     if llm.rope_scaling is not None and llm.rope_scaling.kind == "dynamic":
-        return min(most, llm.max_positions // PAGE * PAGE)  # beyond, the rotation depends on the whole row's length
+        # Beyond `max_positions` the rotation depends on the row's length; a last chunk may be padded to beyond its end.
+        return min(most, (llm.max_positions + PAGE - chunk) // PAGE * PAGE)
     return min(most, llm.usable_positions)
 
 

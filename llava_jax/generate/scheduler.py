@@ -286,6 +286,11 @@ class Scheduler:
         self._slots[index] = None
 
 
+def reading() -> tuple[int, int]:
+    """Rows whose prompts are read at once on this backend, and tokens of each."""
+    return READING.get(jax.default_backend(), READING_ELSEWHERE)
+
+
 def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[], Scheduler]:
     """What makes a scheduler, with its pages, for the model of an assistant, whose parameters it shares.
 
@@ -293,7 +298,7 @@ def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[
       UsageError: the pages do not fit on the devices.
     """
     model, words = assistant.model, assistant.format.tokenizer
-    lanes, chunk = READING.get(jax.default_backend(), READING_ELSEWHERE)
+    lanes, chunk = reading()
     row_pages = programs.row_pages(positions, chunk)
     pages = slots * row_pages + 1
     programs.check_memory(model, assistant.params, pages, assistant.mesh)

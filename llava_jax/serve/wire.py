@@ -1,6 +1,7 @@
 """Answers in OpenAI's JSON: whole, or as the chunks of a stream; of chat and of text completions."""
 
 import functools
+import itertools
 import json
 import time
 import uuid
@@ -110,7 +111,7 @@ class Wire:
                 "refusal": None}  # fmt: skip
         words = [token_text(self.tokenizer, one.id) for one in tokens]
         tops = [{token_text(self.tokenizer, token): logp for token, logp in one.likeliest} for one in tokens]
-        offsets = [sum(map(len, words[:i])) for i in range(len(words))]
+        offsets = list(itertools.accumulate(map(len, words[:-1]), initial=0)) if words else []
         return {"tokens": words, "token_logprobs": [one.logp for one in tokens], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
 

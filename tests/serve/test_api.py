@@ -104,7 +104,9 @@ def test_a_text_completion_goes_on_from_the_raw_prompt(served):
     ids = [words.bos_id, *words.encode("The cat", False)]
     assert found.prompt_token_ids == ids and found.usage.prompt_tokens == len(ids)
     assert words.decode([*ids, *found.choices[0].token_ids]) == "The cat" + found.choices[0].text
-    assert len(found.choices[0].logprobs.token_logprobs) == len(found.choices[0].token_ids)
+    logprobs = found.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == len(found.choices[0].token_ids)
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
     pieces = client.completions.create(model="llava-jax", prompt="The cat", max_tokens=NEW, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in pieces) == found.choices[0].text
 
