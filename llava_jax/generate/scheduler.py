@@ -171,11 +171,11 @@ class Scheduler:
         while self._waiting and None in self._slots:
             number, job = self._waiting[0]
             tokens = len(job.prompt.tokens)
-            found = self.pages.reserve(job.prompt, -(-(tokens + job.limit) // PAGE))
-            if found is None:
+            reservation = self.pages.reserve(job.prompt, -(-(tokens + job.limit) // PAGE))
+            if reservation is None:
                 return
             self._waiting.popleft()
-            pages, known = found
+            pages, known = reservation
             table = np.zeros(self.batching.row_pages, np.int32)
             table[: len(pages)] = pages
             text = Text()
@@ -191,8 +191,8 @@ class Scheduler:
         self._find_features()
         tiles = self._features.pending(self.batching.lanes)
         if tiles:
-            found, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
-            for (image, index, _), features in zip(tiles, found):
+            rows, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
+            for (image, index, _), features in zip(tiles, rows):
                 self._features.add(image, index, features, newline)
             self._find_features()
 

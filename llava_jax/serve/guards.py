@@ -92,12 +92,12 @@ class Guard:
 
 def _has_key(header: bytes, key: bytes) -> bool:
     """Whether a header holds the key, as a bearer's token or as the password that a browser asks for."""
-    kind, _, given = header.partition(b" ")
-    given = given.strip()
+    kind, _, secret = header.partition(b" ")
+    secret = secret.strip()
     if kind.lower() == b"basic":
         with contextlib.suppress(binascii.Error, ValueError):
-            given = base64.b64decode(given, validate=True).partition(b":")[2]
-    return kind.lower() in (b"basic", b"bearer") and hmac.compare_digest(given, key)
+            secret = base64.b64decode(secret, validate=True).partition(b":")[2]
+    return kind.lower() in (b"basic", b"bearer") and hmac.compare_digest(secret, key)
 
 
 def _host_name(header: bytes) -> str:
