@@ -75,7 +75,7 @@ class Batching:
     slots: rows that answer at once. lanes: rows whose prompts are read at once, and pictures that the tower sees.
     chunk: tokens of each that are read at once, a multiple of PAGE.
     pages: of the pool, page 0 included. row_pages: of a row's table, as `row_pages` has them.
-    vocabulary: ids that may be said. ends: ids that end an answer. mesh: of the devices of the parameters.
+    vocabulary: ids that an answer may hold. ends: ids that end an answer. mesh: of the devices of the parameters.
     """
 
     model: Llava
@@ -127,8 +127,8 @@ def one_copy() -> Mesh | None:
     return None if len(devices) == 1 else sharding.mesh_of_copies(1, devices)
 
 
-def positions(model: Llava, most: int) -> int:
-    """Positions of a row: the model's, at most `most`.
+def positions(model: Llava, most: int, chunk: int) -> int:
+    """Positions of a row whose prompt is read in chunks: the model's, at most `most`.
 
     Raises:
       UsageError: a decoder that looks at pictures from between its layers.
@@ -138,7 +138,8 @@ def positions(model: Llava, most: int) -> int:
         raise UsageError('a model whose decoder looks at pictures between its layers ("flamingo_xattn") cannot be '
                          "served: pages hold no pictures; use chat or evaluate")  # fmt: skip
     if llm.rope_scaling is not None and llm.rope_scaling.kind == "dynamic":
-        return min(most, llm.max_positions // PAGE * PAGE)  # beyond, the rotation depends on the whole row's length
+        # Beyond `max_positions` the rotation depends on the row's length; a last chunk may be padded to beyond its end.
+        return min(most, (llm.max_positions + PAGE - chunk) // PAGE * PAGE)
     return min(most, llm.usable_positions)
 
 
@@ -190,8 +191,8 @@ def _read(batching: Batching, params: Any, pool: Pool, chunk: Chunk) -> tuple[Po
             method="extend",
         )  # fmt: skip
         last = jnp.take_along_axis(hidden, chunk.end[:, None, None], axis=1)[:, 0]
-        found = _choose(batching, params, last, chunk.start + chunk.end + 1, chunk.top, chunk.sampling)
-        return _pool(layers), jax.tree.map(sharding.constrain, found)
+        ids = _choose(batching, params, last, chunk.start + chunk.end + 1, chunk.top, chunk.sampling)
+        return _pool(layers), jax.tree.map(sharding.constrain, ids)
 
 
 @partial(jax.jit, static_argnames=("batching",), donate_argnames=("pool",))
@@ -201,14 +202,14 @@ def _advance(batching: Batching, params: Any, pool: Pool, rows: Rows, steps: Int
         return (step < steps) & ~jnp.all(rows.done)
 
     def body(carry: tuple[Array, Pool, Rows, Ids]) -> tuple[Array, Pool, Rows, Ids]:
-        step, pool, rows, made = carry
+        step, pool, rows, ids = carry
         pool, rows, new = _step(batching, params, pool, rows)
-        return step + 1, pool, rows, jax.tree.map(lambda whole, one: whole.at[:, step].set(one), made, new)
+        return step + 1, pool, rows, jax.tree.map(lambda whole, one: whole.at[:, step].set(one), ids, new)
 
     with answering(batching.mesh):
         rows = jax.tree.map(jnp.asarray, rows)
-        _, pool, _, made = jax.lax.while_loop(goes_on, body, (jnp.int32(0), pool, rows, _no_ids(batching)))
-        return pool, jax.tree.map(sharding.constrain, made)
+        _, pool, _, ids = jax.lax.while_loop(goes_on, body, (jnp.int32(0), pool, rows, _no_ids(batching)))
+        return pool, jax.tree.map(sharding.constrain, ids)
 
 
 def _no_ids(batching: Batching) -> Ids:
@@ -225,13 +226,13 @@ def _step(batching: Batching, params: Any, pool: Pool, rows: Rows) -> tuple[Pool
         {"params": params}, rows.token[:, None], rows.position[:, None], _layers(pool, rows.table), method="decode"
     )
     position = rows.position + 1
-    found = _choose(batching, params, hidden[:, 0], position, rows.top, rows.sampling)
+    new = _choose(batching, params, hidden[:, 0], position, rows.top, rows.sampling)
     after = rows._replace(
-        token=jnp.where(rows.done, rows.token, found.ids),
+        token=jnp.where(rows.done, rows.token, new.ids),
         position=jnp.where(rows.done, rows.position, position),
-        done=rows.done | is_end(batching.ends, found.ids) | (position >= rows.last),
+        done=rows.done | is_end(batching.ends, new.ids) | (position >= rows.last),
     )
-    return _pool(layers), after, found._replace(ids=jnp.where(rows.done, NOTHING, found.ids))
+    return _pool(layers), after, new._replace(ids=jnp.where(rows.done, NOTHING, new.ids))
 
 
 def _choose(

@@ -1,7 +1,8 @@
-"""Features of pictures on the host, so that a picture that is image again does not pass through the tower again."""
+"""Features of pictures on the host, so that a picture that is shown again does not pass through the tower again."""
 
 import itertools
 from collections import OrderedDict
+from collections.abc import Set
 
 import numpy as np
 
@@ -30,22 +31,27 @@ class Features:
             self._unseen[image.key] = image, [None] * len(image.tiles)
         return None
 
+    def forget_unseen(self, keys: Set[bytes]) -> None:
+        """Forgets pictures that `pending` would hand out, but those of these keys."""
+        for key in self._unseen.keys() - keys:
+            del self._unseen[key]
+
     def pending(self, most: int) -> list[tuple[PromptImage, int, np.ndarray]]:
         """At most so many tiles whose features are wanted: the picture, which of its tiles, and its pixels."""
-        tiles = ((image, index, image.tiles[index]) for image, found in self._unseen.values()
-                 for index, features in enumerate(found) if features is None)  # fmt: skip
+        tiles = ((image, index, image.tiles[index]) for image, parts in self._unseen.values()
+                 for index, features in enumerate(parts) if features is None)  # fmt: skip
         return list(itertools.islice(tiles, most))
 
     def add(self, image: PromptImage, index: int, features: np.ndarray, newline: np.ndarray) -> None:
         """Takes the features [N, D] of a tile, and the model's `image_newline` [1, D] or [0, D]."""
-        found = self._unseen[image.key][1]
-        found[index] = features
-        if any(one is None for one in found):
+        parts = self._unseen[image.key][1]
+        parts[index] = features
+        if any(one is None for one in parts):
             return
         del self._unseen[image.key]
-        rows = np.stack(found)
-        held = (rows[0] if image.layout is None else laid_out(rows, newline, image.layout)).astype(self._dtype)
-        self._features[image.key] = held
-        self._bytes += held.nbytes
+        tiles = np.stack(parts)
+        rows = (tiles[0] if image.layout is None else laid_out(tiles, newline, image.layout)).astype(self._dtype)
+        self._features[image.key] = rows
+        self._bytes += rows.nbytes
         while self._bytes > self._most_bytes and len(self._features) > 1:
             self._bytes -= self._features.popitem(last=False)[1].nbytes

@@ -54,12 +54,12 @@ def prompt_of(example: Example) -> Prompt:
     """The prompt of an encoded conversation with its pictures."""
     tiles, images = iter(example.images), list[PromptImage]()
     for span, layout in zip(example.image_spans, example.layouts or (None,) * len(example.image_spans), strict=True):
-        own = tuple(next(tiles) for _ in range(1 if layout is None else layout.tiles))
-        digest = hashlib.sha256(b"".join(tile.tobytes() for tile in own))
+        pixels = tuple(next(tiles) for _ in range(1 if layout is None else layout.tiles))
+        digest = hashlib.sha256(b"".join(tile.tobytes() for tile in pixels))
         if layout is not None:
             arrays = [layout.slots, *(() if layout.corners is None else layout.corners)]
             digest.update(b"".join(array.tobytes() for array in arrays))
-        images.append(PromptImage(span.start, span.length, digest.digest(), own, layout))
+        images.append(PromptImage(span.start, span.length, digest.digest(), pixels, layout))
     return Prompt(example.tokens, tuple(images))
 
 

@@ -59,7 +59,7 @@ class Token(NamedTuple):
 class Update(NamedTuple):
     """What a step added to an answer.
 
-    piece: text that can be image. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
+    piece: text that can be shown. ended_by: "" while it goes on, then "stop" or "length". reused: tokens of the
     prompt that were not computed again.
     """
 
@@ -136,6 +136,7 @@ class Scheduler:
         for index, slot in enumerate(self._slots):
             if slot is not None and slot.number == number:
                 self._free(index)
+        self._features.forget_unseen({image.key for slot in self._slots if slot for image in slot.job.prompt.images})
 
     def compile(self) -> Iterator[str]:
         """Compiles all that will ever run; yields the name of each program before it does."""
@@ -170,11 +171,11 @@ class Scheduler:
         while self._waiting and None in self._slots:
             number, job = self._waiting[0]
             tokens = len(job.prompt.tokens)
-            found = self.pages.reserve(job.prompt, -(-(tokens + job.limit) // PAGE))
-            if found is None:
+            reservation = self.pages.reserve(job.prompt, -(-(tokens + job.limit) // PAGE))
+            if reservation is None:
                 return
             self._waiting.popleft()
-            pages, known = found
+            pages, known = reservation
             table = np.zeros(self.batching.row_pages, np.int32)
             table[: len(pages)] = pages
             text = Text()
@@ -190,8 +191,8 @@ class Scheduler:
         self._find_features()
         tiles = self._features.pending(self.batching.lanes)
         if tiles:
-            found, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
-            for (image, index, _), features in zip(tiles, found):
+            rows, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
+            for (image, index, _), features in zip(tiles, rows):
                 self._features.add(image, index, features, newline)
             self._find_features()
 
@@ -285,6 +286,11 @@ class Scheduler:
         self._slots[index] = None
 
 
+def reading() -> tuple[int, int]:
+    """Rows whose prompts are read at once on this backend, and tokens of each."""
+    return READING.get(jax.default_backend(), READING_ELSEWHERE)
+
+
 def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[], Scheduler]:
     """What makes a scheduler, with its pages, for the model of an assistant, whose parameters it shares.
 
@@ -292,7 +298,7 @@ def of_assistant(assistant: Assistant, slots: int, positions: int) -> Callable[[
       UsageError: the pages do not fit on the devices.
     """
     model, words = assistant.model, assistant.format.tokenizer
-    lanes, chunk = READING.get(jax.default_backend(), READING_ELSEWHERE)
+    lanes, chunk = reading()
     row_pages = programs.row_pages(positions, chunk)
     pages = slots * row_pages + 1
     programs.check_memory(model, assistant.params, pages, assistant.mesh)

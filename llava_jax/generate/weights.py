@@ -34,17 +34,17 @@ def check(weights: str | None) -> None:
         )
 
 
-def int8_shapes(held: Mapping[str, Any]) -> dict[str, Any]:
+def int8_shapes(shapes: Mapping[str, Any]) -> dict[str, Any]:
     """{name: shape} with the decoder's matrices in int8, and a float32 `kernel_scale` beside each."""
-    return params.flatten(lora.quantised(held))
+    return params.flatten(lora.quantised(shapes))
 
 
 def read(
-    sources: Mapping[str, Tensors], held: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
+    sources: Mapping[str, Tensors], shapes: Mapping[str, jax.ShapeDtypeStruct], mesh: Mesh | None
 ) -> dict[str, Any]:
     """The parameters of a checkpoint, on the devices; of a mesh that spans processes each reads its own parts, and
     whole the kernels that are made int8 here, whose scales no checkpoint has."""
-    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in held.items() if name in sources}
+    structs = {name: placement.abstract(name, x.shape, x.dtype, mesh) for name, x in shapes.items() if name in sources}
     scales: dict[str, Layers] = {}
 
     def put(read: Read, struct: jax.ShapeDtypeStruct) -> Any:
@@ -64,11 +64,11 @@ def _put_int8(read: Read, struct: jax.ShapeDtypeStruct, mesh: Mesh | None) -> tu
 
     The host holds one layer in float32 beside what was read.
     """
-    kernels, scales, beside = [], [], lora.beside(read.name, lora.KERNEL_SCALE)
+    kernels, scales, scale = [], [], lora.beside(read.name, lora.KERNEL_SCALE)
     for number in range(struct.shape[0]):
         layer = read.take((slice(number, number + 1), slice(None), slice(None)))[0]
-        for found, name, array in zip((kernels, scales), (read.name, beside), lora.quantise(layer)):
-            found.append(_put(array, placement.abstract(name, array.shape, array.dtype, mesh)))
+        for stack, name, array in zip((kernels, scales), (read.name, scale), lora.quantise(layer)):
+            stack.append(_put(array, placement.abstract(name, array.shape, array.dtype, mesh)))
     return tuple(kernels), tuple(scales)
 
 

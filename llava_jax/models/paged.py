@@ -33,12 +33,12 @@ class PagedCache(NamedTuple):
     ) -> tuple["PagedCache", Float[Array, "R T N H"]]:  # fmt: skip
         """The cache with new keys and values at `positions`, and the attention of their queries to all up to there."""
         pages = jnp.take_along_axis(self.table, positions // PAGE, axis=1)
-        held = PagedCache(
+        cache = PagedCache(
             *(constrain(pool.at[pages, positions % PAGE].set(new.astype(pool.dtype)), None, None, "heads")
               for pool, new in ((self.k, k), (self.v, v))),
             self.table,
         )  # fmt: skip
-        return held, held._attention(q, positions)
+        return cache, cache._attention(q, positions)
 
     def _attention(self, q: Float[Array, "R T N H"], positions: Int[Array, "R T"]) -> Float[Array, "R T N H"]:
         rows, tokens, heads, width = q.shape

@@ -116,8 +116,8 @@ def _jobs(service: Service, query: Query, prompt: Prompt) -> Iterator[Job]:
     stops = (service.format.template.stops if query.chat else ()) + values["stop"]
     sampling = Sampling(values["temperature"], values["top_p"], values["top_k"])
     for index in range(values["n"]):
-        own = replace(sampling, seed=(seed + index) % 2**32)
-        yield Job(prompt, query.limit, own, stops, top, continues=not query.chat)
+        draws = replace(sampling, seed=(seed + index) % 2**32)
+        yield Job(prompt, query.limit, draws, stops, top, continues=not query.chat)
 
 
 async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arrival: float) -> Answer:
@@ -149,10 +149,10 @@ def read(service: Service, chat: bool, body: bytes) -> Query:
     else:
         source = messages.raw_prompt(values["prompt"], service.format, service.positions)
         tokens = len(source.tokens)
-    given = values["max_tokens"]
+    most = values["max_tokens"]
     if chat and values["max_completion_tokens"] is not None:
-        given = values["max_completion_tokens"]
-    limit = min(NEW_TOKENS if given is None else given, service.positions - tokens)
+        most = values["max_completion_tokens"]
+    limit = min(NEW_TOKENS if most is None else most, service.positions - tokens)
     return Query(chat, values | {"messages": None}, source, tokens, limit)
 
 

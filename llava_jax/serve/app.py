@@ -20,7 +20,7 @@ from llava_jax.serve.guards import Gone, Guard, Lease, read_body, refusal, unles
 from llava_jax.serve.worker import Ended
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-# The page's script and styles are in it; it may talk to this server alone.
+# The page's script and styles are in it; it may connect to this server alone.
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 
@@ -152,22 +152,22 @@ def _entered(service: Service, stack: contextlib.ExitStack) -> Lease:
     return stack.enter_context(service.load.entered())
 
 
-def _no_route(request: Request, error: HTTPException) -> Response:
+async def _no_route(request: Request, error: HTTPException) -> Response:
     return refusal(Refused(f"{request.method} {request.url.path[:60]}: {error.detail}", status=error.status_code))
 
 
-def _refused(request: Request, error: Refused) -> Response:
+async def _refused(request: Request, error: Refused) -> Response:
     return refusal(error)
 
 
-def _ended(request: Request, error: Ended) -> Response:
+async def _ended(request: Request, error: Ended) -> Response:
     return refusal(unavailable())
 
 
-def _gone(request: Request, error: Gone) -> Response:
+async def _gone(request: Request, error: Gone) -> Response:
     return Response(status_code=408)  # nobody reads it
 
 
-def _fault(request: Request, error: Exception) -> Response:
+async def _fault(request: Request, error: Exception) -> Response:
     """A fault of this program, whose traceback goes to the log."""
     return refusal(Refused("the server failed on this request", status=500, code="fault"))

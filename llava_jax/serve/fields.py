@@ -1,7 +1,6 @@
 """What a request's body may hold: one table of fields for each route, and the errors of OpenAI's shape."""
 
 import json
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -59,7 +58,7 @@ def _whole(low: int, high: int) -> Callable[[str, Any], int]:
 
 def _number(low: float | int, high: float | int, without_low: bool = False) -> Callable[[str, Any], float]:
     def read(name: str, value: Any) -> float:
-        fits = type(value) in (int, float) and math.isfinite(value) and low <= value <= high
+        fits = type(value) in (int, float) and low <= value <= high  # neither NaN nor a whole number beyond a float
         if not fits or (without_low and value == low):
             refuse(name, value, f"a number {'above' if without_low else 'from'} {low} {'up ' * without_low}to {high}")
         return float(value)
@@ -100,7 +99,7 @@ def _only(*neutral: Any) -> Field:
 
     def read(name: str, value: Any) -> None:
         if not any(type(value) is type(one) and value == one for one in (*neutral, *map(float, _whole_of(neutral)))):
-            refuse(name, value, f"{' or '.join(map(json.dumps, neutral))}, or nothing: this server does not have it")
+            refuse(name, value, f"{' or '.join([*map(json.dumps, neutral), 'nothing'])}: this server does not have it")
 
     return Field(read)
 

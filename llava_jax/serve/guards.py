@@ -19,7 +19,7 @@ from llava_jax.serve.fields import MAX_BODY_BYTES, Refused
 T = TypeVar("T")
 BODY_SECS, ALL_BODY_SECS = 10.0, 60.0  # between two pieces of a body, and for all of it
 SEND_SECS = 30.0  # that a client may leave a piece of an answer unread
-IDLE_SECS = 15.0  # a connection without a request ends after one to two times this
+IDLE_SECS = 15.0  # a connection without a request, or that closes, ends after one to two times this
 HEALTH = ("/healthz", "/readyz")
 MAX_BODIES_BYTES = 256_000_000  # of all bodies that are being read or prepared
 
@@ -29,22 +29,25 @@ class Gone(Exception):
 
 
 class Protocol(H11Protocol):
-    """uvicorn's HTTP/1.1, which ends connections that send no request, or whose headers come byte by byte."""
+    """uvicorn's HTTP/1.1, which ends connections that send no request, whose headers come byte by byte, or whose client
+    does not take in the rest of a last response."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
-        self._before: Any = self  # the last request of the last look
+        self._before: Any = self  # what the last look found
         self._look()
 
     def _look(self) -> None:
         if self.transport.is_closing():
-            self.transport.abort()  # the client does not take in the rest
-            return
-        idle = self.cycle is None or self.cycle.response_complete
-        if idle and self._before is self.cycle:
+            now = self.transport  # the client has not taken in the rest
+        elif self.cycle is None or self.cycle.response_complete:
+            now = self.cycle  # no request
+        else:
+            now = self
+        if now is not self and now is self._before:
             self.transport.abort()
             return
-        self._before = self.cycle if idle else self
+        self._before = now
         self.loop.call_later(IDLE_SECS, self._look)
 
 
@@ -89,12 +92,12 @@ class Guard:
 
 def _has_key(header: bytes, key: bytes) -> bool:
     """Whether a header holds the key, as a bearer's token or as the password that a browser asks for."""
-    kind, _, given = header.partition(b" ")
-    given = given.strip()
+    kind, _, secret = header.partition(b" ")
+    secret = secret.strip()
     if kind.lower() == b"basic":
         with contextlib.suppress(binascii.Error, ValueError):
-            given = base64.b64decode(given, validate=True).partition(b":")[2]
-    return kind.lower() in (b"basic", b"bearer") and hmac.compare_digest(given, key)
+            secret = base64.b64decode(secret, validate=True).partition(b":")[2]
+    return kind.lower() in (b"basic", b"bearer") and hmac.compare_digest(secret, key)
 
 
 def _host_name(header: bytes) -> str:
@@ -115,8 +118,8 @@ class Load:
     """What is under way, with its limits: requests, the positions that they ask for, and bytes of their bodies."""
 
     def __init__(self, most_requests: int, most_tokens: int) -> None:
-        self._most = {"requests": most_requests, "tokens": most_tokens, "bytes": MAX_BODIES_BYTES}
-        self.now = dict.fromkeys(self._most, 0)
+        self.most = {"requests": most_requests, "tokens": most_tokens, "bytes": MAX_BODIES_BYTES}
+        self.now = dict.fromkeys(self.most, 0)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator["Lease"]:
@@ -129,7 +132,7 @@ class Load:
             lease.give_back()
 
     def full(self, kind: str, amount: int) -> bool:
-        return self.now[kind] + amount > self._most[kind]
+        return self.now[kind] + amount > self.most[kind]
 
 
 class Lease:
@@ -140,7 +143,11 @@ class Lease:
         self._taken = dict.fromkeys(load.now, 0)
 
     def take(self, kind: str, amount: int) -> None:
-        """Takes more. Raises Refused (429) where there is no room."""
+        """Takes more. Raises Refused: 429 where there is no room now, 400 where there never is."""
+        total, most = self._taken[kind] + amount, self._load.most[kind]
+        if total > most:
+            raise Refused(f"n: {total:,} {kind} are more than the {most:,} of all requests together: lower n or "
+                          "max_tokens", "n")  # fmt: skip
         if self._load.full(kind, amount):
             raise Refused("the server is busy: try again", status=429, code="overloaded", retry_secs=1)
         self._load.now[kind] += amount

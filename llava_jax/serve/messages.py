@@ -120,11 +120,11 @@ def _picture(value: Any, name: str) -> Picture:
     name = f"{name}.url"
     if url.lower().startswith(("http:", "https:")):
         refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures; send its bytes")
-    found = _DATA_URL.match(url)
-    if found is None:
+    match = _DATA_URL.match(url)
+    if match is None:
         refuse(name, url, "a data: URL of a picture in base64 (data:image/png;base64,...)")
     try:
-        return Picture(base64.b64decode(url[found.end() :], validate=True), name)
+        return Picture(base64.b64decode(url[match.end() :], validate=True), name)
     except (binascii.Error, ValueError) as error:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
 

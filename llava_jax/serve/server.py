@@ -33,7 +33,7 @@ def service(args: argparse.Namespace, name: str) -> Service:
 
 def of_assistant(assistant: Assistant, name: str, slots: int, queue: int, most_positions: int) -> Service:
     """The service of a model in memory."""
-    positions = batching.positions(assistant.model, most_positions)
+    positions = batching.positions(assistant.model, most_positions, scheduler.reading()[1])
     ready = scheduler.of_assistant(assistant, slots, positions)
     load = Load(slots + queue, QUEUE_ROWS * slots * positions)
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")

@@ -1,6 +1,7 @@
 """Answers in OpenAI's JSON: whole, or as the chunks of a stream; of chat and of text completions."""
 
 import functools
+import itertools
 import json
 import time
 import uuid
@@ -66,12 +67,12 @@ class Wire:
         """The event of an update; empty where there is nothing to show."""
         if not (update.piece or update.ended_by or (update.tokens and (self.ids or self.logprobs))):
             return b""
-        own = {
+        choice = {
             "index": index, "logprobs": self._logprobs(update.tokens) if self.logprobs else None,
             "finish_reason": update.ended_by or None,
         }  # fmt: skip
-        own |= {"delta": {"content": update.piece}} if self.chat else {"text": update.piece}
-        return self._event([own | self._own_ids(update.tokens)])
+        choice |= {"delta": {"content": update.piece}} if self.chat else {"text": update.piece}
+        return self._event([choice | self._ids(update.tokens)])
 
     def last(self, choices: Sequence[Choice]) -> bytes:
         """The events after the last id."""
@@ -98,9 +99,9 @@ class Wire:
         text = "".join(one.pieces)
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
         logprobs = self._logprobs(one.tokens) if self.logprobs else None
-        return {"index": index, **body, "logprobs": logprobs, "finish_reason": one.ended_by} | self._own_ids(one.tokens)
+        return {"index": index, **body, "logprobs": logprobs, "finish_reason": one.ended_by} | self._ids(one.tokens)
 
-    def _own_ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
+    def _ids(self, tokens: Sequence[Token]) -> dict[str, Any]:
         return {"token_ids": [one.id for one in tokens]} if self.ids else {}
 
     def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any]:
@@ -110,7 +111,7 @@ class Wire:
                 "refusal": None}  # fmt: skip
         words = [token_text(self.tokenizer, one.id) for one in tokens]
         tops = [{token_text(self.tokenizer, token): logp for token, logp in one.likeliest} for one in tokens]
-        offsets = [sum(map(len, words[:i])) for i in range(len(words))]
+        offsets = list(itertools.accumulate(map(len, words[:-1]), initial=0)) if words else []
         return {"tokens": words, "token_logprobs": [one.logp for one in tokens], "top_logprobs": tops,
                 "text_offset": offsets}  # fmt: skip
 

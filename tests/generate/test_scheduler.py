@@ -166,6 +166,17 @@ def test_a_cancelled_request_frees_its_slot_and_pages_and_changes_no_other():
         assert tuple(made[numbers[index]]) == alone[index][1]
 
 
+def test_the_tower_sees_no_picture_of_a_cancelled_request():
+    pictures = tuple(tiny.picture(seed) for seed in range(6))
+    shown = Conversation((Turn("user", "<image>\n" * 6 + "Why?"),), pictures, images_in_place=True)
+    target = scheduler()
+    number = target.submit(Job(prompt_of(encode(shown, assistant().format, reply=True)), 4))
+    target.step()
+    assert target._features.pending(9)
+    target.cancel(number)
+    assert not target._features.pending(9) and not target.busy
+
+
 def test_a_raw_prompt_goes_on_with_its_white_space():
     words = assistant().format.tokenizer
     prompt = Prompt(np.array([words.bos_id, *words.encode("The cat", False)], np.int32))
@@ -246,15 +257,19 @@ def test_a_model_that_pages_cannot_serve_is_refused():
     latents = PerceiverConfig(latents=4, layers=1, heads=2, head_width=8)
     config = replace(tiny.CONFIG, projector="flamingo_xattn", resampler=latents, cross=cross)
     with pytest.raises(UsageError, match="flamingo_xattn.*use chat or evaluate"):
-        programs.positions(Llava(config), 512)
+        programs.positions(Llava(config), 512, CHUNK)
 
 
 def test_a_row_has_the_positions_that_the_model_can_tell_apart():
-    def positions(scaling: RopeScaling | None, most: int) -> int:
-        return programs.positions(Llava(replace(tiny.CONFIG, llm=replace(tiny.CONFIG.llm, rope_scaling=scaling))), most)
+    def positions(scaling: RopeScaling | None, most: int, chunk: int = PAGE) -> int:
+        llm = replace(tiny.CONFIG.llm, rope_scaling=scaling)
+        return programs.positions(Llava(replace(tiny.CONFIG, llm=llm)), most, chunk)
 
-    own = tiny.CONFIG.llm.max_positions
-    assert [positions(None, most) for most in (512, 10**6)] == [512, own]
-    assert positions(RopeScaling("linear", 4.0), 10**6) == 4 * own
-    assert positions(RopeScaling("dynamic", 4.0), 10**6) == own  # beyond, the rotation is that of the whole row
+    whole, dynamic = tiny.CONFIG.llm.max_positions, RopeScaling("dynamic", 4.0)
+    assert [positions(None, most) for most in (512, 10**6)] == [512, whole]
+    assert positions(RopeScaling("linear", 4.0), 10**6) == 4 * whole
+    assert positions(dynamic, 10**6) == whole  # beyond, the rotation is that of the whole row
+    for chunk in (2 * PAGE, 4 * PAGE):  # the last chunk of the longest prompt, begun after pages that were known
+        last = (positions(dynamic, 10**6, chunk) - 2) // PAGE * PAGE
+        assert last + chunk == whole
     assert [row_pages(n, chunk) for n, chunk in ((1, 32), (128, 32), (128, 64), (129, 32))] == [4, 4, 8, 8]

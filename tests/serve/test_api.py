@@ -81,7 +81,7 @@ def test_seeds_temperatures_and_several_choices_draw_as_the_assistant_does(serve
 def test_a_stop_string_ends_the_answer_before_it(served):
     text = ask(served, user(part(), "What is it?")).choices[0].message.content
     stop = text[len(text) // 2 :][:2]
-    found = ask(served, user(part(), "What is it?"), stop=[stop, "never said"])
+    found = ask(served, user(part(), "What is it?"), stop=[stop, "no part of it"])
     assert found.choices[0].message.content == text[: text.index(stop)].rstrip()
     assert found.choices[0].finish_reason == "stop"
 
@@ -104,7 +104,9 @@ def test_a_text_completion_goes_on_from_the_raw_prompt(served):
     ids = [words.bos_id, *words.encode("The cat", False)]
     assert found.prompt_token_ids == ids and found.usage.prompt_tokens == len(ids)
     assert words.decode([*ids, *found.choices[0].token_ids]) == "The cat" + found.choices[0].text
-    assert len(found.choices[0].logprobs.token_logprobs) == len(found.choices[0].token_ids)
+    logprobs = found.choices[0].logprobs
+    assert len(logprobs.token_logprobs) == len(found.choices[0].token_ids)
+    assert logprobs.text_offset == [len("".join(logprobs.tokens[:i])) for i in range(len(logprobs.tokens))]
     pieces = client.completions.create(model="llava-jax", prompt="The cat", max_tokens=NEW, temperature=0, stream=True)
     assert "".join(chunk.choices[0].text for chunk in pieces) == found.choices[0].text
 
@@ -142,5 +144,5 @@ def test_the_script_of_the_readme_runs(served, tmp_path, monkeypatch, capsys):
     tiny.picture().save("photo.jpg")
     exec(script.replace("http://127.0.0.1:8000", served.url), {})
     picture = (tmp_path / "photo.jpg").read_bytes()
-    talk = Conversation((Turn("user", "<image>\nWhat is unusual here?"),), (picture,))
-    assert capsys.readouterr().out == assistant().reply(talk, 100).text
+    conversation = Conversation((Turn("user", "<image>\nWhat is unusual here?"),), (picture,))
+    assert capsys.readouterr().out == assistant().reply(conversation, 100).text

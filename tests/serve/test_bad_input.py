@@ -20,12 +20,12 @@ def chat(**fields) -> dict:
     return {"messages": [HELLO], "max_tokens": 1, **fields}
 
 
-def said(content, role="user") -> dict:
+def message(content, role="user") -> dict:
     return chat(messages=[{"role": role, "content": content}])
 
 
 def shown(url) -> dict:
-    return said([{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}])
+    return message([{"type": "text", "text": "What?"}, {"type": "image_url", "image_url": {"url": url}}])
 
 
 def data(content: bytes, kind: str = "image/png") -> str:
@@ -52,24 +52,25 @@ CHAT = [
     (chat(messages=[]), "messages"), (chat(messages={}), "messages"), (chat(messages="Hello"), "messages"),
     (chat(messages=["Hello"]), "messages[0]"), (chat(messages=[None]), "messages[0]"),
     (chat(messages=[HELLO] * 1001), "messages"),
-    (chat(messages=[{}]), "messages[0].role"), (said("Hello", "tool"), "messages[0].role"),
-    (said("Hello", 7), "messages[0].role"), (said("Hello", ["user"]), "messages[0].role"),
+    (chat(messages=[{}]), "messages[0].role"), (message("Hello", "tool"), "messages[0].role"),
+    (message("Hello", 7), "messages[0].role"), (message("Hello", ["user"]), "messages[0].role"),
     (chat(messages=[HELLO, {"role": "system", "content": "Be brief."}]), "messages[1].role"),
-    (chat(messages=[HELLO, HELLO]), "messages"), (said("Hello", "assistant"), "messages"),
+    (chat(messages=[HELLO, HELLO]), "messages"), (message("Hello", "assistant"), "messages"),
     (chat(messages=[HELLO, {"role": "assistant", "content": "Hi."}]), "messages"),
-    (said(None), "messages[0].content"), (said(5), "messages[0].content"), (said({}), "messages[0].content"),
-    (said([5]), "messages[0].content[0]"), (said([{}]), "messages[0].content[0]"),
-    (said([{"type": "text"}]), "messages[0].content[0].text"),
-    (said([{"type": "text", "text": 5}]), "messages[0].content[0].text"),
-    (said([{"type": "input_audio"}]), "messages[0].content[0]"), (said([{"type": ["text"]}]), "messages[0].content[0]"),
-    (said([part()], "assistant"), "messages[0].content[0]"), (said([part()], "system"), "messages[0].content[0]"),
+    (message(None), "messages[0].content"), (message(5), "messages[0].content"), (message({}), "messages[0].content"),
+    (message([5]), "messages[0].content[0]"), (message([{}]), "messages[0].content[0]"),
+    (message([{"type": "text"}]), "messages[0].content[0].text"),
+    (message([{"type": "text", "text": 5}]), "messages[0].content[0].text"),
+    (message([{"type": "input_audio"}]), "messages[0].content[0]"),
+    (message([{"type": ["text"]}]), "messages[0].content[0]"),
+    (message([part()], "assistant"), "messages[0].content[0]"), (message([part()], "system"), "messages[0].content[0]"),
     (chat(messages=[user(part(), "<image>")]), "messages[0].content"),
-    (said("\ud800"), "messages[0].content"),
-    (said("word " * 40 * POSITIONS), "messages"), (said("word " * POSITIONS), "messages"),
+    (message("\ud800"), "messages[0].content"),
+    (message("word " * 40 * POSITIONS), "messages"), (message("word " * POSITIONS), "messages"),
     (chat(messages=[user(*[part()] * 120)]), "messages"), (chat(messages=[user(*[part()] * 600)]), "messages"),
-    (said([{"type": "image_url"}]), "messages[0].content[0].image_url"),
-    (said([{"type": "image_url", "image_url": "a"}]), "messages[0].content[0].image_url"),
-    (said([{"type": "image_url", "image_url": {"url": 5}}]), "messages[0].content[0].image_url"),
+    (message([{"type": "image_url"}]), "messages[0].content[0].image_url"),
+    (message([{"type": "image_url", "image_url": "a"}]), "messages[0].content[0].image_url"),
+    (message([{"type": "image_url", "image_url": {"url": 5}}]), "messages[0].content[0].image_url"),
     (shown(""), URL), (shown("picture.png"), URL), (shown("http://localhost/a.png"), URL),
     (shown("https://example.com/a.png"), URL), (shown("HTTPS://example.com/a.png"), URL),
     (shown("file:///etc/passwd"), URL), (shown("gs://bucket/a.png"), URL), (shown("/etc/passwd"), URL),
@@ -83,7 +84,7 @@ CHAT = [
     (chat(model="gpt-4o"), "model"), (chat(model=5), "model"), (chat(model=""), "model"),
     (chat(n=0), "n"), (chat(n=17), "n"), (chat(n=10**9), "n"), (chat(n=1.5), "n"), (chat(n=True), "n"),
     (chat(temperature=-1), "temperature"), (chat(temperature=2.1), "temperature"),
-    (chat(temperature="1"), "temperature"),
+    (chat(temperature="1"), "temperature"), (chat(temperature=10**400), "temperature"),
     (chat(temperature=[1]), "temperature"), (chat(temperature=True), "temperature"),
     (chat(top_p=0), "top_p"), (chat(top_p=1.1), "top_p"), (chat(top_k=-1), "top_k"), (chat(top_k=2**31), "top_k"),
     (chat(seed=-1), "seed"), (chat(seed=2**32), "seed"), (chat(seed=1.0), "seed"),

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from types import SimpleNamespace
 
 import httpx2
 import openai
@@ -92,9 +93,32 @@ def test_more_requests_than_slots_and_queue_are_refused_at_once_and_the_others_a
 def test_tokens_are_bounded_too(served):
     full = {**LONG, "stream": False, "n": 8}
     assert httpx2.post(served.url + "/v1/chat/completions", json=full, headers=headers(), timeout=60).status_code == 200
-    more = {**full, "n": 9}  # with slots and queue there are 8 places
+    more = {**full, "n": 9}  # with slots and queue there are 8 places: to try again is of no use
     found = httpx2.post(served.url + "/v1/chat/completions", json=more, headers=headers(), timeout=60)
-    assert found.status_code == 429 and served.idle()
+    assert found.status_code == 400 and found.json()["error"]["param"] == "n" and served.idle()
+
+
+def test_what_has_no_room_now_is_a_429_and_what_never_has_is_a_400():
+    load = guards.Load(8, 1000)
+    with load.entered() as first, load.entered() as second:
+        first.take("tokens", 600)
+        for amount, status in ((600, 429), (1001, 400)):
+            with pytest.raises(guards.Refused) as found:
+                second.take("tokens", amount)
+            assert found.value.status == status and (found.value.retry_secs is None) == (status == 400)
+        second.take("tokens", 400)
+    assert not any(load.now.values())
+
+
+def test_a_connection_that_closes_has_time_for_its_last_response():
+    aborts, looks = [], []
+    one = guards.Protocol.__new__(guards.Protocol)
+    one.transport = SimpleNamespace(is_closing=lambda: True, abort=lambda: aborts.append(True))
+    one.loop, one.cycle, one._before = SimpleNamespace(call_later=lambda *what: looks.append(what)), None, None
+    one._look()
+    assert not aborts and looks[0][0] == guards.IDLE_SECS
+    one._look()
+    assert aborts and len(looks) == 1
 
 
 def test_a_client_that_goes_frees_its_slot_within_a_step(served):

@@ -1,4 +1,4 @@
-"""The page in a browser: a talk about pictures, edited and retried, at three sizes and without the internet."""
+"""The page in a browser: a conversation about pictures, edited and retried, at three sizes and without the internet."""
 
 import json
 
@@ -26,7 +26,7 @@ def served():
         yield one
 
 
-def test_the_page_may_talk_to_its_own_server_alone(served):
+def test_the_page_may_connect_to_its_own_server_alone(served):
     found = httpx2.get(served.url)
     policy = found.headers["content-security-policy"]
     assert "default-src 'none'" in policy and "connect-src 'self'" in policy
@@ -35,7 +35,7 @@ def test_the_page_may_talk_to_its_own_server_alone(served):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="wants chromium")
 @pytest.mark.parametrize("size", SIZES)
-def test_a_talk_about_two_pictures_in_a_browser(served, tmp_path, size):
+def test_a_conversation_about_two_pictures_in_a_browser(served, tmp_path, size):
     urls = [data_url(0), data_url(1)]
     with page(*SIZES[size]) as one:
         one.open(served.url)

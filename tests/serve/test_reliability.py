@@ -72,8 +72,8 @@ def test_s1_of_500_clients_each_is_answered_rightly_or_refused_at_once(served, s
 
 def overload(url: str, clients: int, secs: float) -> list[float]:
     """Seconds that each refusal took, in rising order, where so many clients come within so many seconds."""
-    asked = [user(part(n % 3), f"What is {n % 7}?") for n in range(21)]
-    bodies = [json.dumps({"messages": [one], "max_tokens": 60, "temperature": 0}).encode() for one in asked]
+    questions = [user(part(n % 3), f"What is {n % 7}?") for n in range(21)]
+    bodies = [json.dumps({"messages": [one], "max_tokens": 60, "temperature": 0}).encode() for one in questions]
     expected = [json.loads(asyncio.run(exchange(url, request(body)))[2])["choices"] for body in bodies]
 
     async def all_clients() -> list[tuple[int, int, float, bytes]]:
