@@ -132,6 +132,20 @@ def test_what_is_no_video_is_refused_by_name(tmp_path):
         video.frames(Video("b.mp4"), FrameRule(4), tmp_path / "inside")
 
 
+def test_a_title_that_is_no_utf8_does_not_matter(tmp_path):
+    import av
+
+    with av.open(str(tmp_path / "a.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=5)
+        stream.width = stream.height = 16
+        stream.pix_fmt, container.metadata["title"] = "yuv420p", "Caf#"
+        black = av.VideoFrame.from_ndarray(np.zeros((16, 16, 3), np.uint8), format="rgb24")
+        for packet in (*stream.encode(black), *stream.encode()):
+            container.mux(packet)
+    latin = (tmp_path / "a.avi").read_bytes().replace(b"Caf#", b"Caf\xe9")
+    assert b"Caf\xe9" in latin and len(video.frames(Video(latin), FrameRule(4))) == 1
+
+
 def test_sound_alone_and_a_file_that_holds_less_than_it_says_are_refused(tmp_path):
     import av
 
