@@ -106,7 +106,8 @@ def page(width: int, height: int) -> Iterator[Page]:
     here_reads, browser_writes = os.pipe()
     browser_reads, here_writes = os.pipe()
 
-    with tempfile.TemporaryDirectory() as profile:
+    # Processes of the browser may write for a moment after it was killed.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         pipe = (str(browser_reads), str(browser_writes))
         process = subprocess.Popen(
             [sys.executable, "-c", _START, *pipe, CHROMIUM, *_FLAGS, f"--user-data-dir={profile}"],
