@@ -19,6 +19,7 @@ from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.prompt.encode import IMAGE_LABEL
 from llava_jax.prompt.images import open_image
 
+ANSWER_SECS = 3600  # of llama.cpp: a 13B on a CPU needs minutes
 CONTEXT = 4096  # positions at most that llama.cpp and vLLM are asked to hold
 
 
@@ -161,7 +162,7 @@ def _ask_llama_cpp(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[An
     def post(path: str, body: dict[str, Any] | None) -> dict[str, Any]:
         content = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(server.listening_address + path, content, {"Content-Type": "application/json"})
-        with opener.open(request) as reply:
+        with opener.open(request, timeout=ANSWER_SECS) as reply:
             return json.load(reply)
 
     marker = post("/props", None)["media_marker"]

@@ -307,7 +307,8 @@ def check_pictures(conversation: Conversation, root: epath.Path | None, rule: Fr
     for i, reference in enumerate(conversation.images):
         try:
             if isinstance(reference, Video):
-                video.frames(reference, rule, root)
+                for _ in video.frames(reference, rule, root):
+                    pass
             else:
                 open_image(reference, root)
         except Unreachable:  # no fault of the picture's

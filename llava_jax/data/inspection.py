@@ -15,10 +15,10 @@ from llava_jax.data.problems import Problem
 from llava_jax.data.records import Record
 from llava_jax.data.sources import Source
 from llava_jax.errors import UsageError
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.anyres import Size
 from llava_jax.prompt.conversation import Conversation, Video
-from llava_jax.prompt.encode import Format, encode, opened
+from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import image_size
 
 _MODES = {"square": "its middle", "pad": "padded to a square", "squash": "its aspect changed"}
@@ -172,7 +172,7 @@ def shape_of(format: Format) -> str:
 def _shown(image: Any, root: epath.Path | None, layout: Layout, span: Span, format: Format) -> Picture:
     if not isinstance(image, Video):
         return _picture(image_size(image, root), layout, span, format)
-    size, side = opened(image, format, root).source[0].size, math.isqrt(layout.features)
+    size, side = next(video.frames(image, format.video, root)).size, math.isqrt(layout.features)
     ends = NEWLINE in layout.slots
     base = Line(span.start, span.length - ends, ends, Box(0, 0, side, side))
     return Picture(size, None, layout, span, None, base, (), layout.tiles)

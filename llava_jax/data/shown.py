@@ -91,7 +91,7 @@ def reference(value: Any, shown: str) -> str | bytes:
     try:
         return base64.b64decode(value.partition(";base64,")[2], validate=True)
     except binascii.Error as error:
-        raise Unfit("bad_image", f"image={brief(value)}: no base64 text ({error})") from None
+        raise Unfit("bad_image", f"{shown}: no base64 text ({error})") from None
 
 
 def inside(shown: Any, root: epath.Path | None) -> Any:

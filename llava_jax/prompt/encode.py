@@ -147,13 +147,6 @@ def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None 
             yield _picture(open_image(image, root), format, only)
 
 
-def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
-    """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
-    if isinstance(image, Video):
-        return Video(tuple(video.frames(image, _rule(format), root)))
-    return open_image(image, root)
-
-
 def _only(images: Sequence[Any]) -> bool:
     """Whether there is one picture, beside any videos. Source: transformers processing_llava_onevision.py."""
     return sum(not isinstance(image, Video) for image in images) == 1
@@ -166,11 +159,11 @@ def _rule(format: Format) -> FrameRule:
     return format.video
 
 
-def _video(frames: Sequence[Image.Image], format: Format) -> Picture:
+def _video(frames: Iterable[Image.Image], format: Format) -> Picture:
     """Of a model of tiles each frame is squashed, as transformers' OneVision takes it; else a frame is a picture."""
     mode = "squash" if format.tiling else format.image_mode
-    pixels = (to_pixels(frame, format.image_size, mode, format.image_mean, format.resample) for frame in frames)
-    return Picture(tuple(pixels), _frames_layout(len(frames), format))
+    pixels = [to_pixels(frame, format.image_size, mode, format.image_mean, format.resample) for frame in frames]
+    return Picture(tuple(pixels), _frames_layout(len(pixels), format))
 
 
 def _frames_layout(frames: int, format: Format) -> Layout:

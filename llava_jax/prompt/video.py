@@ -122,8 +122,9 @@ def count(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> 
     return len(indices(*((len(pictures), None) if pictures is not None else _measured(video.source, root)), rule))
 
 
-def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> list[Image.Image]:
-    """The frames that are shown, as RGB. As of pictures, a rotation that the file asks for is not applied.
+def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> Iterator[Image.Image]:
+    """The frames that are shown, as RGB, one in memory at a time. As of pictures, a rotation that the file asks for is
+    not applied.
 
     root: the folder that paths are relative to and may not leave.
 
@@ -134,9 +135,10 @@ def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) ->
     """
     pictures = _pictures(video.source, root)
     if pictures is not None:
-        return [open_image(pictures[i], root) for i in indices(len(pictures), None, rule)]
+        yield from (open_image(pictures[i], root) for i in indices(len(pictures), None, rule))
+        return
     total, rate = _measured(video.source, root)
-    return _decoded(video.source, root, indices(total, rate, rule), total)
+    yield from _decoded(video.source, root, indices(total, rate, rule), total)
 
 
 def _pictures(source: Any, root: epath.PathLike | None) -> list[Any] | None:
@@ -180,14 +182,15 @@ def _measured(source: Any, root: epath.PathLike | None) -> tuple[int, float | No
         return total, float(stream.average_rate) if stream.average_rate else None
 
 
-def _decoded(source: Any, root: epath.PathLike | None, chosen: list[int], total: int) -> list[Image.Image]:
-    images, seen = [], 0
+def _decoded(source: Any, root: epath.PathLike | None, chosen: list[int], total: int) -> Iterator[Image.Image]:
+    left, seen = set(chosen), 0
     with _opened(source, root) as (name, container, stream):
         for seen, frame in enumerate(container.decode(stream), 1):
-            if seen - 1 == chosen[len(images)]:
-                images.append(open_image(frame.to_image()))
-                if len(images) == len(chosen):
-                    return images
+            if seen - 1 in left:
+                yield open_image(frame.to_image())
+                left.remove(seen - 1)
+            if not left:
+                return
     raise UsageError(f"{name}: {seen} of its {total} frames can be decoded; encode it anew or drop the record")
 
 

@@ -32,7 +32,7 @@ def format_of(rule=FOUR, mode="anyres", tiling=ONEVISION):
 
 def shown(place, rule=EIGHT, root=None):
     """The frames as arrays; their number is the one that is known before."""
-    found = video.frames(Video(place), rule, root)
+    found = list(video.frames(Video(place), rule, root))
     assert len(found) == video.count(Video(place), rule, root)
     return [np.asarray(frame) for frame in found]
 
@@ -123,13 +123,13 @@ def test_what_is_no_video_is_refused_by_name(tmp_path):
         ("none.mp4", "video '.*none.mp4': no such file or folder"),
     ):  # fmt: skip
         with pytest.raises(UsageError, match=message):
-            video.frames(Video(place), FrameRule(50), tmp_path)
+            list(video.frames(Video(place), FrameRule(50), tmp_path))
     with pytest.raises(MissingFile):
         video.count(Video("none.mp4"), FrameRule(4), tmp_path)
     with pytest.raises(UsageError, match="link to .* outside of the image folder"):
         (tmp_path / "inside").mkdir()
         (tmp_path / "inside" / "b.mp4").symlink_to(whole)
-        video.frames(Video("b.mp4"), FrameRule(4), tmp_path / "inside")
+        list(video.frames(Video("b.mp4"), FrameRule(4), tmp_path / "inside"))
 
 
 def test_a_title_that_is_no_utf8_does_not_matter(tmp_path):
@@ -143,7 +143,7 @@ def test_a_title_that_is_no_utf8_does_not_matter(tmp_path):
         for packet in (*stream.encode(black), *stream.encode()):
             container.mux(packet)
     latin = (tmp_path / "a.avi").read_bytes().replace(b"Caf#", b"Caf\xe9")
-    assert b"Caf\xe9" in latin and len(video.frames(Video(latin), FrameRule(4))) == 1
+    assert b"Caf\xe9" in latin and len(list(video.frames(Video(latin), FrameRule(4)))) == 1
 
 
 def test_sound_alone_and_a_file_that_holds_less_than_it_says_are_refused(tmp_path):
@@ -161,7 +161,7 @@ def test_sound_alone_and_a_file_that_holds_less_than_it_says_are_refused(tmp_pat
     late = videos.write(tmp_path / "a.ts", videos.moving(50)).read_bytes()[20 * 188 :]
     assert video.count(Video(late), FrameRule(64)) == 41
     with pytest.raises(UsageError, match="18 of its 41 frames can be decoded; encode it anew or drop the record"):
-        video.frames(Video(late), FrameRule(64))
+        list(video.frames(Video(late), FrameRule(64)))
 
 
 def test_without_pyav_a_file_says_what_to_install_and_a_folder_needs_nothing(tmp_path, monkeypatch):
@@ -169,7 +169,7 @@ def test_without_pyav_a_file_says_what_to_install_and_a_folder_needs_nothing(tmp
     with pytest.raises(MissingPackage, match=r"`pip install av` \(the extra `video`\); or give each video as a folder"):
         video.count(Video(b"x"), FrameRule(4))
     videos.write_folder(tmp_path / "clip", videos.moving(2))
-    assert len(video.frames(Video("clip"), FrameRule(4), tmp_path)) == 2
+    assert len(list(video.frames(Video("clip"), FrameRule(4), tmp_path))) == 2
 
 
 def test_pyav_is_imported_by_a_file_alone():
@@ -218,7 +218,7 @@ def test_an_example_has_a_videos_frames_among_pictures_and_the_same_tokens_unope
         assert len(one.images) == one.tiles == other.tiles == 4 + tiles and other.images == ()
         assert len(one.layouts) == len(other.layouts) == 2 and one.image_spans[1].length == len(one.layouts[1].slots)
         mode = "squash" if format.tiling else "square"
-        frames = video.frames(Video(path), format.video)
+        frames = list(video.frames(Video(path), format.video))
         np.testing.assert_array_equal(one.images[:4], [to_pixels(frame, 28, mode) for frame in frames])
 
 

@@ -71,9 +71,13 @@ def test_an_error_of_the_server_is_shown_and_the_question_can_be_asked_again(ser
     with page(*SIZES["phone"]) as one:
         one.open(served.url)
         one.wait("document.getElementById('title')?.textContent === 'llava-jax'")
-        one.run("$('temperature').value = 5; $('text').value = 'Hello'; $('send').click()")
+        dot = "'data:image/gif;base64,R0lGODlhAQABAIAAAP///wAAACwAAAAAAQABAAACAkQBADs='"
+        one.run(f"chosen = [{dot}]; $('temperature').value = 5; $('text').value = 'Hello'; $('send').click()")
         one.wait("turns.length === 2 && turns[1].error")
         assert "temperature=5" in one.run("document.querySelector('main').innerText")
+        one.run("$('text').value = 'Hello again'; $('send').click()")
+        one.wait("turns[0].text === 'Hello again' && turns[1].error")
+        assert one.run("[turns.length, turns[0].images.length]") == [2, 1]  # the picture stays with the question
         one.run("$('temperature').value = 0; $('max_tokens').value = 4")
         one.run("[...document.querySelectorAll('button')].find(b => b.textContent === 'Retry').click()")
         one.wait("turns.length === 2 && turns[1].usage && !running")
