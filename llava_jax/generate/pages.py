@@ -1,7 +1,7 @@
 """Which pages of the key/value cache are whose, and what of them a later prompt may take over: exact beginnings only.
 
 A page of a prompt is known by a digest of all that it rests on, tokens and pixels from the first position on. Pages
-that nobody uses stay until their room is needed, the longest unused first.
+that nobody uses stay until they are needed, the longest unused first.
 """
 
 import hashlib

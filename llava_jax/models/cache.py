@@ -41,13 +41,13 @@ def write(
 
 
 def from_prefill(prompt: Sequence[LayerCache], cache_tokens: int) -> tuple[LayerCache, ...]:
-    """The cache after a prompt of T tokens, with room for `cache_tokens` >= T.
+    """The cache after a prompt of T tokens, padded to `cache_tokens` >= T.
 
     Raises:
       ValueError: the prompt is longer than the cache.
     """
-    room = cache_tokens - prompt[0].k.shape[1]
-    if room < 0:
+    missing = cache_tokens - prompt[0].k.shape[1]
+    if missing < 0:
         raise UsageError(f"cache_tokens={cache_tokens} is shorter than the prompt of {prompt[0].k.shape[1]} tokens")
-    pad = [(0, 0), (0, room), (0, 0), (0, 0)]
+    pad = [(0, 0), (0, missing), (0, 0), (0, 0)]
     return tuple(LayerCache(jnp.pad(layer.k, pad), jnp.pad(layer.v, pad)) for layer in prompt)

@@ -124,7 +124,7 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
     """The answer to a body, under way.
 
     Raises:
-      Refused: names the field, or there is no room (429). Ended.
+      Refused: names the field, or the server is full (429). Ended.
     """
     loop = asyncio.get_running_loop()
     query = await loop.run_in_executor(service.pool, read, service, chat, body)

@@ -143,7 +143,7 @@ class Lease:
         self._taken = dict.fromkeys(load.now, 0)
 
     def take(self, kind: str, amount: int) -> None:
-        """Takes more. Raises Refused: 429 where there is no room now, 400 where there never is."""
+        """Takes more. Raises Refused: 429 while the server is full, 400 where it can never fit."""
         total, most = self._taken[kind] + amount, self._load.most[kind]
         if total > most:
             raise Refused(f"n: {total:,} {kind} are more than the {most:,} of all requests together: lower n or "

@@ -153,7 +153,7 @@ def length(chat: Chat, format: Format, positions: int) -> int:
 
 
 def _too_long(what: str, positions: int) -> Refused:
-    return Refused(f"messages: {what} leaves no room for an answer in {positions:,} positions: shorten it or show "
+    return Refused(f"messages: {what} leaves none of {positions:,} positions for an answer: shorten it or show "
                    "fewer pictures", "messages", code="context_length_exceeded")  # fmt: skip
 
 
@@ -194,6 +194,6 @@ def raw_prompt(text: str, format: Format, positions: int) -> Prompt:
                       code="context_length_exceeded")  # fmt: skip
     tokens = np.array([words.bos_id] * words.adds_bos + words.encode(text, False), np.int32)
     if len(tokens) >= positions:
-        raise Refused(f"prompt: {len(tokens):,} tokens leave no room for an answer in {positions:,} positions",
+        raise Refused(f"prompt: {len(tokens):,} tokens leave none of {positions:,} positions for an answer",
                       "prompt", code="context_length_exceeded")  # fmt: skip
     return Prompt(tokens)

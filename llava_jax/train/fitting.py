@@ -1,7 +1,7 @@
 """`model.remat=auto`: the rematerialisation that fits into a device's memory, found with the compiler.
 
 What a policy keeps costs about as many bytes for each product that it spares, so that any order of them is as good: the
-layers go up the ladder one by one, the last first, whose activations make room for the gradients of those before.
+layers go up the ladder one by one, the last first, whose activations make way for the gradients of those before.
 """
 
 import dataclasses
@@ -84,28 +84,28 @@ def fit(build: Callable[[Remat], Program], peak: Callable[[Program], int], limit
     layers, sizes = best.model.config.llm.layers, _step_bytes(best)
     low, high = first * layers, (len(LADDER) - 1) * layers + 1  # of steps: what fits, what does not
     least = peak(best)
-    room = float(limit - least)
-    if room < 0:
+    spare = float(limit - least)
+    if spare < 0:
         raise _nothing_fits(best, least, limit)
     for _ in range(COMPILATIONS - 1):
-        steps = _affordable(sizes, layers, low, high - 1, room)
+        steps = _affordable(sizes, layers, low, high - 1, spare)
         if steps == low:
             break
         program = build(policies(steps, layers))
-        taken = peak(program) - limit + room
+        taken = peak(program) - limit + spare
         scale = max(0.1, taken / sum(sizes[step // layers] for step in range(low, steps)))
         sizes = [scale * size for size in sizes]
-        if taken <= room:
-            low, best, room = steps, program, room - taken
+        if taken <= spare:
+            low, best, spare = steps, program, spare - taken
         else:
             high = steps
     return best
 
 
-def _affordable(sizes: Sequence[float], layers: int, steps: int, most: int, room: float) -> int:
+def _affordable(sizes: Sequence[float], layers: int, steps: int, most: int, spare: float) -> int:
     """How many steps, from so many on and up to the most, so many bytes are enough for."""
-    while steps < most and sizes[steps // layers] <= room:
-        room -= sizes[steps // layers]
+    while steps < most and sizes[steps // layers] <= spare:
+        spare -= sizes[steps // layers]
         steps += 1
     return steps
 
