@@ -109,7 +109,7 @@ def tallied(outcomes):
     return found
 
 
-COUNTS = [(35, 15), pytest.param(700, 300, marks=pytest.mark.slow)]
+COUNTS = [(20, 10), pytest.param(700, 300, marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize("count, _", COUNTS)

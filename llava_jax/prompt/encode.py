@@ -147,6 +147,13 @@ def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None 
             yield _picture(open_image(image, root), format, only)
 
 
+def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
+    """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
+    if isinstance(image, Video):
+        return Video(tuple(video.frames(image, _rule(format), root)))
+    return open_image(image, root)
+
+
 def _only(images: Sequence[Any]) -> bool:
     """Whether there is one picture, beside any videos. Source: transformers processing_llava_onevision.py."""
     return sum(not isinstance(image, Video) for image in images) == 1

@@ -119,7 +119,7 @@ def fuzzed(rng: random.Random) -> bytes:
 @pytest.mark.parametrize("size", SIZES)
 def test_s3_no_fuzzed_body_is_a_5xx_and_none_leaves_memory_behind(served, size, tmp_path):
     if size == "small":
-        fuzz(served.url, "self", 400)
+        fuzz(served.url, "self", 150)
         assert served.idle()
         return
     with spawned(tmp_path, "--slots", "4") as (url, process):
