@@ -1,6 +1,7 @@
 """The thread that owns the model: requests go in through a queue, updates come out on the event loop."""
 
 import asyncio
+import gc
 import itertools
 import logging
 import queue
@@ -102,6 +103,7 @@ class Worker:
                 log.info("compiled %d of 3: %s, %.1f s", len(names), names[-1], time.monotonic() - start)
             names.append(name)
             start = time.monotonic()
+        gc.freeze()  # what compiling leaves: a collection that looks through it all stops every thread for 0.15 s
         self.ready = True
 
     def _take(self, scheduler: Scheduler) -> bool:
