@@ -149,21 +149,27 @@ class Scheduler:
         _host(self._advance([False] * self.batching.slots, STEPS))
 
     def step(self) -> list[tuple[int, Update]]:
-        """One dispatch of each program that has work; what it added to which requests."""
+        """At most one dispatch of each program; what it added to which requests.
+
+        Prompts come before answers where a chunk ends them: an `advance` costs the same for one row and for all, and
+        no more rows than there are slots can hold it up. A chunk that ends none shares the step with an `advance`.
+        """
         self._admit()
         self._see()
         lanes = self._lanes()
-        reading = any(slot is not None and slot.reads for slot in self._slots)
         answering = [slot is not None and not slot.reads for slot in self._slots]
         first = self._read(lanes) if lanes else None
-        more = self._advance(answering, 1 if reading else STEPS) if any(answering) else None
+        more = None
+        if any(answering) and not any(map(self._soon, self._slots)):
+            reading = any(slot is not None and slot.reads for slot in self._slots)
+            more = self._advance(answering, 1 if reading or lanes else STEPS)
         updates = []
+        if first is not None:
+            ids = Ids(*(x[:, None] for x in _host(first)))
+            updates += [self._add(index, ids, lane) for lane, index in enumerate(lanes) if not self._slots[index].reads]
         if more is not None:
             ids = _host(more)
             updates += [self._add(index, ids, index) for index, is_on in enumerate(answering) if is_on]
-        if first is not None:
-            ids = _host(Ids(*(x[:, None] for x in first)))
-            updates += [self._add(index, ids, lane) for lane, index in enumerate(lanes) if not self._slots[index].reads]
         return updates
 
     def _admit(self) -> None:
@@ -204,13 +210,22 @@ class Scheduler:
 
     def _lanes(self) -> list[int]:
         """Slots whose next chunk can be read: the oldest, then those that are nearly through."""
-        ready = [i for i, slot in enumerate(self._slots) if slot is not None and slot.reads and self._sees(slot)]
+        ready = [index for index, slot in enumerate(self._slots) if self._ready(slot)]
         oldest = sorted(ready, key=lambda index: self._slots[index].number)[:1]
         others = sorted(set(ready) - set(oldest), key=lambda i: (self._slots[i].unread, self._slots[i].number))
         return (oldest + others)[: self.batching.lanes]
 
-    def _sees(self, slot: _Slot) -> bool:
-        """Whether the features of its next chunk are there."""
+    def _soon(self, slot: _Slot | None) -> bool:
+        """Whether the next chunk ends its prompt, and the tower need not run often before it."""
+        if slot is None or not slot.reads or slot.unread > self.batching.chunk:
+            return False
+        unseen = (len(image.tiles) for image, one in zip(slot.job.prompt.images, slot.features) if one is None)
+        return sum(unseen) <= self.batching.lanes
+
+    def _ready(self, slot: _Slot | None) -> bool:
+        """Whether it has a next chunk, and the features of that are there."""
+        if slot is None or not slot.reads:
+            return False
         end = slot.at + self.batching.chunk
         return all(features is not None or image.start >= end or image.start + image.length <= slot.at
                    for image, features in zip(slot.job.prompt.images, slot.features))  # fmt: skip
