@@ -1,6 +1,5 @@
 """Features of pictures on the host, so that a picture that is shown again does not pass through the tower again."""
 
-import itertools
 from collections import OrderedDict
 from collections.abc import Set
 
@@ -23,7 +22,7 @@ class Features:
         self._unseen: OrderedDict[bytes, tuple[PromptImage, list[np.ndarray | None]]] = OrderedDict()
 
     def find(self, image: PromptImage) -> np.ndarray | None:
-        """The features of a picture; None where they are not there, which `pending` then hands out."""
+        """The features of a picture; None where they are not there, whose tiles are then `pending`."""
         if image.key in self._features:
             self._features.move_to_end(image.key)
             return self._features[image.key]
@@ -32,15 +31,14 @@ class Features:
         return None
 
     def forget_unseen(self, keys: Set[bytes]) -> None:
-        """Forgets pictures that `pending` would hand out, but those of these keys."""
+        """Forgets pictures whose features are wanted, but those of these keys."""
         for key in self._unseen.keys() - keys:
             del self._unseen[key]
 
-    def pending(self, most: int) -> list[tuple[PromptImage, int, np.ndarray]]:
-        """At most so many tiles whose features are wanted: the picture, which of its tiles, and its pixels."""
-        tiles = ((image, index, image.tiles[index]) for image, parts in self._unseen.values()
-                 for index, features in enumerate(parts) if features is None)  # fmt: skip
-        return list(itertools.islice(tiles, most))
+    def pending(self, image: PromptImage) -> list[tuple[PromptImage, int, np.ndarray]]:
+        """The tiles of a picture whose features are wanted: the picture, which of its tiles, and its pixels."""
+        parts = self._unseen.get(image.key, (image, ()))[1]
+        return [(image, index, image.tiles[index]) for index, features in enumerate(parts) if features is None]
 
     def add(self, image: PromptImage, index: int, features: np.ndarray, newline: np.ndarray) -> None:
         """Takes the features [N, D] of a tile, and the model's `image_newline` [1, D] or [0, D]."""

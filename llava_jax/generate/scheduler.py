@@ -18,7 +18,7 @@ from llava_jax.generate.assistant import Assistant
 from llava_jax.generate.batching import STEPS, Batching, Chunk, Ids, Rows
 from llava_jax.generate.engine import NOTHING
 from llava_jax.generate.features import Features
-from llava_jax.generate.pages import Pages, Prompt
+from llava_jax.generate.pages import Pages, Prompt, PromptImage
 from llava_jax.generate.sampling import Sampling, stack
 from llava_jax.generate.stream import Row, Text, extended
 from llava_jax.models.paged import PAGE
@@ -195,12 +195,24 @@ class Scheduler:
     def _see(self) -> None:
         """Features for the pictures that come next, of as many tiles as the tower takes at once."""
         self._find_features()
-        tiles = self._features.pending(self.batching.lanes)
+        tiles = self._tiles()
         if tiles:
             rows, newline = self.batching.features(self._params, [pixels for _, _, pixels in tiles])
             for (image, index, _), features in zip(tiles, rows):
                 self._features.add(image, index, features, newline)
             self._find_features()
+
+    def _tiles(self) -> list[tuple[PromptImage, int, np.ndarray]]:
+        """Tiles for the tower: one of the oldest request, then those of the requests that want fewest."""
+        wanted = [
+            [tile for image, features in zip(slot.job.prompt.images, slot.features) if features is None
+             for tile in self._features.pending(image)]
+            for slot in sorted(filter(None, self._slots), key=lambda slot: slot.number)
+        ]  # fmt: skip
+        oldest, *others = list(filter(None, wanted)) or [[]]
+        order = oldest[:1] + sum(sorted(others, key=len), []) + oldest[1:]
+        once = {(image.key, index): (image, index, pixels) for image, index, pixels in order}
+        return list(once.values())[: self.batching.lanes]
 
     def _find_features(self) -> None:
         for slot in filter(None, self._slots):
@@ -219,8 +231,7 @@ class Scheduler:
         """Whether the next chunk ends its prompt, and the tower need not run often before it."""
         if slot is None or not slot.reads or slot.unread > self.batching.chunk:
             return False
-        unseen = (len(image.tiles) for image, one in zip(slot.job.prompt.images, slot.features) if one is None)
-        return sum(unseen) <= self.batching.lanes
+        return sum(map(len, map(self._features.pending, slot.job.prompt.images))) <= self.batching.lanes
 
     def _ready(self, slot: _Slot | None) -> bool:
         """Whether it has a next chunk, and the features of that are there."""

@@ -170,11 +170,49 @@ def test_the_tower_sees_no_picture_of_a_cancelled_request():
     pictures = tuple(tiny.picture(seed) for seed in range(6))
     shown = Conversation((Turn("user", "<image>\n" * 6 + "Why?"),), pictures, images_in_place=True)
     target = scheduler()
-    number = target.submit(Job(prompt_of(encode(shown, assistant().format, reply=True)), 4))
+    one = Job(prompt_of(encode(shown, assistant().format, reply=True)), 4)
+    number = target.submit(one)
     target.step()
-    assert target._features.pending(9)
+    pending = lambda: sum(len(target._features.pending(image)) for image in one.prompt.images)  # noqa: E731
+    assert pending() == 4  # two are seen at once
     target.cancel(number)
-    assert not target._features.pending(9) and not target.busy
+    assert not pending() and not target.busy
+
+
+def steps_to_first_id(target: Scheduler, one: Job) -> int:
+    number = target.submit(one)
+    return next(count for count in range(1, 99) if any(of == number for of, _ in target.step()))
+
+
+def test_a_first_word_comes_as_soon_beside_long_prompts_and_many_pictures_of_others():
+    pictures = tuple(map(tiny.picture, range(8)))
+    talks = [Conversation((Turn("user", "<image>\n" * 8 + "Why?"),), pictures, images_in_place=True),
+             Conversation((Turn("user", " ".join(WORDS * 8)),), ()), tiny.question(seed=9)]  # fmt: skip
+    jobs = [Job(prompt_of(encode(talk, assistant().format, reply=True)), 4) for talk in talks]
+    alone = steps_to_first_id(scheduler(), jobs[2])
+    for others in ([0], [1], [0, 1], [1, 0]):
+        target = scheduler()
+        numbers = [target.submit(jobs[index]) for index in others]
+        target.step()
+        assert steps_to_first_id(target, jobs[2]) <= alone + 1
+        left = {number for number, update in [one for _ in range(99) for one in target.step()] if update.ended_by}
+        assert set(numbers) <= left
+
+
+def test_prompts_that_end_come_before_answers_and_long_ones_beside_them():
+    words = [" ".join(WORDS[:n]) for n in range(1, 4)]
+    jobs = [Job(prompt_of(encode(tiny.question(one), assistant().format, reply=True)), 9) for one in words]
+    target = scheduler()
+    warm = target.submit(jobs[0])
+    while target.busy:
+        target.step()
+    numbers = [target.submit(one) for one in jobs]
+    steps = [sorted(number - warm for number, _ in target.step()) for _ in range(3)]
+    assert steps == [[1, 2], [1, 2, 3], [1, 2, 3]]
+    long = Conversation((Turn("user", " ".join(WORDS * 8)),), ())
+    target.submit(Job(prompt_of(encode(long, assistant().format, reply=True)), 2))
+    found = [{number for number, _ in target.step()} for _ in range(2)]
+    assert all(set(numbers) <= one for one in found)
 
 
 def test_a_raw_prompt_goes_on_with_its_white_space():
