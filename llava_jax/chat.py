@@ -7,7 +7,7 @@ import argparse
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -49,21 +49,22 @@ def _run(args: argparse.Namespace) -> int:
     images = tuple(_OPEN[kind](source, args.allow_urls) for kind, source in args.shown)
     from llava_jax import compilations
     from llava_jax.generate.assistant import Assistant
+    from llava_jax.generate.talk import Talk
 
     compilations.keep()
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
                                weights=args.weights)  # fmt: skip
     initial = Session(pending_images=images, system=args.system)
     if args.prompt is None:
-        converse(assistant, initial, args)
+        _banner(assistant, initial, args)
+        converse(Talk(assistant).reply, initial, args)
     else:
-        _answer(assistant, _ask(initial, args.prompt), args)
+        _answer(assistant.reply, _ask(initial, args.prompt), args)
     return 0
 
 
-def converse(assistant: "Assistant", initial: Session, args: argparse.Namespace) -> None:
+def converse(reply: Callable[..., "Reply"], initial: Session, args: argparse.Namespace) -> None:
     """Questions and answers in turn, each with the whole history; a wrong question does not end the conversation."""
-    _banner(assistant, initial, args)
     session = initial
     while question := _question():
         try:
@@ -73,7 +74,7 @@ def converse(assistant: "Assistant", initial: Session, args: argparse.Namespace)
             if question.startswith("/"):
                 session = _run_command(command, argument.strip(), session, initial, args)
             else:
-                session = _answer(assistant, _ask(session, question), args)
+                session = _answer(reply, _ask(session, question), args)
         except (ValueError, OSError) as error:
             print(f"chat: {error}", file=sys.stderr, flush=True)
 
@@ -117,19 +118,19 @@ def _ask(session: Session, question: str) -> Session:
     return replace(session, turns=(*session.turns, Turn("user", text)), images=images, pending_images=())
 
 
-def _answer(assistant: "Assistant", session: Session, args: argparse.Namespace) -> Session:
-    """Adds the reply, which is printed while it is generated."""
+def _answer(reply: Callable[..., "Reply"], session: Session, args: argparse.Namespace) -> Session:
+    """Adds what `reply` answers, which is printed while it is generated."""
     from llava_jax.prompt.conversation import Conversation, Turn
 
     # LLaVA's rule for its one picture is to show it first; several stand where they were named.
     in_place = len(session.images) > 1
     conversation = Conversation(session.turns, session.images, "chat", session.system, images_in_place=in_place)
-    reply: Reply = assistant.reply(
+    answer = reply(
         conversation, args.max_new_tokens, args.temperature, args.top_p, args.top_k, args.seed,
         on_piece=lambda piece: print(piece, end="", flush=True), repetition_penalty=args.repetition_penalty,
     )  # fmt: skip
     print(flush=True)
-    return replace(session, turns=(*session.turns, Turn("assistant", reply.text)))
+    return replace(session, turns=(*session.turns, Turn("assistant", answer.text)))
 
 
 def _open(source: str, allow_urls: bool) -> Any:
