@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models.tiled import NEVER
 from llava_jax.sharding import constrain
 
-PAGE = 32  # positions: what is shared is whole pages, and a system text is some 35 tokens
-TILE_PAGES = 4  # whose scores exist at once
+PAGE = 8  # positions: what is shared is whole pages; 32 made the second turn of a short talk read half as much again
+TILE_PAGES = 16  # whose scores exist at once
 
 
 class PagedCache(NamedTuple):

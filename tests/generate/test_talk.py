@@ -1,4 +1,4 @@
-"""Talks: each turn reads only what is new, its answers are those of the assistant, and what pages cannot hold is too."""
+"""Talks: each turn reads only what is new, and answers as the assistant does, which has what pages cannot hold."""
 
 from dataclasses import replace
 
@@ -50,7 +50,7 @@ def test_what_pages_cannot_hold_is_answered_by_the_assistant(assistant, talk, mo
     for limit in (0, 2000):
         with pytest.raises(ValueError, match=f"max_new_tokens={limit}"):
             talk.reply(question, limit)
-    monkeypatch.setattr(talks, "MOST_POSITIONS", 4 * PAGE)
+    monkeypatch.setattr(talks, "MOST_POSITIONS", 128)
     long = tiny.question(" ".join(QUESTIONS * 6))
     assert Talk(assistant).reply(long, 8) == assistant.reply(long, 8)
     cross = CrossConfig(tiny.CONFIG.vision.width, every=1, heads=2, head_width=8)
