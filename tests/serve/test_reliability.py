@@ -9,7 +9,10 @@ import copy
 import http.server
 import io
 import json
+import os
 import random
+import socket
+import statistics
 import struct
 import threading
 import time
@@ -25,6 +28,7 @@ from tests.serve.running import data_url, part, running, spawned, user
 
 SIZES = ["small", pytest.param("whole", marks=pytest.mark.slow)]
 QUEUE = 32
+SO_TIMESTAMPNS = 35  # Linux: when the kernel got what is read, a struct timespec
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +43,32 @@ def request(body: bytes) -> bytes:
 
 
 async def exchange(url: str, content: bytes) -> tuple[int, float, bytes]:
-    """Status, seconds, and body of one request on a connection of its own."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", httpx2.URL(url).port)
-    start = time.monotonic()
-    writer.write(content)
-    found = await reader.read()
-    secs = time.monotonic() - start
-    writer.close()
+    """Status, seconds, and body of one request on a connection of its own.
+
+    The seconds end when the kernel has the response: when this process, on the server's own cores, reads it is not
+    the server's doing.
+    """
+    loop, found, came = asyncio.get_running_loop(), b"", 0.0
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, SO_TIMESTAMPNS, 1)
+        connection.setblocking(False)
+        await loop.sock_connect(connection, ("127.0.0.1", httpx2.URL(url).port))
+        start = time.time()
+        await loop.sock_sendall(connection, content)
+        while True:
+            readable = loop.create_future()
+            loop.add_reader(connection, readable.set_result, None)
+            await readable
+            loop.remove_reader(connection)
+            piece, extras, *_ = connection.recvmsg(2**16, 64)
+            if not piece:
+                break
+            found += piece
+            for *_, data in extras:
+                secs, nanos = struct.unpack("qq", data)
+                came = secs + nanos / 1e9
     head, _, body = found.partition(b"\r\n\r\n")
-    return int(head.split()[1]), secs, body
+    return int(head.split()[1]), came - start, body
 
 
 def resident_bytes(peak: bool = False, process: int | str = "self") -> int:
@@ -66,9 +87,12 @@ def test_s1_of_500_clients_each_is_answered_rightly_or_refused_at_once(served, s
         assert overload(served.url, 100, 0.0)
         return
     with spawned(tmp_path, "--slots", "4", "--queue", str(QUEUE)) as (url, _):
-        refused = overload(url, 500, 2.0)
-    # The goal is 0.05 s. Here the clients share two cores with the server, and what else runs: 0.06 to 0.98 s.
-    assert refused[int(0.99 * len(refused))] < 5
+        rounds = [overload(url, 500, 2.0) for _ in range(5)]
+    slowest = [refused[int(0.99 * len(refused))] for refused in rounds]  # p99
+    # On a machine of its own: what else runs has the cores in turn. Collecting garbage stopped all for 0.15 s once.
+    busy = max(1.0, os.getloadavg()[0] / len(os.sched_getaffinity(0)))
+    print(f"p99 of refusals in ms {[round(1e3 * secs) for secs in slowest]}; {busy:.1f} processes a core")
+    assert statistics.median(slowest) < 0.05 * busy
 
 
 def overload(url: str, clients: int, secs: float) -> list[float]:
