@@ -170,8 +170,8 @@ def check_memory(model: Llava, params: Any, pages: int, mesh: Mesh | None) -> No
 def _empty(batching: Batching) -> Pool:
     llm = batching.model.config.llm
     with answering(batching.mesh):
-        zeros = jnp.zeros((batching.pages, PAGE, llm.kv_heads, llm.head_width), batching.model.dtype)
-        return tuple((sharding.constrain(zeros, None, None, "heads"),) * 2 for _ in range(llm.layers))
+        zeros = jnp.zeros((batching.pages, llm.kv_heads, PAGE, llm.head_width), batching.model.dtype)
+        return tuple((sharding.constrain(zeros, None, "heads"),) * 2 for _ in range(llm.layers))
 
 
 def _layers(pool: Pool, table: Array) -> tuple[PagedCache, ...]:
