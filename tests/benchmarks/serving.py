@@ -1,6 +1,6 @@
 """A server of a checkpoint under load: `python -m tests.benchmarks.serving --checkpoint runs/demo/stage2 PICTURE ...`.
 
-Prints talks at once against one after the other, the second turn of a talk against its first, and the time to the first
+Prints the second turn of a talk against its first, talks at once against one after the other, and the time to the first
 word in a quiet server and while another client's long prompts enter. Quiet and busy turns alternate.
 """
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             time.sleep(0.2)
         positions = httpx2.get(url + "/v1/models").json()["data"][0]["max_model_len"]
         port = httpx2.URL(url).port
-        for line in itertools.chain(_at_once(port, urls), _turns(port, urls), _beside(port, urls, positions)):
+        for line in itertools.chain(_turns(port, urls), _at_once(port, urls), _beside(port, urls, positions)):
             print(line, flush=True)
         print(where(("jax", "uvicorn")))
     finally:
