@@ -12,6 +12,8 @@ import numpy as np
 from llava_jax.errors import UsageError
 
 NEWLINE = -2  # in a `Layout`: the model's `image_newline`
+# In `Batch.segments`: branch b of the tree of sample number n is n + b * TREES. A row has at most 2**20 positions.
+TREES, BRANCHES = 2**20, 2**11 - 1
 
 
 class Corners(NamedTuple):
@@ -103,7 +105,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # int32 [B, T]: the next id inside the same sample (already shifted)
     weights: np.ndarray  # float32 [B, T]: how much the target counts; 0: not supervised, or a sample's last position
     positions: np.ndarray  # int32 [B, T]: position inside its own sample, restarting at each packed sample
-    segments: np.ndarray  # int32 [B, T]: sample number within the row, from 1; 0 is padding
+    segments: np.ndarray  # int32 [B, T]: sample number within the row, from 1; 0 is padding; trees: see above
     image_slots: np.ndarray  # int32 [B, T]: row i * N + p of this group's features, or -1; I * N is image_newline
     pixels: np.ndarray  # uint8 [G, I, H, W, 3]: the group's pictures or tiles, normalised on the device; I >= 1 always
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llava_jax.data import index
+from llava_jax.data import index, trees
 from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import Plans
@@ -48,7 +48,7 @@ class Packed(Feed):
         images_per_group: int = 1, order: str = "shuffle", seed: int = 42, part: Rows = WHOLE,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0,
         cache_dir: epath.PathLike | None = None, one_pass: bool = False,
-        sample_tokens: int = 0,
+        sample_tokens: int = 0, share_images: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -60,6 +60,7 @@ class Packed(Feed):
           order: that samples are packed in, "shuffle" or "sequential".
           part: the parts of each step that this process yields.
           one_pass: each record once, then the end.
+          share_images: records of one picture come together, and what is equal stands once (`planner.plan_trees`).
           the others: as `pipeline.Pipeline`'s.
 
         Raises:
@@ -78,15 +79,21 @@ class Packed(Feed):
             sizes=tuple(map(len, sources)), weights=tuple(1.0 if one_pass else source.weight for source in sources),
             order="sequential" if one_pass else order, seed=seed, batch_samples=1, group_samples=1, word_lengths=None,
         )  # fmt: skip
-        sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
+        measures = [index.measures(source, format, cache_dir) for source in sources]
+        sizes = np.concatenate(measures)[:, :2]
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=rows // rows_per_group, row_tokens=row_tokens,
             images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
             start_step=start_step, one_pass=one_pass, sample_tokens=sample_tokens, sizes=sizes,
+            share_images=share_images,
         )  # fmt: skip
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
         tokens, images = np.minimum(sizes, [self.sample_tokens, images_per_group]).T
-        self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups)
+        parts = [trees.prefixes(own[:, [0, 2, 3, 4]], source.images, self.sample_tokens)
+                 for own, source in zip(measures, sources)]  # fmt: skip
+        prefixes = trees.Prefixes(*map(np.concatenate, zip(*parts))) if share_images else None
+        self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups,
+                           prefixes)  # fmt: skip
         first = self.plans.epoch(0)
         self._digest = hashlib.sha256(first.samples.tobytes() + first.starts.tobytes()).hexdigest()
 
