@@ -27,9 +27,10 @@ class Packed(Feed):
                           rows_per_group=4, images_per_group=9)
         for batch, ids in pipeline: ...
 
-    Rows hold neighbours of the order, see `planner.plan`. A record that proves bad when it is read leaves a hole of
-    padding. Of two mixtures like LLaVA-1.5's 665k (`tests/data/test_planner.py`), in which a sample has 850 tokens
-    and 94 % have an image, this share of positions and image slots is used:
+    Rows hold neighbours of the order, see `planner.plan`, and with `share_images` trees, see `planner.plan_trees`. A
+    record that proves bad when it is read leaves a hole of padding. Of two mixtures like LLaVA-1.5's 665k
+    (`tests/data/test_planner.py`), in which a sample has 850 tokens and 94 % have an image, this share of positions
+    and image slots is used:
 
         row_tokens  rows_per_group  images_per_group     positions       slots
              2,048               4                 9     89, 93 %    90, 94 %    no packer exceeds 90, 95 %
@@ -100,7 +101,8 @@ class Packed(Feed):
     @property
     def contents(self) -> str:
         rows, fill = self.groups * self.plans.rows_per_group, self.plans.fill()
-        return (f"{rows} rows of {self.row_tokens:,} tokens ({fill.samples_a_row:.2f} samples a row; "
+        trees = f" in {fill.trees_a_row:.2f} trees" if self.share_images else ""
+        return (f"{rows} rows of {self.row_tokens:,} tokens ({fill.samples_a_row:.2f} samples a row{trees}; "
                 f"{fill.positions:.1%} of positions and {fill.slots:.1%} of image slots are used)")  # fmt: skip
 
     def steps_of(self, epochs: float | int) -> int:

@@ -212,6 +212,7 @@ class Fill(NamedTuple):
     samples_a_row: float
     positions: float  # share of all positions that hold a token
     slots: float  # share of all places for images that hold one
+    trees_a_row: float  # and samples that share nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +278,7 @@ class Plans:
         """How full the rows of the first epoch are."""
         records, starts = self.epoch(0)
         tokens, images = self.tokens[records], self.images[records]
+        first = np.ones(len(records), bool)
         if self.prefixes is not None:
             first = ~trees.repeated(self.prefixes.keys[records], starts)
             tokens, images = tokens - ~first * self.prefixes.tokens[records], images * first
@@ -284,7 +286,7 @@ class Plans:
         rows = groups * self.rows_per_group
         return Fill(
             len(records) / rows, float(tokens.sum()) / (rows * self.row_tokens),
-            float(images.sum()) / (groups * self.images_per_group),
+            float(images.sum()) / (groups * self.images_per_group), float(first.sum()) / rows,
         )  # fmt: skip
 
     def _epoch_of(self, step: int) -> int:
