@@ -97,9 +97,9 @@ def test_a_tree_gives_each_record_the_loss_and_all_the_gradient_of_rows_of_their
         np.testing.assert_allclose(own, expected, rtol=1e-6)
         largest = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(others))
         for (path, leaf), other in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(others), strict=True):
-            name = jax.tree_util.keystr(path)
-            np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-6 * largest, err_msg=name)
-            assert jnp.any(leaf) or "tail" in name, name
+            place = jax.tree_util.keystr(path)
+            np.testing.assert_allclose(leaf, other, rtol=0, atol=1e-6 * largest, err_msg=place)
+            assert jnp.any(leaf) or "tail" in place, place
 
 
 def numbers(segments):
