@@ -3,22 +3,27 @@
 import dataclasses
 import functools
 import itertools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llava_jax import config as configs
 from llava_jax.batch import TREES, Example, Span
 from llava_jax.data.packing import packed
+from llava_jax.errors import UsageError
 from llava_jax.models import attention as attentions
 from llava_jax.models import flash
 from llava_jax.models.llama import LlamaConfig
 from llava_jax.models.llava import Llava, abstract_params
 from llava_jax.models.mistral import MistralConfig
 from llava_jax.models.qwen import Qwen2Config, Qwen3Config
-from llava_jax.train import loss, step
+from llava_jax.train import loss, metrics, program, step
+from llava_jax.train.__main__ import main
 from tests.train import tiny
+from tests.train.test_connectors import FLAMINGO
 
 SIZES = dict(vocab=64, width=24, mlp_width=32, layers=2, heads=4, kv_heads=2, head_width=8, max_positions=64)
 WINDOW = 50  # no record is longer, so that Mistral's window hides nothing, in a tree either
@@ -106,3 +111,34 @@ def numbers(segments):
     """Of the samples of a row in order, the numbers of their own tokens."""
     found = list(dict.fromkeys(np.asarray(segments).tolist()))
     return [number for number in found if number and not (number < TREES and number + TREES in found)]
+
+
+def test_a_run_of_trees_is_the_run_of_separate_rows(run, capsys):
+    """Ten records of four pictures, all in each step: four steps with the same losses, and the same validation."""
+    place = run.parent / "records.json"
+    rows = json.loads(place.read_text())
+    place.write_text(json.dumps([row | {"image": f"{number // 3}.jpg"} for number, row in enumerate(rows)]))
+    found = {}
+    for share in (False, True):
+        changes = {"data.layout": "packed", "data.rows_per_chip": 6, "data.row_tokens": 200, "data.rows_per_group": 6,
+                   "data.images_per_group": 10, "train.steps": 4, "train.eval_every": 4, "data.share_images": share}
+        settings = [f"--config.{key}={value}" for key, value in changes.items()]
+        assert main(["--config", str(run), "--workdir", str(run.parent / str(share)), *settings]) == 0
+        rows = [*metrics.read(run.parent / str(share)), *metrics.read(run.parent / str(share), metrics.VALIDATION)]
+        found[share] = [row["loss"] for row in rows]
+    assert len(found[True]) == 5
+    np.testing.assert_allclose(found[True], found[False], rtol=1e-5)
+    assert "1.67 samples a row in 0.67 trees" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("data, model, message", [
+    ({}, tiny.MODEL, "data.share_images=True: these are of packed rows; set data.layout=packed"),
+    ({"layout": "packed", "rows_per_chip": 1}, FLAMINGO,
+     "data.share_images=True: the records of a tree share the positions of their picture, and this model's "
+     "flamingo_xattn puts no feature in one; want False"),
+])  # fmt: skip
+def test_where_records_cannot_share_the_config_is_refused(data, model, message):
+    with pytest.raises(UsageError, match=message):
+        data = configs.Data(share_images=True, row_tokens=64, **data)
+        train = configs.Train(lr=1e-3, steps=1)
+        program.check(configs.Config(data, train, rates=((".*", 1e-3),), init=((".*", "random"),)), model)
