@@ -10,7 +10,7 @@ record's loss and gradient are those of a row of its own; what differs is the co
     python -m llava_jax.plan --config configs/llava15_7b_finetune_shared.py --topology v5e:4x4
 
 On other slices choose rows_per_chip for a similar number of samples a step.
-Numbers: those of llava15_7b_finetune_packed; images_per_group fills 91 % of the image slots, rows are 98 % full
+Numbers: those of llava15_7b_finetune_packed; images_per_group fills 81 % of the image slots, rows are 99 % full
   (tests/plan/test_mixture.py, which says how many records a picture are assumed).
 Expected: as llava15_7b_finetune; nobody has trained it to the end. An epoch has a quarter fewer steps.
 """
@@ -22,5 +22,5 @@ from llava_jax.config import start_from
 
 def get_config() -> ConfigDict:
     config = start_from(__file__, "llava15_7b_finetune_packed.py")
-    config.data.update(share_images=True, images_per_group=8)
+    config.data.update(share_images=True, images_per_group=9)
     return config

@@ -90,8 +90,7 @@ class Packed(Feed):
         )  # fmt: skip
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
         tokens, images = np.minimum(sizes, [self.sample_tokens, images_per_group]).T
-        parts = [trees.prefixes(own[:, [0, 2, 3, 4]], source.images, self.sample_tokens)
-                 for own, source in zip(measures, sources)]  # fmt: skip
+        parts = [trees.prefixes(own, source.images, self.sample_tokens) for own, source in zip(measures, sources)]
         prefixes = trees.Prefixes(*map(np.concatenate, zip(*parts))) if share_images else None
         self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups,
                            prefixes)  # fmt: skip

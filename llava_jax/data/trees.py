@@ -46,15 +46,22 @@ def _name(image: Any) -> tuple[str, str] | None:
     return ("path", os.fspath(image)) if isinstance(image, str | os.PathLike) else None
 
 
-def prefixes(columns: np.ndarray, root: os.PathLike | None, sample_tokens: int) -> Prefixes:
-    """Of a source's records, by their tokens and `column` in the index, int32 [n, 4].
+def prefixes(measures: np.ndarray, root: os.PathLike | None, sample_tokens: int) -> Prefixes:
+    """Of a source's records, by `index.measures`.
 
     root: the image folder; the same path in another one is another picture. sample_tokens: what samples are cut at.
     """
     folder = hashlib.blake2b(str(root).encode(), digest_size=8).digest()
-    keys = np.ascontiguousarray(columns[:, 2:]).view(np.int64)[:, 0] ^ np.frombuffer(folder, np.int64)
-    shared = (columns[:, 1] > 0) & (columns[:, 1] < np.minimum(columns[:, 0], sample_tokens))
-    return Prefixes(columns[:, 1] * shared, keys * shared)
+    tokens, ends = measures[:, 0], measures[:, 2]
+    keys = np.ascontiguousarray(measures[:, 3:]).view(np.int64)[:, 0] ^ np.frombuffer(folder, np.int64)
+    shared = (ends > 0) & (ends < np.minimum(tokens, sample_tokens))
+    return Prefixes(ends * shared, keys * shared)
+
+
+def saved(prefixes: Prefixes) -> int:
+    """Tokens that are not repeated where records of a key are one tree."""
+    _, first = np.unique(prefixes.keys, return_index=True)
+    return int(prefixes.tokens.sum() - prefixes.tokens[first].sum())
 
 
 def together(

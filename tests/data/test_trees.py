@@ -197,7 +197,8 @@ def test_a_key_is_of_the_prompt_s_beginning_and_the_picture_s_path_or_bytes():
     columns = [trees.column(FIRST, images) for images in (["a"], ["b"], [b"a"], [b"a"], [b""], [object()])]
     assert [end for end, *_ in columns] == [3, 3, 3, 3, 0, 0] and columns[2] == columns[3]
     assert len(set(columns)) == 4
-    table = np.array([[6, *column] for column in columns], np.int32)
+    table = np.array([[6, 1, *column] for column in columns], np.int32)
+    assert trees.saved(trees.prefixes(table, None, 6)) == 3  # of the third and the fourth
     keys = [trees.prefixes(table, root, 6).keys.tolist() for root in (Path("x"), Path("x"), Path("y"), None)]
     assert keys[0] == keys[1] and keys[0][4:] == [0, 0] and len({*keys[0], *keys[2], *keys[3]}) == 10
     assert not trees.prefixes(table, Path("x"), 3).keys.any()  # what is cut there has nothing behind the picture
