@@ -141,4 +141,5 @@ def _shares(one: Example, other: Example) -> bool:
     end, layouts = trees.prefix(one), zip(one.layouts, other.layouts)
     pairs = [(one.tokens[:end], other.tokens[:end]), *((a.slots, b.slots) for a, b in layouts),
              *zip(one.images, other.images)]  # fmt: skip
-    return end == trees.prefix(other) and all(np.array_equal(a, b) for a, b in pairs)
+    alike = end == trees.prefix(other) and one.image_spans == other.image_spans and one.tiles == other.tiles
+    return alike and all(np.array_equal(a, b) for a, b in pairs)
