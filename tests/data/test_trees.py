@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llava_jax.batch import TREES, Example, Span
+from llava_jax.batch import TREES, Corners, Example, Layout, Span
 from llava_jax.data import planner, trees
 from llava_jax.data.packed import Packed
 from llava_jax.data.packing import packed
@@ -61,6 +61,19 @@ def test_a_bad_record_costs_its_tree_nothing():
     whole, rest = (packed([[[*row]]], 12, 2, 2, share_images=True)[0] for row in
                    ((FIRST, FIRST), (bad, FIRST, bad, FIRST)))  # fmt: skip
     assert all(np.array_equal(a, b) for a, b in zip(whole, rest)) and whole.pixels[0, :, 0, 0, 0].tolist() == [7, 0]
+
+
+def test_a_picture_of_tiles_takes_its_images_and_its_mixed_features_once():
+    layout = Layout(2, 2, np.array([0, 3]), Corners(np.array([[0, 1, 2, 3], [3, 0, 0, 0]]), np.full((2, 4), 0.25)))
+    tiles = tuple(np.full((2, 2, 3), shade, np.uint8) for shade in (3, 4))
+    one, other = (dataclasses.replace(x, images=tiles, layouts=(layout,)) for x in
+                  (FIRST, example([1, 0, 0, 9, 8], ". . . . x")))  # fmt: skip
+    rest = dataclasses.replace(other, layouts=(layout._replace(slots=np.array([1, 2])),))
+    batch = packed([[[one, other, rest]]], 16, 4, 2, resizes=True, share_images=True)[0]
+    assert batch.pixels[0, :, 0, 0, 0].tolist() == [3, 4, 3, 4]
+    assert batch.image_slots[0].tolist() == [-1, 0, 3, *[-1] * 6, 5, 6, *[-1] * 5]
+    assert batch.corners.slots[0, 1:3].tolist() == layout.corners.slots.tolist()
+    assert (batch.corners.slots[0, 3:9, 0] == -1).all()
 
 
 def test_trees_are_those_of_the_docstring():
