@@ -3,6 +3,7 @@
 Training records, chat messages and benchmark questions all become a `Conversation` before anything else.
 """
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -35,9 +36,11 @@ class Video:
 
     source: path of a file or of a folder of frames (pictures, in natural order of their names), relative to the image
       folder; path object; a file's bytes; or pictures in order, of the kinds that `Conversation.images` may have.
+    most_secs: that decoding a file may take before it is refused.
     """
 
     source: Any
+    most_secs: float = math.inf
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax.batch import Example, Layout, Span, plain
 from llava_jax.errors import UsageError
-from llava_jax.prompt import anyres, video
+from llava_jax.prompt import anyres, time_stamps, video
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
 from llava_jax.prompt.images import CLIP_MEAN, Image, image_size, open_image, to_pixels, to_tiles
@@ -34,7 +34,7 @@ class Format:
     image_mode: "square" (centre crop), "pad", "squash" or "anyres"; image_mean, resample: of the tower; see
       `images.to_pixels`.
     tiling: how pictures become tiles, of "anyres" alone.
-    video: which frames of a video are shown; None: no video is read.
+    video: which frames of a video are shown, with or without their times; None: no video is read.
     image_start_end: each image stands between <im_start> and <im_end>.
     """
 
@@ -105,7 +105,7 @@ def encode(
         read; names the record.
     """
     name = f"record {conversation.id!r}"
-    chunks = _chunks(_pieces(conversation, format, reply, name))
+    chunks = _chunks(_pieces(_stamped(conversation, format, image_root, name), format, reply, name))
     markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
         raise UsageError(
@@ -148,9 +148,9 @@ def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None 
 
 
 def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
-    """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
+    """A picture decoded, or a video in memory. Raises as `pictures`."""
     if isinstance(image, Video):
-        return Video(tuple(video.frames(image, _rule(format), root)))
+        return video.opened(image, _rule(format), root)
     return open_image(image, root)
 
 
@@ -366,6 +366,15 @@ def _tokenized(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], lis
     # A token without a character of its own (a dummy "▁", the first bytes of a character) belongs to the next one.
     ends = np.minimum(np.maximum(ends, starts + 1), len(text))
     return [token.id for token in tokens], (learned_before[ends] > learned_before[starts]).tolist()
+
+
+def _stamped(conversation: Conversation, format: Format, root: epath.PathLike | None, name: str) -> Conversation:
+    if format.template.images_only:  # no word of a question is kept
+        return conversation
+    try:
+        return time_stamps.stamped(conversation, format.video, root)
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"{name}: {error}") from error
 
 
 def _shown(

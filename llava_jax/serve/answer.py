@@ -1,12 +1,13 @@
 """One request from its body to its answer: read in the pool, answered by the worker, given up if its client goes."""
 
 import asyncio
+import contextlib
 import json
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from llava_jax.generate.pages import Prompt
@@ -36,6 +37,8 @@ class Service:
     load: Load
     metrics: Metrics
     pool: ThreadPoolExecutor
+    # One video is decoded at a time, which may take seconds: another thread is left for all other requests.
+    video_turn: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
 @dataclass(frozen=True)
@@ -132,7 +135,8 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
     lease.take("tokens", query.tokens + query.limit * query.values["n"])
     prompt = query.source
     if isinstance(prompt, messages.Chat):
-        prompt = await loop.run_in_executor(service.pool, messages.prompt, prompt, service.format)
+        async with service.video_turn if prompt.has_video else contextlib.nullcontext():
+            prompt = await loop.run_in_executor(service.pool, messages.prompt, prompt, service.format)
     lease.give_back("bytes")
     return Answer(service, query, prompt, arrival)
 

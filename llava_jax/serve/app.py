@@ -22,6 +22,7 @@ from llava_jax.serve.worker import Ended
 Endpoint = Callable[[Request], Awaitable[Response]]
 # The page's script and styles are in it; it may connect to this server alone.
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+           "media-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 
 _HEADERS = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
@@ -104,8 +105,9 @@ def _metrics(service: Service) -> Endpoint:
 
 
 def _models(service: Service) -> Endpoint:
+    kinds = ["text", "image"] + ["video"] * (service.format.video is not None)
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "llava_jax",
-             "max_model_len": service.positions}  # fmt: skip
+             "max_model_len": service.positions, "input_modalities": kinds}  # fmt: skip
 
     async def models(request: Request) -> Response:
         name = request.path_params.get("name")
