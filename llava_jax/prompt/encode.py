@@ -54,6 +54,11 @@ class Format:
         """Whether features of large pictures, or of a video's frames, are resized (`ResizedBatch`)."""
         return self.video is not None or (self.tiling is not None and self.tiling.max_tiles > 0)
 
+    @property
+    def frame_mode(self) -> str:
+        """The image mode of a video's frames: with tiles each is squashed, as transformers' OneVision takes it."""
+        return "squash" if self.tiling else self.image_mode
+
 
 class Picture(NamedTuple):
     """A picture or video as the model takes it.
@@ -105,7 +110,8 @@ def encode(
         read; names the record.
     """
     name = f"record {conversation.id!r}"
-    chunks = _chunks(_pieces(_stamped(conversation, format, image_root, name), format, reply, name))
+    rule = None if format.template.images_only else format.video  # where no word of a question is kept
+    chunks = _chunks(_pieces(time_stamps.stamped(conversation, rule, image_root), format, reply, name))
     markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
         raise UsageError(
@@ -148,7 +154,7 @@ def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None 
 
 
 def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
-    """A picture decoded, or a video in memory. Raises as `pictures`."""
+    """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
     if isinstance(image, Video):
         return video.opened(image, _rule(format), root)
     return open_image(image, root)
@@ -167,9 +173,8 @@ def _rule(format: Format) -> FrameRule:
 
 
 def _video(frames: Iterable[Image.Image], format: Format) -> Picture:
-    """Of a model of tiles each frame is squashed, as transformers' OneVision takes it; else a frame is a picture."""
-    mode = "squash" if format.tiling else format.image_mode
-    pixels = [to_pixels(frame, format.image_size, mode, format.image_mean, format.resample) for frame in frames]
+    side, mode = format.image_size, format.frame_mode
+    pixels = [to_pixels(frame, side, mode, format.image_mean, format.resample) for frame in frames]
     return Picture(tuple(pixels), _frames_layout(len(pixels), format))
 
 
@@ -366,15 +371,6 @@ def _tokenized(chunk: list[Piece], tokenizer: Tokenizer) -> tuple[list[int], lis
     # A token without a character of its own (a dummy "▁", the first bytes of a character) belongs to the next one.
     ends = np.minimum(np.maximum(ends, starts + 1), len(text))
     return [token.id for token in tokens], (learned_before[ends] > learned_before[starts]).tolist()
-
-
-def _stamped(conversation: Conversation, format: Format, root: epath.PathLike | None, name: str) -> Conversation:
-    if format.template.images_only:  # no word of a question is kept
-        return conversation
-    try:
-        return time_stamps.stamped(conversation, format.video, root)
-    except (ValueError, FileNotFoundError) as error:
-        raise UsageError(f"{name}: {error}") from error
 
 
 def _shown(

@@ -22,12 +22,15 @@ def stamped(conversation: Conversation, rule: FrameRule | None, root: epath.Path
       root: the folder that paths are relative to and may not leave.
 
     Raises:
-      ValueError, FileNotFoundError: as `video.frames`; nothing says a video's times.
+      ValueError: a video cannot be read, or nothing says its times; names the record.
     """
     if rule is None or not (rule.time_stamps and any(isinstance(one, Video) for one in conversation.images)):
         return conversation
-    lines = iter([sentence(one, rule, root) + "\n" if isinstance(one, Video) else None for one in conversation.images])
-    turns = []
+    try:
+        found = [sentence(one, rule, root) + "\n" if isinstance(one, Video) else None for one in conversation.images]
+    except (ValueError, FileNotFoundError) as error:
+        raise UsageError(f"record {conversation.id!r}: {error}") from error
+    turns, lines = [], iter(found)
     for turn in conversation.turns:
         before, *behind = turn.text.split(IMAGE_MARKER)
         if behind and not conversation.images_in_place:  # its markers become one, at the front

@@ -8,11 +8,10 @@ import io
 import math
 import os
 import re
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -21,8 +20,8 @@ from llava_jax import files, streams
 from llava_jax.batch import NEWLINE, Corners, Layout, alone
 from llava_jax.errors import MissingFile, MissingPackage, UsageError
 from llava_jax.prompt import anyres
-from llava_jax.prompt.conversation import Video
-from llava_jax.prompt.images import MAX_FILE_BYTES, MAX_PIXELS, SUFFIXES, Image, local_bytes, open_image, spellings
+from llava_jax.prompt.conversation import Length, Video
+from llava_jax.prompt.images import MAX_PIXELS, SUFFIXES, Image, local_bytes, open_image, spellings
 
 POOL = 2  # features a side that become one. Source: LLaVA-NeXT llava_arch.py get_2dPool
 # FFmpeg's readers of these containers open no other file; those of playlists and of numbered pictures do.
@@ -41,14 +40,6 @@ class FrameRule:
     frames: int
     fps: float = 0.0
     time_stamps: bool = False
-
-
-class Length(NamedTuple):
-    """frames: of a video. rate: of them a second; None: nothing says it, as of a folder. pixels: of one; 0: unknown."""
-
-    frames: int
-    rate: float | None = None
-    pixels: int = 0
 
 
 RELEASED = FrameRule(32)  # OneVision's frames_upbound, and of its released answers
@@ -139,6 +130,8 @@ def step(rate: float | None, rule: FrameRule) -> int:
 
 def measure(video: Video, root: epath.PathLike | None = None) -> Length:
     """How long a video is; nothing is decoded. Arguments and errors as of `frames`."""
+    if video.length:
+        return video.length
     pictures = _pictures(video.source, root)
     return _measured(video.source, root) if pictures is None else Length(len(pictures))
 
@@ -162,22 +155,16 @@ def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) ->
     """
     pictures = _pictures(video.source, root)
     if pictures is not None:
-        yield from (open_image(pictures[i], root) for i in indices(len(pictures), None, rule))
+        places = range(len(pictures)) if video.length else indices(len(pictures), None, rule)
+        yield from (open_image(pictures[i], root) for i in places)
         return
     length = _measured(video.source, root)
-    yield from _decoded(video, root, indices(length.frames, length.rate, rule), length.frames)
+    yield from _decoded(video.source, root, indices(length.frames, length.rate, rule), length.frames)
 
 
 def opened(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> Video:
-    """The video in memory: the content of a file, or the frames of a folder that are shown. Raises as `frames`."""
-    if _pictures(video.source, root) is not None:
-        return Video(tuple(frames(video, rule, root)))
-    name, file = _file(video.source, root)
-    with file:
-        content = file.read(MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise UsageError(f"{name}: over {MAX_FILE_BYTES} bytes, no more are held in memory: make it smaller")
-    return Video(content)
+    """The frames that are shown, decoded, with what is known of the whole. Raises as `frames`."""
+    return Video(tuple(frames(video, rule, root)), measure(video, root))
 
 
 def _pictures(source: Any, root: epath.PathLike | None) -> list[Any] | None:
@@ -222,13 +209,10 @@ def _measured(source: Any, root: epath.PathLike | None) -> Length:
         return Length(total, rate, stream.width * stream.height)
 
 
-def _decoded(video: Video, root: epath.PathLike | None, chosen: list[int], total: int) -> Iterator[Image.Image]:
-    left, seen, end = set(chosen), 0, time.monotonic() + video.most_secs
-    with _opened(video.source, root) as (name, container, stream):
+def _decoded(source: Any, root: epath.PathLike | None, chosen: list[int], total: int) -> Iterator[Image.Image]:
+    left, seen = set(chosen), 0
+    with _opened(source, root) as (name, container, stream):
         for seen, frame in enumerate(container.decode(stream), 1):
-            if time.monotonic() > end:
-                raise UsageError(f"{name}: decoding its {total} frames takes more than {video.most_secs:g} s: shorten "
-                                 "it, or make it smaller")  # fmt: skip
             if seen - 1 in left:
                 yield open_image(frame.to_image())
                 left.remove(seen - 1)

@@ -58,7 +58,8 @@ def app(service: Service, key: bytes | None, hosts: tuple[str, ...] | None, on_f
         service.worker.start(asyncio.get_running_loop(), on_failure)
         yield
         await asyncio.to_thread(service.worker.stop)
-        service.pool.shutdown(cancel_futures=True)
+        for pool in (service.pool, service.video_pool):
+            pool.shutdown(cancel_futures=True)
 
     routes = [
         Route("/", _page),
@@ -122,9 +123,7 @@ def _prompt(service: Service) -> Endpoint:
     async def prompt(request: Request) -> Response:
         with contextlib.ExitStack() as stack:
             body = await read_body(request, lambda: _entered(service, stack))
-            loop = asyncio.get_running_loop()
-            parts = loop.run_in_executor(service.pool, answer.prompt_parts, service, body)
-            return JSONResponse(await unless_gone(request, parts))
+            return JSONResponse(await unless_gone(request, answer.prompt_parts(service, body)))
 
     return prompt
 

@@ -5,7 +5,7 @@ import binascii
 import re
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -138,6 +138,13 @@ def _picture(value: Any, name: str) -> Picture:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
 
 
+def opened(chat: Chat, format: Format) -> Chat:
+    """The same with its videos decoded. Raises Refused where one cannot be."""
+    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field))
+                  if isinstance(picture.content, Video) else picture for picture in chat.pictures)  # fmt: skip
+    return Chat(replace(chat.conversation, images=tuple(picture.content for picture in found)), found)
+
+
 def length(chat: Chat, format: Format, positions: int) -> int:
     """Positions of the prompt; no picture is decoded.
 
@@ -151,7 +158,7 @@ def length(chat: Chat, format: Format, positions: int) -> int:
         raise _too_long(f"a text of {characters:,} characters", positions)
     if len(chat.pictures) > positions:
         raise _too_long(f"{len(chat.pictures)} pictures", positions)
-    _check_pixels(chat, format)
+    _check_pixels(chat)
     try:
         tokens = len(encode(conversation, format, reply=True, open_images=False).tokens)
     except ValueError as error:
@@ -166,13 +173,8 @@ def _too_long(what: str, positions: int) -> Refused:
                    "fewer pictures", "messages", code="context_length_exceeded")  # fmt: skip
 
 
-def _check_pixels(chat: Chat, format: Format) -> None:
-    total = of_videos = 0
-    for picture in chat.pictures:
-        if isinstance(picture.content, Video):
-            of_videos += videos.pixels(picture.content, format, picture.field)
-            if of_videos > videos.MAX_ALL_PIXELS:
-                raise videos.too_large(f"{of_videos:,} pixels in the videos so far", picture.field)
+def _check_pixels(chat: Chat) -> None:
+    total = 0
     for content, field in _stills(chat):
         try:
             width, height = image_size(content)
@@ -189,8 +191,7 @@ def _stills(chat: Chat) -> Iterator[tuple[bytes, str]]:
     """Pictures, and the frames of videos that came as pictures, each with its field."""
     for content, field in chat.pictures:
         source = content.source if isinstance(content, Video) else (content,)
-        if not isinstance(source, bytes):
-            yield from ((still, field) for still in source)
+        yield from ((still, field) for still in source if isinstance(still, bytes))
 
 
 def prompt(chat: Chat, format: Format) -> Prompt:
