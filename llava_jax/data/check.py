@@ -367,7 +367,8 @@ def _limits(example: Example, checks: Checks) -> list[Problem]:
         return [Problem("too_many_images", f"{images} images for images_per_group={room}: set data.images_per_group="
                         f"{images}, or drop the record")]  # fmt: skip
     if not kept.learned[1:].any():
-        return [Problem("no_learned_tokens", f"{length}: no target is left of {int(example.learned.sum())}")]
+        remedy = ": raise data.row_tokens (and data.sample_tokens where it is set), or drop the record" if lost else ""
+        return [Problem("no_learned_tokens", f"{length}: no target is left of {int(example.learned.sum())}{remedy}")]
     return [Problem("cut", f"{length}: {lost} of {int(example.learned.sum())} targets are lost")] if lost else []
 
 

@@ -15,6 +15,7 @@ from llava_jax.convert.__main__ import main
 from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets, registry, siglip
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import config_from_json
@@ -163,6 +164,31 @@ def test_every_tiling_goes_through_the_original_format(base, tmp_path, tiles):
     np.testing.assert_array_equal(*newlines)
     importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "padded", options=PromptOptions(image_mode="pad"))
     assert model_json.read(tmp_path / "padded").prompt.tiling is None
+
+
+def test_a_checkpoint_of_tiles_without_its_newline_is_refused_by_name(base, tmp_path):
+    """Of Hugging Face's format, of the original one, and of our own."""
+    trained = tiled(base, tmp_path / "trained", Tiling(V16))
+    for name in ("hf", "llava"):
+        place = tmp_path / f"llava-{name}"
+        exporting.export(name, trained, place)
+        (path,) = (path for path in place.glob("*.safetensors") if "image_newline" in path.read_bytes()[:20_000].decode(
+            errors="ignore"))  # fmt: skip
+        tensors = {key: one for key, one in load_file(path).items() if "image_newline" not in key}
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(UnusableCheckpoint, match="image_newline is missing"):
+            importing.import_checkpoint(place, tmp_path / "again")
+    metadata = model_json.read(trained)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "0").symlink_to(base / "without" / "0")
+    model_json.write(bare, metadata, model_json.read_tokenizer_files(trained))
+    with pytest.raises(UnusableCheckpoint, match="image_newline"):
+        Assistant.open(bare)
+    wanting = dataclasses.replace(metadata, model=model_json.read(base / "without").model)
+    model_json.write(bare, wanting, model_json.read_tokenizer_files(trained))
+    with pytest.raises(UsageError, match="each line ends with image_newline, which this model has not"):
+        Assistant.open(bare)
 
 
 def test_a_newline_without_tiles_has_no_hugging_face_format(base, tmp_path):
