@@ -55,6 +55,11 @@ class Format:
         return self.video is not None or (self.tiling is not None and self.tiling.max_tiles > 0)
 
     @property
+    def time_stamps(self) -> bool:
+        """Whether a question says when a video's frames are; of a template of pictures alone no word is kept."""
+        return self.video is not None and self.video.time_stamps and not self.template.images_only
+
+    @property
     def frame_mode(self) -> str:
         """The image mode of a video's frames: with tiles each is squashed, as transformers' OneVision takes it."""
         return "squash" if self.tiling else self.image_mode
@@ -110,8 +115,8 @@ def encode(
         read; names the record.
     """
     name = f"record {conversation.id!r}"
-    rule = None if format.template.images_only else format.video  # where no word of a question is kept
-    chunks = _chunks(_pieces(time_stamps.stamped(conversation, rule, image_root), format, reply, name))
+    worded = time_stamps.stamped(conversation, format.video, image_root) if format.time_stamps else conversation
+    chunks = _chunks(_pieces(worded, format, reply, name))
     markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
         raise UsageError(

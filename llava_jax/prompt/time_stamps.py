@@ -10,8 +10,8 @@ from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Video
 from llava_jax.prompt.video import FrameRule
 
 
-def stamped(conversation: Conversation, rule: FrameRule | None, root: epath.PathLike | None = None) -> Conversation:
-    """The conversation with a line of `sentence` behind the marker of each video, where the rule wants them.
+def stamped(conversation: Conversation, rule: FrameRule, root: epath.PathLike | None = None) -> Conversation:
+    """The conversation with a line of `sentence` behind the marker of each video.
 
         "<image>\\nWhere?" -> "<image>\\nThe video lasts for 2.00 seconds, and ... related to this video.\\n\\nWhere?"
 
@@ -24,7 +24,7 @@ def stamped(conversation: Conversation, rule: FrameRule | None, root: epath.Path
     Raises:
       ValueError: a video cannot be read, or nothing says its times; names the record.
     """
-    if rule is None or not (rule.time_stamps and any(isinstance(one, Video) for one in conversation.images)):
+    if not any(isinstance(one, Video) for one in conversation.images):
         return conversation
     try:
         found = [sentence(one, rule, root) + "\n" if isinstance(one, Video) else None for one in conversation.images]

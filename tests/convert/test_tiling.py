@@ -19,7 +19,7 @@ from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets, registry, siglip
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import config_from_json
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.anyres import Tiling
 from tests.convert import adapters, tiny
 
@@ -69,6 +69,18 @@ def test_what_is_written_is_read_as_it_was(tiles, kind):
     content = {"model_type": kind, **tiling.hub_json(tiles, 336)}
     assert tiling.read_hub(content, "here", 336) == tiles
     assert tiling.read_original(tiling.original_json(tiles, 336), "here", 336) == tiles
+
+
+def test_time_stamps_of_videos_go_through_the_original_format():
+    """LLaVA-NeXT keeps `add_time_instruction` of a training in config.json."""
+    tiles = Tiling(V16, max_tiles=3, several=False)
+    for stamps, keys in ((True, {"add_time_instruction": True}), (False, {})):
+        rule = dataclasses.replace(video.RELEASED, time_stamps=stamps)
+        content = tiling.original_video_json(video.to_json(rule))
+        assert content == tiling.ORIGINAL_VIDEO | keys
+        assert tiling.frame_rule(content, tiles) == rule
+    assert tiling.frame_rule({"add_time_instruction": False}, tiles) == video.RELEASED
+    assert tiling.original_video_json(None) == {}
 
 
 @pytest.mark.parametrize("tiles, message", [

@@ -112,15 +112,16 @@ def test_a_picture_of_an_absurd_aspect_is_refused_by_id(tmp_path):
     source = write(tmp_path, [(1, 5000), *SIZES[1:]])
     assert index.sizes(source, FORMAT)[:, 1].tolist() == [0, 5, 3]
     found = refusals(source, 400, 11)
-    assert found.reason == "bad_image" and "1 x 5000 pixels, one side more than 200 times the other: cut" in found.detail
+    assert found.reason == "bad_image"
+    assert "1 x 5000 pixels, one side more than 200 times the other: cut it" in found.detail
 
 
 def test_more_tiles_than_a_pool_or_a_row_holds_name_the_key_to_raise(tmp_path):
     source = write(tmp_path, [(50, 52), (60, 20), (20, 60)])
     tokens = index.sizes(source, FORMAT)[:, 0]
     found = refusals(source, 400, 4)
-    assert (found.reason, found.detail) == (
-        "too_many_images", "5 images for images_per_group=4: set data.images_per_group=5, or drop the record")  # fmt: skip
+    assert found.reason == "too_many_images"
+    assert found.detail == "5 images for images_per_group=4: set data.images_per_group=5, or drop the record"
     assert tokens[0] > tokens[1:].max()
     found = refusals(source, int(tokens[1:].max()), 11)
     assert found.reason == "no_learned_tokens"

@@ -1,5 +1,6 @@
 """Records with videos: read in every form, measured without decoding, planned exactly, refused alike by all."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -155,6 +156,20 @@ def test_validate_refuses_what_training_refuses(folder):
                            threads=1, order="sequential", skip_budget=0.0, one_pass=True)))  # fmt: skip
 
 
+def test_validate_refuses_videos_without_times_where_the_prompt_says_them(folder):
+    source = open_source(folder / "good.json", folder)
+    stamped = dataclasses.replace(FORMAT, video=FrameRule(4, time_stamps=True))
+    verdicts = list(validate(source, Checks(rules_of(stamped), stamped, 400, 14), open_images=True))
+    assert [one.index for one in verdicts if one.fatal] == [2]
+    assert "a folder of frames, or a file without a frame rate, has no times" in verdicts[2].findings[0].detail
+    feed = Pipeline(sources=[source], format=stamped, batch_samples=5, row_tokens=400, images_per_group=14, threads=1,
+                    order="sequential", skip_budget=0.2, one_pass=True)  # fmt: skip
+    batch, _ = next(iter(feed))
+    assert np.flatnonzero(batch.weights.sum(1) == 0).tolist() == [2]
+    assert index.sizes(source, stamped)[2].tolist() == [0, 0]
+    assert (index.sizes(source, stamped)[:2, 0] > index.sizes(source, FORMAT)[:2, 0] + 50).all()
+
+
 def test_a_run_without_a_rule_names_the_key_to_set(folder):
     source = open_source(folder / "good.json", folder)
     verdicts = validate(source, Checks(rules_of(BLIND), BLIND, 260, 14))
@@ -179,7 +194,7 @@ def test_parquet_holds_videos_as_bytes(folder, tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert index.sizes(source, FORMAT)[0, 1] == 4
-    assert not check_pictures(source[0].conversation, None, FORMAT.video)
+    assert not check_pictures(source[0].conversation, None, FORMAT)
 
 
 def test_a_parquet_of_data_sets_holds_several_videos_of_a_record(folder, tmp_path):

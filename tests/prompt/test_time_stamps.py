@@ -98,7 +98,6 @@ def test_each_of_several_videos_has_its_own_and_pictures_and_letters_have_none(c
         f"A <image>\n{SENTENCE}\n, <image> or <image>\n{second}\n?", "Yes.", "<image>"]  # fmt: skip
     for talk in (Conversation(turns[:1], (still,)), Conversation((Turn("user", "the letters <image>"),))):
         assert time_stamps.stamped(talk, STAMPED) is talk
-    assert time_stamps.stamped(Conversation(turns, (clip,)), FrameRule(4)).turns == turns
 
 
 def test_frames_without_times_are_refused_by_id(tmp_path):
