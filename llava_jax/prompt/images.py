@@ -171,7 +171,7 @@ def _pad(image: Image.Image, size: int, border: tuple[int, ...], filter: Image.R
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side), border)
-    if not left:
+    if image.width == side:
         narrow.paste(image.resize((size, image.height), filter), (0, top))
         return narrow.resize((size, size), filter)
     for row in range(0, image.height, _STRIP_ROWS):

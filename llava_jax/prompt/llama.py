@@ -114,7 +114,7 @@ class LlamaTokenizer(HasWords):
 
     @functools.cached_property
     def _width(self) -> Callable[[int], int]:
-        """Id -> the bytes of text that it stands for: one for a byte piece ("<0xE7>") of a character without its own."""
+        """Id -> the bytes of text that it stands for: one for a byte piece ("<0xE7>")."""
 
         @functools.cache
         def width(number: int) -> int:
