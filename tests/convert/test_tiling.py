@@ -10,7 +10,7 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, importing, llava, peft_import, table, tiling
+from llava_jax.convert import exporting, importing, llava, peft_import, readme, table, tiling
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.convert.importing import PromptOptions
@@ -81,6 +81,13 @@ def test_time_stamps_of_videos_go_through_the_original_format():
         assert tiling.frame_rule(content, tiles) == rule
     assert tiling.frame_rule({"add_time_instruction": False}, tiles) == video.RELEASED
     assert tiling.original_video_json(None) == {}
+
+
+def test_a_readme_of_an_export_says_that_no_chat_template_writes_time_stamps():
+    prompt = model_json.PromptMetadata("qwen_2", None, "pad", False, video={"frames": 4, "fps": 0.0})
+    stamped = dataclasses.replace(prompt, video=dict(prompt.video, time_stamps=True))
+    plain, found = (readme.hub(presets.get("tiny"), one, "out", True) for one in (prompt, stamped))
+    assert "The\nvideo lasts for 2.00 seconds" in found and "lasts for" not in plain
 
 
 @pytest.mark.parametrize("tiles, message", [
