@@ -189,9 +189,9 @@ def _check_pixels(chat: Chat) -> None:
 
 def _stills(chat: Chat) -> Iterator[tuple[bytes, str]]:
     """Pictures, and the frames of videos that came as pictures, each with its field."""
-    for content, field in chat.pictures:
-        source = content.source if isinstance(content, Video) else (content,)
-        yield from ((still, field) for still in source if isinstance(still, bytes))
+    for picture in chat.pictures:
+        source = picture.content.source if isinstance(picture.content, Video) else (picture.content,)
+        yield from ((still, picture.field) for still in source if isinstance(still, bytes))
 
 
 def prompt(chat: Chat, format: Format) -> Prompt:
@@ -202,7 +202,7 @@ def prompt(chat: Chat, format: Format) -> Prompt:
                 return prompt_of(encode(chat.conversation, format, reply=True))
         return prompt_of(encode(chat.conversation, format, reply=True))
     except ValueError as error:
-        field = next((field for content, field in chat.pictures if not _opens(content, format)), "messages")
+        field = next((one.field for one in chat.pictures if not _opens(one.content, format)), "messages")
         raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
 
 
