@@ -26,7 +26,10 @@ READERS = 2  # threads that read bodies and decode pictures
 
 @dataclass(frozen=True)
 class Service:
-    """What all requests share. name: of the model. slots: answers at once. positions: of prompt and answer together."""
+    """What all requests share. name: of the model. slots: answers at once. positions: of prompt and answer together.
+
+    pool: reads bodies and decodes pictures. video_pool: one thread, so that a video never keeps other requests waiting.
+    """
 
     name: str
     format: Format
@@ -36,6 +39,7 @@ class Service:
     load: Load
     metrics: Metrics
     pool: ThreadPoolExecutor
+    video_pool: ThreadPoolExecutor
 
 
 @dataclass(frozen=True)
@@ -126,40 +130,55 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
     Raises:
       Refused: names the field, or the server is full (429). Ended.
     """
-    loop = asyncio.get_running_loop()
-    query = await loop.run_in_executor(service.pool, read, service, chat, body)
+    query = await read(service, chat, body)
     lease.take("requests", query.values["n"] - 1)
     lease.take("tokens", query.tokens + query.limit * query.values["n"])
     prompt = query.source
     if isinstance(prompt, messages.Chat):
-        prompt = await loop.run_in_executor(service.pool, messages.prompt, prompt, service.format)
+        run = asyncio.get_running_loop().run_in_executor
+        prompt = await run(service.pool, messages.prompt, prompt, service.format)
     lease.give_back("bytes")
     return Answer(service, query, prompt, arrival)
 
 
-def read(service: Service, chat: bool, body: bytes) -> Query:
-    """The request in a body. Raises Refused."""
+async def read(service: Service, chat: bool, body: bytes) -> Query:
+    """The request in a body; its videos are decoded, as their length is that of the prompt. Raises Refused."""
+    run = asyncio.get_running_loop().run_in_executor
+    values, source = await run(service.pool, _parsed, service, chat, body)
+    if isinstance(source, messages.Chat):
+        if source.has_video:
+            source = await run(service.video_pool, messages.opened, source, service.format)
+        tokens = await run(service.pool, messages.length, source, service.format, service.positions)
+    else:
+        tokens = len(source.tokens)
+    most = values["max_tokens"]
+    if chat and values["max_completion_tokens"] is not None:
+        most = values["max_completion_tokens"]
+    limit = min(NEW_TOKENS if most is None else most, service.positions - tokens)
+    return Query(chat, values, source, tokens, limit)
+
+
+def _parsed(service: Service, chat: bool, body: bytes) -> tuple[dict[str, Any], messages.Chat | Prompt]:
+    """The values of a body's fields, and its prompt."""
     values = fields.read(body, fields.CHAT, "messages") if chat else fields.read(body, fields.TEXT, "prompt")
     if values["model"] not in (None, service.name):
         raise Refused(f"model={values['model'][: fields.SHOWN]!r}: this server has {service.name!r}", "model", 404,
                       "model_not_found")  # fmt: skip
     if chat:
         source = messages.read(values["messages"])
-        tokens = messages.length(source, service.format, service.positions)
     else:
         source = messages.raw_prompt(values["prompt"], service.format, service.positions)
-        tokens = len(source.tokens)
-    most = values["max_tokens"]
-    if chat and values["max_completion_tokens"] is not None:
-        most = values["max_completion_tokens"]
-    limit = min(NEW_TOKENS if most is None else most, service.positions - tokens)
-    return Query(chat, values | {"messages": None}, source, tokens, limit)
+    return values | {"messages": None}, source
 
 
-def prompt_parts(service: Service, body: bytes) -> dict[str, Any]:
+async def prompt_parts(service: Service, body: bytes) -> dict[str, Any]:
     """The prompt of a chat's body as the model reads it: ids, their texts, and where pictures stand. Raises Refused."""
-    source = read(service, True, body).source
-    example = encode(source.conversation, service.format, reply=True, open_images=False)
+    query = await read(service, True, body)
+    return await asyncio.get_running_loop().run_in_executor(service.pool, _parts, service, query.source)
+
+
+def _parts(service: Service, chat: messages.Chat) -> dict[str, Any]:
+    example = encode(chat.conversation, service.format, reply=True, open_images=False)
     starts = {span.start: span.length for span in example.image_spans}
     parts, at = list[dict[str, Any]](), 0
     while at < len(example.tokens):

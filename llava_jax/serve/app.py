@@ -22,6 +22,7 @@ from llava_jax.serve.worker import Ended
 Endpoint = Callable[[Request], Awaitable[Response]]
 # The page's script and styles are in it; it may connect to this server alone.
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+           "media-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 
 _HEADERS = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
@@ -57,7 +58,8 @@ def app(service: Service, key: bytes | None, hosts: tuple[str, ...] | None, on_f
         service.worker.start(asyncio.get_running_loop(), on_failure)
         yield
         await asyncio.to_thread(service.worker.stop)
-        service.pool.shutdown(cancel_futures=True)
+        for pool in (service.pool, service.video_pool):
+            pool.shutdown(cancel_futures=True)
 
     routes = [
         Route("/", _page),
@@ -104,8 +106,9 @@ def _metrics(service: Service) -> Endpoint:
 
 
 def _models(service: Service) -> Endpoint:
+    kinds = ["text", "image"] + ["video"] * (service.format.video is not None)
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "llava_jax",
-             "max_model_len": service.positions}  # fmt: skip
+             "max_model_len": service.positions, "input_modalities": kinds}  # fmt: skip
 
     async def models(request: Request) -> Response:
         name = request.path_params.get("name")
@@ -120,9 +123,7 @@ def _prompt(service: Service) -> Endpoint:
     async def prompt(request: Request) -> Response:
         with contextlib.ExitStack() as stack:
             body = await read_body(request, lambda: _entered(service, stack))
-            loop = asyncio.get_running_loop()
-            parts = loop.run_in_executor(service.pool, answer.prompt_parts, service, body)
-            return JSONResponse(await unless_gone(request, parts))
+            return JSONResponse(await unless_gone(request, answer.prompt_parts(service, body)))
 
     return prompt
 

@@ -4,16 +4,18 @@ import base64
 import binascii
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.errors import UsageError
 from llava_jax.generate.pages import Prompt, prompt_of
-from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
+from llava_jax.prompt.encode import Format, encode, pictures
 from llava_jax.prompt.images import image_size
+from llava_jax.serve import videos
 from llava_jax.serve.fields import Refused, refuse
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -28,9 +30,9 @@ _large = threading.Lock()
 
 
 class Picture(NamedTuple):
-    """A picture of the messages and where it stands in them, for errors."""
+    """A picture or video of the messages and where it stands in them, for errors."""
 
-    content: bytes
+    content: bytes | Video
     field: str
 
 
@@ -40,6 +42,10 @@ class Chat:
 
     conversation: Conversation
     pictures: tuple[Picture, ...]
+
+    @property
+    def has_video(self) -> bool:
+        return any(isinstance(picture.content, Video) for picture in self.pictures)
 
 
 def read(messages: list[Any]) -> Chat:
@@ -99,8 +105,11 @@ def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | 
         elif kind == "image_url" and role == "user":
             words.append(None)
             pictures.append(_picture(part.get("image_url"), f"{place}.image_url"))
+        elif kind == "video_url" and role == "user":
+            words.append(None)
+            pictures.append(Picture(videos.read(part.get("video_url"), f"{place}.video_url"), f"{place}.video_url.url"))
         else:
-            kinds = "a part of type text" + " or image_url" * (role == "user")
+            kinds = "a part of type text" + ", image_url or video_url" * (role == "user")
             refuse(f"{place}.text" if kind == "text" else place, part, kinds)
     return words, pictures
 
@@ -127,6 +136,13 @@ def _picture(value: Any, name: str) -> Picture:
         return Picture(base64.b64decode(url[match.end() :], validate=True), name)
     except (binascii.Error, ValueError) as error:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
+
+
+def opened(chat: Chat, format: Format) -> Chat:
+    """The same with its videos decoded. Raises Refused where one cannot be."""
+    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field))
+                  if isinstance(picture.content, Video) else picture for picture in chat.pictures)  # fmt: skip
+    return Chat(replace(chat.conversation, images=tuple(picture.content for picture in found)), found)
 
 
 def length(chat: Chat, format: Format, positions: int) -> int:
@@ -159,28 +175,42 @@ def _too_long(what: str, positions: int) -> Refused:
 
 def _check_pixels(chat: Chat) -> None:
     total = 0
-    for picture in chat.pictures:
+    for content, field in _stills(chat):
         try:
-            width, height = image_size(picture.content)
+            width, height = image_size(content)
         except ValueError as error:
-            raise Refused(f"{picture.field}: {error}", picture.field) from None
+            raise Refused(f"{field}: {error}", field) from None
         total += width * height
-        most = MAX_WEBP_PIXELS if picture.content[8:12] == b"WEBP" else MAX_PIXELS
+        most = MAX_WEBP_PIXELS if content[8:12] == b"WEBP" else MAX_PIXELS
         if width * height > most or total > MAX_ALL_PIXELS:
-            raise Refused(f"{picture.field}: {width} x {height} pixels, want at most {most:,} a picture and "
-                          f"{MAX_ALL_PIXELS:,} in all: resize it", picture.field)  # fmt: skip
+            raise Refused(f"{field}: {width} x {height} pixels, want at most {most:,} a picture and "
+                          f"{MAX_ALL_PIXELS:,} in all: resize it", field)  # fmt: skip
+
+
+def _stills(chat: Chat) -> Iterator[tuple[bytes, str]]:
+    """Pictures, and the frames of videos that came as pictures, each with its field."""
+    for content, field in chat.pictures:
+        source = content.source if isinstance(content, Video) else (content,)
+        yield from ((still, field) for still in source if isinstance(still, bytes))
 
 
 def prompt(chat: Chat, format: Format) -> Prompt:
     """The prompt with its pictures decoded. Raises Refused where one is damaged."""
     try:
-        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in chat.pictures):
+        if any(np.prod(image_size(content)) > LARGE_PIXELS for content, _ in _stills(chat)):
             with _large:
                 return prompt_of(encode(chat.conversation, format, reply=True))
         return prompt_of(encode(chat.conversation, format, reply=True))
     except ValueError as error:
-        field = chat.pictures[0].field if len(chat.pictures) == 1 else "messages"
+        field = next((field for content, field in chat.pictures if not _opens(content, format)), "messages")
         raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
+
+
+def _opens(content: bytes | Video, format: Format) -> bool:
+    try:
+        return bool(list(pictures((content,), format)))
+    except ValueError:
+        return False
 
 
 def raw_prompt(text: str, format: Format, positions: int) -> Prompt:

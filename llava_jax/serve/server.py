@@ -37,7 +37,8 @@ def of_assistant(assistant: Assistant, name: str, slots: int, queue: int, most_p
     ready = scheduler.of_assistant(assistant, slots, positions)
     load = Load(slots + queue, QUEUE_ROWS * slots * positions)
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
-    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool)
+    videos = ThreadPoolExecutor(1, thread_name_prefix="videos")
+    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool, videos)
 
 
 def config(application: object, drain_secs: int) -> uvicorn.Config:
