@@ -160,8 +160,8 @@ class Lease:
             self._taken[kind] = 0
 
 
-async def read_body(request: Request, enter: Callable[[], Lease]) -> bytes:
-    """The body of a request, counted while it comes.
+async def read_body(request: Request, enter: Callable[[], Lease]) -> tuple[bytes, Lease]:
+    """The body of a request, counted while it comes, and the request's lease.
 
     What is refused is taken in and forgotten: a response that is sent before is lost when the connection ends.
 
@@ -192,7 +192,7 @@ async def read_body(request: Request, enter: Callable[[], Lease]) -> bytes:
             refused, body = error, bytearray()
     if refused is not None:
         raise refused
-    return bytes(body)
+    return bytes(body), lease
 
 
 def _check_type(request: Request) -> None:

@@ -232,6 +232,7 @@ def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_e
         (["--api-key-file", "nowhere"], 64, "--api-key-file nowhere: no such file"),
         (["--api-key-file", "short"], 64, "want a key of at least 8"),
         (["--checkpoint", "nowhere"], 66, "nowhere: there is no such checkpoint"),
+        (["--picture-hosts", "example.com,localhost"], 64, "--picture-hosts 'localhost': want names such as"),
         (["--host", "256.1.1.1"], 64, "256.1.1.1"),
         (["--weights", "int8", "--checkpoint", "model"], 64, "weights int8: on a CPU"),
     ],
