@@ -3,8 +3,11 @@
 import asyncio
 import concurrent.futures
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import pytest
 from llava_jax.serve import __main__ as command
 from llava_jax.serve import guards, server
 from tests.generate import tiny
+from tests.ports import free_port
 from tests.serve.running import KEY, part, running, spawned, user
 
 LONG = {"messages": [{"role": "user", "content": "Tell me a long story"}], "max_tokens": 400, "temperature": 0,
@@ -245,6 +249,18 @@ def test_what_cannot_be_served_is_one_line_at_start(tmp_path, monkeypatch, capsy
     assert command.main(given) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_several_processes_are_refused_by_each_of_them(tmp_path):
+    settings = os.environ | {"LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+                             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}  # fmt: skip
+    words = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", str(tmp_path), "--port", "0"]
+    both = [subprocess.Popen(words, env=settings | {"JAX_PROCESS_ID": str(number)}, stderr=subprocess.PIPE, text=True)
+            for number in range(2)]  # fmt: skip
+    for one in both:
+        error = one.communicate(timeout=120)[1]
+        assert one.returncode == 64 and error.count("\n") == 1
+        assert "start one on each host, without LLAVA_JAX_MULTIHOST=1, and a load balancer" in error
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path, capsys):
