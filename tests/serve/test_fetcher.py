@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import replace
 
+import httpx2
 import pytest
 
 from llava_jax.errors import UsageError
@@ -152,6 +153,14 @@ def test_bytes_and_time_are_counted_while_they_come(served, internet, monkeypatc
     assert time.monotonic() - start < 10
     found = ask(served, *(f"http://{HOST}/{number}" for number in range(17)))
     assert found.status_code == 400 and "17 addresses of pictures" in found.json()["error"]["message"]
+
+
+def test_a_client_that_goes_while_its_picture_comes_leaves_nothing_behind(served, internet):
+    internet.pages["/a.png"] = lambda _: time.sleep(3)
+    body = {"messages": [user("What is it?", {"type": "image_url", "image_url": {"url": URL}})]}
+    with pytest.raises(httpx2.ReadTimeout):
+        httpx2.post(served.url + "/v1/chat/completions", json=body, timeout=0.5)
+    assert internet.seen and served.idle(2)
 
 
 def test_pictures_are_fetched_by_few_at_once(served, internet):
