@@ -156,7 +156,10 @@ class Fetcher:
             content = await self._get(*place, count)
             if isinstance(content, bytes):
                 return content
-            url = urljoin(url, content)
+            try:
+                url = urljoin(url, content)
+            except ValueError:  # of brackets that enclose no address
+                raise _Lost("it redirects to what is no address") from None
         raise _Lost(f"it redirects more than {MAX_REDIRECTS} times")
 
     async def _get(self, host: Host, path: str, count: Callable[[int], None]) -> bytes | str:

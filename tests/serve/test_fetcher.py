@@ -81,6 +81,8 @@ def test_a_picture_by_address_is_answered_as_its_bytes_are(served, internet):
     assert by_address.json()["choices"] == by_bytes.json()["choices"]
     assert by_address.json()["usage"]["prompt_tokens"] == by_bytes.json()["usage"]["prompt_tokens"]
     assert internet.seen == [("/a.png", HOST), ("/b.png?size=1", HOST)]  # each once
+    letters = "".join(map(chr, range(33, 127))).replace("#", "").replace("\\", "")
+    assert "no HTTP" in refusal(served, f"http://{HOST}/{letters}") and len(internet.seen) == 3  # there is no such page
     prompts = [ask(served, url, path="/v1/prompt").json()["ids"] for url in (URL, data_url(0))]
     assert prompts[0] == prompts[1] and served.idle()
 
@@ -108,10 +110,10 @@ def test_redirects_are_followed_three_times_and_each_is_checked(served, internet
     before = len(internet.dialled)
     for place in ("http://127.0.0.1/", "https://example.com/", "//localhost/", "file:///etc/passwd", "ftp://a/",
                   "\\\\a", f"http://{HOST}:81/", f"http://me@{HOST}/", f"https://{HOST}/", "http://169.254.169.254/",
-                  ):  # fmt: skip
+                  "http://[::1/", "http://[a]/", "//[", "\xe9"):  # fmt: skip
         internet.shows("/a.png", b"", 301, Location=place)
         assert "redirects to" in refusal(served)
-    assert len(internet.dialled) == before + 10  # the host itself, and nothing else
+    assert len(internet.dialled) == before + 14  # the host itself, and nothing else
 
 
 def test_an_answer_that_is_no_picture_is_refused(served, internet):
