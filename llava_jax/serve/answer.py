@@ -30,7 +30,8 @@ READERS = 2  # threads that read bodies and decode pictures
 class Service:
     """What all requests share.
 
-    name: of the model. slots: answers at once. positions: of prompt and answer together. fetcher: of pictures by
+    name: of the model. slots: answers at once. positions: of prompt and answer together. pool: reads bodies and decodes
+    pictures. video_pool: one thread, so that a video never keeps other requests waiting. fetcher: of pictures by
     address; None: there are none.
     """
 
@@ -42,6 +43,7 @@ class Service:
     load: Load
     metrics: Metrics
     pool: ThreadPoolExecutor
+    video_pool: ThreadPoolExecutor
     fetcher: Fetcher | None
 
 
@@ -145,13 +147,19 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
 
 
 async def read(service: Service, chat: bool, body: bytes, lease: Lease) -> Query:
-    """The request in a body; pictures by address are fetched, and count as a part of the body. Raises Refused."""
-    run = functools.partial(asyncio.get_running_loop().run_in_executor, service.pool)
-    values, source = await run(_parsed, service, chat, body)
+    """The request in a body.
+
+    Pictures by address are fetched, and count as a part of the body; videos are decoded, as their length is that of the
+    prompt. Raises Refused.
+    """
+    run = asyncio.get_running_loop().run_in_executor
+    values, source = await run(service.pool, _parsed, service, chat, body)
     if isinstance(source, messages.Chat):
         if service.fetcher is not None and (urls := source.urls()):
             source = source.with_fetched(await service.fetcher.fetch(urls, functools.partial(lease.take, "bytes")))
-        tokens = await run(messages.length, source, service.format, service.positions)
+        if source.has_video:
+            source = await run(service.video_pool, messages.opened, source, service.format)
+        tokens = await run(service.pool, messages.length, source, service.format, service.positions)
     else:
         tokens = len(source.tokens)
     most = values["max_tokens"]

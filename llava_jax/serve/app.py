@@ -22,6 +22,7 @@ from llava_jax.serve.worker import Ended
 Endpoint = Callable[[Request], Awaitable[Response]]
 # The page's script and styles are in it; it may connect to this server alone, and show the pictures that this fetches.
 _POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src {}; "
+           "media-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 
 _HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
@@ -57,7 +58,8 @@ def app(service: Service, key: bytes | None, hosts: tuple[str, ...] | None, on_f
         service.worker.start(asyncio.get_running_loop(), on_failure)
         yield
         await asyncio.to_thread(service.worker.stop)
-        service.pool.shutdown(cancel_futures=True)
+        for pool in (service.pool, service.video_pool):
+            pool.shutdown(cancel_futures=True)
         if service.fetcher is not None:
             await service.fetcher.close()
 
@@ -116,8 +118,10 @@ def _metrics(service: Service) -> Endpoint:
 
 
 def _models(service: Service) -> Endpoint:
+    kinds = ["text", "image"] + ["video"] * (service.format.video is not None)
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "llava_jax",
-             "max_model_len": service.positions, "picture_hosts": _origins(service)}  # fmt: skip
+             "max_model_len": service.positions, "input_modalities": kinds,
+             "picture_hosts": _origins(service)}  # fmt: skip
 
     async def models(request: Request) -> Response:
         name = request.path_params.get("name")

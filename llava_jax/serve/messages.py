@@ -5,7 +5,7 @@ import base64
 import binascii
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -13,9 +13,10 @@ import numpy as np
 
 from llava_jax.errors import UsageError
 from llava_jax.generate.pages import Prompt, prompt_of
-from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
+from llava_jax.prompt.encode import Format, encode, pictures
 from llava_jax.prompt.images import image_size
+from llava_jax.serve import videos
 from llava_jax.serve.fetcher import Fetcher
 from llava_jax.serve.fields import Refused, refuse
 
@@ -31,9 +32,9 @@ _large = threading.Lock()
 
 
 class Picture(NamedTuple):
-    """A picture of the messages and where it stands in them, for errors. url: where it is to be fetched from, or ""."""
+    """A picture or video of the messages and where it stands in them, for errors. url: where it is, if not here yet."""
 
-    content: bytes
+    content: bytes | Video
     field: str
     url: str = ""
 
@@ -45,6 +46,10 @@ class Chat:
     conversation: Conversation
     pictures: tuple[Picture, ...]
 
+    @property
+    def has_video(self) -> bool:
+        return any(isinstance(picture.content, Video) for picture in self.pictures)
+
     def urls(self) -> dict[str, str]:
         """The addresses of pictures that are to be fetched, and the field of each."""
         return {picture.url: picture.field for picture in reversed(self.pictures) if picture.url}
@@ -55,7 +60,7 @@ class Chat:
         return Chat(replace(self.conversation, images=tuple(one.content for one in pictures)), pictures)
 
 
-def read(messages: list[Any], fetcher: Fetcher | None) -> Chat:
+def read(messages: list[Any], fetcher: Fetcher | None = None) -> Chat:
     """The conversation of a list of messages.
 
     A message's parts are joined by line ends, a picture standing as the marker where it is. A conversation of one
@@ -116,8 +121,11 @@ def _content(
         elif kind == "image_url" and role == "user":
             words.append(None)
             pictures.append(_picture(part.get("image_url"), f"{place}.image_url", fetcher))
+        elif kind == "video_url" and role == "user":
+            words.append(None)
+            pictures.append(Picture(videos.read(part.get("video_url"), f"{place}.video_url"), f"{place}.video_url.url"))
         else:
-            kinds = "a part of type text" + " or image_url" * (role == "user")
+            kinds = "a part of type text" + ", image_url or video_url" * (role == "user")
             refuse(f"{place}.text" if kind == "text" else place, part, kinds)
     return words, pictures
 
@@ -147,6 +155,13 @@ def _picture(value: Any, name: str, fetcher: Fetcher | None) -> Picture:
         return Picture(base64.b64decode(url[match.end() :], validate=True), name)
     except (binascii.Error, ValueError) as error:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
+
+
+def opened(chat: Chat, format: Format) -> Chat:
+    """The same with its videos decoded. Raises Refused where one cannot be."""
+    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field))
+                  if isinstance(picture.content, Video) else picture for picture in chat.pictures)  # fmt: skip
+    return Chat(replace(chat.conversation, images=tuple(picture.content for picture in found)), found)
 
 
 def length(chat: Chat, format: Format, positions: int) -> int:
@@ -179,28 +194,42 @@ def _too_long(what: str, positions: int) -> Refused:
 
 def _check_pixels(chat: Chat) -> None:
     total = 0
-    for picture in chat.pictures:
+    for content, field in _stills(chat):
         try:
-            width, height = image_size(picture.content)
+            width, height = image_size(content)
         except ValueError as error:
-            raise Refused(f"{picture.field}: {error}", picture.field) from None
+            raise Refused(f"{field}: {error}", field) from None
         total += width * height
-        most = MAX_WEBP_PIXELS if picture.content[8:12] == b"WEBP" else MAX_PIXELS
+        most = MAX_WEBP_PIXELS if content[8:12] == b"WEBP" else MAX_PIXELS
         if width * height > most or total > MAX_ALL_PIXELS:
-            raise Refused(f"{picture.field}: {width} x {height} pixels, want at most {most:,} a picture and "
-                          f"{MAX_ALL_PIXELS:,} in all: resize it", picture.field)  # fmt: skip
+            raise Refused(f"{field}: {width} x {height} pixels, want at most {most:,} a picture and "
+                          f"{MAX_ALL_PIXELS:,} in all: resize it", field)  # fmt: skip
+
+
+def _stills(chat: Chat) -> Iterator[tuple[bytes, str]]:
+    """Pictures, and the frames of videos that came as pictures, each with its field."""
+    for content, field, _ in chat.pictures:
+        source = content.source if isinstance(content, Video) else (content,)
+        yield from ((still, field) for still in source if isinstance(still, bytes))
 
 
 def prompt(chat: Chat, format: Format) -> Prompt:
     """The prompt with its pictures decoded. Raises Refused where one is damaged."""
     try:
-        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in chat.pictures):
+        if any(np.prod(image_size(content)) > LARGE_PIXELS for content, _ in _stills(chat)):
             with _large:
                 return prompt_of(encode(chat.conversation, format, reply=True))
         return prompt_of(encode(chat.conversation, format, reply=True))
     except ValueError as error:
-        field = chat.pictures[0].field if len(chat.pictures) == 1 else "messages"
+        field = next((field for content, field, _ in chat.pictures if not _opens(content, format)), "messages")
         raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
+
+
+def _opens(content: bytes | Video, format: Format) -> bool:
+    try:
+        return bool(list(pictures((content,), format)))
+    except ValueError:
+        return False
 
 
 def raw_prompt(text: str, format: Format, positions: int) -> Prompt:

@@ -41,8 +41,9 @@ def of_assistant(assistant: Assistant, name: str, slots: int, queue: int, most_p
     ready = scheduler.of_assistant(assistant, slots, positions)
     load = Load(slots + queue, QUEUE_ROWS * slots * positions)
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
+    videos = ThreadPoolExecutor(1, thread_name_prefix="videos")
     pictures = fetcher.Fetcher(hosts) if hosts else None
-    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool, pictures)
+    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool, videos, pictures)
 
 
 def config(application: object, drain_secs: int) -> uvicorn.Config:

@@ -58,9 +58,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any = None) -> Iterator[Running]:
-    """A server; `make` changes its service before it starts."""
-    service = server.of_assistant(tiny.assistant(), "llava-jax", slots, queue, POSITIONS)
+def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any = None,
+            assistant: Any = None) -> Iterator[Running]:  # fmt: skip
+    """A server; `make` changes its service before it starts. assistant: whose model it is; None: the tiny one."""
+    service = server.of_assistant(assistant or tiny.assistant(), "llava-jax", slots, queue, POSITIONS)
     service = make(service) if make else service
     listener = socket.create_server(("127.0.0.1", 0))
     hosts = None if key else HOSTS
