@@ -1,10 +1,11 @@
-"""OpenAI's messages to a `Conversation`, and to the prompt that the model reads; pictures are data: URLs."""
+"""OpenAI's messages to a `Conversation`, and to the prompt that the model reads; pictures are data: URLs, or addresses
+where the server fetches some."""
 
 import base64
 import binascii
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Vide
 from llava_jax.prompt.encode import Format, encode, pictures
 from llava_jax.prompt.images import image_size
 from llava_jax.serve import videos
+from llava_jax.serve.fetcher import Fetcher
 from llava_jax.serve.fields import Refused, refuse
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -30,10 +32,11 @@ _large = threading.Lock()
 
 
 class Picture(NamedTuple):
-    """A picture or video of the messages and where it stands in them, for errors."""
+    """A picture or video of the messages and where it stands in them, for errors. url: where it is, if not here yet."""
 
     content: bytes | Video
     field: str
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,23 @@ class Chat:
     def has_video(self) -> bool:
         return any(isinstance(picture.content, Video) for picture in self.pictures)
 
+    def urls(self) -> dict[str, str]:
+        """The addresses of pictures that are to be fetched, and the field of each."""
+        return {picture.url: picture.field for picture in reversed(self.pictures) if picture.url}
 
-def read(messages: list[Any]) -> Chat:
+    def with_fetched(self, contents: Mapping[str, bytes]) -> "Chat":
+        """The same with the content of each address."""
+        pictures = tuple(Picture(contents.get(one.url, one.content), one.field) for one in self.pictures)
+        return Chat(replace(self.conversation, images=tuple(one.content for one in pictures)), pictures)
+
+
+def read(messages: list[Any], fetcher: Fetcher | None = None) -> Chat:
     """The conversation of a list of messages.
 
     A message's parts are joined by line ends, a picture standing as the marker where it is. A conversation of one
     picture shows it before its message's text, as LLaVA does; several stand in place.
+
+    fetcher: decides which addresses may be fetched; None: no address.
 
     Raises:
       Refused: names the message.
@@ -68,7 +82,7 @@ def read(messages: list[Any]) -> Chat:
         role = ROLES.get(message.get("role")) if isinstance(message.get("role"), str) else None
         if role is None:
             refuse(f"{name}.role", message.get("role"), f"one of {', '.join(ROLES)}")
-        words, shown = _content(message, role, name)
+        words, shown = _content(message, role, name, fetcher)
         pictures += shown
         if any(IMAGE_MARKER in word for word in words if word is not None):
             marked.append(f"{name}.content")
@@ -87,7 +101,9 @@ def read(messages: list[Any]) -> Chat:
     return Chat(conversation, tuple(pictures))
 
 
-def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | None], list[Picture]]:
+def _content(
+    message: dict[str, Any], role: str, name: str, fetcher: Fetcher | None
+) -> tuple[list[str | None], list[Picture]]:
     """The texts of a message, None where a picture stands, and its pictures."""
     content, name = message.get("content"), f"{name}.content"
     if content is None and role == "assistant":
@@ -104,7 +120,7 @@ def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | 
             words.append(_checked(part["text"], f"{place}.text"))
         elif kind == "image_url" and role == "user":
             words.append(None)
-            pictures.append(_picture(part.get("image_url"), f"{place}.image_url"))
+            pictures.append(_picture(part.get("image_url"), f"{place}.image_url", fetcher))
         elif kind == "video_url" and role == "user":
             words.append(None)
             pictures.append(Picture(videos.read(part.get("video_url"), f"{place}.video_url"), f"{place}.video_url.url"))
@@ -122,13 +138,16 @@ def _checked(text: str, name: str) -> str:
     return text
 
 
-def _picture(value: Any, name: str) -> Picture:
+def _picture(value: Any, name: str, fetcher: Fetcher | None) -> Picture:
     url = value.get("url") if type(value) is dict else None
     if type(url) is not str:
         refuse(name, value, 'an object such as {"url": "data:image/png;base64,..."}')
     name = f"{name}.url"
     if url.lower().startswith(("http:", "https:")):
-        refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures; send its bytes")
+        if fetcher is None:
+            refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures")
+        fetcher.check(url, name)
+        return Picture(b"", name, url)
     match = _DATA_URL.match(url)
     if match is None:
         refuse(name, url, "a data: URL of a picture in base64 (data:image/png;base64,...)")
