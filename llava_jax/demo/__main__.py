@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax import cli
+from llava_jax import cli, heap
 from llava_jax.errors import UsageError
 
 # Of story.FAMILIES. jax, and the modules that import it, are imported after parsing, so that a usage error is quick.
@@ -82,4 +82,5 @@ def _check(directory: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    heap.keep()
     sys.exit(main())
