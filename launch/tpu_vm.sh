@@ -84,15 +84,15 @@ delete() {
 # whatever ended it, and is not there after a reboot.
 IDLE="mkdir -p llava_jax_run && flock -n llava_jax_run/lock true"
 
-# TPU images bring Python 3.10; uv fetches 3.11, the last that the tested jax and its libtpu have, so that a slice
-# made anew weeks later runs the same compiler.
+# TPU images bring Python 3.10; uv fetches 3.13, which the newest jax wants. versions.txt lets a slice that is made anew
+# weeks later run the same compiler.
 setup() {
     call git -C "$root" archive --format=tar.gz --output="$archive" HEAD || return
     call gcloud compute tpus tpu-vm scp "$archive" "$name:llava_jax.tar.gz" --zone="$zone" --worker=all || return
     on_all "if ! { $IDLE; }; then echo 'training runs here: its code is left as it is'; exit 0; fi; \
 cd llava_jax_run && rm -rf source && mkdir source && tar -xzf ../llava_jax.tar.gz -C source && cd source && \
-python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 .venv && \
-python3 -m uv pip install --quiet --python .venv/bin/python '.[tpu]'"
+python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.13 .venv && \
+python3 -m uv pip install --quiet --python .venv/bin/python -c launch/versions.txt '.[tpu]'"
 }
 
 # gcloud repeats a command whose connection broke, up to ten times: all of these may be repeated.

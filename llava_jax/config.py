@@ -42,6 +42,7 @@ class Prompt:
     several: Literal["anyres", "pad"] = "anyres"  # of anyres: what several pictures of a conversation are, each
     frames: int = 0  # of a video at most, uniformly chosen (32 in OneVision); 0: no video is read
     fps: float = 0.0  # frames a second of a video, as far as that are no more than `frames`; 0: `frames` of any video
+    time_stamps: bool = False  # the prompt says when a video's frames are, as LLaVA-Video's (with frames=64)
     image_start_end: bool = False
     legacy: bool | None = None  # the SentencePiece prefix rule; None: what the tokenizer's own files say
     tokenizer: str = ""  # directory or file; "": the one in `model.base`

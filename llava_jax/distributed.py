@@ -45,6 +45,11 @@ def count() -> int:
     return internal.global_state.num_processes or 1
 
 
+def joins() -> bool:
+    """Whether the environment says that this process is one of several."""
+    return os.environ.get("LLAVA_JAX_MULTIHOST") == "1"
+
+
 def join() -> None:
     """Joins the other processes of this job, where LLAVA_JAX_MULTIHOST=1; on a TPU pod or under Slurm JAX finds them.
 
@@ -53,7 +58,7 @@ def join() -> None:
     Raises:
       UsageError: several processes share the devices and nobody said so.
     """
-    if os.environ.get("LLAVA_JAX_MULTIHOST") == "1" and not jax.distributed.is_initialized():
+    if joins() and not jax.distributed.is_initialized():
         jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM, which `lifecycle` hears
         processes, number = (os.environ.get(name) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
         jax.distributed.initialize(num_processes=processes and int(processes), process_id=number and int(number))

@@ -72,8 +72,8 @@ DEPENDENCIES = {
     "torch": ("convert",), "safetensors": ("convert",), "gguf": ("convert",),
     "vllm": ("convert/readers",), "xllamacpp": ("convert/readers",),  # asked by `verify --served` where installed
     "matplotlib": ("evaluate/report",),
-    "starlette": ("serve",), "uvicorn": ("serve",),
-    "httpx2": ("openai_client",),  # huggingface_hub's own client, so it is there already
+    "starlette": ("serve",), "uvicorn": ("serve",), "h11": ("serve",),
+    "httpx2": ("openai_client", "serve/fetcher"),  # huggingface_hub's own client, so it is there already
     "spacy": ("datagen/phrases",),  # imported when asked for; no model of it is on PyPI
 }  # fmt: skip
 NO_JAX = ("batch", "limits", "known_names", "typed", "config_file", "config", "chips", "prompt", "data",

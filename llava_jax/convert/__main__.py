@@ -144,7 +144,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_verify(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("source", metavar="DIR", nargs="?")
-    verb.add_argument("--served", metavar="EXPORT", help="20 picture prompts are asked of it, and of --checkpoint here")
+    verb.add_argument("--served", metavar="EXPORT", help="35 picture prompts are asked of it, and of --checkpoint here")
     verb.add_argument("--checkpoint", metavar="DIR", help="what EXPORT was exported from")
     text = "of transformers, vllm, llama.cpp; default: those that read EXPORT's format and are installed"
     verb.add_argument("--with", metavar="NAME,...", dest="readers", help=text)

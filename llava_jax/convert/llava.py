@@ -325,7 +325,7 @@ def original_config_json(
         "mm_vision_select_feature": config.vision.select_feature,
         "image_aspect_ratio": "pad" if prompt.image_mode == "pad" else "square",
         **tiling.original_json(tiles, config.vision.image_size),
-        **(tiling.ORIGINAL_VIDEO if prompt.video else {}),
+        **tiling.original_video_json(prompt.video),
         "mm_use_im_start_end": prompt.image_start_end,
         "mm_use_im_patch_token": False,
         "use_mm_proj": True,

@@ -135,7 +135,9 @@ def _ask_vllm(served: epath.Path, prompts: Sequence[Prompt]) -> Iterator[Answer]
     import vllm
 
     most = max(len(prompt.pictures) for prompt in prompts)
-    model = vllm.LLM(str(served), dtype="float32", max_model_len=CONTEXT, limit_mm_per_prompt={"image": most})
+    # It refuses more positions than the model has.
+    positions = min(CONTEXT, read_json(served / "config.json")["text_config"]["max_position_embeddings"])
+    model = vllm.LLM(str(served), dtype="float32", max_model_len=positions, limit_mm_per_prompt={"image": most})
     image = _image_id(served)
     for prompt in prompts:
         sampling = vllm.SamplingParams(temperature=0.0, max_tokens=prompt.new_tokens)

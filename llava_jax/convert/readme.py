@@ -54,6 +54,12 @@ _PASSES = """
 Training resized rows before columns, as Pillow up to 12 does; from 13 on it begins with the columns of many upright
 pictures, which changes some pixels by a few levels: `pip install "pillow<13"` for the very pixels.
 """
+_STAMPS = """
+Questions about videos were trained with times, which no chat template writes: begin the text behind the video with "The
+video lasts for 2.00 seconds, and 4 frames are uniformly sampled from it. These frames are located at
+0.00s,0.64s,1.28s,1.96s.Please answer the following questions related to this video.", all on one line, and an empty
+line.
+"""
 _TEXTS = """
 Answers end with {texts}, which is no token: say `model.generate(..., tokenizer=processor.tokenizer)`, which stops there
 (`stop_strings` in generation_config.json).
@@ -140,9 +146,10 @@ def hub(config: LlavaConfig, prompt: PromptMetadata, name: str, chat: bool) -> s
     reason = "with marks around images" if prompt.image_start_end else "has parts that"
     text = _CHAT if chat else _NO_CHAT
     words = text.format(template=prompt.template, reason=reason)
+    stamps = _STAMPS if prompt.video and prompt.video.get("time_stamps") else ""
     return _HUB.format(
         name=name, model=_model(config), images=_IMAGES[prompt.image_mode], prompt=words,
-        pictures=_pictures(prompt.image_mode), ending=_ending(prompt.template),
+        pictures=_pictures(prompt.image_mode) + stamps, ending=_ending(prompt.template),
     )  # fmt: skip
 
 

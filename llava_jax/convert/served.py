@@ -24,7 +24,7 @@ from llava_jax.prompt.conversation import Conversation, Turn, with_markers
 from llava_jax.prompt.encode import Format, encode, with_labels
 from llava_jax.prompt.images import encode_png
 
-PROMPTS, NEW_TOKENS = 20, 16
+PROMPTS, NEW_TOKENS = 35, 16
 QUESTIONS = ("What is this?", "Describe the picture.", "How many colours are there, and which?", "Is it dark?\nWhy?",
              "What is in the middle? Answer with one word.")  # fmt: skip
 SHAPES = ((1.0, 1.0), (1.5, 1.0), (0.75, 2.0), (2.0, 2.0))  # height and width in sides of the tower's picture

@@ -1,5 +1,6 @@
 """How a config.json of others says that pictures are cut into tiles, both ways, and transformers' LLaVAs by that."""
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ _GRIDS = 99  # tiles along a side at most
 
 # How `prompt.video` lays frames out, in the original code's words; it has a default for the last alone.
 ORIGINAL_VIDEO = {"mm_spatial_pool_mode": "bilinear", "mm_spatial_pool_stride": 2, "mm_newline_position": "one_token"}
+ORIGINAL_TIMES = "add_time_instruction"
 
 
 class Hub(NamedTuple):
@@ -108,7 +110,15 @@ def frame_rule(content: Mapping[str, Any], tiling: Tiling | None) -> FrameRule |
     """
     onevision = tiling is not None and not tiling.several
     pooled = all(content.get(key, value) == value for key, value in ORIGINAL_VIDEO.items())
-    return RELEASED if onevision and pooled else None
+    rule = dataclasses.replace(RELEASED, time_stamps=content.get(ORIGINAL_TIMES) is True)
+    return rule if onevision and pooled else None
+
+
+def original_video_json(video: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The keys of the original code's config.json. video: of a model.json."""
+    if video is None:
+        return {}
+    return ORIGINAL_VIDEO | ({ORIGINAL_TIMES: True} if video.get("time_stamps") else {})
 
 
 def _original_grids(pinpoints: Any, where: str, tile: int) -> tuple[Size, ...]:

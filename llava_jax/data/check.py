@@ -21,13 +21,12 @@ from llava_jax.data.problems import Finding, Problem, brief
 from llava_jax.data.records import Record, found, parse
 from llava_jax.data.shown import resolved
 from llava_jax.errors import Unreachable
-from llava_jax.prompt import video
+from llava_jax.prompt import time_stamps, video
 from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import open_image
 from llava_jax.prompt.templates import Template
 from llava_jax.prompt.tokenizer import Tokenizer
-from llava_jax.prompt.video import FrameRule
 
 Listings = dict[epath.Path, frozenset[str]]
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -301,14 +300,16 @@ def _prefix(root: epath.Path | None) -> str:
     return "" if root is None else os.fspath(root).rstrip("/") + "/"
 
 
-def check_pictures(conversation: Conversation, root: epath.Path | None, rule: FrameRule | None = None) -> list[Problem]:
-    """Images and videos of a sound record that do not open. rule: for the videos' frames."""
+def check_pictures(conversation: Conversation, root: epath.Path | None, format: Format | None = None) -> list[Problem]:
+    """Images and videos of a sound record that do not open. format: which frames of the videos it wants."""
     problems = []
     for i, reference in enumerate(conversation.images):
         try:
             if isinstance(reference, Video):
-                for _ in video.frames(reference, rule, root):
+                for _ in video.frames(reference, format.video, root):
                     pass
+                if format.time_stamps:
+                    time_stamps.sentence(reference, format.video, root)
             else:
                 open_image(reference, root)
         except Unreachable:  # no fault of the picture's
@@ -367,7 +368,8 @@ def _limits(example: Example, checks: Checks) -> list[Problem]:
         return [Problem("too_many_images", f"{images} images for images_per_group={room}: set data.images_per_group="
                         f"{images}, or drop the record")]  # fmt: skip
     if not kept.learned[1:].any():
-        return [Problem("no_learned_tokens", f"{length}: no target is left of {int(example.learned.sum())}")]
+        remedy = ": raise data.row_tokens (and data.sample_tokens where it is set), or drop the record" if lost else ""
+        return [Problem("no_learned_tokens", f"{length}: no target is left of {int(example.learned.sum())}{remedy}")]
     return [Problem("cut", f"{length}: {lost} of {int(example.learned.sum())} targets are lost")] if lost else []
 
 

@@ -1,4 +1,5 @@
-"""Reads picture-caption pairs from tar shards, as img2dataset writes them: KEY.jpg beside KEY.txt or KEY.json.
+"""Reads pairs of a picture or video and its caption from tar shards, as img2dataset and video2dataset write them:
+KEY.jpg or KEY.mp4 beside KEY.txt or KEY.json.
 
 A shard is never unpacked: its headers and captions are read once, then a picture by its place in the file.
 """
@@ -24,9 +25,11 @@ from llava_jax.data.sources import Source
 from llava_jax.errors import DataError, Unreachable
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
+VIDEOS = ("mp4", "webm", "avi", "mov", "mkv")
 CAPTIONS = ("txt", "json")  # the first that is there counts
 CAPTION_WORDS = 50
 _MARKS = re.compile(r"[.!\"()*#:;~]")
+_OURS = {*PICTURES, *VIDEOS, *CAPTIONS}
 _MOST_CAPTION_BYTES = 10**6  # img2dataset's .json holds a page of metadata beside the caption
 _READERS = 8  # shards that are opened at once; more than one only helps where a store is far
 # A bucket's shard is read through: a request for each header would take a thousand times as long.
@@ -47,9 +50,13 @@ class _Member(NamedTuple):
 
 
 class _Pair(NamedTuple):
-    """A picture's place in its shard and its caption; or what is wrong with them."""
+    """A picture's or video's place in its shard and its caption; or what is wrong with them.
+
+    shown: "image" or "video".
+    """
 
     key: str
+    shown: str
     start: int
     size: int
     caption: str
@@ -78,13 +85,14 @@ class ShardSource(Source):
         if pair.fault:
             return self._record(index, b"", pair.fault)
         try:
-            picture = files.read_range(shard, pair.start, pair.size)
+            content = files.read_range(shard, pair.start, pair.size)
         except Unreachable:
             raise
         except OSError as error:
             return self._record(index, b"", f"{shard}: cannot be read ({error})")
-        fault = "" if len(picture) == pair.size else f"{shard}: ends within its picture: has it changed?"
-        return self._record(index, picture, fault)
+        noun = pair.shown.replace("image", "picture")
+        fault = "" if len(content) == pair.size else f"{shard}: ends within its {noun}: has it changed?"
+        return self._record(index, content, fault)
 
     def text(self, index: int) -> Record:
         return self._record(index, b"", self.pairs[index].fault)
@@ -93,10 +101,10 @@ class ShardSource(Source):
     def unreadable(self) -> Sequence[int]:
         return [index for index, pair in enumerate(self.pairs) if pair.fault]
 
-    def _record(self, index: int, picture: bytes, fault: str) -> Record:
+    def _record(self, index: int, content: bytes, fault: str) -> Record:
         pair = self.pairs[index]
-        turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": clean_caption(pair.caption)}]
-        return Record(self.path, index, None, {"id": pair.key, "image": picture, "conversations": turns}, fault)
+        turns = [{"from": "human", "value": f"<{pair.shown}>"}, {"from": "gpt", "value": clean_caption(pair.caption)}]
+        return Record(self.path, index, None, {"id": pair.key, pair.shown: content, "conversations": turns}, fault)
 
 
 def clean_caption(text: str) -> str:
@@ -143,25 +151,29 @@ def _read_shard(shard: epath.Path) -> tuple[bytes, list[_Pair]]:
         if member.kind in known:
             twice[member.key] = f"{member.key}.{member.kind} is there twice"
         known[member.kind] = member
-        if member.kind in (*PICTURES, *CAPTIONS):
+        if member.kind in _OURS:
             listing.append(f"{shard.name}/{member.key}.{member.kind}:{member.size}\n")
-    # Files with neither a picture's nor a caption's suffix are none of ours: img2dataset's logs.
-    ours = {key: kinds for key, kinds in members.items() if not {*PICTURES, *CAPTIONS}.isdisjoint(kinds)}
+    # Files with none of the suffixes are none of ours: img2dataset's logs.
+    ours = {key: kinds for key, kinds in members.items() if not _OURS.isdisjoint(kinds)}
     return "".join(listing).encode(), [_pair(key, kinds, twice.get(key, "")) for key, kinds in ours.items()]
 
 
 def _pair(key: str, kinds: dict[str, _Member], fault: str) -> _Pair:
-    picture = next((kinds[kind] for kind in PICTURES if kind in kinds), None)
-    caption = next((kinds[kind] for kind in CAPTIONS if kind in kinds), None)
-    if picture is None or caption is None:
-        wish = f"a caption ({key}.txt or .json)" if picture else f"a picture ({', '.join(PICTURES)})"
-        return _Pair(key, 0, 0, "", fault or f"the shard has {key}.{', .'.join(sorted(kinds))} but lacks {wish}")
-    fault = fault or picture.fault or caption.fault
+    picture, clip, caption = (next((kinds[kind] for kind in suffixes if kind in kinds), None)
+                              for suffixes in (PICTURES, VIDEOS, CAPTIONS))  # fmt: skip
+    shown, there = picture or clip, f"the shard has {key}.{', .'.join(sorted(kinds))}"
+    if picture and clip:
+        fault = fault or f"{there}: want a picture or a video for a caption: drop one of the files"
+    if shown is None or caption is None:
+        lacking = (f"a caption ({key}.txt or .json)" if shown else
+                   f"a picture ({', '.join(PICTURES)}) or video ({', '.join(VIDEOS)})")  # fmt: skip
+        return _Pair(key, "image", 0, 0, "", fault or f"{there} but lacks {lacking}")
+    fault = fault or caption.fault
     try:
         text = "" if fault else _caption(caption)
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         text, fault = "", f"no caption can be read in {key}.{caption.kind} ({error!r})"
-    return _Pair(key, picture.start, picture.size, text, fault)
+    return _Pair(key, "image" if picture else "video", shown.start, shown.size, text, fault)
 
 
 def _members(shard: epath.Path) -> Iterator[_Member]:

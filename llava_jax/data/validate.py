@@ -39,14 +39,13 @@ def validate(source: Source, checks: Checks, look: bool = True, open_images: boo
     listings: Listings = {}
     measured = checks.format is not None and (checks.format.tiling or checks.format.video)
     fetch = source.__getitem__ if open_images or measured else source.text
-    rule = checks.format and checks.format.video
     with ThreadPoolExecutor(_OPENERS) as pool:
         for start in range(0, len(source), _CHUNK):
             records = [fetch(index) for index in range(start, min(start + _CHUNK, len(source)))]
             readings = [_checked(record, source, checks, listings if look else None) for record in records]
             if open_images:
                 sound = [None if reading.fatal else reading.conversation for reading in readings]
-                opened = pool.map(lambda one: check_pictures(one, source.images, rule) if one else [], sound)
+                opened = pool.map(lambda one: check_pictures(one, source.images, checks.format) if one else [], sound)
                 for reading, problems in zip(readings, opened):
                     reading.problems.extend(problems)
             for index, (record, reading) in enumerate(zip(records, readings), start):

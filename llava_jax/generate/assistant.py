@@ -101,7 +101,8 @@ class Assistant:
 
         Raises:
           UnusableCheckpoint: there is no whole checkpoint, or its parameters do not fit its metadata.
-          ValueError, FileNotFoundError: an unknown template, dtype or kind of weights, a damaged tokenizer.
+          ValueError, FileNotFoundError: an unknown template, dtype or kind of weights, a damaged tokenizer; tiles or
+            videos that the model cannot read.
         """
         stored.check(weights)
         metadata = model_json.read(directory)
@@ -110,11 +111,13 @@ class Assistant:
         words = tokenizer.load(epath.Path(directory) / model_json.TOKENIZER, legacy=metadata.prompt.legacy)
         chosen = templates.get(template or metadata.prompt.template)
         ending.check(chosen, words, str(directory), metadata.prompt.image_start_end)
+        tiling = anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling)
+        of_videos = video.from_json(metadata.prompt.video)
+        anyres.check(tiling, config.image_newline, config.image_features)
+        video.check(of_videos, config.image_features, config.cross is None)
         format = Format(
-            chosen, words, config.vision.image_size, config.image_features,
-            metadata.prompt.image_mode, metadata.prompt.image_start_end, config.vision.mean, config.vision.resample,
-            anyres.from_json(metadata.prompt.image_mode, metadata.prompt.tiling),
-            video.from_json(metadata.prompt.video),
+            chosen, words, config.vision.image_size, config.image_features, metadata.prompt.image_mode,
+            metadata.prompt.image_start_end, config.vision.mean, config.vision.resample, tiling, of_videos,
         )  # fmt: skip
         sources = reader.sources(directory, step)
         specs = {name: leaves.spec(name) for name, leaves in sources.items() if not name.startswith(NEVER_RUN)}

@@ -120,9 +120,9 @@ def one_copy() -> Mesh | None:
     Raises:
       UsageError: this process is one of several.
     """
-    if distributed.count() > 1:
-        raise UsageError(f"{distributed.count()} processes: a server answers from one; start one on each host, without "
-                         "LLAVA_JAX_MULTIHOST")  # fmt: skip
+    if distributed.joins() or distributed.count() > 1:
+        raise UsageError("several processes: a server answers from one; start one on each host, without "
+                         "LLAVA_JAX_MULTIHOST=1, and a load balancer before them (README, Serve)")  # fmt: skip
     devices = jax.local_devices()
     return None if len(devices) == 1 else sharding.mesh_of_copies(1, devices)
 

@@ -6,7 +6,7 @@ Training records, chat messages and benchmark questions all become a `Conversati
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from llava_jax.errors import UsageError
 
@@ -29,15 +29,25 @@ class Turn:
     supervised: bool = True
 
 
+class Length(NamedTuple):
+    """frames: of a video. rate: of them a second; None: nothing says it, as of a folder. pixels: of one; 0: unknown."""
+
+    frames: int
+    rate: float | None = None
+    pixels: int = 0
+
+
 @dataclass(frozen=True)
 class Video:
     """A video, which stands among a conversation's pictures, and whose marker is `<image>` too.
 
     source: path of a file or of a folder of frames (pictures, in natural order of their names), relative to the image
       folder; path object; a file's bytes; or pictures in order, of the kinds that `Conversation.images` may have.
+    length: of the video that pictures in `source` were chosen of; None: they are all of it, and say no times.
     """
 
     source: Any
+    length: Length | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from etils import epath
 
 from llava_jax.batch import Example, Layout, Span, plain
 from llava_jax.errors import UsageError
-from llava_jax.prompt import anyres, video
+from llava_jax.prompt import anyres, time_stamps, video
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
 from llava_jax.prompt.images import CLIP_MEAN, Image, image_size, open_image, to_pixels, to_tiles
@@ -34,7 +34,7 @@ class Format:
     image_mode: "square" (centre crop), "pad", "squash" or "anyres"; image_mean, resample: of the tower; see
       `images.to_pixels`.
     tiling: how pictures become tiles, of "anyres" alone.
-    video: which frames of a video are shown; None: no video is read.
+    video: which frames of a video are shown, with or without their times; None: no video is read.
     image_start_end: each image stands between <im_start> and <im_end>.
     """
 
@@ -53,6 +53,16 @@ class Format:
     def resizes(self) -> bool:
         """Whether features of large pictures, or of a video's frames, are resized (`ResizedBatch`)."""
         return self.video is not None or (self.tiling is not None and self.tiling.max_tiles > 0)
+
+    @property
+    def time_stamps(self) -> bool:
+        """Whether a question says when a video's frames are; of a template of pictures alone no word is kept."""
+        return self.video is not None and self.video.time_stamps and not self.template.images_only
+
+    @property
+    def frame_mode(self) -> str:
+        """The image mode of a video's frames: with tiles each is squashed, as transformers' OneVision takes it."""
+        return "squash" if self.tiling else self.image_mode
 
 
 class Picture(NamedTuple):
@@ -105,7 +115,8 @@ def encode(
         read; names the record.
     """
     name = f"record {conversation.id!r}"
-    chunks = _chunks(_pieces(conversation, format, reply, name))
+    worded = time_stamps.stamped(conversation, format.video, image_root) if format.time_stamps else conversation
+    chunks = _chunks(_pieces(worded, format, reply, name))
     markers = sum(chunk.behind_image for chunk in chunks)
     if (open_images or conversation.images_in_place) and markers != len(conversation.images):
         raise UsageError(
@@ -150,7 +161,7 @@ def pictures(images: Sequence[Any], format: Format, root: epath.PathLike | None 
 def opened(image: Any, format: Format, root: epath.PathLike | None = None) -> Image.Image | Video:
     """A picture decoded, a video as the frames that are shown. Raises as `pictures`."""
     if isinstance(image, Video):
-        return Video(tuple(video.frames(image, _rule(format), root)))
+        return video.opened(image, _rule(format), root)
     return open_image(image, root)
 
 
@@ -167,9 +178,8 @@ def _rule(format: Format) -> FrameRule:
 
 
 def _video(frames: Iterable[Image.Image], format: Format) -> Picture:
-    """Of a model of tiles each frame is squashed, as transformers' OneVision takes it; else a frame is a picture."""
-    mode = "squash" if format.tiling else format.image_mode
-    pixels = [to_pixels(frame, format.image_size, mode, format.image_mean, format.resample) for frame in frames]
+    side, mode = format.image_size, format.frame_mode
+    pixels = [to_pixels(frame, side, mode, format.image_mean, format.resample) for frame in frames]
     return Picture(tuple(pixels), _frames_layout(len(pixels), format))
 
 

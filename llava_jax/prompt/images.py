@@ -171,11 +171,13 @@ def _pad(image: Image.Image, size: int, border: tuple[int, ...], filter: Image.R
     side = max(image.size)
     left, top = (side - image.width) // 2, (side - image.height) // 2
     narrow = Image.new("RGB", (size, side), border)
+    if image.width == side:
+        narrow.paste(image.resize((size, image.height), filter), (0, top))
+        return narrow.resize((size, size), filter)
     for row in range(0, image.height, _STRIP_ROWS):
-        rows = min(_STRIP_ROWS, image.height - row)
-        strip = Image.new("RGB", (side, rows), border)
-        strip.paste(image.crop((0, row, image.width, row + rows)), (left, 0))
-        narrow.paste(strip.resize((size, rows), filter), (0, top + row))
+        strip = Image.new("RGB", (side, min(_STRIP_ROWS, image.height - row)), border)
+        strip.paste(image.crop((0, row, image.width, row + strip.height)), (left, 0))
+        narrow.paste(strip.resize((size, strip.height), filter), (0, row))
     return narrow.resize((size, size), filter)
 
 

@@ -3,7 +3,7 @@
 import functools
 import io
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -112,19 +112,25 @@ class LlamaTokenizer(HasWords):
     def _words_by_id(self) -> dict[int, Word]:
         return {word.id: word for word in self.words}
 
+    @functools.cached_property
+    def _width(self) -> Callable[[int], int]:
+        """Id -> the bytes of text that it stands for: one for a byte piece ("<0xE7>")."""
+
+        @functools.cache
+        def width(number: int) -> int:
+            processor = self.processor
+            return 1 if processor.is_byte(number) else len(processor.id_to_piece(number).replace(_SPACE, " ").encode())
+
+        return width
+
     def _stretch(self, text: str, start: int, end: int) -> list[Token]:
         """Tokens of text[start:end], which holds no word that counts."""
         if start == end:
             return []
         prefix = _SPACE if self.legacy or (start == 0 and self.prefixed) else ""
         spaced = prefix + text[start:end].replace(_SPACE, " ")
-        pieces = self.processor.encode(spaced, out_type=str)
-        ids = [self.processor.piece_to_id(piece) for piece in pieces]
-        # Byte pieces ("<0xE7>") stand for one byte of a character that the vocabulary lacks: count in bytes.
-        widths = [
-            1 if self.processor.is_byte(number) else len(piece.replace(_SPACE, " ").encode())
-            for number, piece in zip(ids, pieces, strict=True)
-        ]
+        ids = self.processor.encode(spaced)
+        widths = [self._width(number) for number in ids]
         encoded = np.frombuffer(spaced.replace(_SPACE, " ").encode(), np.uint8)
         character = np.append(np.cumsum((encoded & 0xC0) != 0x80) - 1, len(spaced))
         borders = character[np.cumsum([0, *widths])] + start - len(prefix)

@@ -20,7 +20,7 @@ from llava_jax import files, streams
 from llava_jax.batch import NEWLINE, Corners, Layout, alone
 from llava_jax.errors import MissingFile, MissingPackage, UsageError
 from llava_jax.prompt import anyres
-from llava_jax.prompt.conversation import Video
+from llava_jax.prompt.conversation import Length, Video
 from llava_jax.prompt.images import MAX_PIXELS, SUFFIXES, Image, local_bytes, open_image, spellings
 
 POOL = 2  # features a side that become one. Source: LLaVA-NeXT llava_arch.py get_2dPool
@@ -34,20 +34,22 @@ class FrameRule:
 
     frames: at most so many, uniformly chosen where there are more.
     fps: so many a second, rounded to every n-th frame; 0: all.
+    time_stamps: the prompt says when each of them is, see `time_stamps`.
     """
 
     frames: int
     fps: float = 0.0
+    time_stamps: bool = False
 
 
 RELEASED = FrameRule(32)  # OneVision's frames_upbound, and of its released answers
 
 
-def rule(frames: Any, fps: Any) -> FrameRule | None:
+def rule(frames: Any, fps: Any, time_stamps: Any = False) -> FrameRule | None:
     """The rule that a config describes; None where videos are not read.
 
     Raises:
-      UsageError: frames or fps that are none, or fps without frames.
+      UsageError: frames or fps that are none, or fps or time stamps without frames.
     """
     if type(frames) is not int or not 0 <= frames <= 4096:
         raise UsageError(f"prompt.frames={frames!r}: want the most frames of a video, up to 4096; 0: no video is read")
@@ -55,20 +57,26 @@ def rule(frames: Any, fps: Any) -> FrameRule | None:
         raise UsageError(f"prompt.fps={fps!r}: want frames a second, up to 1000; 0: prompt.frames of any video")
     if fps and not frames:
         raise UsageError(f"prompt.fps={fps} with prompt.frames=0: want the most frames of a video, such as 32")
-    return FrameRule(frames, float(fps)) if frames else None
+    if type(time_stamps) is not bool or time_stamps > frames:
+        raise UsageError(f"prompt.time_stamps={time_stamps!r} with prompt.frames={frames}: want True or False, and "
+                         "True with the most frames of a video, such as 64")  # fmt: skip
+    return FrameRule(frames, float(fps), time_stamps) if frames else None
 
 
 def from_json(content: Mapping[str, Any] | None) -> FrameRule | None:
     """The rule of a model.json, as `to_json` wrote it. Raises UsageError where it is none."""
     content = {"frames": 0, "fps": 0.0} if content is None else content
-    if set(content) != {"frames", "fps"}:
-        raise UsageError(f"video of keys {sorted(content)}: want frames, fps")
-    return rule(content["frames"], content["fps"])
+    if content.keys() - {"time_stamps"} != {"frames", "fps"}:
+        raise UsageError(f"video of keys {sorted(content)}: want frames, fps and, where the prompt says them, "
+                         "time_stamps")  # fmt: skip
+    return rule(content["frames"], content["fps"], content.get("time_stamps", False))
 
 
 def to_json(rule: FrameRule | None) -> dict[str, Any] | None:
-    """What a model.json says of a rule; None where videos are not read."""
-    return None if rule is None else {"frames": rule.frames, "fps": rule.fps}
+    """What a model.json says of a rule, of time stamps where there are any; None where videos are not read."""
+    if rule is None:
+        return None
+    return {"frames": rule.frames, "fps": rule.fps} | ({"time_stamps": True} if rule.time_stamps else {})
 
 
 def check(rule: FrameRule | None, features: int, in_row: bool) -> None:
@@ -111,15 +119,27 @@ def indices(total: int, rate: float | None, rule: FrameRule) -> list[int]:
     Source: LLaVA-NeXT llava/utils.py process_video_with_pyav. Differs from LLaVA-NeXT: a video of fewer frames than
     `frames` shows each once, where released answers repeat some of them.
     """
-    step = max(1, round(rate / rule.fps)) if rule.fps and rate else 1
-    every = range(0, total, step)
+    every = range(0, total, step(rate, rule))
     return list(every) if len(every) <= rule.frames else np.linspace(0, total - 1, rule.frames, dtype=int).tolist()
+
+
+def step(rate: float | None, rule: FrameRule) -> int:
+    """Every how many frames one is shown, of a video with few enough. rate: as of `indices`."""
+    return max(1, round(rate / rule.fps)) if rule.fps and rate else 1
+
+
+def measure(video: Video, root: epath.PathLike | None = None) -> Length:
+    """How long a video is; nothing is decoded. Arguments and errors as of `frames`."""
+    if video.length:
+        return video.length
+    pictures = _pictures(video.source, root)
+    return _measured(video.source, root) if pictures is None else Length(len(pictures))
 
 
 def count(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> int:
     """How many pictures `frames` returns; nothing is decoded. Arguments and errors as there."""
-    pictures = _pictures(video.source, root)
-    return len(indices(*((len(pictures), None) if pictures is not None else _measured(video.source, root)), rule))
+    length = measure(video, root)
+    return len(indices(length.frames, length.rate, rule))
 
 
 def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> Iterator[Image.Image]:
@@ -135,10 +155,16 @@ def frames(video: Video, rule: FrameRule, root: epath.PathLike | None = None) ->
     """
     pictures = _pictures(video.source, root)
     if pictures is not None:
-        yield from (open_image(pictures[i], root) for i in indices(len(pictures), None, rule))
+        places = range(len(pictures)) if video.length else indices(len(pictures), None, rule)
+        yield from (open_image(pictures[i], root) for i in places)
         return
-    total, rate = _measured(video.source, root)
-    yield from _decoded(video.source, root, indices(total, rate, rule), total)
+    length = _measured(video.source, root)
+    yield from _decoded(video.source, root, indices(length.frames, length.rate, rule), length.frames)
+
+
+def opened(video: Video, rule: FrameRule, root: epath.PathLike | None = None) -> Video:
+    """The frames that are shown, decoded, with what is known of the whole. Raises as `frames`."""
+    return Video(tuple(frames(video, rule, root)), measure(video, root))
 
 
 def _pictures(source: Any, root: epath.PathLike | None) -> list[Any] | None:
@@ -165,8 +191,8 @@ def _natural(name: str) -> list[str | int]:
     return [int(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
-def _measured(source: Any, root: epath.PathLike | None) -> tuple[int, float | None]:
-    """How many frames a file gives, and how many a second.
+def _measured(source: Any, root: epath.PathLike | None) -> Length:
+    """How many frames a file gives, how many a second, and how large they are.
 
     By the container's index where it has a whole one; else all packets are looked at. FFmpeg's `nb_frames` counts those
     too that an edit list hides, as in clips that were cut without encoding them anew.
@@ -179,7 +205,8 @@ def _measured(source: Any, root: epath.PathLike | None) -> tuple[int, float | No
             total = sum(packet.size > 0 and not packet.is_discard for packet in container.demux(stream))
         if not total:
             raise UsageError(f"{name}: no frames in it; replace the file or drop the record")
-        return total, float(stream.average_rate) if stream.average_rate else None
+        rate = float(stream.average_rate) if stream.average_rate else None
+        return Length(total, rate, stream.width * stream.height)
 
 
 def _decoded(source: Any, root: epath.PathLike | None, chosen: list[int], total: int) -> Iterator[Image.Image]:

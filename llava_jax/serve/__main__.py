@@ -97,6 +97,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--queue", type=int, default=32, help="requests that wait; more are refused with 429 (default: %(default)s)")
     add("--positions", type=int, default=MOST_POSITIONS, help="tokens of prompt and answer, if the model has so many "
         "(default: %(default)s)")  # fmt: skip
+    add("--picture-hosts", metavar="HOST,HOST", help="pictures may also be https addresses of these hosts, "
+        "which the server asks; http://HOST: by http (default: data: URLs only)")  # fmt: skip
     add("--template", choices=list(templates.TEMPLATES), help="default: the checkpoint's own")
     add("--dtype", choices=["float32", "bfloat16"], help="default: float32 on a CPU, bfloat16 elsewhere")
     add("--weights", choices=["int8"], help="the language model's matrices in int8, on TPUs and GPUs; default: --dtype")

@@ -1,6 +1,7 @@
 """One request from its body to its answer: read in the pool, answered by the worker, given up if its client goes."""
 
 import asyncio
+import functools
 import json
 import secrets
 import time
@@ -14,6 +15,7 @@ from llava_jax.generate.sampling import Sampling
 from llava_jax.generate.scheduler import Job, Update
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.serve import fields, messages
+from llava_jax.serve.fetcher import Fetcher
 from llava_jax.serve.fields import Refused
 from llava_jax.serve.guards import Lease, Load
 from llava_jax.serve.metrics import Metrics
@@ -26,7 +28,12 @@ READERS = 2  # threads that read bodies and decode pictures
 
 @dataclass(frozen=True)
 class Service:
-    """What all requests share. name: of the model. slots: answers at once. positions: of prompt and answer together."""
+    """What all requests share.
+
+    name: of the model. slots: answers at once. positions: of prompt and answer together. pool: reads bodies and decodes
+    pictures. video_pool: one thread, so that a video never keeps other requests waiting. fetcher: of pictures by
+    address; None: there are none.
+    """
 
     name: str
     format: Format
@@ -36,11 +43,13 @@ class Service:
     load: Load
     metrics: Metrics
     pool: ThreadPoolExecutor
+    video_pool: ThreadPoolExecutor
+    fetcher: Fetcher | None
 
 
 @dataclass(frozen=True)
 class Query:
-    """A request that has been read: the values of its fields and its prompt; pictures are not open yet."""
+    """A request that has been read: the values of its fields and its prompt; pictures are there and not yet open."""
 
     chat: bool
     values: dict[str, Any]
@@ -126,40 +135,61 @@ async def opened(service: Service, chat: bool, body: bytes, lease: Lease, arriva
     Raises:
       Refused: names the field, or the server is full (429). Ended.
     """
-    loop = asyncio.get_running_loop()
-    query = await loop.run_in_executor(service.pool, read, service, chat, body)
+    query = await read(service, chat, body, lease)
     lease.take("requests", query.values["n"] - 1)
     lease.take("tokens", query.tokens + query.limit * query.values["n"])
     prompt = query.source
     if isinstance(prompt, messages.Chat):
-        prompt = await loop.run_in_executor(service.pool, messages.prompt, prompt, service.format)
+        run = asyncio.get_running_loop().run_in_executor
+        prompt = await run(service.pool, messages.prompt, prompt, service.format)
     lease.give_back("bytes")
     return Answer(service, query, prompt, arrival)
 
 
-def read(service: Service, chat: bool, body: bytes) -> Query:
-    """The request in a body. Raises Refused."""
-    values = fields.read(body, fields.CHAT, "messages") if chat else fields.read(body, fields.TEXT, "prompt")
-    if values["model"] not in (None, service.name):
-        raise Refused(f"model={values['model'][: fields.SHOWN]!r}: this server has {service.name!r}", "model", 404,
-                      "model_not_found")  # fmt: skip
-    if chat:
-        source = messages.read(values["messages"])
-        tokens = messages.length(source, service.format, service.positions)
+async def read(service: Service, chat: bool, body: bytes, lease: Lease) -> Query:
+    """The request in a body.
+
+    Pictures by address are fetched, and count as a part of the body; videos are decoded, as their length is that of the
+    prompt. Raises Refused.
+    """
+    run = asyncio.get_running_loop().run_in_executor
+    values, source = await run(service.pool, _parsed, service, chat, body)
+    if isinstance(source, messages.Chat):
+        if service.fetcher is not None and (urls := source.urls()):
+            source = source.with_fetched(await service.fetcher.fetch(urls, functools.partial(lease.take, "bytes")))
+        if source.has_video:
+            source = await run(service.video_pool, messages.opened, source, service.format)
+        tokens = await run(service.pool, messages.length, source, service.format, service.positions)
     else:
-        source = messages.raw_prompt(values["prompt"], service.format, service.positions)
         tokens = len(source.tokens)
     most = values["max_tokens"]
     if chat and values["max_completion_tokens"] is not None:
         most = values["max_completion_tokens"]
     limit = min(NEW_TOKENS if most is None else most, service.positions - tokens)
-    return Query(chat, values | {"messages": None}, source, tokens, limit)
+    return Query(chat, values, source, tokens, limit)
 
 
-def prompt_parts(service: Service, body: bytes) -> dict[str, Any]:
+def _parsed(service: Service, chat: bool, body: bytes) -> tuple[dict[str, Any], messages.Chat | Prompt]:
+    """The values of a body's fields, and its prompt."""
+    values = fields.read(body, fields.CHAT, "messages") if chat else fields.read(body, fields.TEXT, "prompt")
+    if values["model"] not in (None, service.name):
+        raise Refused(f"model={values['model'][: fields.SHOWN]!r}: this server has {service.name!r}", "model", 404,
+                      "model_not_found")  # fmt: skip
+    if chat:
+        source = messages.read(values["messages"], service.fetcher)
+    else:
+        source = messages.raw_prompt(values["prompt"], service.format, service.positions)
+    return values | {"messages": None}, source
+
+
+async def prompt_parts(service: Service, body: bytes, lease: Lease) -> dict[str, Any]:
     """The prompt of a chat's body as the model reads it: ids, their texts, and where pictures stand. Raises Refused."""
-    source = read(service, True, body).source
-    example = encode(source.conversation, service.format, reply=True, open_images=False)
+    query = await read(service, True, body, lease)
+    return await asyncio.get_running_loop().run_in_executor(service.pool, _parts, service, query.source)
+
+
+def _parts(service: Service, chat: messages.Chat) -> dict[str, Any]:
+    example = encode(chat.conversation, service.format, reply=True, open_images=False)
     starts = {span.start: span.length for span in example.image_spans}
     parts, at = list[dict[str, Any]](), 0
     while at < len(example.tokens):

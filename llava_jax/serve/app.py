@@ -20,11 +20,12 @@ from llava_jax.serve.guards import Gone, Guard, Lease, read_body, refusal, unles
 from llava_jax.serve.worker import Ended
 
 Endpoint = Callable[[Request], Awaitable[Response]]
-# The page's script and styles are in it; it may connect to this server alone.
-_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:; "
+# The page's script and styles are in it; it may connect to this server alone, and show the pictures that this fetches.
+_POLICY = ("default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src {}; "
+           "media-src data:; "
            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'")  # fmt: skip
 
-_HEADERS = {"Content-Security-Policy": _POLICY, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
+_HEADERS = {"Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer"}  # fmt: skip
 
 
@@ -57,10 +58,13 @@ def app(service: Service, key: bytes | None, hosts: tuple[str, ...] | None, on_f
         service.worker.start(asyncio.get_running_loop(), on_failure)
         yield
         await asyncio.to_thread(service.worker.stop)
-        service.pool.shutdown(cancel_futures=True)
+        for pool in (service.pool, service.video_pool):
+            pool.shutdown(cancel_futures=True)
+        if service.fetcher is not None:
+            await service.fetcher.close()
 
     routes = [
-        Route("/", _page),
+        Route("/", _page(service)),
         Route("/healthz", _health),
         Route("/readyz", _ready(service)),
         Route("/metrics", _metrics(service)),
@@ -75,9 +79,19 @@ def app(service: Service, key: bytes | None, hosts: tuple[str, ...] | None, on_f
                  service.metrics.response)  # fmt: skip
 
 
-async def _page(request: Request) -> Response:
-    text = resources.files("llava_jax.serve").joinpath("page.html").read_text(encoding="utf-8")
-    return HTMLResponse(text, headers=_HEADERS)
+def _page(service: Service) -> Endpoint:
+    policy = _POLICY.format(" ".join(["data:", "blob:", *_origins(service)]))
+
+    async def page(request: Request) -> Response:
+        text = resources.files("llava_jax.serve").joinpath("page.html").read_text(encoding="utf-8")
+        return HTMLResponse(text, headers=_HEADERS | {"Content-Security-Policy": policy})
+
+    return page
+
+
+def _origins(service: Service) -> list[str]:
+    """The hosts whose pictures may be shown by their address."""
+    return [] if service.fetcher is None else [f"{host.scheme}://{host.netloc}" for host in service.fetcher.hosts]
 
 
 async def _health(request: Request) -> Response:
@@ -104,8 +118,10 @@ def _metrics(service: Service) -> Endpoint:
 
 
 def _models(service: Service) -> Endpoint:
+    kinds = ["text", "image"] + ["video"] * (service.format.video is not None)
     model = {"id": service.name, "object": "model", "created": int(time.time()), "owned_by": "llava_jax",
-             "max_model_len": service.positions}  # fmt: skip
+             "max_model_len": service.positions, "input_modalities": kinds,
+             "picture_hosts": _origins(service)}  # fmt: skip
 
     async def models(request: Request) -> Response:
         name = request.path_params.get("name")
@@ -119,25 +135,18 @@ def _models(service: Service) -> Endpoint:
 def _prompt(service: Service) -> Endpoint:
     async def prompt(request: Request) -> Response:
         with contextlib.ExitStack() as stack:
-            body = await read_body(request, lambda: _entered(service, stack))
-            loop = asyncio.get_running_loop()
-            parts = loop.run_in_executor(service.pool, answer.prompt_parts, service, body)
-            return JSONResponse(await unless_gone(request, parts))
+            body, lease = await read_body(request, lambda: _entered(service, stack))
+            return JSONResponse(await unless_gone(request, answer.prompt_parts(service, body, lease)))
 
     return prompt
 
 
 def _completions(service: Service, chat: bool) -> Endpoint:
     async def completions(request: Request) -> Response:
-        arrival, leases = time.monotonic(), list[Lease]()
+        arrival = time.monotonic()
         with contextlib.ExitStack() as stack:
-
-            def enter() -> Lease:
-                leases.append(_entered(service, stack))
-                return leases[0]
-
-            body = await read_body(request, enter)
-            answered = await unless_gone(request, answer.opened(service, chat, body, leases[0], arrival))
+            body, lease = await read_body(request, lambda: _entered(service, stack))
+            answered = await unless_gone(request, answer.opened(service, chat, body, lease, arrival))
             stack.callback(answered.close)
             if answered.stream:
                 return Events(request, answered, stack.pop_all())

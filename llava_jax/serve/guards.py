@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
+import h11
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -30,7 +31,7 @@ class Gone(Exception):
 
 class Protocol(H11Protocol):
     """uvicorn's HTTP/1.1, which ends connections that send no request, whose headers come byte by byte, or whose client
-    does not take in the rest of a last response."""
+    does not take in the rest of a last response, and whose errors have the form of all others."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:
         super().connection_made(transport)
@@ -49,6 +50,15 @@ class Protocol(H11Protocol):
             return
         self._before = now
         self.loop.call_later(IDLE_SECS, self._look)
+
+    def send_400_response(self, msg: str) -> None:
+        """Refuses what is no HTTP in the form of all errors, where uvicorn sends a text."""
+        message = "the request is no HTTP/1.1 that can be read: its head, the length of its body or a chunk is damaged"
+        response = refusal(Refused(message, "body"))
+        head = h11.Response(status_code=400, headers=[*response.raw_headers, (b"connection", b"close")])
+        for event in (head, h11.Data(data=response.body), h11.EndOfMessage()):
+            self.transport.write(self.conn.send(event))
+        self.transport.close()
 
 
 class Guard:
@@ -160,8 +170,8 @@ class Lease:
             self._taken[kind] = 0
 
 
-async def read_body(request: Request, enter: Callable[[], Lease]) -> bytes:
-    """The body of a request, counted while it comes.
+async def read_body(request: Request, enter: Callable[[], Lease]) -> tuple[bytes, Lease]:
+    """The body of a request, counted while it comes, and the request's lease.
 
     What is refused is taken in and forgotten: a response that is sent before is lost when the connection ends.
 
@@ -192,7 +202,7 @@ async def read_body(request: Request, enter: Callable[[], Lease]) -> bytes:
             refused, body = error, bytearray()
     if refused is not None:
         raise refused
-    return bytes(body)
+    return bytes(body), lease
 
 
 def _check_type(request: Request) -> None:

@@ -1,19 +1,23 @@
-"""OpenAI's messages to a `Conversation`, and to the prompt that the model reads; pictures are data: URLs."""
+"""OpenAI's messages to a `Conversation`, and to the prompt that the model reads; pictures are data: URLs, or addresses
+where the server fetches some."""
 
 import base64
 import binascii
 import re
 import threading
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from llava_jax.errors import UsageError
 from llava_jax.generate.pages import Prompt, prompt_of
-from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, check_text
-from llava_jax.prompt.encode import Format, encode
+from llava_jax.prompt.conversation import IMAGE_MARKER, Conversation, Turn, Video, check_text
+from llava_jax.prompt.encode import Format, encode, pictures
 from llava_jax.prompt.images import image_size
+from llava_jax.serve import videos
+from llava_jax.serve.fetcher import Fetcher
 from llava_jax.serve.fields import Refused, refuse
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
@@ -28,10 +32,11 @@ _large = threading.Lock()
 
 
 class Picture(NamedTuple):
-    """A picture of the messages and where it stands in them, for errors."""
+    """A picture or video of the messages and where it stands in them, for errors. url: where it is, if not here yet."""
 
-    content: bytes
+    content: bytes | Video
     field: str
+    url: str = ""
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,27 @@ class Chat:
     conversation: Conversation
     pictures: tuple[Picture, ...]
 
+    @property
+    def has_video(self) -> bool:
+        return any(isinstance(picture.content, Video) for picture in self.pictures)
 
-def read(messages: list[Any]) -> Chat:
+    def urls(self) -> dict[str, str]:
+        """The addresses of pictures that are to be fetched, and the field of each."""
+        return {picture.url: picture.field for picture in reversed(self.pictures) if picture.url}
+
+    def with_fetched(self, contents: Mapping[str, bytes]) -> "Chat":
+        """The same with the content of each address."""
+        pictures = tuple(Picture(contents.get(one.url, one.content), one.field) for one in self.pictures)
+        return Chat(replace(self.conversation, images=tuple(one.content for one in pictures)), pictures)
+
+
+def read(messages: list[Any], fetcher: Fetcher | None = None) -> Chat:
     """The conversation of a list of messages.
 
     A message's parts are joined by line ends, a picture standing as the marker where it is. A conversation of one
     picture shows it before its message's text, as LLaVA does; several stand in place.
+
+    fetcher: decides which addresses may be fetched; None: no address.
 
     Raises:
       Refused: names the message.
@@ -62,7 +82,7 @@ def read(messages: list[Any]) -> Chat:
         role = ROLES.get(message.get("role")) if isinstance(message.get("role"), str) else None
         if role is None:
             refuse(f"{name}.role", message.get("role"), f"one of {', '.join(ROLES)}")
-        words, shown = _content(message, role, name)
+        words, shown = _content(message, role, name, fetcher)
         pictures += shown
         if any(IMAGE_MARKER in word for word in words if word is not None):
             marked.append(f"{name}.content")
@@ -81,7 +101,9 @@ def read(messages: list[Any]) -> Chat:
     return Chat(conversation, tuple(pictures))
 
 
-def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | None], list[Picture]]:
+def _content(
+    message: dict[str, Any], role: str, name: str, fetcher: Fetcher | None
+) -> tuple[list[str | None], list[Picture]]:
     """The texts of a message, None where a picture stands, and its pictures."""
     content, name = message.get("content"), f"{name}.content"
     if content is None and role == "assistant":
@@ -98,9 +120,12 @@ def _content(message: dict[str, Any], role: str, name: str) -> tuple[list[str | 
             words.append(_checked(part["text"], f"{place}.text"))
         elif kind == "image_url" and role == "user":
             words.append(None)
-            pictures.append(_picture(part.get("image_url"), f"{place}.image_url"))
+            pictures.append(_picture(part.get("image_url"), f"{place}.image_url", fetcher))
+        elif kind == "video_url" and role == "user":
+            words.append(None)
+            pictures.append(Picture(videos.read(part.get("video_url"), f"{place}.video_url"), f"{place}.video_url.url"))
         else:
-            kinds = "a part of type text" + " or image_url" * (role == "user")
+            kinds = "a part of type text" + ", image_url or video_url" * (role == "user")
             refuse(f"{place}.text" if kind == "text" else place, part, kinds)
     return words, pictures
 
@@ -113,13 +138,16 @@ def _checked(text: str, name: str) -> str:
     return text
 
 
-def _picture(value: Any, name: str) -> Picture:
+def _picture(value: Any, name: str, fetcher: Fetcher | None) -> Picture:
     url = value.get("url") if type(value) is dict else None
     if type(url) is not str:
         refuse(name, value, 'an object such as {"url": "data:image/png;base64,..."}')
     name = f"{name}.url"
     if url.lower().startswith(("http:", "https:")):
-        refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures; send its bytes")
+        if fetcher is None:
+            refuse(name, url, "a data: URL (data:image/png;base64,...): this server fetches no pictures")
+        fetcher.check(url, name)
+        return Picture(b"", name, url)
     match = _DATA_URL.match(url)
     if match is None:
         refuse(name, url, "a data: URL of a picture in base64 (data:image/png;base64,...)")
@@ -127,6 +155,13 @@ def _picture(value: Any, name: str) -> Picture:
         return Picture(base64.b64decode(url[match.end() :], validate=True), name)
     except (binascii.Error, ValueError) as error:
         raise Refused(f"{name}: its base64 is damaged ({error})", name) from None
+
+
+def opened(chat: Chat, format: Format) -> Chat:
+    """The same with its videos decoded. Raises Refused where one cannot be."""
+    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field))
+                  if isinstance(picture.content, Video) else picture for picture in chat.pictures)  # fmt: skip
+    return Chat(replace(chat.conversation, images=tuple(picture.content for picture in found)), found)
 
 
 def length(chat: Chat, format: Format, positions: int) -> int:
@@ -159,28 +194,42 @@ def _too_long(what: str, positions: int) -> Refused:
 
 def _check_pixels(chat: Chat) -> None:
     total = 0
-    for picture in chat.pictures:
+    for content, field in _stills(chat):
         try:
-            width, height = image_size(picture.content)
+            width, height = image_size(content)
         except ValueError as error:
-            raise Refused(f"{picture.field}: {error}", picture.field) from None
+            raise Refused(f"{field}: {error}", field) from None
         total += width * height
-        most = MAX_WEBP_PIXELS if picture.content[8:12] == b"WEBP" else MAX_PIXELS
+        most = MAX_WEBP_PIXELS if content[8:12] == b"WEBP" else MAX_PIXELS
         if width * height > most or total > MAX_ALL_PIXELS:
-            raise Refused(f"{picture.field}: {width} x {height} pixels, want at most {most:,} a picture and "
-                          f"{MAX_ALL_PIXELS:,} in all: resize it", picture.field)  # fmt: skip
+            raise Refused(f"{field}: {width} x {height} pixels, want at most {most:,} a picture and "
+                          f"{MAX_ALL_PIXELS:,} in all: resize it", field)  # fmt: skip
+
+
+def _stills(chat: Chat) -> Iterator[tuple[bytes, str]]:
+    """Pictures, and the frames of videos that came as pictures, each with its field."""
+    for picture in chat.pictures:
+        source = picture.content.source if isinstance(picture.content, Video) else (picture.content,)
+        yield from ((still, picture.field) for still in source if isinstance(still, bytes))
 
 
 def prompt(chat: Chat, format: Format) -> Prompt:
     """The prompt with its pictures decoded. Raises Refused where one is damaged."""
     try:
-        if any(np.prod(image_size(picture.content)) > LARGE_PIXELS for picture in chat.pictures):
+        if any(np.prod(image_size(content)) > LARGE_PIXELS for content, _ in _stills(chat)):
             with _large:
                 return prompt_of(encode(chat.conversation, format, reply=True))
         return prompt_of(encode(chat.conversation, format, reply=True))
     except ValueError as error:
-        field = chat.pictures[0].field if len(chat.pictures) == 1 else "messages"
+        field = next((one.field for one in chat.pictures if not _opens(one.content, format)), "messages")
         raise Refused(f"{field}: {str(error).removeprefix(_RECORD)}", field) from None
+
+
+def _opens(content: bytes | Video, format: Format) -> bool:
+    try:
+        return bool(list(pictures((content,), format)))
+    except ValueError:
+        return False
 
 
 def raw_prompt(text: str, format: Format, positions: int) -> Prompt:

@@ -5,6 +5,7 @@ import asyncio
 import signal
 import socket
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import uvicorn
@@ -12,6 +13,7 @@ import uvicorn
 from llava_jax import compilations, errors
 from llava_jax.generate import batching, scheduler
 from llava_jax.generate.assistant import Assistant
+from llava_jax.serve import fetcher
 from llava_jax.serve.answer import READERS, Service
 from llava_jax.serve.app import app
 from llava_jax.serve.guards import Load, Protocol
@@ -24,20 +26,24 @@ QUEUE_ROWS = 4  # positions that open requests may ask for together, in full row
 
 def service(args: argparse.Namespace, name: str) -> Service:
     """The service of a checkpoint; nothing is compiled yet. Raises as `Assistant.open`, and UsageError where the model
-    cannot be served."""
+    cannot be served or a host of pictures has no name."""
+    hosts = fetcher.hosts(args.picture_hosts) if args.picture_hosts else ()
     compilations.keep()
     mesh = batching.one_copy()
     assistant = Assistant.open(args.checkpoint, 1, args.dtype, args.step, args.template, mesh, args.weights)
-    return of_assistant(assistant, name, args.slots, args.queue, args.positions)
+    return of_assistant(assistant, name, args.slots, args.queue, args.positions, hosts)
 
 
-def of_assistant(assistant: Assistant, name: str, slots: int, queue: int, most_positions: int) -> Service:
-    """The service of a model in memory."""
+def of_assistant(assistant: Assistant, name: str, slots: int, queue: int, most_positions: int,
+                 hosts: Sequence[fetcher.Host] = ()) -> Service:  # fmt: skip
+    """The service of a model in memory. hosts: that pictures may be fetched from."""
     positions = batching.positions(assistant.model, most_positions, scheduler.reading()[1])
     ready = scheduler.of_assistant(assistant, slots, positions)
     load = Load(slots + queue, QUEUE_ROWS * slots * positions)
     pool = ThreadPoolExecutor(READERS, thread_name_prefix="reader")
-    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool)
+    videos = ThreadPoolExecutor(1, thread_name_prefix="videos")
+    pictures = fetcher.Fetcher(hosts) if hosts else None
+    return Service(name, assistant.format, slots, positions, Worker(ready), load, Metrics(), pool, videos, pictures)
 
 
 def config(application: object, drain_secs: int) -> uvicorn.Config:

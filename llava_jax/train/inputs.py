@@ -69,7 +69,7 @@ def format_of(config: configs.Config, sizes: LlavaConfig | None = None) -> Forma
     prompt = config.prompt
     tiling = anyres.tiling(prompt.image_mode, prompt.grids, prompt.merge, prompt.max_tiles, prompt.several)
     anyres.check(tiling, sizes.image_newline, sizes.image_features)
-    of_videos = video.rule(prompt.frames, prompt.fps)
+    of_videos = video.rule(prompt.frames, prompt.fps, prompt.time_stamps)
     video.check(of_videos, sizes.image_features, sizes.cross is None)
     return Format(
         template, words, sizes.vision.image_size, sizes.image_features, config.prompt.image_mode,

@@ -121,6 +121,13 @@ def _training(folder: Path, sizes: Sizes) -> list[Pair]:
     ]  # fmt: skip
 
 
+def _mixture(folder: Path, sizes: Sizes) -> list[Pair]:
+    records, longest, row = sizes.mixture
+    text = f"training, {records} records as long as LLaVA-1.5's, to {longest} tokens, in rows of {row}"
+    return [Pair(text, "tokens/s", same.useful_tokens(same.batches(folder)["mixture"]), "train", ("mixture", RATE), 1.8,
+                 _close(1e-3))]  # fmt: skip
+
+
 def _generation(folder: Path, sizes: Sizes) -> list[Pair]:
     text = f"greedy, {sizes.prompt_tokens} tokens in, {sizes.new_tokens} out, batch"
     return [
@@ -149,7 +156,7 @@ def _tiling(folder: Path, sizes: Sizes) -> list[Pair]:
 
 
 PAIRS: dict[str, Callable[[Path, Sizes], list[Pair]]] = {
-    "train": _training, "generate": _generation, "input": _reading, "tiles": _tiling,
+    "train": _training, "mixture": _mixture, "generate": _generation, "input": _reading, "tiles": _tiling,
 }  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.batch import Batch, Example
 from llava_jax.checkpoint import reader
+from llava_jax.data import planner
 from llava_jax.data.packing import packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
@@ -32,15 +33,24 @@ OPTIONS = (("xla_cpu_experimental_ynn_fusion_type", "LIBRARY_FUSION_TYPE_DOT"),)
 def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
     """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`.
 
-    Samples of one length have a row each; others are packed into a fixed number of longer rows.
+    Samples of one length have a row each; others are packed into a fixed number of longer rows, those of a mixture
+    into as many as the planner makes, one after the other.
     """
-    rows, tokens = (sizes.samples, sizes.longest) if kind == "full" else sizes.packed
-    batches = [_rows(examples, rows, tokens, sizes) for examples in same.batches(folder)[kind]]
+    steps = same.batches(folder)[kind]
+    if kind == "mixture":
+        tokens = sizes.mixture[2]
+        groups = _planned(steps[0], tokens)
+        rows, images = 1, max(len(row) for (row,) in groups)
+        batches, accumulate = [packed(groups, tokens, images, sizes.model.vision.image_size)[0]], len(groups)
+    else:
+        rows, tokens = (sizes.samples, sizes.longest) if kind == "full" else sizes.packed
+        batches, images, accumulate = [_rows(examples, rows, tokens, sizes) for examples in steps], sizes.samples, 1
     rates = (("vision/.*", None), (".*", rate))
     config = configs.Config(
-        data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=rows, rows_per_group=rows,
-                          row_tokens=tokens, images_per_group=sizes.samples),
-        train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant"), rates=rates,
+        data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=rows * accumulate,
+                          rows_per_group=rows, row_tokens=tokens, images_per_group=images),
+        train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant", accumulate=accumulate),
+        rates=rates,
         init=((".*", "random"),), model=configs.Model(dtype="float32", remat="save_dots"), compiler_options=OPTIONS,
     )  # fmt: skip
     program = programs.build(config, sizes.model, config.train.steps)
@@ -110,6 +120,14 @@ def _rows(examples: Sequence[Example], rows: int, tokens: int, sizes: Sizes) -> 
         used = [sum(len(one.tokens) for one in row) for row in group]
         next(row for row, n in zip(group, used) if n + len(example.tokens) <= tokens).append(example)
     return packed([group], tokens, len(examples), sizes.model.vision.image_size)[0]
+
+
+def _planned(examples: Sequence[Example], row_tokens: int) -> list[list[list[Example]]]:
+    """Groups of one row, as training's planner lays them."""
+    lengths = np.array([len(example.tokens) for example in examples])
+    generator = np.random.RandomState(0)
+    samples, starts = planner.plan(lengths, np.ones_like(lengths), row_tokens, 1, len(examples), generator)
+    return [[[examples[i] for i in samples[a:b]]] for a, b in zip(starts, starts[1:])]
 
 
 def _request(example: Example, new_tokens: int) -> Request:

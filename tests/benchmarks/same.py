@@ -17,6 +17,7 @@ from llava_jax.data.sources import open_source
 from llava_jax.models import presets
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
+from llava_jax.plan import mixture
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.encode import Format, encode
@@ -34,7 +35,8 @@ class Sizes:
     """How large everything is.
 
     samples: of a training step. shortest, longest: tokens of a sample. packed: rows and their tokens that hold the
-      samples of any step. steps: that a training turn makes.
+      samples of any step. steps: that a training turn makes. mixture: records of a step with the lengths of LLaVA-1.5's
+      665k, most tokens of one, and tokens of a packed row.
     prompt_tokens, new_tokens: of an answer. records: with one picture each, for the input pipeline.
     """
 
@@ -44,6 +46,7 @@ class Sizes:
     longest: int
     packed: tuple[int, int]
     steps: int
+    mixture: tuple[int, int, int]
     prompt_tokens: int
     new_tokens: int
     records: int
@@ -55,14 +58,15 @@ FULL = Sizes(
     LlavaConfig(
         VisionConfig(image_size=112, patch_size=14, width=384, mlp_width=1536, layers=6, heads=6), "mlp2x_gelu",
         LlamaConfig(vocab=8000, width=512, mlp_width=1376, layers=8, heads=8, kv_heads=8, head_width=64,
-                    max_positions=1024),
+                    max_positions=2048),
     ),
-    samples=4, shortest=160, longest=512, packed=(2, 720), steps=3, prompt_tokens=128, new_tokens=128,
-    records=96, picture=(480, 640), image_size=336,
+    samples=4, shortest=160, longest=512, packed=(2, 720), steps=3, mixture=(64, 2048, 4096), prompt_tokens=128,
+    new_tokens=128, records=96, picture=(480, 640), image_size=336,
 )  # fmt: skip
 SMALL = Sizes(
     replace(presets.get("tiny"), llm=replace(presets.get("tiny").llm, vocab=1000)),  # with room for an <image> token
-    samples=2, shortest=100, longest=128, packed=(1, 256), steps=2, prompt_tokens=90, new_tokens=5, records=4,
+    samples=2, shortest=100, longest=128, packed=(1, 256), steps=2, mixture=(5, 128, 256), prompt_tokens=90,
+    new_tokens=5, records=4,
     picture=(40, 60), image_size=28,
 )  # fmt: skip
 
@@ -86,7 +90,8 @@ def write(folder: Path, sizes: Sizes) -> None:
 
 
 def batches(folder: Path) -> dict[str, list[list[Example]]]:
-    """{"full": batches of samples that all are `longest`, "mixed": of any length from `shortest` on}."""
+    """{"full": batches of samples that all are `longest`, "mixed": of any length from `shortest` on, "mixture": one of
+    a mixture's lengths}."""
     return pickle.loads((folder / BATCHES).read_bytes())
 
 
@@ -149,6 +154,9 @@ def _examples(folder: Path, sizes: Sizes, rng: np.random.Generator) -> dict[str,
             turns += [type(turns[0])("user", _words(rng, 12)), type(turns[0])("assistant", _words(rng, 40))]
 
     shape = (sizes.steps, sizes.samples)
+    records, longest, _ = sizes.mixture
+    drawn = mixture.records(mixture.LLAVA, 576, mixture.FRAME)[0, :records]  # all with a picture of fewer features here
     lengths = {"full": np.full(shape, sizes.longest), "mixed": rng.integers(sizes.shortest, sizes.longest + 1, shape),
+               "mixture": np.clip(drawn, sizes.shortest, longest)[None],
                "prompts": np.full((4, 1), sizes.prompt_tokens)}  # fmt: skip
     return {kind: [[sample(int(n)) for n in step] for step in steps] for kind, steps in lengths.items()}

@@ -34,24 +34,39 @@ Turn = Callable[[], tuple[float, list[float]]]
 
 
 def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
-    """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`."""
+    """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`.
+
+    Of a mixture's step so many samples at a time are padded to the longest of them, after they were sorted by length.
+    """
     model = LlavaForConditionalGeneration.from_pretrained(folder / same.THEIRS, dtype=torch.float32).train()
     model.model.vision_tower.requires_grad_(False)
     moving = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(moving, lr=rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0, fused=True)
-    steps = [_tensors(examples, model.config) for examples in same.batches(folder)[kind]]
+    steps = [
+        (sum(int(example.learned[1:].sum()) for example in examples),
+         [_tensors(part, model.config) for part in _by_length(examples, sizes.samples)])
+        for examples in same.batches(folder)[kind]
+    ]  # fmt: skip
 
     def turn() -> tuple[float, list[float]]:
         begun, losses = time.perf_counter(), []
-        for fields in steps:
-            loss = model(**fields).loss
-            loss.backward()
+        for supervised, batches in steps:
+            loss = 0.0
+            for fields in batches:
+                part = model(**fields, num_items_in_batch=supervised).loss
+                part.backward()
+                loss += part.item()
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            losses.append(loss.item())
+            losses.append(loss)
         return time.perf_counter() - begun, losses
 
     return turn
+
+
+def _by_length(examples: Sequence[Example], size: int) -> list[Sequence[Example]]:
+    ordered = sorted(examples, key=lambda example: len(example.tokens))
+    return [ordered[i : i + size] for i in range(0, len(ordered), size)]
 
 
 def generate(folder: Path, sizes: Sizes, rows: int) -> Turn:

@@ -41,11 +41,11 @@ def verify(folder, export, *options):
     return convert(["verify", "--served", str(folder / export), "--checkpoint", str(folder / "ours"), *options])
 
 
-def test_twenty_prompts_of_all_shapes_are_the_same_every_time():
+def test_35_prompts_of_all_shapes_are_the_same_every_time():
     prompts = served.make_prompts(28)
-    assert prompts == served.make_prompts(28) and len(prompts) == 20
+    assert prompts == served.make_prompts(28) and len(prompts) == 35
     assert {(len(prompt.pictures), len(prompt.turns)) for prompt in prompts} == {(1, 1), (2, 1), (1, 3)}
-    assert len({picture for prompt in prompts for picture in prompt.pictures}) == 24
+    assert len({picture for prompt in prompts for picture in prompt.pictures}) == 42
 
 
 def test_an_export_answers_in_transformers_as_its_checkpoint(exported, few, capsys):
@@ -66,6 +66,27 @@ def test_an_export_of_another_checkpoint_is_told_by_the_exit_code(exported, few,
     assert convert(command) == 66
     out, error = capsys.readouterr()
     assert "DIFFER" in out and "transformers differ from those of" in error
+
+
+def test_vllm_is_asked_for_no_more_positions_than_the_model_has(exported, few, monkeypatch):
+    """It refuses more; vLLM itself is not installed where the tests run."""
+    settings = {}
+
+    class Model:
+        def __init__(self, path, **given):
+            settings.update(given)
+
+        def chat(self, messages, sampling, use_tqdm):
+            output = types.SimpleNamespace(token_ids=(5, 6), text="ab")
+            return [types.SimpleNamespace(prompt_token_ids=[1, 2], outputs=[output])]
+
+    fake = types.SimpleNamespace(LLM=Model, SamplingParams=types.SimpleNamespace)
+    monkeypatch.setitem(sys.modules, "vllm", fake)
+    path = epath.Path(exported / "hf")
+    answers = list(readers.READERS["vllm"].ask(path, served.make_prompts(28)))
+    assert [answer.ids for answer in answers] == [[5, 6]] * 4
+    assert settings["limit_mm_per_prompt"] == {"image": 2}
+    assert settings["max_model_len"] == tiny.TEXT_CONFIG["max_position_embeddings"] < readers.CONTEXT
 
 
 def test_what_is_not_installed_is_skipped_by_name(exported, few, monkeypatch, capsys):

@@ -10,15 +10,16 @@ from safetensors.numpy import load_file, save_file
 
 from llava_jax import params
 from llava_jax.checkpoint import model_json, reader
-from llava_jax.convert import exporting, importing, llava, peft_import, table, tiling
+from llava_jax.convert import exporting, importing, llava, peft_import, readme, table, tiling
 from llava_jax.convert.__main__ import main
 from llava_jax.convert.files import Spec, TensorFiles
 from llava_jax.convert.importing import PromptOptions
 from llava_jax.errors import UnusableCheckpoint, UsageError
+from llava_jax.generate.assistant import Assistant
 from llava_jax.models import presets, registry, siglip
 from llava_jax.models.llava import abstract_params
 from llava_jax.models.presets import config_from_json
-from llava_jax.prompt import anyres
+from llava_jax.prompt import anyres, video
 from llava_jax.prompt.anyres import Tiling
 from tests.convert import adapters, tiny
 
@@ -68,6 +69,25 @@ def test_what_is_written_is_read_as_it_was(tiles, kind):
     content = {"model_type": kind, **tiling.hub_json(tiles, 336)}
     assert tiling.read_hub(content, "here", 336) == tiles
     assert tiling.read_original(tiling.original_json(tiles, 336), "here", 336) == tiles
+
+
+def test_time_stamps_of_videos_go_through_the_original_format():
+    """LLaVA-NeXT keeps `add_time_instruction` of a training in config.json."""
+    tiles = Tiling(V16, max_tiles=3, several=False)
+    for stamps, keys in ((True, {"add_time_instruction": True}), (False, {})):
+        rule = dataclasses.replace(video.RELEASED, time_stamps=stamps)
+        content = tiling.original_video_json(video.to_json(rule))
+        assert content == tiling.ORIGINAL_VIDEO | keys
+        assert tiling.frame_rule(content, tiles) == rule
+    assert tiling.frame_rule({"add_time_instruction": False}, tiles) == video.RELEASED
+    assert tiling.original_video_json(None) == {}
+
+
+def test_a_readme_of_an_export_says_that_no_chat_template_writes_time_stamps():
+    prompt = model_json.PromptMetadata("qwen_2", None, "pad", False, video={"frames": 4, "fps": 0.0})
+    stamped = dataclasses.replace(prompt, video=dict(prompt.video, time_stamps=True))
+    plain, found = (readme.hub(presets.get("tiny"), one, "out", True) for one in (prompt, stamped))
+    assert "The\nvideo lasts for 2.00 seconds" in found and "lasts for" not in plain
 
 
 @pytest.mark.parametrize("tiles, message", [
@@ -163,6 +183,31 @@ def test_every_tiling_goes_through_the_original_format(base, tmp_path, tiles):
     np.testing.assert_array_equal(*newlines)
     importing.import_checkpoint(tmp_path / "llava-x", tmp_path / "padded", options=PromptOptions(image_mode="pad"))
     assert model_json.read(tmp_path / "padded").prompt.tiling is None
+
+
+def test_a_checkpoint_of_tiles_without_its_newline_is_refused_by_name(base, tmp_path):
+    """Of Hugging Face's format, of the original one, and of our own."""
+    trained = tiled(base, tmp_path / "trained", Tiling(V16))
+    for name in ("hf", "llava"):
+        place = tmp_path / f"llava-{name}"
+        exporting.export(name, trained, place)
+        (path,) = (path for path in place.glob("*.safetensors") if "image_newline" in path.read_bytes()[:20_000].decode(
+            errors="ignore"))  # fmt: skip
+        tensors = {key: one for key, one in load_file(path).items() if "image_newline" not in key}
+        save_file(tensors, path, metadata={"format": "pt"})
+        with pytest.raises(UnusableCheckpoint, match="image_newline is missing"):
+            importing.import_checkpoint(place, tmp_path / "again")
+    metadata = model_json.read(trained)
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "0").symlink_to(base / "without" / "0")
+    model_json.write(bare, metadata, model_json.read_tokenizer_files(trained))
+    with pytest.raises(UnusableCheckpoint, match="image_newline"):
+        Assistant.open(bare)
+    wanting = dataclasses.replace(metadata, model=model_json.read(base / "without").model)
+    model_json.write(bare, wanting, model_json.read_tokenizer_files(trained))
+    with pytest.raises(UsageError, match="each line ends with image_newline, which this model has not"):
+        Assistant.open(bare)
 
 
 def test_a_newline_without_tiles_has_no_hugging_face_format(base, tmp_path):

@@ -86,6 +86,48 @@ def test_validate_refuses_the_tiles_that_training_refuses(tmp_path):
     assert refused == [[], ["too_many_images"], []]
 
 
+def refusals(source, row_tokens, images):
+    """The first record's problem by `validate`, which training raises with the same words."""
+    checks = Checks(rules(FORMAT.template, WORDS), FORMAT, row_tokens, images)
+    found = next(finding for finding in next(validate(source, checks, open_images=True)).findings if finding.fatal)
+    for made in (Packed(rows=1, skip_budget=0.0, **_settings(source, row_tokens, images)),
+                 Pipeline(batch_samples=3, skip_budget=0.0, **_settings(source, row_tokens, images))):  # fmt: skip
+        with pytest.raises(DataError) as error:
+            list(made)
+        assert "id='0'" in str(error.value) and found.reason in str(error.value), error.value
+    feeds = [Packed(rows=1, skip_budget=0.4, **_settings(source, row_tokens, images)),
+             Pipeline(batch_samples=3, skip_budget=0.4, **_settings(source, row_tokens, images))]  # fmt: skip
+    for made in feeds:
+        seen = [id for _, ids in made for id in ids]
+        assert {"1", "2"} <= set(seen) and {one.id for one in made.bad} == {"0"}
+    return found
+
+
+def _settings(source, row_tokens, images):
+    return {"sources": [source], "format": FORMAT, "row_tokens": row_tokens, "images_per_group": images,
+            "order": "sequential", "threads": 0, "one_pass": True}  # fmt: skip
+
+
+def test_a_picture_of_an_absurd_aspect_is_refused_by_id(tmp_path):
+    source = write(tmp_path, [(1, 5000), *SIZES[1:]])
+    assert index.sizes(source, FORMAT)[:, 1].tolist() == [0, 5, 3]
+    found = refusals(source, 400, 11)
+    assert found.reason == "bad_image"
+    assert "1 x 5000 pixels, one side more than 200 times the other: cut it" in found.detail
+
+
+def test_more_tiles_than_a_pool_or_a_row_holds_name_the_key_to_raise(tmp_path):
+    source = write(tmp_path, [(50, 52), (60, 20), (20, 60)])
+    tokens = index.sizes(source, FORMAT)[:, 0]
+    found = refusals(source, 400, 4)
+    assert found.reason == "too_many_images"
+    assert found.detail == "5 images for images_per_group=4: set data.images_per_group=5, or drop the record"
+    assert tokens[0] > tokens[1:].max()
+    found = refusals(source, int(tokens[1:].max()), 11)
+    assert found.reason == "no_learned_tokens"
+    assert found.detail.endswith("raise data.row_tokens (and data.sample_tokens where it is set), or drop the record")
+
+
 def test_the_size_of_a_picture_in_a_bucket_is_read(bucket):
     place = epath.Path(bucket) / "a.png"
     with place.open("wb") as file:

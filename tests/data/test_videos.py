@@ -1,7 +1,11 @@
 """Records with videos: read in every form, measured without decoding, planned exactly, refused alike by all."""
 
+import dataclasses
+import io
 import json
 import sys
+import tarfile
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from PIL import Image
 
 from llava_jax.data import index, inspection, page
 from llava_jax.data.__main__ import main
-from llava_jax.data.check import Checks, check_pictures, rules_of
+from llava_jax.data.check import Checks, check_pictures, example, read, rules_of
 from llava_jax.data.datasets import of_dataset
 from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
@@ -25,6 +29,7 @@ from llava_jax.prompt import templates, tokenizer, video
 from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import Conversation, Turn, Video
 from llava_jax.prompt.encode import Format
+from llava_jax.prompt.images import to_pixels
 from llava_jax.prompt.video import FrameRule
 from tests import videos
 
@@ -151,6 +156,20 @@ def test_validate_refuses_what_training_refuses(folder):
                            threads=1, order="sequential", skip_budget=0.0, one_pass=True)))  # fmt: skip
 
 
+def test_validate_refuses_videos_without_times_where_the_prompt_says_them(folder):
+    source = open_source(folder / "good.json", folder)
+    stamped = dataclasses.replace(FORMAT, video=FrameRule(4, time_stamps=True))
+    verdicts = list(validate(source, Checks(rules_of(stamped), stamped, 400, 14), open_images=True))
+    assert [one.index for one in verdicts if one.fatal] == [2]
+    assert "a folder of frames, or a file without a frame rate, has no times" in verdicts[2].findings[0].detail
+    feed = Pipeline(sources=[source], format=stamped, batch_samples=5, row_tokens=400, images_per_group=14, threads=1,
+                    order="sequential", skip_budget=0.2, one_pass=True)  # fmt: skip
+    batch, _ = next(iter(feed))
+    assert np.flatnonzero(batch.weights.sum(1) == 0).tolist() == [2]
+    assert index.sizes(source, stamped)[2].tolist() == [0, 0]
+    assert (index.sizes(source, stamped)[:2, 0] > index.sizes(source, FORMAT)[:2, 0] + 50).all()
+
+
 def test_a_run_without_a_rule_names_the_key_to_set(folder):
     source = open_source(folder / "good.json", folder)
     verdicts = validate(source, Checks(rules_of(BLIND), BLIND, 260, 14))
@@ -175,7 +194,76 @@ def test_parquet_holds_videos_as_bytes(folder, tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     source = open_source(tmp_path / "a.parquet")
     assert index.sizes(source, FORMAT)[0, 1] == 4
-    assert not check_pictures(source[0].conversation, None, FORMAT.video)
+    assert not check_pictures(source[0].conversation, None, FORMAT)
+
+
+def test_a_parquet_of_data_sets_holds_several_videos_of_a_record(folder, tmp_path):
+    turns = [[{"from": "human", "value": "<video>, <video>?"}, ANSWER]]
+    held = [[{"bytes": (folder / name).read_bytes(), "path": name} for name in ("a.mp4", "b.webm")]]
+    pq.write_table(pa.table({"videos": held, "conversations": turns}), tmp_path / "a.parquet")
+    source = open_source(tmp_path / "a.parquet")
+    assert index.sizes(source, FORMAT)[0, 1] == 4 + 3
+    frames = example(read(source[0], rules_of(FORMAT)), Checks(rules_of(FORMAT), FORMAT, 260, 14), None).images
+    wanted = [to_pixels(frame, 28, "squash") for name in ("a.mp4", "b.webm")
+              for frame in video.frames(Video(folder / name), FORMAT.video)]  # fmt: skip
+    np.testing.assert_array_equal(frames, wanted)
+
+
+@pytest.fixture(scope="module")
+def shard(folder, tmp_path_factory):
+    """Videos of every kind and a picture, with their captions; then a damaged video, and one without frames."""
+    place = tmp_path_factory.mktemp("shard") / "a.tar"
+    with tarfile.open(place, "w") as tar:
+        for i, name in enumerate(("a.mp4", "b.webm", "c.avi", "d.mov", "e.MKV")):
+            path = folder / name.lower()
+            if not path.exists():
+                videos.write(path, videos.moving(10, seed=i))
+            _add(tar, f"{i}{path.suffix if i < 4 else '.MKV'}", path.read_bytes())
+            _add(tar, f"{i}.json", json.dumps({"caption": f"Clip {i}!"}).encode())
+        for name, content in (("5.png", (folder / "d.png").read_bytes()), ("5.txt", b"A red field."),
+                              ("6.mp4", (folder / "damaged.mp4").read_bytes()), ("6.txt", b"Nothing."),
+                              ("7.mp4", b""), ("7.txt", b"Nothing."), ("stats.log", b"")):  # fmt: skip
+            _add(tar, name, content)
+    return place
+
+
+def _add(tar, name, content):
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
+
+
+def test_videos_of_a_shard_are_records_like_files(folder, shard, monkeypatch):
+    source = open_source(shard)
+    assert [record.id for record in source] == [str(i) for i in range(8)]
+    monkeypatch.setattr(tempfile, "mkstemp", None)  # nothing is unpacked
+    talk = source[0].conversation
+    assert talk.images == (Video((folder / "a.mp4").read_bytes()),)
+    assert [turn.text for turn in talk.turns] == ["<image>", "clip 0"]
+    with monkeypatch.context() as patch:
+        patch.setattr(video, "_decoded", None)  # measuring decodes nothing
+        assert index.sizes(source, FORMAT)[:, 1].tolist() == [4, 3, 4, 4, 4, 3, 0, 0]
+    assert index.sizes(source, BLIND)[:, 1].tolist() == [0, 0, 0, 0, 0, 3, 0, 0]
+    for i, name in enumerate(("a.mp4", "b.webm", "c.avi", "d.mov", "e.mkv")):
+        found = example(read(source[i], rules_of(FORMAT)), Checks(rules_of(FORMAT), FORMAT, 260, 14), None)
+        frames = video.frames(Video(folder / name), FORMAT.video)
+        np.testing.assert_array_equal(found.images, [to_pixels(frame, 28, "squash") for frame in frames])
+
+
+def test_a_bad_video_of_a_shard_costs_itself_by_id(shard):
+    source, checks = open_source(shard), Checks(rules_of(FORMAT), FORMAT, 260, 14)
+    refused = [one.findings[0] for one in validate(source, checks, open_images=True) if one.fatal]
+    assert [(one.id, one.reason) for one in refused] == [("6", "bad_image"), ("7", "bad_image")]
+    assert "no video, or a damaged one" in refused[0].detail and "given as 0 bytes" in refused[1].detail
+    settings = {"sources": [source], "format": FORMAT, "row_tokens": 260, "images_per_group": 14, "threads": 0,
+                "order": "sequential", "one_pass": True}  # fmt: skip
+    for feed in (Pipeline(batch_samples=4, skip_budget=0.25, **settings), Packed(rows=1, skip_budget=0.25, **settings)):
+        seen = [id for _, ids in feed for id in ids]
+        assert set("012345") <= set(seen) and {one.id for one in feed.bad} == {"6", "7"}
+    with pytest.raises(DataError, match="id='6' bad_image: .*no video, or a damaged one"):
+        list(Pipeline(batch_samples=4, skip_budget=0.0, **settings))
+    verdict = next(validate(source, Checks(rules_of(BLIND), BLIND, 260, 14)))
+    assert "video is not read without a rule" in verdict.findings[0].detail
 
 
 def test_a_data_set_of_conversations_may_hold_videos_of_any_path(folder):
@@ -218,11 +306,12 @@ def test_a_page_draws_the_frames_of_a_video_and_show_says_where_they_are(folder)
     assert ">video 1: 17 features</a>" in text and "Video 1: 64 x 48 pixels, 4 frames" in text
 
 
-def test_without_pyav_no_record_is_to_blame(folder, monkeypatch):
+@pytest.mark.parametrize("kind", ["json", "tar"])
+def test_without_pyav_no_record_is_to_blame(folder, shard, monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "av", None)
-    source = open_source(folder / "good.json", folder)
+    source = open_source(folder / "good.json", folder) if kind == "json" else open_source(shard)
     checks = Checks(rules_of(FORMAT), FORMAT, 260, 14)
     for fails in (lambda: index.sizes(source, FORMAT), lambda: list(validate(source, checks))):
-        with pytest.raises(MissingPackage, match="`pip install av`") as error:
+        with pytest.raises(MissingPackage, match="`pip install av` .the extra `video`.") as error:
             fails()
         assert exit_code(error.value) == 64

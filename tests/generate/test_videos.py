@@ -1,5 +1,6 @@
 """Videos are asked about: from Python, by `chat`, and as questions of `evaluate`; with pictures and without a rule."""
 
+import dataclasses
 import io
 import json
 
@@ -16,6 +17,7 @@ from llava_jax.evaluate import __main__ as command
 from llava_jax.evaluate import answer
 from llava_jax.evaluate.questions import Question
 from llava_jax.generate.assistant import Assistant
+from llava_jax.prompt.conversation import question
 from tests import videos
 from tests.generate import tiny
 
@@ -86,6 +88,22 @@ def test_a_model_without_a_rule_refuses_videos(root, assistant):
     blind = Assistant(assistant.model, assistant.params, tiny.wording(assistant.format.template), 1)
     with pytest.raises(UsageError, match="a video, and no rule for its frames: set prompt.frames"):
         blind.generate("What?", [Video(root / "clip.mp4")])
+
+
+def test_a_checkpoint_with_time_stamps_is_asked_with_them(root, assistant, tmp_path):
+    metadata, place = model_json.read(root / "model"), tmp_path / "model"
+    place.mkdir()
+    (place / "3").symlink_to(root / "model" / "3")
+    prompt = dataclasses.replace(metadata.prompt, video={"frames": 4, "fps": 0.0, "time_stamps": True})
+    words = model_json.read_tokenizer_files(root / "model")
+    model_json.write(place, dataclasses.replace(metadata, prompt=prompt), words)
+    stamped, clip = llava_jax.load(place), Video(root / "clip.mp4")
+    sentence = ("The video lasts for 0.40 seconds, and 4 frames are uniformly sampled from it. These frames are "
+                "located at 0.00s,0.12s,0.24s,0.36s.Please answer the following questions related to this video.")
+    wanted = assistant.encode(question(f"<image>\n{sentence}\n\nWhere?", [clip]), reply=True)
+    assert stamped.encode(question("Where?", [clip]), reply=True).tokens.tolist() == wanted.tokens.tolist()
+    with pytest.raises(UsageError, match="a folder of frames, .* has no times, which prompt.time_stamps=True wants"):
+        stamped.generate("Where?", [Video(root / "frames")])
 
 
 def test_chat_shows_videos(root, assistant, capsys, monkeypatch):

@@ -218,6 +218,15 @@ def test_the_image_trains_as_a_user_of_its_own_and_its_build_sees_only_what_it_c
     assert all(f'"{extra}": [' in (ROOT / "setup.py").read_text() for extra in ("tpu", "cuda"))
 
 
+def test_the_versions_that_are_installed_are_those_that_setup_allows():
+    bounds = dict(re.findall(r'"([a-z-]+)(?:\[\w+\])?>=([\d.]+)', (ROOT / "setup.py").read_text()))
+    lines = (LAUNCH / "versions.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if line[0] != "#")
+    assert {"jax", "jaxlib", "libtpu", "flax", "orbax-checkpoint"} <= pins.keys()
+    for name in bounds.keys() & pins.keys():
+        assert [*map(int, pins[name].split("."))] >= [*map(int, bounds[name].split("."))], name
+
+
 def _recipes() -> list[str]:
     """The commands of the page that are calls of these scripts, each on one line."""
     blocks = re.findall(r"```sh\n(.*?)```", (LAUNCH / "README.md").read_text(), re.S)

@@ -36,8 +36,8 @@ IDLE = "mkdir -p llava_jax_run && flock -n llava_jax_run/lock true"
 SETUP = (
     "if ! { " + IDLE + "; }; then echo 'training runs here: its code is left as it is'; exit 0; fi; "
     "cd llava_jax_run && rm -rf source && mkdir source && tar -xzf ../llava_jax.tar.gz -C source && cd source && "
-    "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.11 .venv && "
-    "python3 -m uv pip install --quiet --python .venv/bin/python '.[tpu]'"
+    "python3 -m pip install --quiet --user uv && python3 -m uv venv --quiet --python 3.13 .venv && "
+    "python3 -m uv pip install --quiet --python .venv/bin/python -c launch/versions.txt '.[tpu]'"
 )
 START = (
     "mkdir -p llava_jax_run && cd llava_jax_run && exec 9>>lock && { flock -n 9 || { "

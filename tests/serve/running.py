@@ -58,9 +58,10 @@ class Running:
 
 
 @contextlib.contextmanager
-def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any = None) -> Iterator[Running]:
-    """A server; `make` changes its service before it starts."""
-    service = server.of_assistant(tiny.assistant(), "llava-jax", slots, queue, POSITIONS)
+def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any = None,
+            assistant: Any = None) -> Iterator[Running]:  # fmt: skip
+    """A server; `make` changes its service before it starts. assistant: whose model it is; None: the tiny one."""
+    service = server.of_assistant(assistant or tiny.assistant(), "llava-jax", slots, queue, POSITIONS)
     service = make(service) if make else service
     listener = socket.create_server(("127.0.0.1", 0))
     hosts = None if key else HOSTS
@@ -82,10 +83,16 @@ def running(slots: int = 4, queue: int = 32, key: bytes | None = None, make: Any
 
 @contextlib.contextmanager
 def spawned(folder: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
-    """A server by its own command, once it is ready: its address, and its process. It is killed at the end."""
+    """A server of the tiny model by its own command; see `by_command`."""
     tiny.save(folder / "model")
-    command = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", str(folder / "model"), "--port", "0",
-               "--positions", str(POSITIONS), *arguments]  # fmt: skip
+    with by_command(folder / "model", "--positions", str(POSITIONS), *arguments) as one:
+        yield one
+
+
+@contextlib.contextmanager
+def by_command(checkpoint: Path, *arguments: str) -> Iterator[tuple[str, subprocess.Popen]]:
+    """A server of a checkpoint, once it is ready: its address, and its process. It is killed at the end."""
+    command = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", str(checkpoint), "--port", "0", *arguments]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env=os.environ | {"JAX_PLATFORMS": "cpu"})  # fmt: skip
     try:

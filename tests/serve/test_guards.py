@@ -3,8 +3,11 @@
 import asyncio
 import concurrent.futures
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -16,6 +19,7 @@ import pytest
 from llava_jax.serve import __main__ as command
 from llava_jax.serve import guards, server
 from tests.generate import tiny
+from tests.ports import free_port
 from tests.serve.running import KEY, part, running, spawned, user
 
 LONG = {"messages": [{"role": "user", "content": "Tell me a long story"}], "max_tokens": 400, "temperature": 0,
@@ -146,10 +150,36 @@ def test_bodies_are_counted_while_they_come(served, monkeypatch):
 
     found = httpx2.post(served.url + "/v1/chat/completions", content=pieces(), headers=headers())
     assert found.status_code == 413 and found.json()["error"]["param"] == "body"
-    with connect(served) as connection:  # the length is a lie: what comes after it is another request
-        connection.sendall(raw(b'{"messages": []}', length=5) + b"\r\n\r\n")
-        assert connection.recv(100).startswith(b"HTTP/1.1 400")
     assert served.idle()
+
+
+BODY = b'{"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}'
+CHUNKED = (b"Content-Length", b"Transfer-Encoding: chunked\r\nX")
+LIES = {
+    "shorter": raw(BODY, length=5), "nothing": raw(BODY, length=0), "below nothing": raw(BODY, length=-5),
+    "no number": raw(BODY).replace(b"Length: ", b"Length: a"), "beyond numbers": raw(BODY, length=10**30),
+    "two lengths": raw(BODY).replace(b"Content-Length", b"Content-Length: 5\r\nContent-Length"),
+    "chunk of another length": raw(b"5\r\n" + BODY + b"\r\n0\r\n\r\n").replace(*CHUNKED),
+    "chunk of no length": raw(b"zz\r\n" + BODY + b"\r\n0\r\n\r\n").replace(*CHUNKED),
+    "packed": raw(BODY).replace(CHUNKED[0], b"Transfer-Encoding: gzip\r\nX"), "no request": b"Hello\r\n\r\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("lie", LIES)
+def test_a_body_that_lies_about_its_length_is_refused_as_every_error_is(served, lie):
+    with connect(served) as connection:
+        connection.sendall(LIES[lie].replace(b"Host:", b"Connection: close\r\nHost:"))
+        found = b"".join(iter(lambda: connection.recv(10_000), b""))
+    head, _, body = found.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400") and json.loads(body)["error"]["param"] == "body"
+    assert served.idle()
+
+
+def test_a_body_that_ends_before_its_length_frees_all_that_it_took(served):
+    with connect(served) as connection:
+        connection.sendall(raw(BODY, length=len(BODY) + 1))
+        connection.shutdown(socket.SHUT_WR)
+        assert connection.recv(100) == b"" and served.idle()
 
 
 def test_slow_clients_are_cut_off_and_others_do_not_notice(served, monkeypatch):
@@ -232,6 +262,8 @@ def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_e
         (["--api-key-file", "nowhere"], 64, "--api-key-file nowhere: no such file"),
         (["--api-key-file", "short"], 64, "want a key of at least 8"),
         (["--checkpoint", "nowhere"], 66, "nowhere: there is no such checkpoint"),
+        (["--picture-hosts", "example.com,localhost"], 64, "--picture-hosts 'localhost': want names such as"),
+        (["--checkpoint", "begun"], 66, "begun"),
         (["--host", "256.1.1.1"], 64, "256.1.1.1"),
         (["--weights", "int8", "--checkpoint", "model"], 64, "weights int8: on a CPU"),
     ],
@@ -239,11 +271,24 @@ def test_a_model_that_fails_ends_the_answers_and_the_server_with_a_line_and_an_e
 def test_what_cannot_be_served_is_one_line_at_start(tmp_path, monkeypatch, capsys, arguments, code, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short").write_text("abc\n")
+    (tmp_path / "begun" / "5.orbax-checkpoint-tmp").mkdir(parents=True)  # a training writes its first step
     defaults = {"--checkpoint": "model", "--port": "0"}
     given = [*(arg for pair in defaults.items() if pair[0] not in arguments for arg in pair), *arguments]
     assert command.main(given) == code
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and message in error
+
+
+def test_several_processes_are_refused_by_each_of_them(tmp_path):
+    settings = os.environ | {"LLAVA_JAX_MULTIHOST": "1", "JAX_NUM_PROCESSES": "2", "JAX_PLATFORMS": "cpu",
+                             "JAX_COORDINATOR_ADDRESS": f"localhost:{free_port()}"}  # fmt: skip
+    words = [sys.executable, "-m", "llava_jax.serve", "--checkpoint", str(tmp_path), "--port", "0"]
+    both = [subprocess.Popen(words, env=settings | {"JAX_PROCESS_ID": str(number)}, stderr=subprocess.PIPE, text=True)
+            for number in range(2)]  # fmt: skip
+    for one in both:
+        error = one.communicate(timeout=120)[1]
+        assert one.returncode == 64 and error.count("\n") == 1
+        assert "start one on each host, without LLAVA_JAX_MULTIHOST=1, and a load balancer" in error
 
 
 def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(tmp_path, capsys):

@@ -1,14 +1,17 @@
 """The page in a browser: a conversation about pictures, edited and retried, at three sizes and without the internet."""
 
 import json
+from dataclasses import replace
 
 import httpx2
 import pytest
 
+from llava_jax.serve import fetcher
 from tests.serve.browser import CHROMIUM, page
 from tests.serve.running import data_url, running
+from tests.serve.web import HOST, png, web
 
-SIZES = {"phone": (375, 740), "tablet": (820, 1100), "desk": (1366, 800)}
+SIZES = {"phone": (400, 740), "tablet": (768, 1024), "desk": (1200, 800)}
 DROP = """(async () => {
   const files = await Promise.all(%s.map(async (url, i) => {
     const bytes = Uint8Array.from(atob(url.split(",")[1]), letter => letter.charCodeAt(0));
@@ -40,6 +43,7 @@ def test_a_conversation_about_two_pictures_in_a_browser(served, tmp_path, size):
     with page(*SIZES[size]) as one:
         one.open(served.url)
         one.wait("document.getElementById('title')?.textContent === 'llava-jax'")
+        assert one.run("$('open-address').hidden")
         one.run("$('max_tokens').value = 8")
         one.run(DROP % json.dumps(urls))
         one.wait("document.querySelectorAll('#chosen img').length === 2")
@@ -86,3 +90,25 @@ def test_an_error_of_the_server_is_shown_and_the_question_can_be_asked_again(ser
         one.run("$('send').click()")
         one.wait("!running && turns[3].error === 'stopped'")
         assert served.idle()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="wants chromium")
+def test_where_the_server_fetches_pictures_the_page_takes_addresses(tmp_path, monkeypatch):
+    hosts = fetcher.hosts(f"http://{HOST}")
+    with (web(monkeypatch) as internet, page(*SIZES["phone"]) as one,
+          running(make=lambda service: replace(service, fetcher=fetcher.Fetcher(hosts))) as served):  # fmt: skip
+        internet.shows("/a.png", png())
+        assert f"img-src data: blob: http://{HOST};" in httpx2.get(served.url).headers["content-security-policy"]
+        one.open(served.url)
+        one.wait("!$('open-address').hidden")
+        one.run("$('open-address').click()")
+        one.run(f"$('url').value = 'http://{HOST}/a.png'")
+        one.screen(tmp_path / "address.png")
+        one.run("document.querySelector('#address-form button').click()")
+        one.wait("chosen.length === 1 && !$('address').open")
+        one.run("$('max_tokens').value = 4; $('text').value = 'What is it?'; $('send').click()")
+        one.wait("turns.length === 2 && turns[1].usage && !running")
+        assert internet.seen == [("/a.png", HOST)] and one.run("document.documentElement.scrollWidth <= innerWidth")
+        one.run("$('open-address').click()")
+        one.run("[...document.querySelectorAll('#address-form button')].at(-1).click()")
+        one.wait("!$('address').open && chosen.length === 0")

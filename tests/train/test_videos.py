@@ -1,5 +1,6 @@
 """Videos train: packed as padded in a mixture, through a run and its answers, and a moving world is learned."""
 
+import itertools
 import json
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from etils import epath
 from PIL import Image
 
 from llava_jax import config as configs
@@ -24,7 +26,7 @@ from llava_jax.prompt.anyres import Tiling
 from llava_jax.prompt.conversation import Conversation, Turn, Video
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.video import FrameRule
-from llava_jax.train import hooks, step
+from llava_jax.train import hooks, inputs, step
 from llava_jax.train.trainer import Trainer
 from tests import videos
 from tests.train import moving, tiny
@@ -33,6 +35,7 @@ WORDS = tokenizer.load(tiny.TOKENIZER, legacy=True)
 SMALL = replace(moving.MODEL, llm=replace(moving.MODEL.llm, layers=1))
 FORMAT = Format(templates.get("v1"), WORDS, 28, 16, "anyres", tiling=Tiling(((1, 1), (2, 1)), several=False),
                 video=FrameRule(4))  # fmt: skip
+STAMPED = FrameRule(4, time_stamps=True)
 
 
 def mixture():
@@ -118,6 +121,32 @@ def test_a_run_trains_on_videos_and_answers_as_it_was_trained(run, tmp_path, mon
     assert abs(-np.concatenate(logps).mean() - trainer.evaluate(talks)) < 2e-5
 
 
+def test_a_run_with_time_stamps_reads_them_and_leaves_out_folders(run, tmp_path):
+    """What it trains on is what is asked; without a budget the first record of a folder ends it."""
+    changes = {"prompt.time_stamps": True, "data.row_tokens": 400, "data.skip_budget": 0.4}
+    config = configs.load(run, changes)
+    format = inputs.format_of(config)
+    assert format.video == STAMPED
+    sources, _ = inputs.open_sources(config, None)
+    feed = inputs.feed(config, format, sources, epath.Path(tmp_path))
+    shown = [format.tokenizer.decode(row.tolist()) for batch, _ in itertools.islice(feed, 3) for row in batch.tokens]
+    assert "The video lasts for 0.48 seconds, and 4 frames are uniformly sampled from it." in "".join(shown)
+    assert {one.id for one in feed.bad} <= {str(i) for i in range(15) if i % 5 in (1, 4)} and feed.bad
+    with pytest.raises(DataError, match=r"id='\d+' bad_image: record '\d+': a folder of frames, .* has no times"):
+        strict = configs.load(run, changes | {"data.skip_budget": 0.0})
+        list(itertools.islice(inputs.feed(strict, format, sources, epath.Path(tmp_path)), 3))
+
+
+def test_samples_with_time_stamps_are_asked_as_trained(run):
+    source, format = open_source(run.parent / "records.json", run.parent / "shown"), replace(FORMAT, video=STAMPED)
+    found = hooks._questions(source, format)
+    talk = source[0].conversation
+    wanted = encode(replace(talk, turns=talk.turns[:1]), format, run.parent / "shown", reply=True)
+    for look in (True, False):
+        assert encode(found[0], format, reply=True, open_images=look).tokens.tolist() == wanted.tokens.tolist()
+    assert [talk.id for talk in found] == ["0", "2", "3", "5"]
+
+
 def test_samples_are_asked_with_the_frames_that_are_shown(run):
     source = open_source(run.parent / "records.json", run.parent / "shown")
     found = hooks._questions(source, FORMAT)
@@ -133,6 +162,7 @@ def test_samples_are_asked_with_the_frames_that_are_shown(run):
         ({"prompt.frames": 0}, DataError, "video='a.mp4': video is not read without a rule"),
         ({"prompt.frames": -1}, UsageError, "prompt.frames=-1: want the most frames of a video"),
         ({"prompt.fps": 1.0, "prompt.frames": 0}, UsageError, "prompt.fps=1.0 with prompt.frames=0"),
+        ({"prompt.time_stamps": True, "prompt.frames": 0}, UsageError, "prompt.time_stamps=True with prompt.frames=0"),
     ],
 )
 def test_a_run_that_cannot_read_its_videos_says_what_to_set(run, tmp_path, changes, error, message):

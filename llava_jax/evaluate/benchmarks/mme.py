@@ -2,6 +2,10 @@
 
 A kind's score, at most 200, is the share of right answers plus the share of pictures with both right, in percent.
 Source: the official calculation.py of BradyFU/Awesome-Multimodal-Large-Language-Models (branch Evaluation).
+
+Other programs differ. lmms-eval 0.7.3 (tasks/mme/utils.py) first takes away blanks around the text and all dots, and
+"y" and "n" alone count. VLMEvalKit @ e8e78f0 (dataset/utils/yorn.py): an answer is the word "yes" without "no" anywhere
+in the text, or the other way round; all others are asked of a judge if there is one. Scores and sums are the same.
 """
 
 from collections.abc import Iterator, Sequence

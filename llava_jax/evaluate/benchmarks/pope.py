@@ -1,6 +1,12 @@
 """POPE: is there such a thing in the picture? Yes or no, over random, popular and adversarial absent things.
 
 Source: haotian-liu/LLaVA llava/eval/eval_pope.py @ c121f04; its rule reads "NO" and "none" as yes.
+
+Other programs differ. lmms-eval 0.7.3 (tasks/pope/utils.py): only a bare "yes" or "no", in any case, can be right, so
+"Yes." and "No, there is not" are wrong; another answer to a question whose truth is yes does not lower recall; the yes
+ratio is that of the truth, not of the answers; F1 of its task `pope` is of all 9,000 questions, not the mean of three
+kinds. VLMEvalKit @ e8e78f0 (dataset/utils/yorn.py): an answer is the word "yes" without "no", or the other way round;
+all others are asked of a judge if there is one; no demand for a single word is added to its questions.
 """
 
 from collections.abc import Sequence
