@@ -1,4 +1,4 @@
-"""`python -m llava_jax.demo [--family minigpt4 | anyres | --quick] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+"""`python -m llava_jax.demo [--family minigpt4 | anyres] [--quick] [--workdir DIR]` and `... demo bases [DIR]`.
 
 The first runs LLaVA, MiniGPT-4, or LLaVA-1.6 with its tiles, in miniature: a synthetic world, base models that know it
 from text alone, the two stages of training and ablations of them, a test set of held-out pictures, and an export for

@@ -16,7 +16,6 @@ from llava_jax import sharding
 from llava_jax.models.remat import ATTENTION, named
 from llava_jax.models.tiled import LONGEST_TILE, NEVER, tiled_attention
 
-
 FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`
 
 
