@@ -12,6 +12,9 @@ import numpy as np
 from llava_jax.errors import UsageError
 
 NEWLINE = -2  # in a `Layout`: the model's `image_newline`
+# In `Batch.segments`: of a tree n + b * TREES, where b is 0 in the prefix and 1 .. BRANCHES in what samples have behind
+# it. A row has at most 2**20 positions.
+TREES, BRANCHES = 2**20, 2**11 - 1
 
 
 class Corners(NamedTuple):
@@ -95,6 +98,9 @@ class Batch(NamedTuple):
     in a group of n tokens for a mean of groups' means), and the device knows one rule, whatever the mesh and the order
     of rows: loss = sum(weights * cross-entropy) / sum(weights) over the whole step.
 
+    Samples of one picture may be a tree (`data.share_images`): what they have in common stands once, in front, with
+    weight 0 throughout; each sample's own positions see it and themselves, and go on from its end.
+
     A NamedTuple, so it is a JAX pytree without importing jax. N is the number of features an image
     gives after the connector.
     """
@@ -103,7 +109,7 @@ class Batch(NamedTuple):
     targets: np.ndarray  # int32 [B, T]: the next id inside the same sample (already shifted)
     weights: np.ndarray  # float32 [B, T]: how much the target counts; 0: not supervised, or a sample's last position
     positions: np.ndarray  # int32 [B, T]: position inside its own sample, restarting at each packed sample
-    segments: np.ndarray  # int32 [B, T]: sample number within the row, from 1; 0 is padding
+    segments: np.ndarray  # int32 [B, T]: number of its sample or tree in the row, from 1; 0 is padding; see `TREES`
     image_slots: np.ndarray  # int32 [B, T]: row i * N + p of this group's features, or -1; I * N is image_newline
     pixels: np.ndarray  # uint8 [G, I, H, W, 3]: the group's pictures or tiles, normalised on the device; I >= 1 always
 

@@ -70,6 +70,7 @@ class Data:
     lengths: tuple[int, ...] = ()  # padded: shorter row lengths (buckets) that a batch may take, in tokens
     rows_per_group: int = 1  # packed: neighbouring rows that share one pool of pictures
     images_per_group: int = 1  # pictures of a pool; padded: of a row
+    share_images: bool = False  # packed: records of one picture lie together, the picture and what precedes it once
     skip_budget: float = 0.0  # share of records that may be bad, each replaced by a zero-weight placeholder
     threads: int = 8
 
@@ -95,11 +96,11 @@ class Data:
 
     def _check_layout(self) -> None:
         if self.layout == "padded":
-            if self.rows_per_chip or self.rows_per_group != 1 or self.sample_tokens:
+            if self.rows_per_chip or self.rows_per_group != 1 or self.sample_tokens or self.share_images:
                 raise UsageError(
                     f"data.rows_per_chip={self.rows_per_chip}, data.rows_per_group={self.rows_per_group}, "
-                    f"data.sample_tokens={self.sample_tokens}: these are of packed rows; set data.layout=packed, or "
-                    "say data.batch_samples alone"
+                    f"data.sample_tokens={self.sample_tokens}, data.share_images={self.share_images}: these are of "
+                    "packed rows; set data.layout=packed, or say data.batch_samples alone"
                 )
             return
         if self.rows_per_chip < 1 or self.rows_per_chip % self.rows_per_group:

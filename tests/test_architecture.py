@@ -43,7 +43,8 @@ PACKAGES = {
     "convert/served.py": ("batch", "params", "models", "checkpoint", "prompt", "generate"),  # asks the checkpoint too
     # The sizes of a model without a preset are those that its base's model.json says.
     "plan": ("config", "chips", "params", "sharding", "models", "train/program", "train/loss", "train/flops",
-             "train/memory", "train/fitting", "data/sources", "data/planner", "checkpoint/model_json", "prompt/anyres"),
+             "train/memory", "train/fitting", "data/sources", "data/planner", "data/trees", "checkpoint/model_json",
+             "prompt/anyres"),
     # It refuses what training refuses: a template that the tokenizer cannot write.
     "plan/__main__.py": ("config", "chips", "plan", "data/sources", "prompt", "checkpoint/model_json"),
     "doctor": ("batch", "chips", "config", "params", "sharding", "prompt", "data", "models", "checkpoint", "train"),

@@ -138,6 +138,7 @@ def test_what_all_published_recipes_share(name):
         ("llava15_7b_task", 2e-5, "v1", "pad", "modality_length"),
         ("llava15_7b_pretrain_packed", 1e-3, "plain", "square", "shuffle"),
         ("llava15_7b_finetune_packed", 2e-5, "v1", "pad", "shuffle"),
+        ("llava15_7b_finetune_shared", 2e-5, "v1", "pad", "shuffle"),
     ],
 )
 def test_a_recipe_is_the_published_one(name, lr, template, image_mode, order):
@@ -157,7 +158,8 @@ def test_the_rates_of_single_updates_are_the_reference_s():
 
 
 def test_a_stage_2_starts_where_its_stage_1_wrote():
-    packed = ("llava15_7b_finetune_packed", "llava15_13b_finetune_packed", "llava15_7b_lora_packed")
+    packed = ("llava15_7b_finetune_packed", "llava15_13b_finetune_packed", "llava15_7b_lora_packed",
+              "llava15_7b_finetune_shared", "llava15_7b_lora_shared")  # fmt: skip
     for name in ("llava10_13b_finetune", "llava10_13b_sqa", "llava15_7b_finetune", "llava15_13b_finetune", *packed):
         stage_1 = "_".join(name.split("_")[:2]) + "_pretrain" + "_packed" * (name in packed)
         two, one = load(name), load(stage_1)

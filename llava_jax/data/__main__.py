@@ -12,7 +12,7 @@ from etils import epath
 
 from llava_jax import cli, errors, files, limits
 from llava_jax import config as configs
-from llava_jax.data import index, inspection, page, prepare, report
+from llava_jax.data import index, inspection, page, prepare, report, trees
 from llava_jax.data.check import Checks, rules, rules_of
 from llava_jax.data.inspection import Inspection
 from llava_jax.data.page import Refused
@@ -259,7 +259,8 @@ def _index(options: argparse.Namespace) -> int:
     format = _format(options, options.image_features)
     source = open_source(options.records, options.images, split=options.split)
     words = index.word_lengths(source, options.cache)
-    lengths = np.abs(words) if format is None else index.token_lengths(source, format, options.cache)
+    measures = None if format is None else index.measures(source, format, options.cache)
+    lengths = np.abs(words) if measures is None else measures[:, 0]
     unit = "words" if format is None else "tokens"
     refused = int((lengths == 0).sum())
     lengths = np.sort(lengths[lengths > 0])
@@ -270,6 +271,8 @@ def _index(options: argparse.Namespace) -> int:
         "records": len(source), "with_image": int((words > 0).sum()), "refused": refused, "unit": unit,
         "total": int(lengths.sum()), "longer_than_row": int((lengths > options.row_tokens).sum()), **quantiles,
     }  # fmt: skip
+    if measures is not None:
+        summary["saved_by_share_images"] = trees.saved(trees.prefixes(measures, source.images, options.row_tokens))
     edges = [0, *(2**power for power in range(4, 1 + max(4, int(lengths[-1] - 1).bit_length())))]
     counts = np.histogram(lengths, np.asarray(edges) + 1)[0].tolist()
     bins = [{"from": low + 1, "to": high, "records": count} for low, high, count in zip(edges, edges[1:], counts)]

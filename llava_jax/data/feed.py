@@ -80,6 +80,8 @@ class Feed(abc.ABC):
     sizes: int [records, 2], tokens and images by which rows were planned; None: rows do not depend on them. A record
       whose picture was replaced, so that it has other tiles by now, is bad.
 
+    share_images: samples of one picture that are neighbours in a row are a tree (`packing.packed`).
+
     mean_groups: for the loss "group_mean", so many neighbouring groups of rows share a mean. A process loads them whole
       even where it yields a part, as the weight of a target depends on the other targets of its group.
 
@@ -90,6 +92,7 @@ class Feed(abc.ABC):
         self, *, sources: Sequence[Source], format: Format, schedule: Schedule, groups: int, row_tokens: int,
         images_per_group: int, part: Rows, skip_budget: float | int, threads: int, start_step: int, one_pass: bool,
         mean_groups: int | None = None, sample_tokens: int = 0, sizes: np.ndarray | None = None,
+        share_images: bool = False,
     ):  # fmt: skip
         self.sources, self.format, self.schedule, self.one_pass = tuple(sources), format, schedule, one_pass
         self.groups, self.mean_groups = groups, mean_groups
@@ -98,7 +101,7 @@ class Feed(abc.ABC):
         starts = {place // whole * whole for place in self._own}
         self._read = sorted(start + i for start in starts for i in range(whole))
         self.row_tokens, self.images_per_group = row_tokens, images_per_group
-        self.sample_tokens, self.sizes = sample_tokens or row_tokens, sizes
+        self.sample_tokens, self.sizes, self.share_images = sample_tokens or row_tokens, sizes, share_images
         self.skip_budget, self.threads = skip_budget, threads
         self.tally = Tally(self._own, self.sample_tokens)
         self._starts = np.cumsum([0, *schedule.sizes])
@@ -175,7 +178,7 @@ class Feed(abc.ABC):
                 examples = self._examples(groups)
                 batch, _ = packed(
                     examples, self._row_length(), self.images_per_group, self.format.image_size, self.format.resizes,
-                    self.sample_tokens,
+                    self.sample_tokens, self.share_images,
                 )  # fmt: skip
                 self.tally.note_targets(examples, batch.weights)
                 self._step += 1

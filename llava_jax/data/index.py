@@ -15,6 +15,7 @@ import numpy as np
 from etils import epath
 
 from llava_jax import files
+from llava_jax.data import trees
 from llava_jax.data.check import read, rules_of
 from llava_jax.data.problems import Problem
 from llava_jax.data.records import Record, parse
@@ -41,23 +42,27 @@ def token_lengths(source: Source, format: Format, cache_dir: epath.PathLike | No
 
 def sizes(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
     """int32 [n, 2]: tokens of each record in this format, image features counted, and images; 0 0 if it is refused."""
+    return measures(source, format, cache_dir)[:, :2]
 
+
+def measures(source: Source, format: Format, cache_dir: epath.PathLike | None = None) -> np.ndarray:
+    """int32 [n, 5]: `sizes`, and what rows of one picture are planned by (`trees.column`)."""
     fit, unread = rules_of(format), list[int]()
 
-    def measured(record: Record) -> tuple[int, int]:
+    def measured(record: Record) -> tuple[int, ...]:
         reading = read(record, fit)
         # The image folder may change between two starts, so what is wrong with paths does not count.
         if any(problem.fatal and problem.reason != "unsafe_path" for problem in reading.problems):
-            return 0, 0
+            return (0,) * 5
         try:
             example = encode(reading.conversation, format, source.images or None, open_images=False)
         except ValueError as error:
             unread.extend([0] * (error.__cause__ is not None))  # a picture, which may be there the next time
-            return 0, 0  # what is wrong is said when the record is read for training
-        return len(example.tokens), example.tiles
+            return (0,) * 5  # what is wrong is said when the record is read for training
+        return len(example.tokens), example.tiles, *trees.column(example, reading.conversation.images)
 
     kind, fetch = f"tokens-{_fingerprint(format)}", source.__getitem__ if format.tiling or format.video else source.text
-    return _kept(source, kind, 2, measured, cache_dir, fetch, lambda: not unread)
+    return _kept(source, kind, 5, measured, cache_dir, fetch, lambda: not unread)
 
 
 def _words(record: Record) -> int:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from llava_jax.data import index
+from llava_jax.data import index, trees
 from llava_jax.data.feed import Feed, check_sources
 from llava_jax.data.orders import Schedule
 from llava_jax.data.planner import Plans
@@ -27,9 +27,10 @@ class Packed(Feed):
                           rows_per_group=4, images_per_group=9)
         for batch, ids in pipeline: ...
 
-    Rows hold neighbours of the order, see `planner.plan`. A record that proves bad when it is read leaves a hole of
-    padding. Of two mixtures like LLaVA-1.5's 665k (`tests/data/test_planner.py`), in which a sample has 850 tokens
-    and 94 % have an image, this share of positions and image slots is used:
+    Rows hold neighbours of the order, see `planner.plan`, and with `share_images` trees, see `planner.plan_trees`. A
+    record that proves bad when it is read leaves a hole of padding. Of two mixtures like LLaVA-1.5's 665k
+    (`tests/data/test_planner.py`), in which a sample has 850 tokens and 94 % have an image, this share of positions
+    and image slots is used:
 
         row_tokens  rows_per_group  images_per_group     positions       slots
              2,048               4                 9     89, 93 %    90, 94 %    no packer exceeds 90, 95 %
@@ -48,7 +49,7 @@ class Packed(Feed):
         images_per_group: int = 1, order: str = "shuffle", seed: int = 42, part: Rows = WHOLE,
         skip_budget: float | int = 0.0, threads: int = 8, start_step: int = 0,
         cache_dir: epath.PathLike | None = None, one_pass: bool = False,
-        sample_tokens: int = 0,
+        sample_tokens: int = 0, share_images: bool = False,
     ):  # fmt: skip
         """
         Args:
@@ -60,6 +61,7 @@ class Packed(Feed):
           order: that samples are packed in, "shuffle" or "sequential".
           part: the parts of each step that this process yields.
           one_pass: each record once, then the end.
+          share_images: records of one picture come together, and what is equal stands once (`planner.plan_trees`).
           the others: as `pipeline.Pipeline`'s.
 
         Raises:
@@ -78,22 +80,28 @@ class Packed(Feed):
             sizes=tuple(map(len, sources)), weights=tuple(1.0 if one_pass else source.weight for source in sources),
             order="sequential" if one_pass else order, seed=seed, batch_samples=1, group_samples=1, word_lengths=None,
         )  # fmt: skip
-        sizes = np.concatenate([index.sizes(source, format, cache_dir) for source in sources])
+        measures = [index.measures(source, format, cache_dir) for source in sources]
+        sizes = np.concatenate(measures)[:, :2]
         super().__init__(
             sources=sources, format=format, schedule=schedule, groups=rows // rows_per_group, row_tokens=row_tokens,
             images_per_group=images_per_group, part=part, skip_budget=skip_budget, threads=threads,
             start_step=start_step, one_pass=one_pass, sample_tokens=sample_tokens, sizes=sizes,
+            share_images=share_images,
         )  # fmt: skip
         # What is cut ends at the row's end or before; what has too many images is bad, and what it leaves is a hole.
         tokens, images = np.minimum(sizes, [self.sample_tokens, images_per_group]).T
-        self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups)
+        parts = [trees.prefixes(own, source.images, self.sample_tokens) for own, source in zip(measures, sources)]
+        prefixes = trees.Prefixes(*map(np.concatenate, zip(*parts))) if share_images else None
+        self.plans = Plans(schedule, tokens, images, row_tokens, rows_per_group, images_per_group, self.groups,
+                           prefixes)  # fmt: skip
         first = self.plans.epoch(0)
         self._digest = hashlib.sha256(first.samples.tobytes() + first.starts.tobytes()).hexdigest()
 
     @property
     def contents(self) -> str:
         rows, fill = self.groups * self.plans.rows_per_group, self.plans.fill()
-        return (f"{rows} rows of {self.row_tokens:,} tokens ({fill.samples_a_row:.2f} samples a row; "
+        trees = f" in {fill.trees_a_row:.2f} trees" if self.share_images else ""
+        return (f"{rows} rows of {self.row_tokens:,} tokens ({fill.samples_a_row:.2f} samples a row{trees}; "
                 f"{fill.positions:.1%} of positions and {fill.slots:.1%} of image slots are used)")  # fmt: skip
 
     def steps_of(self, epochs: float | int) -> int:

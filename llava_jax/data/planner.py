@@ -15,7 +15,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from llava_jax.data import trees
 from llava_jax.data.orders import Schedule
+from llava_jax.data.trees import Prefixes
 
 _log = logging.getLogger(__name__)
 
@@ -89,6 +91,25 @@ def plan(
                 ends.append(len(samples))
             ends += [len(samples)] * (rows_per_group - len(groups[number]))
     return Plan(np.asarray(samples, np.int64), np.asarray(ends, np.int64))
+
+
+def plan_trees(
+    tokens: np.ndarray, images: np.ndarray, prefixes: Prefixes, records: np.ndarray, row_tokens: int,
+    rows_per_group: int, images_per_group: int, generator: np.random.RandomState,
+) -> Plan:  # fmt: skip
+    """As `plan`, of samples of these records that share prefixes: neighbours of a row with an equal key are a tree.
+
+    A tree is one sample to `plan`, at the place that its first sample has in the order. All samples of a picture then
+    come in one step, or in a few if they fill more than a row, wherever the order had them; which pictures a step
+    holds is as random as the order. A step's gradient is the mean over fewer pictures than it has samples.
+    """
+    samples, starts = trees.together(tokens, prefixes, records, row_tokens)
+    again = trees.repeated(prefixes.keys[samples], starts)
+    lengths = np.add.reduceat(tokens[samples] - again * prefixes.tokens[samples], starts[:-1])
+    found = plan(lengths, images[samples[starts[:-1]]], row_tokens, rows_per_group, images_per_group, generator)
+    sizes = np.diff(starts)[found.samples]
+    order = trees.ranges(starts[found.samples], sizes)
+    return Plan(samples[order], np.append(0, np.cumsum(sizes))[found.starts])
 
 
 def _rows(lengths: Sequence[int], row_tokens: int, rule: Rule) -> list[list[int]]:
@@ -191,6 +212,7 @@ class Fill(NamedTuple):
     samples_a_row: float
     positions: float  # share of all positions that hold a token
     slots: float  # share of all places for images that hold one
+    trees_a_row: float  # and samples that share nothing
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,6 +224,7 @@ class Plans:
     schedule: which record each sample of an epoch is.
     tokens, images: int [records], as `plan` wants them.
     groups: of one global step.
+    prefixes: of the records, for trees; None: nothing is shared.
     """
 
     schedule: Schedule
@@ -211,6 +234,7 @@ class Plans:
     rows_per_group: int
     images_per_group: int
     groups: int
+    prefixes: Prefixes | None = None
     _plans: dict[int, Plan] = field(default_factory=dict)
     _ends: list[int] = field(default_factory=list)  # steps up to the end of each epoch that was planned
     _lock: Any = field(default_factory=threading.RLock)
@@ -252,12 +276,17 @@ class Plans:
 
     def fill(self) -> Fill:
         """How full the rows of the first epoch are."""
-        records = self.epoch(0).samples
+        records, starts = self.epoch(0)
+        tokens, images = self.tokens[records], self.images[records]
+        first = np.ones(len(records), bool)
+        if self.prefixes is not None:
+            first = ~trees.repeated(self.prefixes.keys[records], starts)
+            tokens, images = tokens - ~first * self.prefixes.tokens[records], images * first
         groups = self.steps_until(1) * self.groups
         rows = groups * self.rows_per_group
         return Fill(
-            len(records) / rows, float(self.tokens[records].sum()) / (rows * self.row_tokens),
-            float(self.images[records].sum()) / (groups * self.images_per_group),
+            len(records) / rows, float(tokens.sum()) / (rows * self.row_tokens),
+            float(images.sum()) / (groups * self.images_per_group), float(first.sum()) / rows,
         )  # fmt: skip
 
     def _epoch_of(self, step: int) -> int:
@@ -269,8 +298,10 @@ class Plans:
     def _planned(self, epoch: int) -> Plan:
         records = self.schedule.epoch(epoch)
         seed = np.random.SeedSequence([self.schedule.seed & 0xFFFFFFFF, epoch])
-        found = plan(
-            self.tokens[records], self.images[records], self.row_tokens, self.rows_per_group, self.images_per_group,
-            np.random.RandomState(np.random.MT19937(seed)),
-        )  # fmt: skip
+        sizes, generator = (self.tokens[records], self.images[records]), np.random.RandomState(np.random.MT19937(seed))
+        limits = self.row_tokens, self.rows_per_group, self.images_per_group, generator
+        if self.prefixes is None:
+            found = plan(*sizes, *limits)
+        else:
+            found = plan_trees(*sizes, Prefixes(*(x[records] for x in self.prefixes)), records, *limits)
         return Plan(records[found.samples], found.starts)

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from llava_jax import sharding
 from llava_jax.models.remat import ATTENTION, named
-from llava_jax.models.tiled import LONGEST_TILE, NEVER, tiled_attention
+from llava_jax.models.tiled import LONGEST_TILE, NEVER, key_ends, tiled_attention
 
 FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`
 
@@ -34,7 +34,8 @@ def attention(
     Args:
       causal: queries and keys are the same row, and a query sees no later key.
       last_key: the last key index that each query may see, for keys in a cache; None lets it see all.
-      segments: sample numbers of one row that is both queries and keys; a query sees only keys of its own number.
+      segments: of one row that is both queries and keys, as in a `Batch`; a query sees only keys of its own sample, and
+        of its tree's prefix where rows are causal.
       rows: the logical name of the first dimension.
 
     Returns: [B, T, N, H] in the dtype of `v`.
@@ -93,7 +94,8 @@ def _cudnn(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = 
 
 
 def _xla(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
-    return tiled_attention(causal, q, k, v, None if segments is None else (segments, segments))
+    numbers = None if segments is None else key_ends(segments) if causal else (segments, segments)
+    return tiled_attention(causal, q, k, v, numbers)
 
 
 class Backend(NamedTuple):

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llava_jax.batch import TREES
 from llava_jax.models.attention import BACKENDS
 
 LIMIT = 1.15  # times the plain implementation's error, in bfloat16
@@ -21,7 +22,10 @@ RESULTS = ("output", "dq", "dk", "dv")
 
 
 class Case(NamedTuple):
-    """Rows to compute. sharpness: what unit-normal queries are multiplied by; trained models have sharp weights."""
+    """Rows to compute. sharpness: what unit-normal queries are multiplied by; trained models have sharp weights.
+
+    trees: packed samples share prefixes.
+    """
 
     dtype: str = "bfloat16"
     tokens: int = 640
@@ -32,9 +36,10 @@ class Case(NamedTuple):
     causal: bool = True
     sharpness: int = 1
     rows: int = 1
+    trees: bool = False
 
     def __str__(self) -> str:
-        mask = ("packed " if self.packed else "") + ("causal" if self.causal else "full")
+        mask = ("trees " if self.trees else "packed " if self.packed else "") + ("causal" if self.causal else "full")
         return (f"{self.dtype} {mask}, {self.tokens} tokens, {self.heads}/{self.key_heads} heads of {self.width}, "
                 f"q x {self.sharpness}")  # fmt: skip
 
@@ -53,6 +58,7 @@ CASES = (
     Case(tokens=1024, sharpness=8), Case(tokens=1024, sharpness=8, packed=False), Case(width=64, sharpness=4),
     Case(width=88, rows=2), Case(width=96, packed=False), Case(width=12),
     Case(width=64, tokens=577, packed=False, causal=False), Case("float32"), Case("float32", width=96, packed=False),
+    Case(tokens=1024, width=64, trees=True),
 )  # fmt: skip
 
 
@@ -102,7 +108,7 @@ def _results(backend: str, case: Case, segments: jax.Array | None) -> Callable[.
 
 
 def inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
-    """q, k, v, the output's gradient, and segments: three samples and padding in each row."""
+    """q, k, v, the output's gradient, and segments: three samples, or trees of branches, and padding in each row."""
     rng = np.random.default_rng(0)
     heads = (case.heads, case.key_heads, case.key_heads, case.heads)
     arrays = [rng.normal(size=(case.rows, case.tokens, count, case.width)) for count in heads]
@@ -110,6 +116,10 @@ def inputs(case: Case) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.
     ends = np.sort(rng.integers(1, case.tokens, (case.rows, 3, 1)), axis=1)
     place = np.arange(case.tokens)
     segments = np.where(place < ends[:, -1], 1 + (place >= ends).sum(axis=1), 0).astype(np.int32)
+    if case.trees:
+        cuts = np.sort(rng.integers(1, case.tokens, (case.rows, 9, 1)), axis=1)
+        before = (cuts <= np.where(place < ends, 0, ends).max(axis=1, keepdims=True)).sum(axis=1)
+        segments += TREES * ((place >= cuts).sum(axis=1) - before).astype(np.int32) * (segments > 0)
     q, k, v, slope = (jnp.asarray(x, case.dtype) for x in arrays)
     return q, k, v, slope, jnp.asarray(segments)
 
@@ -142,7 +152,11 @@ def _matmul(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def _mask(case: Case, segments: np.ndarray) -> np.ndarray:
     mask = np.tri(case.tokens, dtype=bool) if case.causal else np.ones((case.tokens, case.tokens), bool)
-    return mask & (segments[:, None, :, None] == segments[:, None, None]) if case.packed else mask[None, None]
+    if not case.packed:
+        return mask[None, None]
+    of_queries, of_keys, trees = segments[:, None, :, None], segments[:, None, None], segments % TREES
+    prefix = (segments == trees)[:, None, None] & (trees[:, None, :, None] == trees[:, None, None])
+    return mask & ((of_queries == of_keys) | prefix)
 
 
 def _errors(results: Sequence[Any], truth: Sequence[np.ndarray]) -> list[float]:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.remat import ATTENTION, named
-from llava_jax.models.tiled import NEVER, share
+from llava_jax.models.tiled import NEVER, key_ends, visible
 
 LANES = 128
 TILES = (512, 384, 256, 128)  # the largest that divides a row is taken
@@ -58,9 +58,8 @@ def flash_attention(
 
     interpret: run the kernels on a machine without a TPU, for tests.
     """
-    if segments is None:
-        segments = jnp.zeros(q.shape[:2], jnp.int32)
-    return _flash(interpret, *(x.swapaxes(1, 2) for x in (q, k, v)), segments).swapaxes(1, 2)
+    of_keys = jnp.full(q.shape[:2], q.shape[1], jnp.int32) if segments is None else key_ends(segments)
+    return _flash(interpret, *(x.swapaxes(1, 2) for x in (q, k, v)), of_keys).swapaxes(1, 2)
 
 
 def tile_of(tokens: int) -> int:
@@ -73,19 +72,18 @@ def part_of(tile: int) -> int:
     return min(tile, PART) if tile % PART == 0 else tile
 
 
-def visits(of_queries: Int[Array, "B T"], of_keys: Int[Array, "B S"], tile: int) -> Visits:
-    """The tiles with a part on or below the diagonal whose queries and keys share a sample, by their numbers; S <= T.
+def visits(ends: Int[Array, "B S"], tokens: int, tile: int) -> Visits:
+    """The tiles with a part in which one of `tokens` queries sees a key, by the `ends` of the keys; S <= tokens.
 
     Queries behind all keys visit the last tile of keys in any case.
     """
-    rows, part = len(of_queries), part_of(tile)
-    (tiles, ends), side = (x.shape[1] // tile for x in (of_queries, of_keys)), tile // part
-    queries, keys = (x.astype(np.int32) for x in np.tril_indices(tiles, m=ends))
-    shared = share(*(x.reshape(rows, -1, part) for x in (of_queries, of_keys)))
-    shared &= np.tri(*shared.shape[1:], dtype=bool)
-    shared = shared.reshape(rows, tiles, side, ends, side).swapaxes(2, 3)[:, queries, keys]
+    rows, part = len(ends), part_of(tile)
+    tiles, others, side = tokens // tile, ends.shape[1] // tile, tile // part
+    queries, keys = (x.astype(np.int32) for x in np.tril_indices(tiles, m=others))
+    shared = visible(ends, part, tiles * side)
+    shared = shared.reshape(rows, tiles, side, others, side).swapaxes(2, 3)[:, queries, keys]
     parts = (shared.reshape(*shared.shape[:2], -1) << np.arange(side * side, dtype=np.int32)).sum(2, dtype=jnp.int32)
-    visited = (parts > 0) | ((queries >= ends) & (keys == ends - 1))
+    visited = (parts > 0) | ((queries >= others) & (keys == others - 1))
     counts = visited.sum(axis=1, dtype=jnp.int32)
     order = jnp.argsort(~visited, axis=1, stable=True)
     order = jnp.take_along_axis(order, jnp.minimum(jnp.arange(queries.size), counts[:, None] - 1), axis=1)
@@ -93,28 +91,27 @@ def visits(of_queries: Int[Array, "B T"], of_keys: Int[Array, "B S"], tile: int)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _flash(interpret: bool, q: Array, k: Array, v: Array, segments: Array) -> Array:
+def _flash(interpret: bool, q: Array, k: Array, v: Array, ends: Array) -> Array:
     """[B, N, T, H] of queries, and keys and values with heads before tokens too."""
-    return _flash_forward(interpret, q, k, v, segments)[0]
+    return _flash_forward(interpret, q, k, v, ends)[0]
 
 
-def _flash_forward(interpret: bool, q: Array, k: Array, v: Array, segments: Array) -> tuple[Array, Any]:
+def _flash_forward(interpret: bool, q: Array, k: Array, v: Array, ends: Array) -> tuple[Array, Any]:
     tile, width = tile_of(q.shape[2]), q.shape[3]
     queries, keys, of_queries, _ = _specs(q, k, tile)
     out, sums = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, (*q.shape[:2], 1, q.shape[2])))
-    scratch = [((tile, LANES), jnp.float32), ((tile, LANES), jnp.float32), ((tile, width), jnp.float32),
-               ((tile, LANES), jnp.int32)]  # fmt: skip
+    scratch = [((tile, LANES), jnp.float32), ((tile, LANES), jnp.float32), ((tile, width), jnp.float32)]
     out, sums = _call(
-        _forward_kernel, "flash_forward", interpret, q, k, segments, segments,
+        _forward_kernel, "flash_forward", interpret, q, k, ends,
         inputs=[(q, queries), (k, keys), (v, keys)], results=[(out, queries), (sums, of_queries)], scratch=scratch,
     )  # fmt: skip
     out, sums = named(out, ATTENTION), named(sums, ATTENTION)
-    return out.astype(v.dtype), (q, k, v, segments, out, sums)
+    return out.astype(v.dtype), (q, k, v, ends, out, sums)
 
 
 def _flash_backward(interpret: bool, residuals: Any, slope: Array) -> tuple[Array, Array, Array, None]:
     """`out` is float32 here: rounded, it blurs the gradients of sharp weights."""
-    q, k, v, segments, out, sums = residuals
+    q, k, v, ends, out, sums = residuals
     inner = (slope.astype(jnp.float32) * out).sum(axis=-1)[:, :, None]
     tokens, tile = q.shape[2], tile_of(q.shape[2])
     token_bytes = pl.cdiv(q.shape[3], LANES) * LANES * (2 * 4 + 2 * 2 * k.dtype.itemsize)  # results are buffered twice
@@ -123,8 +120,8 @@ def _flash_backward(interpret: bool, residuals: Any, slope: Array) -> tuple[Arra
     for start in starts:
         own, seen = slice(start, None), slice(start, start + starts.step)
         dq, dk, dv = _span_backward(
-            interpret, q[:, :, own], k[:, :, seen], v[:, :, seen], segments[:, own], segments[:, seen],
-            slope[:, :, own], sums[..., own], inner[..., own], q.dtype if len(starts) == 1 else jnp.float32,
+            interpret, q[:, :, own], k[:, :, seen], v[:, :, seen], ends[:, seen] - start, slope[:, :, own],
+            sums[..., own], inner[..., own], q.dtype if len(starts) == 1 else jnp.float32,
         )  # fmt: skip
         of_queries.append(jnp.pad(dq, ((0, 0), (0, 0), (start, 0), (0, 0))))
         of_keys.append(dk)
@@ -137,15 +134,14 @@ _flash.defvjp(_flash_forward, _flash_backward)
 
 
 def _span_backward(
-    interpret: bool, q: Array, k: Array, v: Array, of_q: Array, of_k: Array, slope: Array, sums: Array, inner: Array,
-    dtype: Any,
+    interpret: bool, q: Array, k: Array, v: Array, ends: Array, slope: Array, sums: Array, inner: Array, dtype: Any
 ) -> Sequence[Array]:  # fmt: skip
     """Gradients by some keys and all queries from the first of them on; that of the queries has `dtype`."""
     tile, width = tile_of(q.shape[2]), q.shape[3]
     queries, keys, of_queries, span = _specs(q, k, tile)
     scratch = [((tile, width), jnp.float32), (k.shape[2:], jnp.float32), (k.shape[2:], jnp.float32)]
     return _call(
-        _backward_kernel, "flash_backward", interpret, q, k, of_q, of_k,
+        _backward_kernel, "flash_backward", interpret, q, k, ends,
         inputs=[(q, queries), (k, keys), (v, keys), (slope, queries), (sums, of_queries), (inner, of_queries)],
         results=[(jax.ShapeDtypeStruct(q.shape, dtype), queries), (k, span), (v, span)], scratch=scratch,
     )  # fmt: skip
@@ -163,20 +159,18 @@ def _specs(q: Array, k: Array, tile: int) -> tuple[pl.BlockSpec, ...]:
 
 
 def _call(
-    kernel: Callable[..., None], name: str, interpret: bool, q: Array, k: Array, of_queries: Array, of_keys: Array,
-    *, inputs: Sequence[tuple[Any, Any]], results: Sequence[tuple[Any, Any]], scratch: Sequence[tuple[Any, Any]],
+    kernel: Callable[..., None], name: str, interpret: bool, q: Array, k: Array, ends: Array, *,
+    inputs: Sequence[tuple[Any, Any]], results: Sequence[tuple[Any, Any]], scratch: Sequence[tuple[Any, Any]],
 ) -> Sequence[Array]:  # fmt: skip
     """`kernel` on a grid of rows, key heads, query heads of each, and visits, of which rows may have fewer."""
     tile = tile_of(q.shape[2])
-    schedule = visits(of_queries, of_keys, tile)
-    ids = [
-        (of_queries[:, None], pl.BlockSpec((None, 1, tile), lambda b, k, g, s, queries, *_: (b, 0, queries[b, s]))),
-        (of_keys[:, None], pl.BlockSpec((None, 1, tile), lambda b, k, g, s, queries, keys, *_: (b, 0, keys[b, s]))),
-    ]
+    schedule = visits(ends, q.shape[2], tile)
+    of_keys = pl.BlockSpec((None, 1, tile), lambda b, k, g, s, queries, keys, *_: (b, 0, keys[b, s]))
+    inputs = [*inputs, (ends[:, None], of_keys)]
     grid = pltpu.PrefetchScalarGridSpec(
         num_scalar_prefetch=len(schedule),
         grid=(q.shape[0], k.shape[1], q.shape[1] // k.shape[1], schedule.counts.max()),
-        in_specs=[spec for _, spec in (*inputs, *ids)], out_specs=[spec for _, spec in results],
+        in_specs=[spec for _, spec in inputs], out_specs=[spec for _, spec in results],
         scratch_shapes=[pltpu.VMEM(*one) for one in scratch],
     )  # fmt: skip
     return pl.pallas_call(
@@ -189,7 +183,7 @@ def _call(
         interpret=interpret,
         name=name,
         metadata={"xprof_metadata": json.dumps({"tile": part_of(tile)})},  # `plan` counts products by it
-    )(*schedule, *(x for x, _ in (*inputs, *ids)))
+    )(*schedule, *(x for x, _ in inputs))
 
 
 class _Visit:
@@ -218,16 +212,16 @@ def _dot(a: Array, b: Array, dims: Any) -> Array:
     return jax.lax.dot_general(a, b, dims, precision, preferred_element_type=jnp.float32)
 
 
-def _visible(visit: _Visit, tile: int, queries: slice, keys: slice, axis: int) -> Array:
-    """Where in a part the key is not behind the query; axis: along which the queries lie."""
-    part = queries.stop - queries.start
-    place = [jax.lax.broadcasted_iota(jnp.int32, (part, part), one) for one in (axis, 1 - axis)]
-    return place[0] + (visit.i - visit.j) * tile + (queries.start - keys.start) >= place[1]
+def _seen(visit: _Visit, tile: int, queries: slice, keys: slice, ends: Array, axis: int) -> Array:
+    """Where in a part a query sees a key; axis: along which the queries lie, where the `ends` of the keys are alike."""
+    part, first = queries.stop - queries.start, visit.i * tile + queries.start
+    query, key = (jax.lax.broadcasted_iota(jnp.int32, (part, part), one) for one in (axis, 1 - axis))
+    return (query + (first - visit.j * tile - keys.start) >= key) & (query < ends - first)
 
 
 def _forward_kernel(*refs: Any, scale: float) -> None:
     """Online softmax: `top` and `total` hold a query's largest score and its sum of weights in all lanes alike."""
-    *schedule, q, k, v, q_ids, k_ids, out, sums, top, total, weighted, q_columns = refs
+    *schedule, q, k, v, ends, out, sums, top, total, weighted = refs
     visit, (tile, width) = _Visit(*schedule), q.shape
 
     @pl.when(visit.opens)
@@ -235,12 +229,10 @@ def _forward_kernel(*refs: Any, scale: float) -> None:
         top[...] = jnp.full_like(top, NEVER)
         total[...] = jnp.zeros_like(total)
         weighted[...] = jnp.zeros_like(weighted)
-        q_columns[...] = jnp.broadcast_to(q_ids[...], (LANES, tile)).T
 
     def compute(queries: slice, keys: slice) -> None:
         lanes = (queries.stop - queries.start) // LANES
-        same = jnp.tile(q_columns[queries], (1, lanes)) == k_ids[:, keys]
-        seen = _visible(visit, tile, queries, keys, 0) & same
+        seen = _seen(visit, tile, queries, keys, ends[:, keys], 0)
         scores = jnp.where(seen, _dot(q[queries], k[keys], _NT) * scale, NEVER)
         before, now = top[queries], jnp.maximum(top[queries], scores.max(axis=1, keepdims=True))
         weights, shrink = jnp.exp(scores - jnp.tile(now, (1, lanes))), jnp.exp(before - now)
@@ -264,7 +256,7 @@ def _wide(same: Array, width: int) -> Array:
 
 def _backward_kernel(*refs: Any, scale: float) -> None:
     """All three gradients from one tile's weights, which are transposed: [keys, queries]."""
-    *schedule, q, k, v, slope, sums, inner, q_ids, k_ids, dq, dk, dv, dq_sum, dk_sum, dv_sum = refs
+    *schedule, q, k, v, slope, sums, inner, ends, dq, dk, dv, dq_sum, dk_sum, dv_sum = refs
     visit, tile, head = _Visit(*schedule), q.shape[0], pl.program_id(2)
 
     @pl.when((pl.program_id(3) == 0) & (head == 0))
@@ -279,7 +271,7 @@ def _backward_kernel(*refs: Any, scale: float) -> None:
     def compute(queries: slice, keys: slice) -> None:
         size = keys.stop - keys.start
         own = pl.ds(pl.multiple_of(visit.j * tile + keys.start, size), size)
-        seen = _visible(visit, tile, queries, keys, 1) & (k_ids[:, keys].T == q_ids[:, queries])
+        seen = _seen(visit, tile, queries, keys, ends[:, keys].T, 1)
         scores = jnp.where(seen, _dot(k[keys], q[queries], _NT) * scale, NEVER)
         weights = jnp.exp(scores - sums[:, queries])
         dv_sum[own] += _dot(weights.astype(slope.dtype), slope[queries], _NN)

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from llava_jax import sharding
+from llava_jax.batch import TREES
 from llava_jax.models.remat import ATTENTION, named
 
 NEVER = -0.7 * float(jnp.finfo(jnp.float32).max)  # finite, so that a row without any key gives no NaN
 
 SHORTEST_TILE, LONGEST_TILE = 128, 512
 
-Numbers = tuple[Int[Array, "B T"], Int[Array, "B S"]]
+Numbers = Int[Array, "B S"] | tuple[Int[Array, "B T"], Int[Array, "B S"]]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -30,21 +32,37 @@ def tiled_attention(
 ) -> Float[Array, "B T N H"]:
     """Attention as `attention` defines it, of rows to themselves or to others.
 
-    numbers: of queries and of keys; a query sees the keys of its own number. One that sees none gets some mean of v.
+    numbers: of causal rows the `key_ends`; of others the numbers of queries and of keys, where a query sees the
+      keys of its own number. One that sees none gets some mean of v.
     """
     return _forward(causal, q, k, v, numbers)[0]
 
 
-def share(
-    of_queries: Int[Array, "B Tiles Tile"], of_keys: Int[Array, "B Others Tile"]
-) -> Bool[Array, "B Tiles Others"]:
-    """Whether a tile of queries and one of keys may hold tokens of one sample, by the ranges of their numbers.
+def key_ends(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """The first query behind each key that no longer sees it: where its sample ends; of a prefix, where its tree ends.
 
-    Exact for samples that are numbered in order, with padding (0) last; others may seem to share more.
+    segments: as in a `Batch`; a sample's positions are neighbours.
+
+        segments   1  1  1+b  1+b  1+2b  2  2  0        b: TREES
+        ends       5  5    4    4     5  7  7  8
     """
-    queries, keys = (jnp.where(x == 0, jnp.iinfo(jnp.int32).max, x) for x in (of_queries, of_keys))
-    least, most = (x[:, :, None] for x in (queries.min(-1), queries.max(-1)))
-    return (least <= keys.max(-1)[:, None]) & (keys.min(-1)[:, None] <= most)
+    trees, tokens = segments % TREES, segments.shape[1]
+
+    def run_ends(x: Array) -> Array:
+        changes = jnp.where(x[:, 1:] != x[:, :-1], jnp.arange(1, tokens), tokens)
+        changes = jnp.pad(changes, ((0, 0), (0, 1)), constant_values=tokens)
+        return jax.lax.cummin(changes, axis=1, reverse=True)
+
+    return jnp.where(segments == trees, run_ends(trees), run_ends(segments))
+
+
+def visible(ends: Int[Array, "B S"], tile: int, tiles: int) -> Bool[Array, "B Tiles Others"]:
+    """Whether some query of a tile, of so many, sees some key of another: exactly, for any `ends`.
+
+    The first query behind a tile of keys is the one that sees most of them.
+    """
+    last = ends.reshape(len(ends), -1, tile).max(axis=-1)
+    return (jnp.arange(0, tiles * tile, tile)[:, None] < last[:, None]) & np.tri(tiles, last.shape[1], dtype=bool)
 
 
 class _Tiles(NamedTuple):
@@ -79,12 +97,12 @@ class _Keys(NamedTuple):
 
 
 class _Block(NamedTuple):
-    """A tile of queries, the `place` of its row's first tile of keys, and the range of tiles after it that are seen."""
+    """A tile of queries, the `place` of its row's first tile of keys, and the first `count` of `seen` after it."""
 
     place: Array
     own: Array
-    first: Array
-    end: Array
+    seen: Array
+    count: Array
     queries: Array
     numbers: Array | None
 
@@ -110,15 +128,18 @@ def _cut(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) ->
     count = -(-tokens // _side(causal, tokens))
     skips = causal and numbers is not None and count > 1
     tiles = _Tiles(rows if skips else 1, count, count if causal else 1)
-    of_queries, of_keys = (None, None) if numbers is None else (
-        tiles.cut(x[..., None], n) for x, n in zip(numbers, (tiles.queries, tiles.keys)))  # fmt: skip
+    of_queries, of_keys = (None, numbers) if causal or numbers is None else numbers
+    of_queries, of_keys = (None if x is None else tiles.cut(x[..., None], n)
+                           for x, n in ((of_queries, tiles.queries), (of_keys, tiles.keys)))  # fmt: skip
     keys = _Keys(*(tiles.cut(x.swapaxes(1, 2), tiles.keys) for x in (k, v)), of_keys)
     chunk, place = (x.reshape(-1) for x in jnp.indices((tiles.chunks, tiles.queries)))
-    first, end = jnp.zeros_like(place), place + 1 if causal else jnp.full_like(place, tiles.keys)
+    seen = jnp.asarray(np.tri(count, tiles.keys, dtype=bool))[None]
     if skips:
-        first = share(*(x.reshape(tiles.chunks, count, -1) for x in (of_queries, of_keys))).argmax(axis=2).reshape(-1)
+        seen = visible(of_keys.reshape(rows, -1), of_keys.shape[2], count)
+    seen = seen.reshape(len(place), -1)
+    order, visits = jnp.argsort(~seen, axis=1, stable=True), seen.sum(axis=1, dtype=jnp.int32)
     queries = tiles.cut(_grouped(q, k.shape[2]), tiles.queries)
-    return tiles, _Block(chunk * tiles.keys, place, first, end, queries, of_queries), keys
+    return tiles, _Block(chunk * tiles.keys, place, order.astype(jnp.int32), visits, queries, of_queries), keys
 
 
 def _forward(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) -> tuple[Array, Any]:
@@ -127,8 +148,8 @@ def _forward(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None
     def block(_: None, own: _Block) -> tuple[None, tuple[Array, Array]]:
         def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             before, total, weighted = state
-            seen = keys.tile(own.place + j)
-            scores = _scores(causal, own, seen, j)
+            seen = keys.tile(own.place + own.seen[j])
+            scores = _scores(causal, own, seen, own.seen[j])
             top = jnp.maximum(before, scores.max(axis=-1, keepdims=True))
             weights, shrink = jnp.exp(scores - top), jnp.exp(before - top)
             part = _sum("bkgts,bksh->bkgth", weights.astype(v.dtype), seen.values)
@@ -136,7 +157,7 @@ def _forward(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None
 
         zero = jnp.zeros(own.queries.shape, jnp.float32)
         start = (zero[..., :1] + NEVER, zero[..., :1], zero)
-        top, total, weighted = jax.lax.fori_loop(own.first, own.end, step, start)
+        top, total, weighted = jax.lax.fori_loop(0, own.count, step, start)
         return None, (weighted / total, top + jnp.log(total))
 
     _, parts = jax.lax.scan(block, None, blocks)
@@ -157,9 +178,9 @@ def _backward(causal: bool, residuals: Any, slope: Array) -> tuple[Array, Array,
 
         def step(j: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             dq, dk, dv = state
-            at = own.place + j
+            at = own.place + own.seen[j]
             seen = keys.tile(at)
-            weights = jnp.exp(_scores(causal, own, seen, j) - sums)
+            weights = jnp.exp(_scores(causal, own, seen, own.seen[j]) - sums)
             of_weights = _sum("bkgth,bksh->bkgts", slope, seen.values)
             of_scores = (weights * (of_weights - inner) * q.shape[3] ** -0.5).astype(k.dtype)
             dq += _sum("bkgts,bksh->bkgth", of_scores, seen.keys)
@@ -168,7 +189,7 @@ def _backward(causal: bool, residuals: Any, slope: Array) -> tuple[Array, Array,
             return dq, dk, dv
 
         zero = jnp.zeros(own.queries.shape, jnp.float32)
-        dq, *of_keys = jax.lax.fori_loop(own.first, own.end, step, (zero, *of_keys))
+        dq, *of_keys = jax.lax.fori_loop(0, own.count, step, (zero, *of_keys))
         return tuple(of_keys), dq.astype(q.dtype)
 
     zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in keys[:2])
@@ -186,8 +207,9 @@ def _scores(causal: bool, own: _Block, seen: _Keys, j: Array) -> Array:
     if causal:
         queries, keys = (i * size + jnp.arange(size) for i, size in zip((own.own, j), scores.shape[-2:]))
         scores = jnp.where(keys <= queries[:, None], scores, NEVER)
-    if own.numbers is not None:
-        scores = jnp.where((own.numbers == seen.numbers.mT)[:, None, None], scores, NEVER)
+    if seen.numbers is not None:
+        mask = queries[:, None] < seen.numbers.mT if causal else own.numbers == seen.numbers.mT
+        scores = jnp.where(mask[:, None, None], scores, NEVER)
     return scores
 
 

@@ -63,8 +63,8 @@ def workload_of(
     count, row_tokens = program.batch.tokens.shape
     packed = data.layout == "packed"
     row = mixture.rows(captions, features, tiles, sample_tokens, data.sample_tokens or row_tokens, row_tokens,
-                       data.rows_per_group, data.images_per_group, packed)  # fmt: skip
-    text = max(row.samples, row.tokens - features * row.images / tiles)
+                       data.rows_per_group, data.images_per_group, packed, data.share_images)  # fmt: skip
+    text = max(row.samples, row.all_tokens - features * row.all_images / tiles)
     supervised = int(count * text * (1.0 if captions else SUPERVISED))
     parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
     shown = f" of {tiles} tiles" if tiles > 1 else ""
@@ -72,9 +72,10 @@ def workload_of(
         samples=count * row.samples, tokens=int(count * row.tokens), pairs=int(count * row.pairs),
         supervised=supervised, images=math.ceil(count * row.images), chunks=-(-supervised // (parts * CHUNK)),
         tile_shares=row.tile_shares,
-        assumption=f"records of {row.tokens / row.samples:.0f} tokens on average"
-        f", {100 * row.images / tiles / row.samples:.0f} % with a picture{shown}, "
+        assumption=f"records of {row.all_tokens / row.samples:.0f} tokens on average"
+        f", {100 * row.all_images / tiles / row.samples:.0f} % with a picture{shown}, "
         f"{100 if captions else 100 * SUPERVISED:.0f} % of the text supervised"
+        + (f", {100 - 100 * row.tokens / row.all_tokens:.0f} % of all positions shared" if data.share_images else "")
         + (f", rows {100 * row.tokens / row_tokens:.1f} % full" if packed else ", one in a row"),
     )  # fmt: skip
 

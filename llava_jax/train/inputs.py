@@ -129,7 +129,7 @@ def _feed(
     }  # fmt: skip
     if data.layout == "packed":
         return Packed(rows=programs.rows_of(data, mesh), rows_per_group=data.rows_per_group,
-                      sample_tokens=data.sample_tokens, **shared)  # fmt: skip
+                      sample_tokens=data.sample_tokens, share_images=data.share_images, **shared)  # fmt: skip
     return Pipeline(
         batch_samples=data.batch_samples, lengths=data.lengths,
         group_samples=math.gcd(data.batch_samples, config.train.group_samples),

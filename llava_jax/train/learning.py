@@ -49,6 +49,8 @@ def _fitting(config: configs.Config, samples: int, parts: int) -> str:
     batch, epochs = fitting(samples, parts * config.train.accumulate)
     settings = {"data.layout": "padded", "data.rows_per_chip": 0, "data.rows_per_group": 1}
     settings = settings if config.data.layout == "packed" else {}
+    if config.data.share_images:
+        settings["data.share_images"] = False
     settings["data.batch_samples"] = batch
     if config.train.loss == "group_mean":
         settings["train.group_samples"] = batch

@@ -29,7 +29,8 @@ class Logps(NamedTuple):
 
 
 # (hidden [B, T, D], kernel [D, V], batch) -> what is minimised. The weights of all micro-batches of a step together sum
-# to 1: a loss that counts tokens, or samples, by their weights is the same on any mesh and in any packing.
+# to 1: a loss that counts tokens, or samples, by their weights is the same on any mesh and in any packing. A prefix
+# that samples share (`data.share_images`) stands there once, with weight 0.
 Loss = Callable[[Array, Array, AnyBatch], Array]
 TokenLoss = Callable[..., Array]  # Logps of [P] -> the loss of each of these tokens, by itself
 

@@ -210,6 +210,9 @@ def _state(optimizer: optax.GradientTransformationExtraArgs, trainable: Any, mes
 def check(config: configs.Config, model_config: LlavaConfig) -> None:
     """Raises ValueError where the model cannot read the rows of the config; takes no time."""
     data = config.data
+    if data.share_images and model_config.cross is not None:
+        raise UsageError("data.share_images=True: the records of a tree share the positions of their picture, and this "
+                         f"model's {model_config.projector} puts no feature in one; want False")  # fmt: skip
     positions = model_config.llm.usable_positions
     limits.check_rows(data.sample_tokens or data.row_tokens, model_config.image_features, positions, data.lengths)
 

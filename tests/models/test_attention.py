@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax import config as configs
+from llava_jax.batch import TREES
 from llava_jax.models import attention as attentions
 from llava_jax.models import flash, tiled
 from llava_jax.models.attention import attention, attention_by_number, choose
@@ -40,10 +41,27 @@ def samples(tokens: int, rows: int = 2, seed: int = 1):
     return jnp.asarray(np.where(numbers == 4, 0, numbers).astype(np.int32))
 
 
-def test_a_query_sees_its_own_sample_up_to_itself():
+def trees(tokens: int, rows: int = 2, seed: int = 1):
+    """Samples of a row, cut anywhere into a prefix and branches; some have neither."""
+    rng = np.random.default_rng(seed)
+    first = np.asarray(samples(tokens, rows, seed))
+    branches = np.cumsum(rng.random((rows, tokens)) < 6 / tokens, axis=1)
+    starts = np.maximum.accumulate(np.where(np.diff(first, axis=1, prepend=-1) != 0, branches, 0), axis=1)
+    return jnp.asarray(np.where(first > 0, first + (branches - starts) * TREES, 0).astype(np.int32))
+
+
+def sees(segments):
+    """[B, T, S]: whether a query sees a key, by the rule as it is said."""
+    tree, branch = np.asarray(segments) % TREES, np.asarray(segments) // TREES
+    same = (tree[:, :, None] == tree[:, None]) & ((branch == 0)[:, None] | (branch[:, :, None] == branch[:, None]))
+    return same & np.tri(tree.shape[1], dtype=bool)
+
+
+@pytest.mark.parametrize("draw", [samples, trees])
+def test_a_query_sees_its_own_sample_up_to_itself_and_the_prefix_of_its_tree(draw):
     q, k, v = heads(24)
-    segments = np.asarray(samples(24))
-    may_see = (segments[:, :, None] == segments[:, None]) & np.tri(24, dtype=bool)
+    segments = np.asarray(draw(24))
+    may_see = sees(segments)
     out = jax.jit(functools.partial(attention, causal=True))(q, k, v, segments=jnp.asarray(segments))
     np.testing.assert_allclose(out, by_hand(*map(np.asarray, (q, k, v)), may_see), atol=2e-6)
 
@@ -91,10 +109,10 @@ def test_attention_by_number_sees_keys_of_the_same_number_a_block_of_queries_at_
 
 
 @pytest.mark.parametrize("heads_of_keys", [4, 2])
-@pytest.mark.parametrize("causal, packed", [(True, True), (True, False), (False, False)])
-def test_a_row_goes_tile_by_tile_with_the_result_and_gradient_of_the_whole(monkeypatch, packed, causal, heads_of_keys):
+@pytest.mark.parametrize("causal, draw", [(True, samples), (True, trees), (True, None), (False, None)])
+def test_a_row_goes_tile_by_tile_with_the_result_and_gradient_of_the_whole(monkeypatch, draw, causal, heads_of_keys):
     q, k, v = heads(40, key=heads_of_keys)
-    segments = samples(40) if packed else None
+    segments = None if draw is None else draw(40)
 
     def gradients(q, k, v):
         def loss(*x):
@@ -114,37 +132,38 @@ def test_a_row_goes_tile_by_tile_with_the_result_and_gradient_of_the_whole(monke
 
 @pytest.mark.parametrize("tile", [128, 256])
 def test_tiles_and_their_parts_are_left_out_in_which_no_query_sees_a_key(monkeypatch, tile):
-    """Sample 1 is not a number; tiles, and parts of them, that only hold it never meet queries of sample 2."""
+    """Sample 1 of the first row, and branch 1 of the second row's tree, are no numbers; tiles, and parts of them, that
+    only hold those never meet queries of others."""
     monkeypatch.setattr(flash, "TILES", (tile,))
     monkeypatch.setattr(flash, "PART", 128)
-    q, k, v = (x.at[:, :128].set(jnp.nan) for x in heads(512, rows=1))
-    segments = jnp.asarray(np.repeat([1, 2, 0], [128, 256, 128])[None], jnp.int32)
+    first, rest = np.zeros((2, 2, 512), bool)
+    first[0, :128] = first[1, 128:256] = True
+    rest[0, 128:] = rest[1, 256:] = True
+    q, k, v = (jnp.where(first[..., None, None], jnp.nan, x) for x in heads(512))
+    numbers = [[1, 2, 2, 0], [1, 1 + TREES, 1 + 2 * TREES, 0]]
+    segments = jnp.asarray(np.repeat(numbers, 128, axis=1), jnp.int32)
     for name in ("flash", "xla"):
         run = functools.partial(attentions.BACKENDS[name].run, True, segments=segments)
-        loss = functools.partial(lambda run, *x: (jnp.sum(run(*x)[:, 128:]), run(*x)), run)
+        loss = functools.partial(lambda run, *x: (jnp.sum(run(*x), where=rest[..., None, None]), run(*x)), run)
         gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
-        for x in (out, *gradients):
-            assert np.isfinite(np.asarray(x[:, 128:])).all() and np.isnan(np.asarray(x[:, :128])).any(), name
+        for x in map(np.asarray, (out, *gradients)):
+            assert np.isfinite(x[rest]).all() and np.isnan(x[first]).any(), name
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_tiles_that_are_visited_are_those_that_share_a_sample(seed, monkeypatch):
+def test_the_tiles_that_are_computed_are_those_in_which_a_query_sees_a_key(seed, monkeypatch):
     monkeypatch.setattr(flash, "PART", 2)
-    in_order, mixed = samples(24, rows=3, seed=seed), jnp.asarray(np.random.default_rng(seed).integers(0, 9, (3, 24)))
-    for numbers in (in_order, mixed):
-        tiles = np.asarray(numbers).reshape(3, 6, 4)
-        needed = [{(i, j) for i in range(6) for j in range(i + 1) if set(row[i]) & set(row[j])} for row in tiles]
-        queries, keys, parts, counts = map(np.asarray, flash.visits(numbers, numbers, 4))
-        visited = [list(zip(queries[row, :n].tolist(), keys[row, :n].tolist())) for row, n in enumerate(counts)]
-        assert all(row == sorted(set(row)) for row in visited)
-        assert all(a <= set(b) for a, b in zip(needed, visited))
-        assert numbers is mixed or [len(a) for a in needed] == counts.tolist()
-        halves = np.asarray(numbers).reshape(3, 12, 2)
+    for numbers in (samples(24, rows=3, seed=seed), trees(24, rows=3, seed=seed)):
+        pairs, ends = sees(numbers), tiled.key_ends(numbers)
+        needed, halves = (pairs.reshape(3, n, size, n, size).any(axis=(2, 4)) for n, size in ((6, 4), (12, 2)))
+        assert np.array_equal(tiled.visible(ends, 4, 6), needed)
+        queries, keys, parts, counts = map(np.asarray, flash.visits(ends, 24, 4))
         for row, n in enumerate(counts):
+            visited = list(zip(queries[row, :n].tolist(), keys[row, :n].tolist()))
+            assert visited == list(map(tuple, np.argwhere(needed[row])))
             for i, j, bits in zip(queries[row, :n], keys[row, :n], parts[row, :n]):
                 for number, (a, b) in enumerate(itertools.product((2 * i, 2 * i + 1), (2 * j, 2 * j + 1))):
-                    shares = b <= a and bool(set(halves[row, a]) & set(halves[row, b]))
-                    assert bits >> number & 1 >= shares and (numbers is mixed or bits >> number & 1 == shares)
+                    assert bits >> number & 1 == halves[row, a, b]
 
 
 @pytest.mark.parametrize("tile", [128, 256])
@@ -152,7 +171,7 @@ def test_keys_of_long_rows_go_span_by_span(monkeypatch, tile):
     monkeypatch.setattr(flash, "TILES", (tile,))
     monkeypatch.setattr(flash, "PART", 128)
     q, k, v = heads(512, rows=1)
-    segments = jnp.asarray(np.repeat([1, 2, 3], [150, 100, 262])[None], jnp.int32)
+    segments = jnp.asarray(np.repeat([1, 2, 3, 3 + TREES], [150, 100, 72, 190])[None], jnp.int32)
 
     def gradients():
         def loss(*x):

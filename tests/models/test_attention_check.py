@@ -15,6 +15,7 @@ MATRIX = [
     Case(tokens=650, width=88),  # no multiple of any tile
     Case(tokens=577, width=64, packed=False, causal=False),
     Case("float32", width=64, rows=2),
+    Case("float32", tokens=768, width=64, rows=2, trees=True),
 ]
 SLOW = [
     Case(width=128, sharpness=8, packed=False),
@@ -29,6 +30,8 @@ SLOW = [
     Case(tokens=4096, width=128, sharpness=8),
     Case(tokens=4096, width=64, heads=1, packed=False),
     Case("float32", tokens=4096, width=64, heads=1),
+    Case(tokens=1152, width=88, sharpness=8, trees=True),
+    Case("float32", tokens=4096, width=64, heads=2, trees=True),
 ]
 
 

@@ -2,6 +2,7 @@
 
     step 1,8,1,1 2,2,2,1       one step on each mesh and on one device: losses, gradients, what moved
     losses 2,2,2,1 1,1,4,2     label smoothing, z-loss and a loss of whole rows, chunk by chunk, and their gradients
+    trees 1,8,1,1 1,2,1,4      records of one picture in a tree and in rows of their own: the loss and the gradients
     resume 1,8,1,1 1,4,1,1 ... saves on the first mesh; every other restores that, bit for bit, and goes on
 """
 
@@ -14,12 +15,14 @@ import numpy as np
 
 from llava_jax import config as configs
 from llava_jax import params, sharding
-from llava_jax.batch import Batch
+from llava_jax.batch import TREES, Batch, Example, Span
 from llava_jax.checkpoint import manager
 from llava_jax.checkpoint.manager import Saved
+from llava_jax.data.packing import packed
 from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.train import loss
 from llava_jax.train import program as programs
+from llava_jax.train import step as steps
 from llava_jax.train.program import Program
 from llava_jax.train.step import State
 from tests.golden.make_models import inputs
@@ -126,6 +129,34 @@ def losses(meshes: list[Sizes]) -> None:
         print(sizes, found[0], flush=True)
 
 
+def trees(meshes: list[Sizes]) -> None:
+    """Each row a tree of a picture's three records, against two of them, or one, a row."""
+    rng, rows = np.random.default_rng(0), []
+    for number in range(ROWS):
+        picture, front = rng.integers(0, 256, (14, 14, 3), dtype=np.uint8), np.append(rng.integers(1, 60, 2), [0] * 4)
+        texts = [np.append(front, rng.integers(1, 60, size)).astype(np.int32) for size in (8, 10, 7)]
+        rows.append([Example(text, np.arange(len(text)) > 8, (Span(2, 4),), (picture,), str(number)) for text in texts])
+    together = packed([[row] for row in rows], TOKENS, 2, 14, share_images=True)[0]
+    apart = [packed([[row] for row in part], TOKENS, 2, 14)[0] for part in
+             ([row[:2] for row in rows], [row[2:] for row in rows])]  # fmt: skip
+    assert together.segments.max() == 1 + 3 * TREES and sum(x.weights.sum() for x in apart) == together.weights.sum()
+    for sizes in meshes:
+        program = build(sizes)
+        state, frozen = begin(program)
+
+        def total(trainable: dict, frozen: dict, batch: Batch, program: Program = program) -> jax.Array:
+            return steps.weighted_loss(program.model, params.merge(trainable, frozen), batch, batch.weights)
+
+        with jax.sharding.use_abstract_mesh(program.mesh.abstract_mesh):
+            both = jax.jit(jax.value_and_grad(total))
+            found, *parts = (jax.device_get(both(state.params, frozen, program.put(x))) for x in (together, *apart))
+        wanted = jax.tree.map(np.add, *parts)
+        largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(wanted[1]))
+        worst = max(np.abs(a - b).max() / largest for a, b in zip(*map(jax.tree.leaves, (found[1], wanted[1]))))
+        print(sizes, found[0] / wanted[0] - 1, worst, flush=True)
+        assert abs(found[0] / wanted[0] - 1) < 1e-6 and worst < 1e-6, (sizes, found[0], wanted[0], worst)
+
+
 def resume(meshes: list[Sizes]) -> None:
     first, *others = [build(sizes) for sizes in meshes]
     state, frozen = begin(first)
@@ -151,4 +182,4 @@ def resume(meshes: list[Sizes]) -> None:
 
 if __name__ == "__main__":
     given = [tuple(map(int, word.split(","))) for word in sys.argv[2:]]
-    {"step": step, "losses": losses, "resume": resume}[sys.argv[1]](given)
+    {"step": step, "losses": losses, "trees": trees, "resume": resume}[sys.argv[1]](given)

@@ -38,7 +38,8 @@ def test_a_few_updates_are_a_warning_and_many_are_none():
 
 
 PACKED = {"layout": "packed", "rows_per_chip": 4, "rows_per_group": 2}
-KINDS = [{}, {"steps": 3}, {"loss": "group_mean"}, {"accumulate": 4}, PACKED, PACKED | {"steps": 3}]
+KINDS = [{}, {"steps": 3}, {"loss": "group_mean"}, {"accumulate": 4}, PACKED, PACKED | {"steps": 3},
+         PACKED | {"share_images": True}]  # fmt: skip
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)
@@ -51,6 +52,8 @@ def test_the_remedy_is_a_config_whose_run_says_nothing_more(kind, samples, parts
     words = str(error.value).partition("set --config.")[2].split(" --config.")
     settings = {key.partition(".")[2]: text for key, text in (word.split("=") for word in words)}
     settings = {key: int(text) if text.isdigit() else text for key, text in settings.items()}
+    assert settings.pop("share_images", "False") == "False"
+    kind = {key: value for key, value in kind.items() if key != "share_images"}
     epochs = settings.pop("epochs", None)
     followed = config(**kind | settings)
     batch = followed.data.batch_samples

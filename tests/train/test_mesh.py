@@ -30,6 +30,10 @@ def test_losses_over_log_probabilities_are_those_of_one_device(compiled):
     assert len(run("losses", [(2, 2, 2, 1), (1, 2, 1, 4), (1, 1, 4, 2)], compiled).splitlines()) == 4
 
 
+def test_records_of_one_picture_in_a_tree_learn_what_they_learn_apart_on_meshes_of_eight_devices(compiled):
+    assert len(run("trees", SOME, compiled).splitlines()) == len(SOME)
+
+
 @pytest.mark.slow
 def test_a_step_is_the_same_in_every_shape_that_a_mesh_of_eight_can_have(compiled):
     assert len(EVERY) == 20
