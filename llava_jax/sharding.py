@@ -156,6 +156,12 @@ def platform() -> str:
     return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
+def one_cpu() -> bool:
+    """Whether the computation that is being traced will run on a CPU, and on one device of it."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return platform() == "cpu" and (mesh.empty or mesh.size == 1)
+
+
 def per_shard(
     function: Callable[..., Any], arguments: Sequence[Sequence[str | None]], results: Sequence[int | None] | int
 ) -> Callable[..., Any]:

@@ -14,7 +14,7 @@ TREES = {name: ast.parse(path.read_text(encoding="utf-8")) for name, path in FIL
 # A package or one of its files -> the packages it may import; the longest match decides.
 PACKAGES = {
     "__init__.py": (), "errors": (), "files": (), "streams": (), "known_names": (), "cli": ("known_names",),
-    "compilations": (), "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",),
+    "compilations": (), "heap": (), "lifecycle": (), "distributed": (), "batch": (), "limits": ("batch",),
     "typed": ("known_names",), "config_file": (),
     "config": ("config_file", "typed", "limits"), "params": (), "sharding": ("params",), "chips": (),
     "openai_client": (),
@@ -53,7 +53,7 @@ PACKAGES = {
 }  # fmt: skip
 
 # Modules that all others may import.
-EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed", "compilations")
+EVERYBODY = ("errors", "files", "streams", "lifecycle", "distributed", "compilations", "heap")
 COMMANDS = ("cli",)  # what files that are commands may import beside their package's own list
 
 # A third-party library -> the packages or files that may import it.

@@ -1,4 +1,4 @@
-"""`python -m llava_jax.demo [--family minigpt4 | anyres] [--workdir DIR]` and `python -m llava_jax.demo bases [DIR]`.
+"""`python -m llava_jax.demo [--family minigpt4 | anyres] [--quick] [--workdir DIR]` and `... demo bases [DIR]`.
 
 The first runs LLaVA, MiniGPT-4, or LLaVA-1.6 with its tiles, in miniature: a synthetic world, base models that know it
 from text alone, the two stages of training and ablations of them, a test set of held-out pictures, and an export for
@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from llava_jax import cli
+from llava_jax import cli, heap
 from llava_jax.errors import UsageError
 
 # Of story.FAMILIES. jax, and the modules that import it, are imported after parsing, so that a usage error is quick.
@@ -29,7 +29,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _demo(args: list[str]) -> int:
     parser = cli.Parser("python -m llava_jax.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
+    family = parser.add_mutually_exclusive_group()
+    family.add_argument("--family", choices=FAMILIES, default="llava", help="default: llava")
+    family.add_argument("--quick", dest="family", action="store_const", const="quick",
+                        help="llava with fewer records and steps, and one ablation")
     workdir_help = "a new directory (default: runs/demo, or runs/demo_FAMILY)"
     parser.add_argument("--workdir", type=cli.on_disk, help=workdir_help)
     parser.add_argument("--seed", type=int, default=0, help="of the world, the projector and the order of the data")
@@ -82,4 +85,5 @@ def _check(directory: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
+    heap.keep()
     sys.exit(main())

@@ -11,7 +11,7 @@ def get_config() -> Any:
     A picture takes 84 positions in place of 16, so rows are longer by 68; `image_newline` is trained too. Differs from
     LLaVA-1.6: the tower is frozen.
     """
-    config = start_from(__file__, "stage2.py")
+    config = start_from(__file__, "whole.py")
     config.prompt.update(image_mode="anyres", grids="4x1", merge="spatial_unpad")
     config.data.update(images_per_group=5, row_tokens=196)
     return config

@@ -5,7 +5,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from llava_jax.train.trainer import Trainer
 
 CONFIGS = Path(__file__).parent
 WORLD, BASE, BASE_LAST_LAYER, EXPORT = "world", "base", "base_last_layer", "export_hf"
+QUICK_SIZES = Sizes(train=1600, heldout=200, unseen=100, heldout_per_kind=50, unseen_per_kind=25)
 PROGRESS_PREFIXES = ("step ", "error", "goes on")  # beginnings of the lines of a run that the demo shows
 
 
@@ -43,13 +44,15 @@ class Family(NamedTuple):
     """A system that the demo trains.
 
     bases: {folder: the arguments of `importing.assemble`}. summary: one sentence for the report. wide: as in
-      `records.write`.
+      `records.write`. sizes: of the world. steps: of the two stages; None: those of their configs.
     """
 
     bases: dict[str, dict[str, Any]]
     runs: tuple[Run, ...]
     summary: str
     wide: int = 1
+    sizes: Sizes = records.SIZES
+    steps: tuple[int, int] | None = None
 
     @property
     def evaluated(self) -> tuple[Run, ...]:
@@ -104,6 +107,9 @@ FAMILIES = {
         wide=4,
     ),
 }  # fmt: skip
+FAMILIES["quick"] = FAMILIES["llava"]._replace(
+    bases={BASE: FAMILIES["llava"].bases[BASE]}, runs=FAMILIES["llava"].runs[:3], sizes=QUICK_SIZES, steps=(150, 200)
+)
 
 
 class Outcome(NamedTuple):
@@ -117,24 +123,19 @@ class Outcome(NamedTuple):
     secs: float
 
 
-def run_family(
-    workdir: Path, seed: int, family: Family, sizes: Sizes = records.SIZES, steps: Sequence[int] | None = None
-) -> Outcome:
-    """Trains and evaluates all runs of a family in `workdir`, which is new.
-
-    steps: of the two stages, in place of those of their configs.
-    """
+def run_family(workdir: Path, seed: int, family: Family) -> Outcome:
+    """Trains and evaluates all runs of a family in `workdir`, which is new."""
     start = time.monotonic()
     workdir.mkdir(parents=True, exist_ok=True)
     _log(start, "draws the world")
-    test_sets = records.write(workdir / WORLD, seed, sizes, family.wide)
+    test_sets = records.write(workdir / WORLD, seed, family.sizes, family.wide)
     _log(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
         importing.assemble(workdir / name, **parts, seed=seed)
     results: dict[str, dict[str, Result]] = {}
     for run in family.runs:
         _log(start, f"trains {run.name}, {run.title}")
-        _train(workdir, run, seed, steps)
+        _train(workdir, run, seed, family.steps)
         if run.label:
             assistant = test_set.open_assistant(workdir / run.name)
             scores = {name: test_set.evaluate(assistant, questions, workdir / WORLD, run.blind)
@@ -148,7 +149,7 @@ def run_family(
     return Outcome(family, test_sets, results, losses, chat, time.monotonic() - start)
 
 
-def _train(workdir: Path, run: Run, seed: int, steps: Sequence[int] | None) -> None:
+def _train(workdir: Path, run: Run, seed: int, steps: tuple[int, int] | None) -> None:
     settings = {
         "model.base": workdir / run.start, "data.sources.0.path": workdir / WORLD / run.data,
         "data.sources.0.images": workdir / WORLD, "train.seed": seed,

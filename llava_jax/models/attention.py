@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax import sharding
-from llava_jax.models.flash import LANES, flash_attention
 from llava_jax.models.remat import ATTENTION, named
 from llava_jax.models.tiled import LONGEST_TILE, NEVER, key_ends, tiled_attention
+
+FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`
 
 
 def attention(
@@ -81,6 +82,8 @@ def _cached(q: Array, k: Array, v: Array, last_key: Array) -> Array:
 
 
 def _flash(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+    from llava_jax.models.flash import flash_attention  # Pallas takes a quarter of a second to import
+
     assert causal
     return flash_attention(q, k, v, segments, interpret=sharding.platform() != "tpu")
 
@@ -109,7 +112,7 @@ class Backend(NamedTuple):
 
 
 def _flash_serves(q: Any, causal: bool, packed: bool) -> bool:
-    return causal and q.shape[1] % LANES == 0 and q.dtype in (jnp.bfloat16, jnp.float32)
+    return causal and q.shape[1] % FLASH_TILE == 0 and q.dtype in (jnp.bfloat16, jnp.float32)
 
 
 def _cudnn_serves(q: Any, causal: bool, packed: bool) -> bool:

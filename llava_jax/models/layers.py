@@ -42,7 +42,7 @@ class Dense(nn.Module):
         if sharding.reduces(place, kernel.shape, x, *self.rows):
             y = _product(place, self.rows, x, kernel.astype(self.dtype))
         else:
-            y = x @ kernel.astype(self.dtype)
+            y = _rows_product(x, kernel.astype(self.dtype))
         if self.has_variable("params", "kernel_scale"):
             # After the product: bfloat16 holds every int8 exactly, but not the weights that they stand for.
             y = (y * self.get_variable("params", "kernel_scale")).astype(self.dtype)
@@ -61,6 +61,17 @@ class Dense(nn.Module):
             x = jnp.where(kept, x / (1 - self.dropout), 0).astype(self.dtype)
         narrow = (x @ a.astype(self.dtype)) * scale  # scaled where it is narrowest, in float32
         return narrow.astype(self.dtype) @ b.astype(self.dtype)
+
+
+def _rows_product(x: Array, kernel: Any) -> Array:
+    """x [..., In] @ kernel [In, Out]. For a CPU `x` is one matrix: the kernel's gradient is a sum over one dimension.
+
+    A sum over two makes XLA copy both factors: forward and backward of 1,024 tokens through an mlp of 128 and 320 take
+    13.9 ms with it and 8.7 without (EPYC, float32, jax 0.10.2, 2026-11-30).
+    """
+    if not sharding.one_cpu():
+        return x @ kernel
+    return (x.reshape(-1, x.shape[-1]) @ kernel).reshape(*x.shape[:-1], kernel.shape[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))

@@ -1,5 +1,6 @@
 """LLaVA, from pictures and tokens to hidden states: features of the tower go through the connector to their slots."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -159,6 +160,7 @@ class Llava(nn.Module):
         return self.llm.head_kernel()
 
 
+@functools.partial(jax.jit, static_argnums=0)  # who wants shapes and who wants values trace it once
 def init_params(config: LlavaConfig, key: Array) -> dict[str, Any]:
     """Random float32 parameters of a whole model: `{"vision": ..., "projector": ..., "llm": ...}`, and `ln_vision` and
     `resampler` where the connector has them."""

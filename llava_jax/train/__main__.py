@@ -9,7 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from llava_jax import cli, errors, lifecycle
+from llava_jax import cli, errors, heap, lifecycle
 from llava_jax.lifecycle import Sigterm
 
 
@@ -39,6 +39,7 @@ def _nothing_lost() -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, lambda *_: _nothing_lost())  # before `main` listens
+    heap.keep()
     code = main()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Python gives up handlers while it ends, but leaves this
     sys.exit(code)

@@ -155,7 +155,7 @@ def test_a_policy_keeps_what_its_name_says(tiny):
 
     for policy in remat.NAMES:
         found = jax.eval_shape(functools.partial(residuals, policy), tiny["llm"])
-        kept[policy] = sum(x.size for x in found if x.shape[:3] == (3, 2, 8))
+        kept[policy] = sum(x.size for x in found if x.shape[:3] == (3, 2, 8) or x.shape[:2] == (3, 16))
     order = ("full", "save_qkv", "save_linear", "save_dots", "none")
     assert sorted(order, key=kept.get) == list(order) and kept["full"] == 3 * 16 * 48, kept
 

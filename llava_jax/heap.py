@@ -1,0 +1,23 @@
+"""The heap of a command that computes on the CPU: memory that is freed stays with the process."""
+
+import ctypes
+import importlib.util
+import os
+
+ACCELERATORS = ("libtpu", "jax_plugins")  # packages: where one is installed and used, arrays are not on the heap
+# Of malloc.h: one arena for all threads, no block outside it, none of it returned, and it grows by 64 MB.
+SETTINGS = {"ARENA_MAX": (-8, 1), "MMAP_MAX": (-4, 0), "TRIM_THRESHOLD": (-1, 2**31 - 1), "TOP_PAD": (-2, 2**26)}
+
+
+def keep() -> None:
+    """Lets the C library keep the memory of one step for the next; for glibc, and before a thread is started.
+
+    XLA allocates the buffers of each call anew. By default glibc returns large ones to the system, which clears the
+    pages that it hands out again: 68 of the 313 ms of CPU time of the demo's step (EPYC, glibc 2.36, 2026-11-30).
+    """
+    elsewhere = os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, ACCELERATORS))
+    if elsewhere or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+        return
+    library = ctypes.CDLL(None)
+    for parameter, value in SETTINGS.values():
+        library.mallopt(parameter, value)
