@@ -13,7 +13,7 @@ from llava_jax.generate.scheduler import Job, Scheduler
 from llava_jax.prompt.conversation import Conversation
 from llava_jax.prompt.encode import encode
 
-MOST_POSITIONS = 8192  # of a conversation; LLaMA 3.1's 131,072 would take 16 GB
+MOST_POSITIONS = 4096  # of a conversation: 2 GB of a 7B in bfloat16
 
 
 class Talk:
