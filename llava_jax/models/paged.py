@@ -36,8 +36,10 @@ class PagedCache(NamedTuple):
     ) -> tuple["PagedCache", Float[Array, "R T N H"]]:  # fmt: skip
         """The cache with new keys and values at `positions`, and the attention of their queries to all up to there."""
         pages = jnp.take_along_axis(self.table, positions // PAGE, axis=1)
+        # Each head's vector by itself: TPU's compiler copies a pool whose pages are written across their heads.
+        places = pages[..., None], jnp.arange(self.k.shape[1]), (positions % PAGE)[..., None]
         cache = PagedCache(
-            *(constrain(pool.at[pages, :, positions % PAGE].set(new.astype(pool.dtype)), None, "heads")
+            *(constrain(pool.at[places].set(new.astype(pool.dtype)), None, "heads")
               for pool, new in ((self.k, k), (self.v, v))),
             self.table,
         )  # fmt: skip

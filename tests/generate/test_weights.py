@@ -1,19 +1,23 @@
 """int8 weights: what they are, what they answer, what they weigh, and where they are refused."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from llava_jax import chat, chips, sharding
 from llava_jax import config as configs
 from llava_jax import params as names
 from llava_jax.errors import UsageError
-from llava_jax.generate import weights
+from llava_jax.generate import batching, sampling, scheduler, weights
 from llava_jax.generate.assistant import Assistant
 from llava_jax.generate.engine import Shape
 from llava_jax.generate.footprint import footprint
 from llava_jax.generate.footprint import weights as held_weights
+from llava_jax.generate.sampling import Sampling
 from llava_jax.models import lora, presets
 from llava_jax.models.llava import Llava
 from llava_jax.plan.compile import find_target
@@ -102,6 +106,48 @@ def test_the_bytes_of_the_real_models_are_about_halved(preset):
         parts = [x for leaf in leaves.values() for x in (leaf if isinstance(leaf, tuple) else (leaf,))]
         sizes[kind] = sum(x.size * x.dtype.itemsize for x in parts)
     assert 0.5 < sizes["int8"] / sizes[None] < 0.56
+
+
+def served(slots: int, positions: int, kind: str | None) -> list[int]:
+    """Bytes of a v5e chip of four at the peaks of `advance` and `read`: LLaVA-1.5 13B, as `serve` starts it there."""
+    mesh = sharding.mesh_of_copies(1, list(find_target(configs.Mesh(), "v5e:2x2").mesh.devices.flat))
+    model, (lanes, chunk) = Llava(presets.get("llava15_13b"), jnp.bfloat16), scheduler.READING_ELSEWHERE
+    width, columns = model.config.llm.width, batching.row_pages(positions, chunk)
+    programs = batching.Batching(model, slots, lanes, chunk, slots * columns + 1, columns, 32000, (2,), mesh)
+    whole, heads = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), (None, "tensor")))
+
+    def placed(x: Any, by: NamedSharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=by)
+
+    pool = jax.tree.map(lambda x: placed(x, heads), jax.eval_shape(programs.empty))
+    rows = batching.Rows(*np.zeros((3, slots), np.int32), np.zeros(slots, bool), np.zeros((slots, columns), np.int32),
+                         np.bool_(False), sampling.stack([Sampling()] * slots))  # fmt: skip
+    chunks = batching.Chunk(
+        np.zeros((lanes, chunk), np.int32), np.zeros((lanes, chunk, width), jnp.bfloat16),
+        np.zeros((lanes, chunk), bool), *np.zeros((2, lanes), np.int32), np.zeros((lanes, columns), np.int32),
+        np.bool_(False), sampling.stack([Sampling()] * lanes),
+    )  # fmt: skip
+    calls = ((batching._advance, (rows, np.int32(batching.STEPS))), (batching._read, (chunks,)))
+    found = []
+    for program, inputs in calls:
+        inputs = jax.tree.map(lambda x: placed(np.asarray(x), whole), inputs)
+        memory = program.lower(programs, held_weights(model, mesh, kind), pool, *inputs).compile().memory_analysis()
+        found.append(memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+                     + memory.temp_size_in_bytes)  # fmt: skip
+    return found
+
+
+@pytest.mark.slow
+def test_thirteen_billion_serve_sixteen_requests_on_four_chips_and_in_int8_twice_as_many():
+    """Prompts of 1,024 tokens, up to 512 new ones, compiled by the TPU's compiler."""
+    pytest.importorskip("libtpu")
+    limit = chips.of_topology("v5e:2x2").hbm_bytes
+    for slots, kind in ((16, None), (16, "int8"), (32, "int8")):
+        found = served(slots, 1536, kind)
+        print(f"\n{slots} requests, {kind}: {[f'{size / chips.GIB:.2f} GiB' for size in found]} a chip")
+        assert max(found) < limit
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        served(32, 1536, None)
 
 
 @pytest.mark.slow
