@@ -172,7 +172,7 @@ def test_names_that_are_repeated_for_quick_parsing_are_those_of_their_modules():
 
     assert set(evaluate.DTYPES) == set(assistant.DTYPES)
     assert (evaluate.GRIDS, evaluate.TYPES) == (tuple(ablate.GRIDS), ablate.TYPES)
-    assert set(convert.DTYPES) == {*table.FLOATS, *llama_cpp.KINDS} and set(demo.FAMILIES) == set(story.FAMILIES)
+    assert set(convert.DTYPES) == {*table.FLOATS, *llama_cpp.KINDS} and {*demo.FAMILIES, "quick"} == set(story.FAMILIES)
 
 
 # ---- the commands of the documents

@@ -5,7 +5,8 @@ import dataclasses
 import io
 import json
 import os
-import struct
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -155,6 +156,27 @@ def test_a_video_that_takes_too_long_is_given_up(clip, monkeypatch):
     with pytest.raises(Refused, match="decoding it takes more than 0.01 s"):
         of_messages.opened(Video(clip), FORMAT, "messages[0]")
     assert time.monotonic() - start < 10
+
+
+LITTLE = """
+import resource
+from llava_jax.serve import decoder
+from llava_jax.prompt import images
+import av
+pages = int(open("/proc/self/statm").read().split()[0])
+decoder.MAX_BYTES = pages * resource.getpagesize() + 64 * 2**20
+decoder.main()
+"""
+
+
+def test_decoding_takes_no_more_memory_than_it_may(tmp_path):
+    large = videos.write(tmp_path / "large.avi", [np.zeros((3900, 3900, 3), np.uint8)]).read_bytes()
+    options = {"frames": 4, "fps": 0.0, "size": 28, "mode": "pad", "mean": [0.0] * 3, "resample": "bicubic"}
+    child = [sys.executable, "-c", LITTLE, json.dumps(options)]
+    found = subprocess.run(child, input=large, capture_output=True, timeout=60)
+    assert found.returncode == 0, found.stderr[-2000:]
+    error = json.loads(found.stdout)["error"]
+    assert "allocate memory" in error or "takes more than" in error
 
 
 def test_too_many_pixels_in_all_frames_are_refused(clip, monkeypatch):
