@@ -48,7 +48,8 @@ def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
     rates = (("vision/.*", None), (".*", rate))
     config = configs.Config(
         data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=rows * accumulate,
-                          rows_per_group=rows, row_tokens=tokens, images_per_group=images),
+                          rows_per_group=rows, row_tokens=tokens, images_per_group=images,
+                          sample_tokens=sizes.mixture[1] if kind == "mixture" else 0),
         train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant", accumulate=accumulate),
         rates=rates,
         init=((".*", "random"),), model=configs.Model(dtype="float32", remat="save_dots"), compiler_options=OPTIONS,
