@@ -92,12 +92,12 @@ def together(
 
 def _divided(new: Sequence[bool], tokens: Sequence[int], prefixes: Sequence[int], row_tokens: int) -> np.ndarray:
     """Where trees begin, of samples in the order of their keys."""
-    begins, room = list[int](), 0
+    begins, left = list[int](), 0
     for place, (first, total, shared) in enumerate(zip(new, tokens, prefixes)):
-        room -= total - shared
-        if first or room < 0 or not place or place - begins[-1] == BRANCHES:
+        left -= total - shared
+        if first or left < 0 or not place or place - begins[-1] == BRANCHES:
             begins.append(place)
-            room = row_tokens - total
+            left = row_tokens - total
     return np.array(begins)
 
 

@@ -43,9 +43,9 @@ class Talk:
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
         example = encode(conversation, self._assistant.format, image_root, reply=True)
         tokens = len(example.tokens)
-        room = self._positions - tokens
-        limit = min(NEW_TOKENS, room) if max_new_tokens is None else max_new_tokens
-        if repetition_penalty != 1 or not 1 <= limit <= room:
+        left = self._positions - tokens
+        limit = min(NEW_TOKENS, left) if max_new_tokens is None else max_new_tokens
+        if repetition_penalty != 1 or not 1 <= limit <= left:
             return self._assistant.reply(conversation, max_new_tokens, temperature, top_p, top_k, seed, image_root,
                                          on_piece, repetition_penalty)  # fmt: skip
         return self._answer(Job(prompt_of(example), limit, sampling, self._assistant.format.template.stops), on_piece)

@@ -21,7 +21,8 @@ MAX_FRAME_PIXELS, MAX_ALL_PIXELS = 16_000_000, 4_000_000_000  # of a frame, and 
 def main() -> None:
     """Writes a line of JSON (`frames` and `rate` of the file, how many are `shown`; or `error`), then the frames that
     are shown, uint8 [size, size, 3] each."""
-    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    if sys.platform == "linux":  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
     try:
         length, shown = decoded(sys.stdin.buffer.read(), **json.loads(sys.argv[1]))
         answer = {"frames": length.frames, "rate": length.rate, "shown": len(shown)}

@@ -5,6 +5,7 @@ import base64
 import binascii
 import re
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -159,7 +160,8 @@ def _picture(value: Any, name: str, fetcher: Fetcher | None) -> Picture:
 
 def opened(chat: Chat, format: Format) -> Chat:
     """The same with its videos decoded. Raises Refused where one cannot be."""
-    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field))
+    until = time.monotonic() + videos.DECODE_SECS
+    found = tuple(picture._replace(content=videos.opened(picture.content, format, picture.field, until))
                   if isinstance(picture.content, Video) else picture for picture in chat.pictures)  # fmt: skip
     return Chat(replace(chat.conversation, images=tuple(picture.content for picture in found)), found)
 

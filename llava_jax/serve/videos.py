@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,8 @@ from llava_jax.prompt.encode import Format
 from llava_jax.prompt.images import Image
 from llava_jax.serve.fields import Refused, refuse
 
-# That a video may take; a minute of 1920 x 1080 takes 13 of a core (H.264 of 22 Mbit/s, PyAV 18.1, November 2026).
+# That all videos of a request may take; a minute of 1920 x 1080 takes 13 of a core (H.264 of 22 Mbit/s, PyAV 18.1,
+# November 2026).
 DECODE_SECS = 30.0
 # A recording's type has parameters: data:video/webm;codecs=vp9,opus;base64,...
 _DATA_URL = re.compile(r"data:video/([a-z0-9.+-]{1,40})(?:;[a-z0-9]{1,20}=[^;]{1,80})?;base64,", re.ASCII | re.I)
@@ -47,8 +49,10 @@ def read(value: Any, name: str) -> Video:
         raise Refused(f"{name}.url: its base64 is damaged ({error})", f"{name}.url") from None
 
 
-def opened(clip: Video, format: Format, field: str) -> Video:
+def opened(clip: Video, format: Format, field: str, until: float) -> Video:
     """The frames of a file that are shown, of the model's size already; pictures stay as they are.
+
+    until: when it is given up, by `time.monotonic`.
 
     Raises:
       Refused: the model reads no videos, it is none, has no frames, or takes too much to be decoded.
@@ -62,11 +66,12 @@ def opened(clip: Video, format: Format, field: str) -> Video:
                 "mode": format.frame_mode, "mean": format.image_mean, "resample": format.resample}  # fmt: skip
     command = [sys.executable, "-m", "llava_jax.serve.decoder", json.dumps(settings)]
     try:
-        done = subprocess.run(command, input=clip.source, capture_output=True, timeout=DECODE_SECS,
+        done = subprocess.run(command, input=clip.source, capture_output=True,
+                              timeout=max(0.0, until - time.monotonic()),
                               env=os.environ | {"OPENBLAS_NUM_THREADS": "1"})  # fmt: skip
     except subprocess.TimeoutExpired:
-        raise Refused(f"{field}: decoding it takes more than {DECODE_SECS:g} s: shorten it or make it smaller",
-                      field) from None  # fmt: skip
+        raise Refused(f"{field}: decoding the videos takes more than {DECODE_SECS:g} s: shorten them, make "
+                      "them smaller or show fewer", field) from None  # fmt: skip
     line, _, pixels = done.stdout.partition(b"\n")
     answer = json.loads(line) if done.returncode == 0 else {"error": f"its decoder ended with {done.returncode}"}
     if "error" in answer:

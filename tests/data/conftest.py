@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from llava_jax.data import planner
 from llava_jax.data.check import Checks, rules
+from llava_jax.data.packed import Packed
 from llava_jax.data.problems import Finding
 from llava_jax.data.sources import Source, open_source
 from llava_jax.data.validate import validate
@@ -81,3 +83,17 @@ def make(tmp_path: Path, folder: Path) -> Callable[..., Source]:
         return open_source(tmp_path / name, folder, weight=weight)
 
     return made
+
+
+@pytest.fixture
+def build(v1, monkeypatch):
+    """build(source or sources, ...) -> a pipeline of steps of 4 rows of 200, two of them sharing 4 images."""
+    monkeypatch.setattr(planner, "WINDOW", 16)
+
+    def built(sources, **changes):
+        sources = sources if isinstance(sources, list) else [sources]
+        settings = {"format": v1, "rows": 4, "row_tokens": 200, "rows_per_group": 2, "images_per_group": 4,
+                    "threads": 2, "seed": 5}  # fmt: skip
+        return Packed(sources=sources, **settings | changes)
+
+    return built

@@ -9,8 +9,6 @@ import re
 import numpy as np
 import pytest
 
-from llava_jax.data import planner
-from llava_jax.data.packed import Packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.distributed import Rows
 from llava_jax.errors import DataError
@@ -21,20 +19,6 @@ BAD = {"id": "the bad one", "conversations": [{"from": "human", "value": "Hi"}]}
 def part(number: int, of: int) -> Rows:
     """What one of `of` processes loads."""
     return Rows((number,), (number,), of)
-
-
-@pytest.fixture
-def build(v1, monkeypatch):
-    """build(source or sources, ...) -> a pipeline of steps of 4 rows of 200, two of them sharing 4 images."""
-    monkeypatch.setattr(planner, "WINDOW", 16)
-
-    def built(sources, **changes):
-        sources = sources if isinstance(sources, list) else [sources]
-        settings = {"format": v1, "rows": 4, "row_tokens": 200, "rows_per_group": 2, "images_per_group": 4,
-                    "threads": 2, "seed": 5}  # fmt: skip
-        return Packed(sources=sources, **settings | changes)
-
-    return built
 
 
 def take(pipeline, steps):

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import itertools
 import json
 from pathlib import Path
@@ -11,7 +12,6 @@ import pytest
 
 from llava_jax.batch import TREES, Corners, Example, Layout, Span
 from llava_jax.data import planner, trees
-from llava_jax.data.packed import Packed
 from llava_jax.data.packing import packed
 from llava_jax.data.trees import Prefixes, together
 from llava_jax.prompt import templates
@@ -127,16 +127,9 @@ def records(make):
 
 
 @pytest.fixture
-def build(v1, monkeypatch):
-    monkeypatch.setattr(planner, "WINDOW", 16)
-
-    def built(sources, **changes):
-        sources = sources if isinstance(sources, list) else [sources]
-        settings = {"format": v1, "rows": 4, "row_tokens": 200, "rows_per_group": 2, "images_per_group": 4,
-                    "threads": 2, "seed": 5, "share_images": True}  # fmt: skip
-        return Packed(sources=sources, **settings | changes)
-
-    return built
+def build(build):
+    """As the shared one, with trees."""
+    return functools.partial(build, share_images=True)
 
 
 def samples(batch, features=4):
