@@ -7,12 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from llava_jax import config as configs
+from llava_jax import sharding
 from llava_jax.batch import TREES
 from llava_jax.models import attention as attentions
-from llava_jax.models import flash, tiled
+from llava_jax.models import flash, flash_gpu, tiled
 from llava_jax.models.attention import attention, attention_by_number, choose
 from llava_jax.plan.compile import find_target
 
@@ -142,7 +143,7 @@ def test_tiles_and_their_parts_are_left_out_in_which_no_query_sees_a_key(monkeyp
     q, k, v = (jnp.where(first[..., None, None], jnp.nan, x) for x in heads(512))
     numbers = [[1, 2, 2, 0], [1, 1 + TREES, 1 + 2 * TREES, 0]]
     segments = jnp.asarray(np.repeat(numbers, 128, axis=1), jnp.int32)
-    for name in ("flash", "xla"):
+    for name in ("flash", "triton", "xla"):
         run = functools.partial(attentions.BACKENDS[name].run, True, segments=segments)
         loss = functools.partial(lambda run, *x: (jnp.sum(run(*x), where=rest[..., None, None]), run(*x)), run)
         gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -164,6 +165,18 @@ def test_the_tiles_that_are_computed_are_those_in_which_a_query_sees_a_key(seed,
             for i, j, bits in zip(queries[row, :n], keys[row, :n], parts[row, :n]):
                 for number, (a, b) in enumerate(itertools.product((2 * i, 2 * i + 1), (2 * j, 2 * j + 1))):
                     assert bits >> number & 1 == halves[row, a, b]
+
+
+@pytest.mark.parametrize("queries, keys", [(4, 4), (4, 2), (2, 8)])
+def test_a_gpus_tiles_are_those_in_which_a_query_sees_a_key(queries, keys):
+    launch = flash_gpu.FORWARD._replace(queries=queries, keys=keys)
+    for numbers in (samples(24, rows=3, seed=4), trees(24, rows=3, seed=4)):
+        needed = sees(numbers).reshape(3, 24 // queries, queries, 24 // keys, keys).any(axis=(2, 4))
+        found = flash_gpu.seen_tiles(tiled.key_ends(numbers), launch)
+        assert np.array_equal(found, needed)
+        order, counts = map(np.asarray, tiled.schedule(found))
+        for place, count in np.ndenumerate(counts):
+            assert order[place][:count].tolist() == np.flatnonzero(needed[place]).tolist()
 
 
 @pytest.mark.parametrize("tile", [128, 256])
@@ -193,12 +206,17 @@ def test_keys_of_long_rows_go_span_by_span(monkeypatch, tile):
     ("tpu", "xla", {"causal": False, "packed": False}),  # the tower
     ("tpu", "xla", {"tokens": 100}),
     ("tpu", "xla", {"dtype": "float16"}),
-    ("gpu", "xla", {}),  # cuDNN has no segments
+    ("gpu", "triton", {}),  # cuDNN has no segments
+    ("gpu", "triton", {"width": 12}),
+    ("gpu", "triton", {"dtype": "float16"}),
+    ("gpu", "xla", {"tokens": 192}),
+    ("gpu", "xla", {"width": 136}),
+    ("gpu", "xla", {"dtype": "float32"}),
     ("gpu", "cudnn", {"packed": False}),
     ("gpu", "cudnn", {"packed": False, "causal": False, "tokens": 577, "width": 64}),
     ("gpu", "cudnn", {"packed": False, "width": 88}),
-    ("gpu", "xla", {"packed": False, "width": 12}),
-    ("gpu", "xla", {"packed": False, "width": 20}),
+    ("gpu", "triton", {"packed": False, "width": 20}),
+    ("gpu", "xla", {"packed": False, "causal": False, "width": 20}),
     ("gpu", "xla", {"packed": False, "width": 136}),
     ("gpu", "xla", {"packed": False, "dtype": "float32"}),
     ("cpu", "xla", {}),
@@ -210,13 +228,15 @@ def test_a_backend_is_never_chosen_for_what_it_refuses(monkeypatch, platform, ba
     assert choose(platform, q, case["causal"], case["packed"]) == backend
 
 
-@pytest.mark.parametrize("capability, backend", [("9.0", "cudnn"), ("8.0", "cudnn"), ("7.5", "xla"), ("gfx942", "xla")])
-def test_gpus_without_flash_in_cudnn_take_xla(monkeypatch, capability, backend):
+@pytest.mark.parametrize("capability, kernels", [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)])
+def test_gpus_that_are_too_old_for_the_kernels_take_xla(monkeypatch, capability, kernels):
     class Device:
         compute_capability = capability
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert choose("gpu", jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16), True, False) == backend
+    for packed, backend in ((False, "cudnn"), (True, "triton")):
+        q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+        assert choose("gpu", q, True, packed) == (backend if kernels else "xla")
 
 
 def test_rows_of_a_single_tile_need_no_loop():
@@ -243,3 +263,21 @@ def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, segments).compile().as_text()
     assert "flash_forward" in text and "flash_backward" in text
+
+
+@pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4)])
+@pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 2, 1), (2, 1, 1, 2)], ids=str)
+def test_both_passes_lower_for_gpus_on_every_kind_of_mesh(monkeypatch, sizes, width, query, key):
+    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=gpu)
+    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
+    segments = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)
+
+    def loss(q, k, v, segments):
+        return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes, segments).lower(lowering_platforms=("cuda",)).as_text()
+    assert all(launch.name in text for launch in (flash_gpu.FORWARD, flash_gpu.OF_QUERIES, flash_gpu.OF_KEYS))
