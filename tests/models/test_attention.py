@@ -1,12 +1,14 @@
 """What `attention` computes, what it chooses to compute it with, and what it leaves out."""
 
 import functools
+import importlib.util
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from llava_jax import config as configs
@@ -246,6 +248,16 @@ def test_rows_of_a_single_tile_need_no_loop():
         assert " while(" not in compiled.as_text()
 
 
+def loss(q, k, v, segments):
+    return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
+
+
+def shapes_on(mesh, width, query, key):
+    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
+    return [*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)]
+
+
 @pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4), (12, 4, 4)])
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2}], ids=str
@@ -253,15 +265,8 @@ def test_rows_of_a_single_tile_need_no_loop():
 def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query, key):
     pytest.importorskip("libtpu")
     mesh = find_target(configs.Mesh(**sizes), "v5e:2x2").mesh
-    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
-    segments = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)
-
-    def loss(q, k, v, segments):
-        return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
-
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, segments).compile().as_text()
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, width, query, key)).compile().as_text()
     assert "flash_forward" in text and "flash_backward" in text
 
 
@@ -271,13 +276,52 @@ def test_both_passes_lower_for_gpus_on_every_kind_of_mesh(monkeypatch, sizes, wi
     monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=gpu)
-    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
-    segments = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)
-
-    def loss(q, k, v, segments):
-        return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
-
     with jax.sharding.use_abstract_mesh(mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes, segments).lower(lowering_platforms=("cuda",)).as_text()
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes_on(mesh, width, query, key))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert all(launch.name in text for launch in (flash_gpu.FORWARD, flash_gpu.OF_QUERIES, flash_gpu.OF_KEYS))
+
+
+# (compute capability, multiprocessors, shared memory of one, and of a program).
+# Source: github.com/openxla/xla, xla/backends/gpu/target_config/specs.
+GPUS = {
+    "NVIDIA A100-SXM4-80GB": ("major: 8", 108, 167936, 166912),
+    "NVIDIA L4": ("major: 8 minor: 9", 58, 102400, 101376),
+    "NVIDIA H100 80GB HBM3": ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 233472, 232448),
+    "NVIDIA B200": ("major: 10 feature_extension: ACCELERATED_FEATURES", 148, 233472, 232448),
+}
+
+
+def four_gpus(kind):
+    """A mesh of GPUs that need not be there."""
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("jax's plugin for CUDA is not installed; its compiler needs no GPU: "
+                    "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version")  # fmt: skip
+    capability, count, shared, of_program = GPUS[kind]
+    config = f"""
+        platform_name: "CUDA" device_description_str: "{kind}"
+        dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ {capability} }} core_count: {count} fpus_per_core: 128 clock_rate_ghz: 1.4
+            threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 1536
+            shared_memory_per_core: {shared} shared_memory_per_block_optin: {of_program} shared_memory_per_block: 49152
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            device_memory_size: 20000000000 memory_bandwidth: 300000000000 l2_cache_size: 40000000
+        }}"""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices
+    return sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1}, devices)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_kernels_compile_for_each_generation_of_gpus(monkeypatch, kind):
+    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+    mesh = four_gpus(kind)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, 128, 8, 2)).compile().as_text()
+    assert all(launch.name in text for launch in (flash_gpu.FORWARD, flash_gpu.OF_QUERIES, flash_gpu.OF_KEYS))
+    monkeypatch.setattr(flash_gpu, "FORWARD", flash_gpu.FORWARD._replace(keys=128, stages=5))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(lambda *x: loss(*x)).lower(*shapes_on(mesh, 128, 8, 2))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
+            lowered.compile()
