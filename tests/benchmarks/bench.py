@@ -87,14 +87,13 @@ def compare(sizes: Sizes, what: Sequence[str], rounds: int) -> str:
         folder = Path(name)
         same.write(folder, sizes)
         pairs = [pair for key in what for pair in PAIRS[key](folder, sizes)]
-        return table([measured(folder, sizes, pair, rounds) for pair in pairs])
+        return table([measured(pair, rounds) for pair in pairs])
 
 
-def measured(folder: Path, sizes: Sizes, pair: Pair, rounds: int) -> Result:
+def measured(pair: Pair, rounds: int) -> Result:
     """Runs one comparison."""
-    arguments = (folder, sizes, *pair.arguments)
     modules = ("tests.benchmarks.ours", "tests.benchmarks.theirs")
-    jobs = {name: Job(module, pair.function, arguments) for name, module in zip(NAMES, modules)}
+    jobs = {name: Job(module, pair.function, pair.arguments) for name, module in zip(NAMES, modules)}
     ours, theirs = turns.alternate(jobs, rounds).values()
     for mine, other in zip(ours.checks, theirs.checks):
         assert pair.same(mine, other), f"{pair.what}: the sides differ: {mine[:8]} and {other[:8]}"
@@ -115,25 +114,30 @@ def _training(folder: Path, sizes: Sizes) -> list[Pair]:
              "mixed": f"{sizes.samples} samples of {sizes.shortest} to {sizes.longest} tokens"}  # fmt: skip
     batches = same.batches(folder)
     return [
-        Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train", (kind, RATE), 1.2,
-             _close(1e-3))
+        Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train",
+             (folder, sizes, kind, RATE), 1.2, _close(1e-3))
         for kind, text in kinds.items()
     ]  # fmt: skip
 
 
 def _mixture(folder: Path, sizes: Sizes) -> list[Pair]:
+    folder = folder / "mixture"
+    sizes = same.write_mixture(folder, sizes)
     records, longest, row = sizes.mixture
     text = f"training, {records} records as long as LLaVA-1.5's, to {longest} tokens, in rows of {row}"
-    return [Pair(text, "tokens/s", same.useful_tokens(same.batches(folder)["mixture"]), "train", ("mixture", RATE), 1.8,
-                 _close(1e-3))]  # fmt: skip
+    kinds = {"mixture": text, "shared": f"{text}, records of a picture in trees"}
+    batches = same.batches(folder)
+    return [Pair(text, "tokens/s", same.useful_tokens(batches[kind]), "train", (folder, sizes, kind, RATE), 1.8,
+                 _close(1e-3)) for kind, text in kinds.items()]  # fmt: skip
 
 
 def _generation(folder: Path, sizes: Sizes) -> list[Pair]:
     text = f"greedy, {sizes.prompt_tokens} tokens in, {sizes.new_tokens} out, batch"
     return [
-        Pair(f"{text} {rows}", "tokens/s", rows * sizes.new_tokens, "generate", (rows,), 4.0, lambda a, b: a == b)
+        Pair(f"{text} {rows}", "tokens/s", rows * sizes.new_tokens, "generate", (folder, sizes, rows),
+             4.0, lambda a, b: a == b)
         for rows in (1, 4)
-    ]
+    ]  # fmt: skip
 
 
 def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
@@ -141,7 +145,8 @@ def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
     cores = len(os.sched_getaffinity(0))
     return [
         Pair(f"input, JPEG of {width} x {height} to {sizes.image_size} pixels, padded", "images/s per core",
-             sizes.records / cores, "read", (min(READ_BATCH, sizes.records), False, cores), 2.0, _close(1e-3))
+             sizes.records / cores, "read", (folder, sizes, min(READ_BATCH, sizes.records), False, cores), 2.0,
+             _close(1e-3))
     ]  # fmt: skip
 
 
@@ -151,7 +156,7 @@ def _tiling(folder: Path, sizes: Sizes) -> list[Pair]:
     return [
         Pair(f"input, JPEG of {width} x {height} to {same.TILES} tiles of {sizes.image_size} pixels",
              "tiles/s per core", same.TILES * sizes.records / cores, "read",
-             (min(READ_BATCH, sizes.records), True, cores), 2.0, _close(1e-3))
+             (folder, sizes, min(READ_BATCH, sizes.records), True, cores), 2.0, _close(1e-3))
     ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ def test_both_sides_compute_the_same(folder, what):
     pytest.importorskip("torch")
     from tests.benchmarks import ours, theirs
 
-    pair = bench.PAIRS[what](folder, same.SMALL)[-1]  # samples of any length, a batch of 4
-    arguments = (folder, same.SMALL, *pair.arguments)
+    pair = bench.PAIRS[what](folder, same.SMALL)[-1]  # samples of any length, of shared pictures; a batch of 4
+    arguments = pair.arguments
     if what in ("input", "tiles"):  # no worker processes, which take seconds to start
         arguments = (*arguments[:-1], 0)
     turns = [getattr(side, pair.function)(*arguments) for side in (ours, theirs)]
