@@ -17,7 +17,7 @@ from llava_jax import sharding
 from llava_jax.models.remat import ATTENTION, named
 from llava_jax.models.tiled import LONGEST_TILE, NEVER, key_ends, tiled_attention
 
-FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`
+FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`, the longest tile of `flash_gpu`
 
 
 def attention(
