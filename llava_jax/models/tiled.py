@@ -65,6 +65,11 @@ def visible(ends: Int[Array, "B S"], tile: int, tiles: int) -> Bool[Array, "B Ti
     return (jnp.arange(0, tiles * tile, tile)[:, None] < last[:, None]) & np.tri(tiles, last.shape[1], dtype=bool)
 
 
+def schedule(seen: Bool[Array, "... Tiles Others"]) -> tuple[Int[Array, "... Tiles Others"], Int[Array, "... Tiles"]]:
+    """For each tile the others, those that it is `seen` to meet first and in order; and how many these are."""
+    return jnp.argsort(~seen, axis=-1, stable=True).astype(jnp.int32), seen.sum(axis=-1, dtype=jnp.int32)
+
+
 class _Tiles(NamedTuple):
     """How rows are cut: in `chunks` that go one after the other, and their queries and keys in so many tiles."""
 
@@ -137,9 +142,9 @@ def _cut(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) ->
     if skips:
         seen = visible(of_keys.reshape(rows, -1), of_keys.shape[2], count)
     seen = seen.reshape(len(place), -1)
-    order, visits = jnp.argsort(~seen, axis=1, stable=True), seen.sum(axis=1, dtype=jnp.int32)
+    order, visits = schedule(seen)
     queries = tiles.cut(_grouped(q, k.shape[2]), tiles.queries)
-    return tiles, _Block(chunk * tiles.keys, place, order.astype(jnp.int32), visits, queries, of_queries), keys
+    return tiles, _Block(chunk * tiles.keys, place, order, visits, queries, of_queries), keys
 
 
 def _forward(causal: bool, q: Array, k: Array, v: Array, numbers: Numbers | None) -> tuple[Array, Any]:
