@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
-from llava_jax.models.cache import LayerCache, from_prefill
+from llava_jax.models.cache import LayerCache, from_prefill, of_prompt
 from llava_jax.models.flamingo import CrossConfig, GatedBlock, Media
 from llava_jax.models.layers import Dense, Params, RMSNorm, read_layer, rotary, rotate, stacked, take_layer
 from llava_jax.models.paged import PagedCache
@@ -63,7 +63,7 @@ class DecoderBlock(nn.Module):
         v = self._heads("v", config.kv_heads, y)
         q, k, v = (named(y, QKV) for y in (rotate(q, *rotation), rotate(k, *rotation), v))
         if cache is None:
-            kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
+            kept, y = of_prompt(k, v), attention(q, k, v, causal=True, segments=segments)
         else:
             kept, y = cache.attend(q, k, v, slots)
         return self.dense("o", config.width)(y.reshape(*y.shape[:2], -1)), kept

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models import mlp
-from llava_jax.models.attention import attention, attention_by_number
-from llava_jax.models.cache import LayerCache
+from llava_jax.models.attention import attention, attention_by_number, cached_attention
+from llava_jax.models.cache import LayerCache, of_prompt
 from llava_jax.models.layers import Dense, LayerNorm, stacked, through
 from llava_jax.models.parts import Connector, Sizes, check
 
@@ -147,7 +147,7 @@ class GatedBlock(nn.Module):
         q = self._heads("q", LayerNorm(config.eps, self.dtype, name="ln1")(x))
         if isinstance(seen, LayerCache):
             all_keys = jnp.full(x.shape[:2], self.rows - 1, jnp.int32)
-            last, y = seen, attention(q, seen.k, seen.v, last_key=all_keys)
+            last, y = seen, cached_attention(q, seen.k, seen.v, all_keys)
         else:
             k, v = self._heads("k", seen.features), self._heads("v", seen.features)
             last, y = self._last(k, v, seen.seen), self._look(q, k, v, seen.seen)
@@ -175,7 +175,7 @@ class GatedBlock(nn.Module):
             )
             return jnp.where((image >= 0)[:, None, None, None], chosen.reshape(-1, self.rows, heads, width), 0)
 
-        return LayerCache(of_rows(k), of_rows(v))
+        return of_prompt(of_rows(k), of_rows(v))
 
     def _dense(self, name: str, features: int) -> Dense:
         return Dense(features, dtype=self.dtype, dropout=self.lora_dropout, name=name)
