@@ -260,12 +260,13 @@ def shapes_on(mesh, width, query, key):
 
 
 @pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4), (12, 4, 4)])
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2}], ids=str
-)
-def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query, key):
+@pytest.mark.parametrize("topology, sizes", [
+    ("v5e:2x2", {"fsdp": 4}), ("v5e:2x2", {"fsdp": 2, "tensor": 2}), ("v5e:2x2", {"data": 2, "fsdp": 1, "context": 2}),
+    ("v5p:2x2x1", {"fsdp": 4}), ("v6e:2x2", {"fsdp": 4}),
+], ids=str)  # fmt: skip
+def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(topology, sizes, width, query, key):
     pytest.importorskip("libtpu")
-    mesh = find_target(configs.Mesh(**sizes), "v5e:2x2").mesh
+    mesh = find_target(configs.Mesh(**sizes), topology).mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, width, query, key)).compile().as_text()
     assert "flash_forward" in text and "flash_backward" in text
