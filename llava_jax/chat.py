@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_jax import cli
+from llava_jax import cli, heap
 from llava_jax.errors import MissingFile, UsageError
 
 if TYPE_CHECKING:
@@ -47,9 +47,10 @@ def _run(args: argparse.Namespace) -> int:
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
     images = tuple(_OPEN[kind](source, args.allow_urls) for kind, source in args.shown)
-    from llava_jax import compilations
-    from llava_jax.generate.assistant import Assistant
-    from llava_jax.generate.talk import Talk
+    with heap.importing():
+        from llava_jax import compilations
+        from llava_jax.generate.assistant import Assistant
+        from llava_jax.generate.talk import Talk
 
     compilations.keep()
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
