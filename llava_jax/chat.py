@@ -43,15 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from llava_jax.generate.sampling import Sampling  # what follows takes seconds to import
+    with heap.importing():  # takes seconds
+        from llava_jax import compilations
+        from llava_jax.generate.assistant import Assistant
+        from llava_jax.generate.sampling import Sampling
+        from llava_jax.generate.talk import Talk
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
     images = tuple(_OPEN[kind](source, args.allow_urls) for kind, source in args.shown)
-    with heap.importing():
-        from llava_jax import compilations
-        from llava_jax.generate.assistant import Assistant
-        from llava_jax.generate.talk import Talk
-
     compilations.keep()
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
                                weights=args.weights)  # fmt: skip
