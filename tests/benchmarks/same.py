@@ -157,6 +157,7 @@ def _examples(folder: Path, sizes: Sizes, rng: np.random.Generator) -> dict[str,
     records, longest, _ = sizes.mixture
     drawn = mixture.records(mixture.LLAVA, 576, mixture.FRAME)[0, :records]  # all with a picture of fewer features here
     lengths = {"full": np.full(shape, sizes.longest), "mixed": rng.integers(sizes.shortest, sizes.longest + 1, shape),
-               "mixture": np.clip(drawn, sizes.shortest, longest)[None],
-               "prompts": np.full((4, 1), sizes.prompt_tokens)}  # fmt: skip
+               "prompts": np.full((4, 1), sizes.prompt_tokens),
+               "mixture": np.clip(drawn, sizes.shortest, longest)[None]}  # fmt: skip
+    # In this order: a kind that is added last leaves the samples of the others as earlier commits draw them (`base`).
     return {kind: [[sample(int(n)) for n in step] for step in steps] for kind, steps in lengths.items()}
