@@ -1,4 +1,4 @@
-"""The heap of a command: what is imported is no garbage, and on a CPU memory that is freed stays with the process."""
+"""The heap of a command: modules are no garbage, and on a CPU memory that is freed stays with the process."""
 
 import contextlib
 import ctypes
@@ -18,12 +18,16 @@ def keep() -> None:
     XLA allocates the buffers of each call anew. By default glibc returns large ones to the system, which clears the
     pages that it hands out again: 68 of the 313 ms of CPU time of the demo's step (EPYC, glibc 2.36, 2026-11-30).
     """
-    elsewhere = os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, ACCELERATORS))
-    if elsewhere or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
+    if has_accelerator() or "CS_GNU_LIBC_VERSION" not in os.confstr_names:
         return
     library = ctypes.CDLL(None)
     for parameter, value in SETTINGS.values():
         library.mallopt(parameter, value)
+
+
+def has_accelerator() -> bool:
+    """Whether jax may find an accelerator, without starting it: only one process may."""
+    return os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(importlib.util.find_spec, ACCELERATORS))
 
 
 @contextlib.contextmanager

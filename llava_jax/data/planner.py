@@ -99,7 +99,7 @@ def plan_trees(
 ) -> Plan:  # fmt: skip
     """As `plan`, of samples of these records that share prefixes: neighbours of a row with an equal key are a tree.
 
-    A tree is one sample to `plan`, at the place that its first sample has in the order. All samples of a picture then
+    A tree is one sample to `plan`, at the place that `trees.together` gives it. All samples of a picture then
     come in one step, or in a few if they fill more than a row, wherever the order had them; which pictures a step
     holds is as random as the order. A step's gradient is the mean over fewer pictures than it has samples.
     """

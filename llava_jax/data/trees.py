@@ -69,11 +69,14 @@ def together(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Trees of samples 0 .. n - 1: (the samples, int [n], where each tree begins in them and the end, int [trees + 1]).
 
-    Samples of a key come together, in their order, at the place of the first. Of a record that comes more than once
-    each further sample is in a further tree, and what is longer than a row is divided.
+    Samples of a key come together, in their order, at the place of the one whose record has the lowest number: the
+    place of the first would have most trees come early in a random order, and the end of an epoch be another mixture.
+    Of a record that comes more than once each further sample is in a further tree, and what is longer than a row is
+    divided.
 
-        tokens    9 8 9 7 9        row_tokens=16
-        prefixes  5 5 5 - 5        trees  0 1 4 | 2 | 3      of 9 + 3 + 4, 9 and 7 tokens
+        records   2 1 3 4 0        row_tokens=16
+        tokens    9 8 9 7 9
+        prefixes  5 5 5 - 5        trees  2 | 3 | 0 1 4      of 9, 7 and 9 + 3 + 4 tokens
         keys      A A B - A
     """
     places = np.arange(len(tokens))
@@ -86,8 +89,9 @@ def together(
     begins = _divided((~np.all(same, axis=0)).tolist(), tokens[order].tolist(), prefixes.tokens[order].tolist(),
                       row_tokens)  # fmt: skip
     sizes = np.diff(begins, append=len(order))
-    by_first = np.argsort(order[begins])
-    return order[ranges(begins[by_first], sizes[by_first])], np.append(0, np.cumsum(sizes[by_first]))
+    lowest = np.minimum.reduceat(records[order] * len(order) + order, begins) % len(order)
+    by_place = np.argsort(lowest)
+    return order[ranges(begins[by_place], sizes[by_place])], np.append(0, np.cumsum(sizes[by_place]))
 
 
 def _divided(new: Sequence[bool], tokens: Sequence[int], prefixes: Sequence[int], row_tokens: int) -> np.ndarray:

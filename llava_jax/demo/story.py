@@ -3,17 +3,24 @@
 import contextlib
 import io
 import json
+import multiprocessing
+import os
+import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from llava_jax import compilations, heap
 from llava_jax import config as configs
 from llava_jax.convert import exporting, importing
 from llava_jax.demo import bases, records, test_set
 from llava_jax.demo.records import Sizes, TestSet
 from llava_jax.demo.test_set import Result
+from llava_jax.errors import UsageError
 from llava_jax.generate.assistant import Assistant
 from llava_jax.prompt.conversation import Conversation, Turn
 from llava_jax.train import metrics
@@ -22,6 +29,7 @@ from llava_jax.train.trainer import Trainer
 CONFIGS = Path(__file__).parent
 WORLD, BASE, BASE_LAST_LAYER, EXPORT = "world", "base", "base_last_layer", "export_hf"
 QUICK_SIZES = Sizes(train=1600, heldout=200, unseen=100, heldout_per_kind=50, unseen_per_kind=25)
+MAX_PROCESSES = 3  # each takes about a gigabyte
 PROGRESS_PREFIXES = ("step ", "error", "goes on")  # beginnings of the lines of a run that the demo shows
 
 
@@ -132,16 +140,7 @@ def run_family(workdir: Path, seed: int, family: Family) -> Outcome:
     _log(start, f"assembles {', '.join(family.bases)}: pretrained parts, and a fresh projector between them")
     for name, parts in family.bases.items():
         importing.assemble(workdir / name, **parts, seed=seed)
-    results: dict[str, dict[str, Result]] = {}
-    for run in family.runs:
-        _log(start, f"trains {run.name}, {run.title}")
-        _train(workdir, run, seed, family.steps)
-        if run.label:
-            assistant = test_set.open_assistant(workdir / run.name)
-            scores = {name: test_set.evaluate(assistant, questions, workdir / WORLD, run.blind)
-                      for name, questions in test_sets.items()}  # fmt: skip
-            results[run.name] = scores
-            _log(start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in scores.items()))
+    results = _all_results(Job(workdir, seed, family.steps, test_sets, start), family)
     _log(start, "exports stage 2 for transformers")
     exporting.export("hf", workdir / "stage2", workdir / EXPORT)
     chat = _chat(workdir, test_sets["heldout"])
@@ -149,15 +148,91 @@ def run_family(workdir: Path, seed: int, family: Family) -> Outcome:
     return Outcome(family, test_sets, results, losses, chat, time.monotonic() - start)
 
 
-def _train(workdir: Path, run: Run, seed: int, steps: tuple[int, int] | None) -> None:
+class Job(NamedTuple):
+    """What each run of a demo is given. start: on the monotonic clock."""
+
+    workdir: Path
+    seed: int
+    steps: tuple[int, int] | None
+    test_sets: dict[str, TestSet]
+    start: float
+
+
+def _all_results(job: Job, family: Family) -> dict[str, dict[str, Result]]:
+    """Trains and evaluates all runs; on CPUs each as soon as the run that it starts from has ended.
+
+    So small a model keeps no two cores busy: two runs at once on a core each are faster than both cores on one.
+
+    Raises:
+      UsageError: a process was ended from outside.
+    """
+    results, finished, running, pending = {}, {*family.bases}, dict[Future, Run](), list(family.runs)
+    with contextlib.ExitStack() as stack:
+        submit = _at_once if heap.has_accelerator() else stack.enter_context(_processes())
+        while pending or running:
+            for run in [run for run in pending if run.start in finished]:
+                pending.remove(run)
+                running[submit(_result, job, run)] = run
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                run = running.pop(future)
+                finished.add(run.name)
+                results[run.name] = future.result()
+    return {run.name: results[run.name] for run in family.evaluated}
+
+
+@contextlib.contextmanager
+def _processes() -> Iterator[Callable[..., Future]]:
+    """What submits a call to a few processes, which share the cores, and which end with the block."""
+    try:
+        cores = len(os.sched_getaffinity(0))
+    except AttributeError:  # macOS
+        cores = os.cpu_count() or 1
+    count = min(MAX_PROCESSES, cores)
+    with ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (cores // count,)) as pool:
+        try:
+            yield pool.submit
+        except BrokenProcessPool as error:
+            raise UsageError(f"one of {count} processes was ended from outside, perhaps as memory ran out: want 1 GB "
+                             "for each; `taskset -c 0 python -m llava_jax.demo` has one") from error
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.kill()
+                process.join()
+
+
+def _begin(threads: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
+    os.environ["PJRT_NPROC"] = str(threads)  # of XLA's pool, which is made with the first computation
+    heap.keep()
+    compilations.keep()
+
+
+def _at_once(function: Callable[..., Any], *arguments: Any) -> Future:
+    future = Future()
+    future.set_result(function(*arguments))
+    return future
+
+
+def _result(job: Job, run: Run) -> dict[str, Result]:
+    """Trains a run, and evaluates it on all test sets if it has a label."""
+    workdir = job.workdir
+    _log(job.start, f"trains {run.name}, {run.title}")
     settings = {
         "model.base": workdir / run.start, "data.sources.0.path": workdir / WORLD / run.data,
-        "data.sources.0.images": workdir / WORLD, "train.seed": seed,
+        "data.sources.0.images": workdir / WORLD, "train.seed": job.seed,
     }  # fmt: skip
-    if steps is not None:
-        settings["train.steps"] = steps[run.data != records.PRETRAIN]
-    with _log_to(workdir / f"{run.name}.log"):
+    if job.steps is not None:
+        settings["train.steps"] = job.steps[run.data != records.PRETRAIN]
+    with _log_to(workdir / f"{run.name}.log", run.name):
         Trainer(configs.load(CONFIGS / run.config, settings), workdir=workdir / run.name).fit()
+    if not run.label:
+        return {}
+    assistant = test_set.open_assistant(workdir / run.name)
+    results = {name: test_set.evaluate(assistant, questions, workdir / WORLD, run.blind)
+               for name, questions in job.test_sets.items()}  # fmt: skip
+    _log(job.start, f"{run.name}: " + ", ".join(f"{name} {result.score:.3f}" for name, result in results.items()))
+    return results
 
 
 def _chat(workdir: Path, held_out: TestSet) -> tuple[str, list[tuple[str, str]]]:
@@ -181,24 +256,25 @@ def _losses(run: Path) -> list[float]:
 
 
 @contextlib.contextmanager
-def _log_to(log: Path) -> Iterator[None]:
-    """Redirects stdout to a file; only progress lines reach the terminal too."""
-    with log.open("w") as file, contextlib.redirect_stdout(_ProgressTee(file, sys.stdout)):
+def _log_to(log: Path, name: str) -> Iterator[None]:
+    """Redirects stdout to a file; only progress lines reach the terminal too, behind the run's name."""
+    with log.open("w") as file, contextlib.redirect_stdout(_ProgressTee(file, sys.stdout, name)):
         yield
 
 
 class _ProgressTee(io.TextIOBase):
-    """Writes all to `log` and whole lines that begin with ECHOED to `terminal`, indented."""
+    """Writes all to `log`, and whole lines that begin with PROGRESS_PREFIXES to `terminal` behind a name."""
 
-    def __init__(self, log: io.TextIOBase, terminal: io.TextIOBase):
-        self._log, self._terminal, self._line = log, terminal, ""
+    def __init__(self, log: io.TextIOBase, terminal: io.TextIOBase, name: str):
+        self._log, self._terminal, self._name, self._line = log, terminal, name, ""
 
     def write(self, text: str) -> int:
         self._log.write(text)
         *lines, self._line = (self._line + text).split("\n")
         for line in lines:
             if line.startswith(PROGRESS_PREFIXES):
-                self._terminal.write(f"       {line}\n")
+                self._terminal.write(f"       {self._name:<21}  {line}\n")
+                self._terminal.flush()
         return len(text)
 
     def flush(self) -> None:

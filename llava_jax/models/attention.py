@@ -1,7 +1,8 @@
 """One function for all attention, and the choice of what computes it. Scores and softmax are float32.
 
-Causal rows take Pallas kernels on TPU (`models.flash`), rows without segments take cuDNN's on GPU, all else is plain
-XLA (`models.tiled`). `models.attention_check` compares each with an oracle.
+Causal rows take Pallas kernels on TPU (`models.flash`); on GPU rows without segments take cuDNN's, other causal ones
+Pallas kernels of Triton (`models.flash_gpu`). All else is plain XLA (`models.tiled`). `models.attention_check` compares
+each with an oracle.
 """
 
 import functools
@@ -16,7 +17,7 @@ from llava_jax import sharding
 from llava_jax.models.remat import ATTENTION, named
 from llava_jax.models.tiled import LONGEST_TILE, NEVER, key_ends, tiled_attention
 
-FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`
+FLASH_TILE = 128  # rows that are no multiple of it are left to XLA; `flash.LANES`, the longest tile of `flash_gpu`
 
 
 def attention(
@@ -93,6 +94,13 @@ def _cudnn(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = 
     return named(jax.nn.dot_product_attention(q, k, v, is_causal=causal, implementation="cudnn"), ATTENTION)
 
 
+def _triton(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
+    from llava_jax.models.flash_gpu import flash_attention
+
+    assert causal
+    return flash_attention(q, k, v, segments, interpret=sharding.platform() != "gpu")
+
+
 def _xla(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:
     numbers = None if segments is None else key_ends(segments) if causal else (segments, segments)
     return tiled_attention(causal, q, k, v, numbers)
@@ -124,8 +132,14 @@ def _cudnn_serves(q: Any, causal: bool, packed: bool) -> bool:
     return not packed and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and _is_ampere()
 
 
+def _triton_serves(q: Any, causal: bool, packed: bool) -> bool:
+    """Products of float32 would take no tensor cores, and tiles of theirs or of wider heads more than shared memory."""
+    halves = q.dtype in (jnp.bfloat16, jnp.float16)
+    return causal and q.shape[1] % FLASH_TILE == 0 and halves and q.shape[3] <= 128 and _is_ampere()
+
+
 def _is_ampere() -> bool:
-    """Whether the GPUs are NVIDIA's of compute capability 8.0 or later, which cuDNN's flash attention needs."""
+    """Whether the GPUs are NVIDIA's of compute capability 8.0 or later: flash kernels have no tiles for older ones."""
     major = jax.local_devices()[0].compute_capability.split(".")[0]  # "9.0"; AMD's are called "gfx942"
     return major.isdigit() and int(major) >= 8
 
@@ -133,6 +147,7 @@ def _is_ampere() -> bool:
 BACKENDS = {
     "flash": Backend("tpu", _flash_serves, _flash),
     "cudnn": Backend("gpu", _cudnn_serves, _cudnn),
+    "triton": Backend("gpu", _triton_serves, _triton),
     "xla": Backend(None, lambda q, causal, packed: True, _xla),
 }
 

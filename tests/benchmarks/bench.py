@@ -60,11 +60,10 @@ class Pair:
 
 
 class Base(NamedTuple):
-    """A checkout of another commit. work: units in a turn of each of its own pairs."""
+    """A checkout of another commit, its input, and its own pairs: the units in a turn of each."""
 
     root: Path
     folder: Path
-    sizes: str
     work: Mapping[str, float]
 
 
@@ -105,30 +104,29 @@ def compare(size: str, what: Sequence[str], rounds: int, commit: str | None = No
     with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         same.write(folder, sizes)
-        base = stack.enter_context(checkout(commit, size)) if commit else None
+        base = stack.enter_context(checkout(commit, size, what, folder)) if commit else None
         pairs = [pair for key in what for pair in PAIRS[key](folder, sizes)]
-        return table([measured(folder, sizes, pair, rounds, base) for pair in pairs], commit)
+        return table([measured(pair, rounds, base) for pair in pairs], commit)
 
 
 @contextlib.contextmanager
-def checkout(commit: str, size: str) -> Iterator[Base]:
-    """The commit in a temporary folder, beside the input that it has written for itself from the same seed."""
+def checkout(commit: str, size: str, what: Sequence[str], same_folder: Path) -> Iterator[Base]:
+    """The commit in a temporary folder, beside the input that it writes for itself, as `base.prepare` does."""
     archive = subprocess.run(["git", "archive", commit], cwd=turns.ROOT, check=True, stdout=subprocess.PIPE).stdout
     with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as folder:
         with tarfile.open(fileobj=io.BytesIO(archive)) as files:
             files.extractall(root, filter="data")
-        job = Job("base", "prepare", (Path(folder), size), Path(root))
-        yield Base(Path(root), Path(folder), size, turns.alternate({commit: job}, 1)[commit].checks[0])
+        job = Job("base", "prepare", (Path(folder), size, what, same_folder / same.BATCHES), Path(root))
+        yield Base(Path(root), Path(folder), turns.alternate({commit: job}, 1)[commit].checks[0])
 
 
-def measured(folder: Path, sizes: Sizes, pair: Pair, rounds: int, base: Base | None = None) -> Result:
+def measured(pair: Pair, rounds: int, base: Base | None = None) -> Result:
     """Runs one comparison, with `base` where it has the same."""
-    arguments = (folder, sizes, *pair.arguments)
     modules = ("tests.benchmarks.ours", "tests.benchmarks.theirs")
-    jobs = {name: Job(module, pair.function, arguments) for name, module in zip(NAMES, modules)}
+    jobs = {name: Job(module, pair.function, pair.arguments) for name, module in zip(NAMES, modules)}
     works = [pair.work] * len(jobs)
     if base is not None and pair.what in base.work:
-        jobs["base"] = Job("base", "side", (base.folder, base.sizes, pair.what), base.root)
+        jobs["base"] = Job("base", "side", (base.folder, pair.what), base.root)
         works.append(base.work[pair.what])
     timings = list(turns.alternate(jobs, rounds).values())
     for name, timing in zip(jobs, timings):
@@ -152,25 +150,30 @@ def _training(folder: Path, sizes: Sizes) -> list[Pair]:
              "mixed": f"{sizes.samples} samples of {sizes.shortest} to {sizes.longest} tokens"}  # fmt: skip
     batches = same.batches(folder)
     return [
-        Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train", (kind, RATE), 1.2,
-             _close(1e-3))
+        Pair(f"training step, {text}", "tokens/s", same.useful_tokens(batches[kind]), "train",
+             (folder, sizes, kind, RATE), 1.2, _close(1e-3))
         for kind, text in kinds.items()
     ]  # fmt: skip
 
 
 def _mixture(folder: Path, sizes: Sizes) -> list[Pair]:
+    folder = folder / "mixture"
+    sizes = same.write_mixture(folder, sizes)
     records, longest, row = sizes.mixture
     text = f"training, {records} records as long as LLaVA-1.5's, to {longest} tokens, in rows of {row}"
-    return [Pair(text, "tokens/s", same.useful_tokens(same.batches(folder)["mixture"]), "train", ("mixture", RATE), 1.8,
-                 _close(1e-3))]  # fmt: skip
+    kinds = {"mixture": text, "shared": f"{text}, records of a picture in trees"}
+    batches = same.batches(folder)
+    return [Pair(text, "tokens/s", same.useful_tokens(batches[kind]), "train", (folder, sizes, kind, RATE), 1.8,
+                 _close(1e-3)) for kind, text in kinds.items()]  # fmt: skip
 
 
 def _generation(folder: Path, sizes: Sizes) -> list[Pair]:
     text = f"greedy, {sizes.prompt_tokens} tokens in, {sizes.new_tokens} out, batch"
     return [
-        Pair(f"{text} {rows}", "tokens/s", rows * sizes.new_tokens, "generate", (rows,), 4.0, lambda a, b: a == b)
+        Pair(f"{text} {rows}", "tokens/s", rows * sizes.new_tokens, "generate", (folder, sizes, rows),
+             4.0, lambda a, b: a == b)
         for rows in (1, 4)
-    ]
+    ]  # fmt: skip
 
 
 def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
@@ -178,7 +181,8 @@ def _reading(folder: Path, sizes: Sizes) -> list[Pair]:
     cores = len(os.sched_getaffinity(0))
     return [
         Pair(f"input, JPEG of {width} x {height} to {sizes.image_size} pixels, padded", "images/s per core",
-             sizes.records / cores, "read", (min(READ_BATCH, sizes.records), False, cores), 2.0, _close(1e-3))
+             sizes.records / cores, "read", (folder, sizes, min(READ_BATCH, sizes.records), False, cores), 2.0,
+             _close(1e-3))
     ]  # fmt: skip
 
 
@@ -188,7 +192,7 @@ def _tiling(folder: Path, sizes: Sizes) -> list[Pair]:
     return [
         Pair(f"input, JPEG of {width} x {height} to {same.TILES} tiles of {sizes.image_size} pixels",
              "tiles/s per core", same.TILES * sizes.records / cores, "read",
-             (min(READ_BATCH, sizes.records), True, cores), 2.0, _close(1e-3))
+             (folder, sizes, min(READ_BATCH, sizes.records), True, cores), 2.0, _close(1e-3))
     ]  # fmt: skip
 
 

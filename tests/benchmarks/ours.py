@@ -12,7 +12,7 @@ from llava_jax import config as configs
 from llava_jax import params
 from llava_jax.batch import Batch, Example
 from llava_jax.checkpoint import reader
-from llava_jax.data import planner
+from llava_jax.data import planner, trees
 from llava_jax.data.packing import packed
 from llava_jax.data.pipeline import Pipeline
 from llava_jax.data.sources import open_source
@@ -34,14 +34,15 @@ def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
     """Full fine-tuning of projector and decoder, the tower frozen; a turn is one step on each batch of `kind`.
 
     Samples of one length have a row each; others are packed into a fixed number of longer rows, those of a mixture
-    into as many as the planner makes, one after the other.
+    into as many as the planner makes, one after the other, those of a picture as a tree where kind is "shared".
     """
     steps = same.batches(folder)[kind]
-    if kind == "mixture":
+    shares = kind == "shared"
+    if shares or kind == "mixture":
         tokens = sizes.mixture[2]
-        groups = _planned(steps[0], tokens)
-        rows, images = 1, max(len(row) for (row,) in groups)
-        batches, accumulate = [packed(groups, tokens, images, sizes.model.vision.image_size)[0]], len(groups)
+        groups, images = _planned(steps[0], tokens, shares)
+        rows, accumulate = 1, len(groups)
+        batches = [packed(groups, tokens, images, sizes.model.vision.image_size, share_images=shares)[0]]
     else:
         rows, tokens = (sizes.samples, sizes.longest) if kind == "full" else sizes.packed
         batches, images, accumulate = [_rows(examples, rows, tokens, sizes) for examples in steps], sizes.samples, 1
@@ -49,7 +50,7 @@ def train(folder: Path, sizes: Sizes, kind: str, rate: float) -> Turn:
     config = configs.Config(
         data=configs.Data(sources=(configs.Source("unused"),), layout="packed", rows_per_chip=rows * accumulate,
                           rows_per_group=rows, row_tokens=tokens, images_per_group=images,
-                          sample_tokens=sizes.mixture[1] if kind == "mixture" else 0),
+                          sample_tokens=sizes.mixture[1] if tokens == sizes.mixture[2] else 0, share_images=shares),
         train=configs.Train(lr=rate, steps=1_000_000, warmup_ratio=0.0, schedule="constant", accumulate=accumulate),
         rates=rates,
         init=((".*", "random"),), model=configs.Model(dtype="float32", remat="save_dots"), compiler_options=OPTIONS,
@@ -123,12 +124,16 @@ def _rows(examples: Sequence[Example], rows: int, tokens: int, sizes: Sizes) -> 
     return packed([group], tokens, len(examples), sizes.model.vision.image_size)[0]
 
 
-def _planned(examples: Sequence[Example], row_tokens: int) -> list[list[list[Example]]]:
-    """Groups of one row, as training's planner lays them."""
-    lengths = np.array([len(example.tokens) for example in examples])
-    generator = np.random.RandomState(0)
-    samples, starts = planner.plan(lengths, np.ones_like(lengths), row_tokens, 1, len(examples), generator)
-    return [[[examples[i] for i in samples[a:b]]] for a, b in zip(starts, starts[1:])]
+def _planned(examples: Sequence[Example], row_tokens: int, shares: bool) -> tuple[list[list[list[Example]]], int]:
+    """Groups of one row, as training's planner lays them, and the most pictures of one."""
+    count, name = len(examples), lambda example: example.id if shares else None
+    measures = np.array([(len(one.tokens), 1, *trees.column(one, [name(one)])) for one in examples], np.int32)
+    tokens, images, prefixes = measures[:, 0], measures[:, 1], trees.prefixes(measures, None, row_tokens)
+    samples, starts = planner.plan_trees(tokens, images, prefixes, np.arange(count), row_tokens, 1, count,
+                                         np.random.RandomState(0))  # fmt: skip
+    again = trees.repeated(prefixes.keys[samples], starts)
+    rows = [[examples[i] for i in samples[a:b]] for a, b in zip(starts, starts[1:])]
+    return [[row] for row in rows], max(int((~again[a:b]).sum()) for a, b in zip(starts, starts[1:]))
 
 
 def _request(example: Example, new_tokens: int) -> Request:

@@ -2,9 +2,10 @@
 
 import json
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from llava_jax import params
 from llava_jax.batch import Example
 from llava_jax.checkpoint import model_json, reader
 from llava_jax.checkpoint.model_json import Metadata, PromptMetadata
+from llava_jax.data import trees
 from llava_jax.data.packing import cut
 from llava_jax.data.sources import open_source
 from llava_jax.models import presets
@@ -20,6 +22,7 @@ from llava_jax.models.presets import LlamaConfig, LlavaConfig, VisionConfig
 from llava_jax.plan import mixture
 from llava_jax.prompt import templates, tokenizer
 from llava_jax.prompt.anyres import Tiling
+from llava_jax.prompt.conversation import IMAGE_MARKER, Turn
 from llava_jax.prompt.encode import Format, encode
 from llava_jax.prompt.images import encode_jpeg
 
@@ -36,7 +39,7 @@ class Sizes:
 
     samples: of a training step. shortest, longest: tokens of a sample. packed: rows and their tokens that hold the
       samples of any step. steps: that a training turn makes. mixture: records of a step with the lengths of LLaVA-1.5's
-      665k, most tokens of one, and tokens of a packed row.
+      665k, most tokens of one, and tokens of a packed row; their pictures are of `image_size`.
     prompt_tokens, new_tokens: of an answer. records: with one picture each, for the input pipeline.
     """
 
@@ -51,7 +54,7 @@ class Sizes:
     new_tokens: int
     records: int
     picture: tuple[int, int]  # height and width of a file, before it is resized
-    image_size: int  # that the input pipeline resizes to
+    image_size: int  # that the input pipeline resizes to, and a mixture's pictures
 
 
 FULL = Sizes(
@@ -66,13 +69,26 @@ FULL = Sizes(
 SMALL = Sizes(
     replace(presets.get("tiny"), llm=replace(presets.get("tiny").llm, vocab=1000)),  # with room for an <image> token
     samples=2, shortest=100, longest=128, packed=(1, 256), steps=2, mixture=(5, 128, 256), prompt_tokens=90,
-    new_tokens=5, records=4,
+    new_tokens=5, records=5,
     picture=(40, 60), image_size=28,
 )  # fmt: skip
 
 
 def write(folder: Path, sizes: Sizes) -> None:
     """A random checkpoint of ours and its export for transformers, records with pictures, and batches of samples."""
+    _write(folder, sizes, _lengths)
+
+
+def write_mixture(folder: Path, sizes: Sizes) -> Sizes:
+    """As `write`, of a mixture's records and of a model for pictures of `image_size`, whose sizes it returns."""
+    vision = replace(sizes.model.vision, image_size=sizes.image_size)
+    sizes = replace(sizes, model=replace(sizes.model, vision=vision))
+    folder.mkdir()
+    _write(folder, sizes, _mixtures)
+    return sizes
+
+
+def _write(folder: Path, sizes: Sizes, draw: Callable[[Sizes, np.random.Generator], Mapping[str, "Drawn"]]) -> None:
     from llava_jax.convert import exporting  # brings jax in, which the other side is better without
 
     rng = np.random.default_rng(0)
@@ -85,13 +101,14 @@ def write(folder: Path, sizes: Sizes) -> None:
     model_json.write(folder / OURS, metadata, words.files())
     exporting.export("hf", folder / OURS, folder / THEIRS)
     _write_records(folder, sizes, rng)
-    examples = _examples(folder, sizes, rng)
+    examples = _examples(folder, sizes, draw(sizes, rng), rng)
     (folder / BATCHES).write_bytes(pickle.dumps(examples))
 
 
 def batches(folder: Path) -> dict[str, list[list[Example]]]:
-    """{"full": batches of samples that all are `longest`, "mixed": of any length from `shortest` on, "mixture": one of
-    a mixture's lengths}."""
+    """{"full": batches of samples that all are `longest`, "mixed": of any length from `shortest` on}; of a mixture
+    {"mixture": one step of its records, "shared": one whose records are those of as few pictures as with share_images}.
+    """
     return pickle.loads((folder / BATCHES).read_bytes())
 
 
@@ -138,26 +155,57 @@ def _words(rng: np.random.Generator, count: int) -> str:
     return " ".join(rng.choice(WORDS, count))
 
 
-def _examples(folder: Path, sizes: Sizes, rng: np.random.Generator) -> dict[str, list[list[Example]]]:
+class Drawn(NamedTuple):
+    """Samples of steps: tokens of each, and the number of its picture; int [steps, samples]."""
+
+    tokens: np.ndarray
+    pictures: np.ndarray
+
+
+def _lengths(sizes: Sizes, rng: np.random.Generator) -> dict[str, Drawn]:
+    shape = (sizes.steps, sizes.samples)
+    tokens = {"full": np.full(shape, sizes.longest), "mixed": rng.integers(sizes.shortest, sizes.longest + 1, shape),
+              "prompts": np.full((4, 1), sizes.prompt_tokens)}  # fmt: skip
+    return {kind: Drawn(n, rng.integers(sizes.records, size=n.shape)) for kind, n in tokens.items()}
+
+
+def _mixtures(sizes: Sizes, rng: np.random.Generator) -> dict[str, Drawn]:
+    """Neighbours of LLaVA-1.5's mixture as `plan` assumes it: in random order, and in the order of share_images those
+    of which as large a part is shared as of all.
+
+    Records without a picture, 6 % of them, get one and are as long as that needs.
+    """
+    (count, longest, row), features = sizes.mixture, 576
+    tokens, _, keys = mixture.records(mixture.LLAVA, features, mixture.FRAME)
+    tokens = np.clip(tokens, sizes.model.vision.features + sizes.shortest // 2, longest)
+    prefixes = trees.Prefixes((mixture.BEFORE + features) * (keys > 0), keys)
+    order, starts = trees.together(tokens, prefixes, rng.permutation(len(tokens)), row)
+    again = prefixes.tokens[order] * trees.repeated(keys[order], starts)
+    begins = starts[starts + count <= len(order)]
+    all_tokens, shared = (np.append(0, np.cumsum(x)) for x in (tokens[order], again))
+    shares = (shared[begins + count] - shared[begins]) / (all_tokens[begins + count] - all_tokens[begins])
+    begin = begins[np.abs(shares - shared[-1] / all_tokens[-1]).argmin()]
+    alone = np.where(keys > 0, keys, -np.arange(len(keys)))
+    return {kind: Drawn(tokens[few][None], np.unique(alone[few], return_inverse=True)[1][None])
+            for kind, few in (("mixture", np.arange(count)), ("shared", order[begin : begin + count]))}  # fmt: skip
+
+
+def _examples(
+    folder: Path, sizes: Sizes, drawn: Mapping[str, Drawn], rng: np.random.Generator
+) -> dict[str, list[list[Example]]]:
     vision = sizes.model.vision
     form = format_of(folder, vision.image_size, vision.features)
     source = open_source(folder / RECORDS, folder / PICTURES)
 
-    def sample(tokens: int) -> Example:
-        """A record's picture and first question, and as many turns as `tokens` hold."""
-        record = source[int(rng.integers(len(source)))].conversation
-        turns = list(record.turns)
+    def sample(tokens: int, picture: int) -> Example:
+        """A record about a picture: a question, and as many turns as `tokens` hold."""
+        record = source[picture].conversation
+        turns = [Turn("user", f"{IMAGE_MARKER}\n{_words(rng, 12)}"), Turn("assistant", _words(rng, 40))]
         while True:
-            example = encode(type(record)(tuple(turns), record.images, record.id), form, folder / PICTURES)
+            example = encode(replace(record, turns=tuple(turns)), form, folder / PICTURES)
             if len(example.tokens) >= tokens:
                 return cut(example, tokens)[0]
-            turns += [type(turns[0])("user", _words(rng, 12)), type(turns[0])("assistant", _words(rng, 40))]
+            turns += [Turn("user", _words(rng, 12)), Turn("assistant", _words(rng, 40))]
 
-    shape = (sizes.steps, sizes.samples)
-    records, longest, _ = sizes.mixture
-    drawn = mixture.records(mixture.LLAVA, 576, mixture.FRAME)[0, :records]  # all with a picture of fewer features here
-    lengths = {"full": np.full(shape, sizes.longest), "mixed": rng.integers(sizes.shortest, sizes.longest + 1, shape),
-               "prompts": np.full((4, 1), sizes.prompt_tokens),
-               "mixture": np.clip(drawn, sizes.shortest, longest)[None]}  # fmt: skip
-    # In this order: a kind that is added last leaves the samples of the others as earlier commits draw them (`base`).
-    return {kind: [[sample(int(n)) for n in step] for step in steps] for kind, steps in lengths.items()}
+    return {kind: [[sample(int(n), int(i)) for n, i in zip(*step)] for step in zip(*steps)]
+            for kind, steps in drawn.items()}  # fmt: skip

@@ -21,8 +21,8 @@ def test_both_sides_compute_the_same(folder, what):
     pytest.importorskip("torch")
     from tests.benchmarks import ours, theirs
 
-    pair = bench.PAIRS[what](folder, same.SMALL)[-1]  # samples of any length, a batch of 4
-    arguments = (folder, same.SMALL, *pair.arguments)
+    pair = bench.PAIRS[what](folder, same.SMALL)[-1]  # samples of any length, of shared pictures; a batch of 4
+    arguments = pair.arguments
     if what in ("input", "tiles"):  # no worker processes, which take seconds to start
         arguments = (*arguments[:-1], 0)
     turns = [getattr(side, pair.function)(*arguments) for side in (ours, theirs)]
@@ -91,11 +91,11 @@ def test_another_commit_computes_the_same_with_its_own_code_on_its_own_input(fol
     from tests.benchmarks import ours
 
     (pair,) = bench.PAIRS["input"](folder, same.SMALL)
-    with bench.checkout("HEAD", "SMALL") as base:
-        job = Job("base", "side", (base.folder, base.sizes, pair.what), base.root)
+    with bench.checkout("HEAD", "SMALL", ["input"], folder) as base:
+        job = Job("base", "side", (base.folder, pair.what), base.root)
         (found,) = turns.alternate({"base": job}, 1)["base"].checks
     assert base.work[pair.what] == pair.work
-    assert pair.same(found, ours.read(folder, same.SMALL, *pair.arguments)()[1])
+    assert pair.same(found, ours.read(*pair.arguments)()[1])
     assert not base.root.exists() and not base.folder.exists()
 
 

@@ -78,11 +78,21 @@ def test_a_picture_of_tiles_takes_its_images_and_its_mixed_features_once():
 
 def test_trees_are_those_of_the_docstring():
     prefixes = Prefixes(np.array([5, 5, 5, 0, 5]), np.array([7, 7, 8, 0, 7]))
-    samples, starts = together(np.array([9, 8, 9, 7, 9]), prefixes, np.arange(5), 16)
-    assert (samples.tolist(), starts.tolist()) == ([0, 1, 4, 2, 3], [0, 3, 4, 5])
-    assert trees.repeated(prefixes.keys[samples], starts).tolist() == [False, True, True, False, False]
+    samples, starts = together(np.array([9, 8, 9, 7, 9]), prefixes, np.array([2, 1, 3, 4, 0]), 16)
+    assert (samples.tolist(), starts.tolist()) == ([2, 3, 0, 1, 4], [0, 1, 2, 5])
+    assert trees.repeated(prefixes.keys[samples], starts).tolist() == [False, False, False, True, True]
     samples, starts = together(np.array([9, 8, 9, 7, 9]), prefixes, np.array([0, 1, 2, 3, 0]), 15)
     assert (samples.tolist(), starts.tolist()) == ([0, 1, 2, 3, 4], [0, 2, 3, 4, 5])  # record 0 comes twice
+
+
+def test_all_parts_of_a_random_order_hold_as_many_trees():
+    count = 30_000
+    records = np.random.RandomState(0).permutation(count)  # the first half of 3 records a picture
+    keys = np.where(records < count // 2, 1 + records // 3, 0)
+    prefixes = Prefixes(5 * (keys > 0), keys)
+    samples, _ = together(np.full(count, 9), prefixes, records, 4096)
+    shares = (keys[samples] > 0).reshape(10, -1).mean(axis=1)  # of the samples of each tenth
+    assert np.abs(shares - 0.5).max() < 0.05, shares
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,18 +1,21 @@
 """What `attention` computes, what it chooses to compute it with, and what it leaves out."""
 
 import functools
+import importlib.util
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.experimental import topologies
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from llava_jax import config as configs
+from llava_jax import sharding
 from llava_jax.batch import TREES
 from llava_jax.models import attention as attentions
-from llava_jax.models import flash, tiled
+from llava_jax.models import flash, flash_gpu, tiled
 from llava_jax.models.attention import attention, attention_by_number, choose
 from llava_jax.plan.compile import find_target
 
@@ -142,7 +145,7 @@ def test_tiles_and_their_parts_are_left_out_in_which_no_query_sees_a_key(monkeyp
     q, k, v = (jnp.where(first[..., None, None], jnp.nan, x) for x in heads(512))
     numbers = [[1, 2, 2, 0], [1, 1 + TREES, 1 + 2 * TREES, 0]]
     segments = jnp.asarray(np.repeat(numbers, 128, axis=1), jnp.int32)
-    for name in ("flash", "xla"):
+    for name in ("flash", "triton", "xla"):
         run = functools.partial(attentions.BACKENDS[name].run, True, segments=segments)
         loss = functools.partial(lambda run, *x: (jnp.sum(run(*x), where=rest[..., None, None]), run(*x)), run)
         gradients, out = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
@@ -164,6 +167,18 @@ def test_the_tiles_that_are_computed_are_those_in_which_a_query_sees_a_key(seed,
             for i, j, bits in zip(queries[row, :n], keys[row, :n], parts[row, :n]):
                 for number, (a, b) in enumerate(itertools.product((2 * i, 2 * i + 1), (2 * j, 2 * j + 1))):
                     assert bits >> number & 1 == halves[row, a, b]
+
+
+@pytest.mark.parametrize("queries, keys", [(4, 4), (4, 2), (2, 8)])
+def test_a_gpus_tiles_are_those_in_which_a_query_sees_a_key(queries, keys):
+    launch = flash_gpu.FORWARD._replace(queries=queries, keys=keys)
+    for numbers in (samples(24, rows=3, seed=4), trees(24, rows=3, seed=4)):
+        needed = sees(numbers).reshape(3, 24 // queries, queries, 24 // keys, keys).any(axis=(2, 4))
+        found = flash_gpu.seen_tiles(tiled.key_ends(numbers), launch)
+        assert np.array_equal(found, needed)
+        order, counts = map(np.asarray, tiled.schedule(found))
+        for place, count in np.ndenumerate(counts):
+            assert order[place][:count].tolist() == np.flatnonzero(needed[place]).tolist()
 
 
 @pytest.mark.parametrize("tile", [128, 256])
@@ -193,12 +208,17 @@ def test_keys_of_long_rows_go_span_by_span(monkeypatch, tile):
     ("tpu", "xla", {"causal": False, "packed": False}),  # the tower
     ("tpu", "xla", {"tokens": 100}),
     ("tpu", "xla", {"dtype": "float16"}),
-    ("gpu", "xla", {}),  # cuDNN has no segments
+    ("gpu", "triton", {}),  # cuDNN has no segments
+    ("gpu", "triton", {"width": 12}),
+    ("gpu", "triton", {"dtype": "float16"}),
+    ("gpu", "xla", {"tokens": 192}),
+    ("gpu", "xla", {"width": 136}),
+    ("gpu", "xla", {"dtype": "float32"}),
     ("gpu", "cudnn", {"packed": False}),
     ("gpu", "cudnn", {"packed": False, "causal": False, "tokens": 577, "width": 64}),
     ("gpu", "cudnn", {"packed": False, "width": 88}),
-    ("gpu", "xla", {"packed": False, "width": 12}),
-    ("gpu", "xla", {"packed": False, "width": 20}),
+    ("gpu", "triton", {"packed": False, "width": 20}),
+    ("gpu", "xla", {"packed": False, "causal": False, "width": 20}),
     ("gpu", "xla", {"packed": False, "width": 136}),
     ("gpu", "xla", {"packed": False, "dtype": "float32"}),
     ("cpu", "xla", {}),
@@ -210,13 +230,15 @@ def test_a_backend_is_never_chosen_for_what_it_refuses(monkeypatch, platform, ba
     assert choose(platform, q, case["causal"], case["packed"]) == backend
 
 
-@pytest.mark.parametrize("capability, backend", [("9.0", "cudnn"), ("8.0", "cudnn"), ("7.5", "xla"), ("gfx942", "xla")])
-def test_gpus_without_flash_in_cudnn_take_xla(monkeypatch, capability, backend):
+@pytest.mark.parametrize("capability, kernels", [("9.0", True), ("8.0", True), ("7.5", False), ("gfx942", False)])
+def test_gpus_that_are_too_old_for_the_kernels_take_xla(monkeypatch, capability, kernels):
     class Device:
         compute_capability = capability
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
-    assert choose("gpu", jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16), True, False) == backend
+    for packed, backend in ((False, "cudnn"), (True, "triton")):
+        q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
+        assert choose("gpu", q, True, packed) == (backend if kernels else "xla")
 
 
 def test_rows_of_a_single_tile_need_no_loop():
@@ -226,6 +248,16 @@ def test_rows_of_a_single_tile_need_no_loop():
         assert " while(" not in compiled.as_text()
 
 
+def loss(q, k, v, segments):
+    return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
+
+
+def shapes_on(mesh, width, query, key):
+    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
+    return [*shapes, jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)]
+
+
 @pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4), (12, 4, 4)])
 @pytest.mark.parametrize(
     "sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2}], ids=str
@@ -233,13 +265,63 @@ def test_rows_of_a_single_tile_need_no_loop():
 def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query, key):
     pytest.importorskip("libtpu")
     mesh = find_target(configs.Mesh(**sizes), "v5e:2x2").mesh
-    cut = NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
-    shapes = [jax.ShapeDtypeStruct((4, 256, n, width), jnp.bfloat16, sharding=cut) for n in (query, key, key)]
-    segments = jax.ShapeDtypeStruct((4, 256), jnp.int32, sharding=cut)
-
-    def loss(q, k, v, segments):
-        return attention(q, k, v, causal=True, segments=segments).astype(jnp.float32).sum()
-
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes, segments).compile().as_text()
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, width, query, key)).compile().as_text()
     assert "flash_forward" in text and "flash_backward" in text
+
+
+@pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4)])
+@pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 2, 1), (2, 1, 1, 2)], ids=str)
+def test_both_passes_lower_for_gpus_on_every_kind_of_mesh(monkeypatch, sizes, width, query, key):
+    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+    gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=gpu)
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(*shapes_on(mesh, width, query, key))
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert all(launch.name in text for launch in (flash_gpu.FORWARD, flash_gpu.OF_QUERIES, flash_gpu.OF_KEYS))
+
+
+# (compute capability, multiprocessors, shared memory of one, and of a program).
+# Source: github.com/openxla/xla, xla/backends/gpu/target_config/specs.
+GPUS = {
+    "NVIDIA A100-SXM4-80GB": ("major: 8", 108, 167936, 166912),
+    "NVIDIA L4": ("major: 8 minor: 9", 58, 102400, 101376),
+    "NVIDIA H100 80GB HBM3": ("major: 9 feature_extension: ACCELERATED_FEATURES", 132, 233472, 232448),
+    "NVIDIA B200": ("major: 10 feature_extension: ACCELERATED_FEATURES", 148, 233472, 232448),
+}
+
+
+def four_gpus(kind):
+    """A mesh of GPUs that need not be there."""
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("jax's plugin for CUDA is not installed; its compiler needs no GPU: "
+                    "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version")  # fmt: skip
+    capability, count, shared, of_program = GPUS[kind]
+    config = f"""
+        platform_name: "CUDA" device_description_str: "{kind}"
+        dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
+        gpu_device_info {{
+            cuda_compute_capability {{ {capability} }} core_count: {count} fpus_per_core: 128 clock_rate_ghz: 1.4
+            threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 1536
+            shared_memory_per_core: {shared} shared_memory_per_block_optin: {of_program} shared_memory_per_block: 49152
+            registers_per_core_limit: 65536 registers_per_block_limit: 65536
+            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+            device_memory_size: 20000000000 memory_bandwidth: 300000000000 l2_cache_size: 40000000
+        }}"""
+    devices = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices
+    return sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1}, devices)
+
+
+@pytest.mark.parametrize("kind", GPUS)
+def test_kernels_compile_for_each_generation_of_gpus(monkeypatch, kind):
+    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+    mesh = four_gpus(kind)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, 128, 8, 2)).compile().as_text()
+    assert all(launch.name in text for launch in (flash_gpu.FORWARD, flash_gpu.OF_QUERIES, flash_gpu.OF_KEYS))
+    monkeypatch.setattr(flash_gpu, "FORWARD", flash_gpu.FORWARD._replace(keys=128, stages=5))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        lowered = jax.jit(lambda *x: loss(*x)).lower(*shapes_on(mesh, 128, 8, 2))
+        with pytest.raises(jax.errors.JaxRuntimeError, match="[Ss]hared memory"):
+            lowered.compile()
