@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from llava_jax.models import mlp
 from llava_jax.models.attention import attention, attention_by_number, cached_attention
 from llava_jax.models.cache import LayerCache, of_prompt
-from llava_jax.models.layers import Dense, LayerNorm, stacked, through
+from llava_jax.models.layers import Dense, LayerNorm, parameter, stacked, through
 from llava_jax.models.parts import Connector, Sizes, check
 
 
@@ -93,7 +93,7 @@ class Perceiver(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "Img P C"]) -> Float[Array, "Img Q C"]:
         config, (images, _, width) = self.config, features.shape
-        latents = self.param("latents", nn.initializers.normal(1.0), (config.latents, width))
+        latents = parameter(self, "latents", nn.initializers.normal(1.0), (config.latents, width))
         x = jnp.broadcast_to(latents.astype(self.dtype), (images, *latents.shape))
         block = PerceiverBlock(config, self.dtype, self.lora_dropout, parent=None)
         blocks = stacked(self, "blocks", block, config.layers, x[:1], features[:1])
@@ -151,7 +151,7 @@ class GatedBlock(nn.Module):
         else:
             k, v = self._heads("k", seen.features), self._heads("v", seen.features)
             last, y = self._last(k, v, seen.seen), self._look(q, k, v, seen.seen)
-        gates = [self.param(name, nn.initializers.zeros, ()) for name in ("attn_gate", "ff_gate")]
+        gates = [parameter(self, name, nn.initializers.zeros, ()) for name in ("attn_gate", "ff_gate")]
         attn_gate, ff_gate = (jnp.tanh(gate.astype(jnp.float32)).astype(self.dtype) for gate in gates)
         x = x + attn_gate * self._dense("o", width)(y.reshape(*x.shape[:2], -1))
         y = self._dense("fc1", config.mlp_ratio * width)(LayerNorm(config.eps, self.dtype, name="ln2")(x))
