@@ -22,7 +22,7 @@ PACKAGES = {
     "data": ("prompt", "batch", "limits"),
     "__main__.py": (),  # it names the commands and imports none
     "data/__main__.py": ("prompt", "batch", "limits", "config", "train/inputs"),  # validate --config
-    "models": ("batch", "sharding"),
+    "models": ("batch", "sharding", "chips"),
     "checkpoint": ("params",),
     "train": ("chips", "config", "typed", "limits", "batch", "params", "sharding", "models", "data", "checkpoint"),
     # The trainer joins the prompt's format to the data, and sample answers to the loop.

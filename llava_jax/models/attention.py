@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from llava_jax import sharding
+from llava_jax import chips, sharding
 from llava_jax.models.remat import ATTENTION, named
 from llava_jax.models.tiled import LONGEST_TILE, NEVER, key_ends, tiled_attention
 
@@ -132,7 +132,8 @@ def _cudnn_serves(q: Any, causal: bool, packed: bool) -> bool:
     Source: jax/_src/cudnn/fused_attention_stablehlo.py, check_layout and check_is_flash_attention (0.10.2, 0.12.0.1).
     """
     width = q.shape[3]
-    return not packed and q.dtype in (jnp.bfloat16, jnp.float16) and width % 8 == 0 and width <= 128 and _is_ampere()
+    halves = q.dtype in (jnp.bfloat16, jnp.float16)
+    return not packed and halves and width % 8 == 0 and width <= 128 and _is_ampere() and has_cudnn()
 
 
 def _triton_serves(q: Any, causal: bool, packed: bool) -> bool:
@@ -143,8 +144,22 @@ def _triton_serves(q: Any, causal: bool, packed: bool) -> bool:
 
 def _is_ampere() -> bool:
     """Whether the GPUs are NVIDIA's of compute capability 8.0 or later: flash kernels have no tiles for older ones."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and chips.of_kind(mesh.abstract_device.device_kind):
+        return True  # as all of that table, also where none is attached
     major = jax.local_devices()[0].compute_capability.split(".")[0]  # "9.0"; AMD's are called "gfx942"
     return major.isdigit() and int(major) >= 8
+
+
+@functools.cache
+def has_cudnn() -> bool:
+    """Whether JAX finds cuDNN: always beside a GPU, but not everywhere that `plan` compiles for one."""
+    x = jax.ShapeDtypeStruct((1, 8, 1, 8), jnp.bfloat16)
+    try:
+        jax.eval_shape(functools.partial(jax.nn.dot_product_attention, implementation="cudnn"), x, x, x)
+    except RuntimeError:  # "cuDNN is not detected."
+        return False
+    return True
 
 
 BACKENDS = {

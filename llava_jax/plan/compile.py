@@ -1,17 +1,13 @@
-"""Compiles a training step ahead of time for TPUs that are absent: `train.program`'s own, with abstract arrays."""
+"""Compiles a training step ahead of time for chips that are absent: `train.program`'s own, with abstract arrays."""
 
 import dataclasses
-import importlib.metadata
-import importlib.util
 import math
-import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.experimental import topologies
 from jax.sharding import Mesh
 
 from llava_jax import chips, files, sharding
@@ -22,7 +18,7 @@ from llava_jax.errors import UsageError
 from llava_jax.models import presets, remat
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.remat import Remat
-from llava_jax.plan import hlo
+from llava_jax.plan import compilers, hlo
 from llava_jax.train import fitting
 from llava_jax.train import memory as memories
 from llava_jax.train import program as programs
@@ -38,7 +34,7 @@ class CompilerRefused(UsageError):
 
 @dataclass(frozen=True)
 class Target:
-    """The TPU slices that a step is compiled for. devices: in JAX's sense, of all slices together."""
+    """The TPU slices or GPUs that a step is compiled for. devices: in JAX's sense, of all slices together."""
 
     topology: str
     slices: int
@@ -60,7 +56,10 @@ class Target:
 
     @property
     def ici_bytes_per_sec(self) -> float:
-        """The bandwidth of a corner chip's links: two a dimension in a ring, one at the end of a line."""
+        """The bandwidth of a corner chip's links: two a dimension in a ring, one at the end of a line; GPUs have a
+        switch, which gives two the bandwidth of eight."""
+        if self.chip.cuda:
+            return self.chip.ici_bytes_per_sec
         sizes = chips.dimensions(self.topology)
         links = sum((size > 1) + (size > 2 and size % self.chip.ring == 0) for size in sizes)
         return self.chip.ici_bytes_per_sec * links / (2 * len(sizes))
@@ -85,26 +84,10 @@ def find_target(mesh: configs.Mesh, topology: str) -> Target:
     """The mesh over the devices of a topology, which need not be attached.
 
     Raises:
-      ValueError: no such topology, no libtpu, or the sizes of the mesh do not multiply to its devices.
+      ValueError: no such topology, no compiler for it, or the sizes of the mesh do not multiply to its devices.
     """
     chip = chips.of_topology(topology)
-    if importlib.util.find_spec("libtpu") is None:
-        raise UsageError(
-            "plan compiles with the TPU's own compiler, which is not installed: `pip install libtpu` (it needs no "
-            "TPU; `pip install 'jax[tpu]'` takes the version that suits this jax)"
-        )
-    # libtpu looks for a TPU and its metadata when it is loaded, and locks it; these variables prevent that.
-    for name, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
-                        ("TPU_ACCELERATOR_TYPE", "v5litepod-16"), ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")):  # fmt: skip
-        os.environ.setdefault(name, value)
-    options: dict[str, Any] = {}
-    if mesh.slices > 1:
-        options["num_slices"] = mesh.slices
-    if chips.dimensions(topology) == (1, 1):
-        options["chips_per_host_bounds"] = (1, 1, 1)
-    if chip.name == "v4":
-        options["chip_config_name"] = "megacore"  # as on TPU VMs: one device a chip; the other chips have it by default
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
+    devices = compilers.devices(chip, topology, mesh.slices)
     return Target(topology, mesh.slices, chip, sharding.make_mesh(dataclasses.asdict(mesh), devices))
 
 
@@ -206,8 +189,8 @@ def _refusal(target: Target, program: Program, error: str) -> CompilerRefused:
     policies = remat.describe(program.model.remat)
     reason = next((line.strip() for line in error.splitlines() if line.strip()), "it does not say why")
     return CompilerRefused(
-        f"the TPU's compiler (libtpu {importlib.metadata.version('libtpu')}) refuses a step of {rows} rows of {tokens} "
-        f"tokens, remat {policies}, on {target.topology} with mesh {mesh or '1'}: {reason[:500]}. That is no fault of "
+        f"{compilers.describe(target.chip)} refuses a step of {rows} rows of {tokens} tokens, "
+        f"remat {policies}, on {target.topology} with mesh {mesh or '1'}: {reason[:500]}. That is no fault of "
         "the config: ask for fewer rows or micro-batches (data.rows_per_chip, data.batch_samples, "
-        "train.accumulate), another --topology, or install a newer libtpu"
+        f"train.accumulate), another --topology, or install a newer {compilers.package(target.chip)}"
     )

@@ -2,11 +2,10 @@
 
 XLA's own cost analysis counts a loop's body once, so a scan over 32 layers looks like one. Here every computation is
 walked from the entry, and what a loop's body costs is multiplied by its trip count. Counted are dots, convolutions
-(TPU writes dots so) and flash attention's kernels; all else is linear in the activations and left out.
+(TPU writes dots so) and what `kernels` knows; all else is linear in the activations and left out.
 """
 
 import functools
-import json
 import math
 import re
 from collections import Counter
@@ -18,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llava_jax.errors import UsageError
-from llava_jax.plan import traffic
+from llava_jax.plan import kernels, traffic
 from llava_jax.plan.hlo_text import Computation, Instruction, arrays, attribute, parse, size_bytes
 
 
@@ -97,11 +96,12 @@ class _Reader:
         return total
 
     def _own_cost(self, computation: Computation, op: Instruction, fused: bool) -> Cost:
-        flops, kind = 0, op.opcode.removesuffix("-start")
+        flops: int | None = 0
+        kind = op.opcode.removesuffix("-start")
         if op.opcode in ("dot", "convolution"):
             flops = _dot_flops(computation, op) if op.opcode == "dot" else _convolution_flops(computation, op)
-        elif op.opcode == "custom-call" and '"tpu_custom_call"' in op.attributes:
-            flops = _kernel_flops(computation, op, self.tile_shares)
+        elif op.opcode == "custom-call":
+            flops = kernels.flops(computation, op, self.tile_shares)
             if flops is None:
                 return Cost(uncounted=(_op_name(op) or op.name,))
         elif op.opcode == "while" and self._trips(computation, op) is None:
@@ -252,33 +252,6 @@ def _overlaps(inner: int, kernel: int, out: int, stride: int, pad: int, lhs_dila
     """Along one dimension: pairs of (result, element of the kernel) that meet an element of the input."""
     positions = np.arange(out)[:, None] * stride + np.arange(kernel) * rhs_dilate - pad
     return int(np.sum((positions >= 0) & (positions <= (inner - 1) * lhs_dilate) & (positions % lhs_dilate == 0)))
-
-
-# Products of [T, H] x [H, S] size that each of flash attention's kernels (`models.flash`) makes of a tile.
-FLASH = {"forward": 2, "backward": 5}
-
-
-def _kernel_flops(computation: Computation, op: Instruction, tile_shares: Mapping[int, float]) -> int | None:
-    """FLOPs of a flash attention kernel, whose products lie in its own code; None for another kernel.
-
-    Its operands give the shapes and its metadata the tile. Which of the tiles on or below the diagonal hold a sample's
-    queries and keys, and are computed, is in the data: `tile_shares` says how many.
-    """
-    kind = re.search(r"flash_(forward|backward)", op.attributes + op.name)
-    metadata = re.search(r'"xprof_metadata":"(\{.*?\})"', op.attributes)
-    shapes = [dims for name in op.operands for type_, dims in arrays(computation.instructions[name].shape)
-              if type_ in ("bf16", "f32") and len(dims) >= 3]  # fmt: skip
-    if kind is None or metadata is None or len(shapes) < 2:
-        return None
-    tile = json.loads(metadata[1].replace('\\"', '"'))["tile"]
-    queries, keys = shapes[0], shapes[1]
-    pairs = tile_shares.get(tile, 1.0) * _tile_pairs(queries[-2], keys[-2], tile)
-    return round(2 * FLASH[kind[1]] * math.prod(queries[:-2]) * queries[-1] * pairs)
-
-
-def _tile_pairs(queries: int, keys: int, tile: int) -> int:
-    """(query, key) pairs in the tiles that a causal mask touches; there may be more queries than keys."""
-    return int(np.sum(np.minimum(keys, np.arange(tile, queries + 1, tile))) * tile)
 
 
 def _group(op: Instruction) -> int:

@@ -11,7 +11,7 @@ from llava_jax.data import planner, trees
 FRAME = 42  # tokens of the v1 template around a record's first question
 BEFORE = 35  # of them, before the picture
 SAMPLES = 2 * planner.WINDOW
-TILES = (512, 384, 256, 128)  # sides of attention's tiles
+TILES = (512, 384, 256, 128, 64)  # sides of attention's tiles
 
 
 class Part(NamedTuple):

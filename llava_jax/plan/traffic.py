@@ -14,6 +14,7 @@ from llava_jax.plan.hlo_text import ITEM_BITS, Computation, Instruction, attribu
 # They move nothing: names, loops (whose bodies are counted), and the ends of what has begun.
 FREE = {"parameter", "constant", "get-tuple-element", "tuple", "bitcast", "while", "conditional", "call", "after-all",
         "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain"}  # fmt: skip
+STARTS = {"all-gather-start", "reduce-scatter-start", "all-to-all-start"}  # (operands, results)
 SLICES = {"dynamic-slice", "slice", "gather"}
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,]*)\](\{[^}]*\})?")
 
@@ -27,6 +28,8 @@ def memory_bytes(computations: Mapping[str, Computation], computation: Computati
         result = op.shape if op.opcode == "copy-start" else op.shape.partition("), ")[2]
         size, held = next(_places(result))
         return size * (held + (_held(shapes[0]) > 0))
+    if op.opcode in STARTS:
+        return _held(op.shape)
     if op.opcode in SLICES:
         return 2 * _held(op.shape)
     if op.opcode == "dynamic-update-slice":
