@@ -9,7 +9,7 @@ COMMANDS = {
     "data": "show, validate, measure and prepare training records",
     "datagen": "make instruction data with a language model's API",
     "convert": "weights of transformers, PEFT and LLaVA's own code, in and out",
-    "plan": "memory and time of a run on a TPU that is not here",
+    "plan": "memory and time of a run on TPUs or GPUs that are not here",
     "doctor": "check a machine before a run",
 }
 

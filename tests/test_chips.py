@@ -1,5 +1,6 @@
-"""The table of chips: names and topologies, and that the TPU compiler agrees with every line of it."""
+"""The table of chips: names and topologies, and that the compilers agree with every line of it."""
 
+import importlib.util
 import math
 import re
 
@@ -10,11 +11,14 @@ import pytest
 from llava_jax import chips, sharding
 from llava_jax import config as configs
 
-LEASED = [chip for chip in chips.CHIPS if chip.shapes]
+TPUS = [chip for chip in chips.CHIPS if not chip.cuda]
 
 
 def place(topology):
-    pytest.importorskip("libtpu")
+    if not chips.of_topology(topology).cuda:
+        pytest.importorskip("libtpu")
+    elif not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
+        pytest.skip("jax's plugin for CUDA is not installed")
     from llava_jax.plan.compile import find_target
 
     return find_target(configs.Mesh(), topology)
@@ -30,18 +34,20 @@ def test_a_topology_says_its_chip_its_shape_and_its_hosts():
     assert chips.of_topology("v5p:2x2x4").kind == "TPU v5"
     assert chips.dimensions("v5p:2x2x4") == (2, 2, 4)
     assert [chips.hosts(name) for name in ("v5e:1x1", "v5e:2x2", "v5e:4x4", "v5p:8x8x8")] == [1, 1, 4, 128]
+    assert chips.dimensions("H100:8") == (8,) and chips.hosts("H100:8") == 1
 
 
 @pytest.mark.parametrize("topology, wanted", [
     ("v5e:3x3", "2x2, 2x4, 4x4"), ("v5e", "2x2, 2x4, 4x4"), ("v5e:4x8x1", "did you mean v5e:4x8?"),
-    ("v9:2x2", "v4, v5e, v5p, v6e, tpu7x"), ("H100:8", "v4, v5e, v5p, v6e, tpu7x"), ("", "want CHIP:SHAPE"),
+    ("v9:2x2", "v4, v5e, v5p, v6e, tpu7x, A100-40, A100, H100, H200"), ("H100:3", "H100 comes as 1, 2, 4, 8"),
+    ("", "want CHIP:SHAPE"),
 ])  # fmt: skip
 def test_a_topology_that_nobody_leases_is_refused_with_those_that_are(topology, wanted):
     with pytest.raises(ValueError, match=re.escape(wanted)):
         chips.of_topology(topology)
 
 
-@pytest.mark.parametrize("chip", LEASED, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", chips.CHIPS, ids=lambda chip: chip.name)
 def test_the_compiler_knows_every_shape_with_as_many_devices_of_that_kind(chip):
     for shape in (shape for shape in chip.shapes if math.prod(chips.dimensions(f"{chip.name}:{shape}")) <= 512):
         found = place(f"{chip.name}:{shape}")
@@ -59,7 +65,7 @@ def compiled(found, options):
     return jax.jit(lambda x: x @ x.T, out_shardings=own).lower(x).compile(compiler_options=options)
 
 
-@pytest.mark.parametrize("chip", LEASED, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", chips.CHIPS, ids=lambda chip: chip.name)
 def test_the_compiler_takes_every_option_of_a_chip_and_refuses_one_that_is_none_of_its_own(chip):
     found = place(f"{chip.name}:{chip.shapes[1]}")
     assert compiled(found, dict(chip.compiler_options)).memory_analysis().argument_size_in_bytes > 0
@@ -67,7 +73,7 @@ def test_the_compiler_takes_every_option_of_a_chip_and_refuses_one_that_is_none_
         compiled(found, {"xla_tpu_make_it_fast": True})
 
 
-@pytest.mark.parametrize("chip", LEASED, ids=lambda chip: chip.name)
+@pytest.mark.parametrize("chip", TPUS, ids=lambda chip: chip.name)
 def test_the_compiler_s_limit_of_memory_is_the_table_s(chip):
     found = place(f"{chip.name}:{chip.shapes[0]}")
     whole = sharding.replicated(found.mesh)

@@ -1,8 +1,8 @@
-"""Memory, FLOPs, time and cost of a training run, without a TPU.
+"""Memory, FLOPs, time and cost of a training run, without a TPU or a GPU.
 
     python -m llava_jax.plan --config configs/X.py --topology v5e:4x4 [--config.data.rows_per_chip=4 ...]
 
-It compiles the step that `train` would run, with the TPU's own compiler and abstract arrays.
+It compiles the step that `train` would run: abstract arrays, the TPU's own compiler, or XLA's for GPUs (H100:8).
 """
 
 import argparse
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add = parser.add_argument
     add("--config", metavar="FILE", help="the experiment; any of its scalars is set by --config.BRANCH.KEY=VALUE")
-    add("--topology", metavar="CHIP:SHAPE", help="the TPU slice, as v5e:4x4")
+    add("--topology", metavar="CHIP:SHAPE", help="the TPU slice, as v5e:4x4, or the GPUs of a machine, as H100:8")
     add("--slices", type=int, metavar="N", help="number of slices, joined by the data centre's network")
     add("--json", metavar="FILE", help="write the numbers there too")
     add("--price", type=float, metavar="USD", help="of one chip and hour")
@@ -132,7 +132,7 @@ def _write(path: str, numbers: dict[str, Any]) -> None:
 
 
 def _leave_accelerators() -> None:
-    """A plan on a TPU machine must not take its chips."""
+    """A plan on a machine with TPUs or GPUs must not take them."""
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -117,6 +117,8 @@ def build(config: configs.Config, target: Target) -> Program:
     model = model_of(config)
     if config.model.remat == fitting.AUTO:
         config = fitting.with_remat(config, fitting.LADDER[0])
+    if target.chip.cuda:
+        config = dataclasses.replace(config, compiler_options=compilers.UNTUNED + config.compiler_options)
     program = programs.build(config, model, config.train.steps or STEPS, target.mesh)
     rows = program.batch.tokens.shape[0]
     if rows % target.hosts:

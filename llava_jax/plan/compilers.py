@@ -22,6 +22,9 @@ GPUS = {
            "fpus_per_core: 128 clock_rate_ghz: 1.98 shared_memory_per_core: 233472 "
            "shared_memory_per_block_optin: 232448 l2_cache_size: 52428800",
 }  # fmt: skip
+# Without a GPU to time them on, XLA makes every product a Triton kernel of one small tile, and refuses some (float32 of
+# width 48, jax 0.10.2); cuBLAS takes all, and its workspace counts.
+UNTUNED = (("xla_gpu_enable_triton_gemm", False),)
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 
 

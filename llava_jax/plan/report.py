@@ -9,7 +9,7 @@ from typing import Any
 
 from llava_jax import config as configs
 from llava_jax import sharding
-from llava_jax.models import remat
+from llava_jax.models import attention, remat
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.plan import mixture
 from llava_jax.plan.compile import CompiledStep, Target
@@ -38,6 +38,8 @@ USES = (
     ("embedding's gradient, loss, norms", ""),
 )
 REMATERIALISED = "rematted_computation"
+WITHOUT_CUDNN = ("(cuDNN is not installed here, so that rows without segments, as the tower's, have XLA's attention: "
+                 "pip install nvidia-cudnn-cu12)")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Workload:
     pairs: int
     supervised: int
     images: int
-    chunks: int  # of supervised positions that a device's loss takes one after another
+    chunks: int  # of supervised positions that a device's loss takes one after another, of a micro-batch
     tile_shares: Mapping[int, float]  # of attention's causal tiles of that side, those that hold a sample's pair
     assumption: str  # in words, for the page
 
@@ -66,7 +68,7 @@ def workload_of(
                        data.rows_per_group, data.images_per_group, packed, data.share_images)  # fmt: skip
     text = max(row.samples, row.all_tokens - features * row.all_images / tiles)
     supervised = int(count * text * (1.0 if captions else SUPERVISED))
-    parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens")
+    parts = sharding.shards(program.mesh, "batch") * sharding.shards(program.mesh, "tokens") * config.train.accumulate
     shown = f" of {tiles} tiles" if tiles > 1 else ""
     return Workload(
         samples=count * row.samples, tokens=int(count * row.tokens), pairs=int(count * row.pairs),
@@ -212,7 +214,8 @@ def page(compiled: CompiledStep, workload: Workload, costs: Costs) -> str:
     slices = f"{target.slices} slices of " if target.slices > 1 else ""
     chips = f"{target.chips} chips ({target.chip.kind}) on {target.hosts} host(s)"
     lines = [f"{slices}{target.topology}: {chips}; mesh {mesh}; remat {remat.describe(compiled.program.model.remat)}",
-             f"compiled in {compiled.secs:.0f} s; assumed: {workload.assumption}", "",
+             f"compiled in {compiled.secs:.0f} s; assumed: {workload.assumption}",
+             *([WITHOUT_CUDNN] if target.chip.cuda and not attention.has_cudnn() else []), "",
              *_memory_lines(compiled)]  # fmt: skip
     if compiled.cost is not None:
         model = sum(model_flops(compiled.program, workload).values())

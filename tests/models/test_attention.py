@@ -226,6 +226,7 @@ def test_keys_of_long_rows_go_span_by_span(monkeypatch, tile):
 ])  # fmt: skip
 def test_a_backend_is_never_chosen_for_what_it_refuses(monkeypatch, platform, backend, changes):
     monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+    monkeypatch.setattr(attentions, "has_cudnn", lambda: True)
     case = {"tokens": 256, "width": 128, "dtype": "bfloat16", "causal": True, "packed": True} | changes
     q = jax.ShapeDtypeStruct((2, case["tokens"], 4, case["width"]), jnp.dtype(case["dtype"]))
     assert choose(platform, q, case["causal"], case["packed"]) == backend
@@ -237,9 +238,23 @@ def test_gpus_that_are_too_old_for_the_kernels_take_xla(monkeypatch, capability,
         compute_capability = capability
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    monkeypatch.setattr(attentions, "has_cudnn", lambda: True)
     for packed, backend in ((False, "cudnn"), (True, "triton")):
         q = jax.ShapeDtypeStruct((2, 256, 4, 128), jnp.bfloat16)
         assert choose("gpu", q, True, packed) == (backend if kernels else "xla")
+
+
+def test_rows_without_segments_take_xla_where_cudnn_is_not_installed(monkeypatch):
+    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+
+    def absent(*args, implementation):
+        raise RuntimeError("cuDNN is not detected.")
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", absent)
+    attentions.has_cudnn.cache_clear()
+    q = jax.ShapeDtypeStruct((2, 577, 16, 64), jnp.bfloat16)
+    assert choose("gpu", q, False, False) == "xla"
+    attentions.has_cudnn.cache_clear()
 
 
 def test_rows_of_a_single_tile_need_no_loop():
@@ -274,8 +289,7 @@ def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(topology, sizes, wi
 
 @pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4)])
 @pytest.mark.parametrize("sizes", [(1, 4, 1, 1), (1, 2, 2, 1), (2, 1, 1, 2)], ids=str)
-def test_both_passes_lower_for_gpus_on_every_kind_of_mesh(monkeypatch, sizes, width, query, key):
-    monkeypatch.setattr(attentions, "_is_ampere", lambda: True)
+def test_both_passes_lower_for_gpus_that_are_absent_on_every_kind_of_mesh(sizes, width, query, key):
     gpu = AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
     mesh = AbstractMesh(sizes, sharding.AXES, (AxisType.Auto,) * 4, abstract_device=gpu)
     with jax.sharding.use_abstract_mesh(mesh):

@@ -57,6 +57,12 @@ def test_as_many_layers_keep_more_as_fit_and_these_are_the_last(fitted):
     assert find(10_000_000_000)[0] == "save_dots" and find(1_000_000)[0] == "full"
 
 
+def test_a_platform_may_have_a_share_of_its_own(fitted, monkeypatch):
+    find, sizes = fitted
+    monkeypatch.setattr(fitting, "SHARES", {"cpu": fitting.SHARE / 2})
+    assert find(2 * (1_000_000 + 3 * sizes[0]))[0] == ("full",) * 5 + ("save_qkv",) * 3
+
+
 @pytest.mark.parametrize("error", [0.5, 1.5, 2.0])
 def test_the_compiler_corrects_what_was_counted(fitted, error):
     find, sizes = fitted
