@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,6 +27,8 @@ GPUS = {
 # width 48, jax 0.10.2); cuBLAS takes all, and its workspace counts.
 UNTUNED = (("xla_gpu_enable_triton_gemm", False),)
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
+ASSEMBLERS = {"nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"}  # packages with ptxas and libdevice, which a toolkit has too
+TOOLKIT = "/usr/local/cuda"
 
 
 def devices(chip: Chip, topology: str, slices: int) -> Sequence[Any]:
@@ -69,12 +72,22 @@ def _tpus(chip: Chip, topology: str, slices: int) -> Sequence[Any]:
     return topologies.get_topology_desc(platform="tpu", topology_name=topology, **options).devices
 
 
-def _gpus(chip: Chip, topology: str) -> Sequence[Any]:
+def missing_packages() -> list[str]:
+    """What is to be installed before XLA compiles for GPUs: its plugin, and NVIDIA's assembler with libdevice."""
+    missing = []
     if not any(map(importlib.util.find_spec, PLUGINS)):
-        packages = " ".join(f"{name}=={jax.__version__}" for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt"))
+        missing += [f"{name}=={jax.__version__}" for name in ("jax-cuda12-plugin", "jax-cuda12-pjrt")]
+    installed = {each.name for each in importlib.metadata.distributions()}
+    if shutil.which("ptxas") is None and not os.path.exists(TOOLKIT) and not installed & ASSEMBLERS:
+        missing.append("nvidia-cuda-nvcc-cu12")
+    return missing
+
+
+def _gpus(chip: Chip, topology: str) -> Sequence[Any]:
+    if missing := missing_packages():
         raise UsageError(
-            "plan compiles for GPUs with XLA's own compiler for them, which is not installed: `pip install --no-deps "
-            f"{packages}` (480 MB; it needs no GPU, and none of NVIDIA's libraries)"
+            "plan compiles for GPUs with XLA's own compiler for them and NVIDIA's assembler, which needs no GPU; not "
+            f"everything is installed: `pip install --no-deps {' '.join(missing)}` (600 MB in all)"
         )
     config = f"""
         platform_name: "CUDA" device_description_str: "{chip.kind}"

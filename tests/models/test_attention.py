@@ -1,7 +1,6 @@
 """What `attention` computes, what it chooses to compute it with, and what it leaves out."""
 
 import functools
-import importlib.util
 import itertools
 
 import jax
@@ -17,6 +16,7 @@ from llava_jax.batch import TREES
 from llava_jax.models import attention as attentions
 from llava_jax.models import flash, flash_gpu, tiled
 from llava_jax.models.attention import attention, attention_by_number, cached_attention, choose
+from llava_jax.plan import compilers
 from llava_jax.plan.compile import find_target
 
 
@@ -310,9 +310,8 @@ GPUS = {
 
 def four_gpus(kind):
     """A mesh of GPUs that need not be there."""
-    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
-        pytest.skip("jax's plugin for CUDA is not installed; its compiler needs no GPU: "
-                    "pip install --no-deps jax-cuda12-plugin jax-cuda12-pjrt, of jax's version")  # fmt: skip
+    if compilers.missing_packages():
+        pytest.skip(f"XLA's compiler for GPUs, which needs none: pip install --no-deps {compilers.missing_packages()}")
     capability, count, shared, of_program = GPUS[kind]
     config = f"""
         platform_name: "CUDA" device_description_str: "{kind}"

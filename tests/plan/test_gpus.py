@@ -1,6 +1,5 @@
 """`python -m llava_jax.plan` for GPUs that are absent, by XLA's compiler for them."""
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from llava_jax import config as configs
 from llava_jax.chips import GIB
 from llava_jax.models import attention as attentions
-from llava_jax.plan import hlo
+from llava_jax.plan import compilers, hlo
 from llava_jax.plan.__main__ import main
 from llava_jax.plan.compile import find_target
 
@@ -25,8 +24,8 @@ PACKED = [f"--config.{setting}" for setting in (
 
 @pytest.fixture
 def compiler():
-    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
-        pytest.skip("jax's plugin for CUDA is not installed; its compiler needs no GPU")
+    if compilers.missing_packages():
+        pytest.skip(f"XLA's compiler for GPUs, which needs none: pip install --no-deps {compilers.missing_packages()}")
 
 
 def run_plan(tmp_path, *args):
@@ -99,9 +98,13 @@ def test_what_the_compiler_for_gpus_refuses_is_one_line_with_its_name(compiler, 
 
 def test_without_the_compiler_for_gpus_the_packages_are_named_in_jax_s_version(capsys, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    monkeypatch.setattr(compilers, "TOOLKIT", "/nowhere")
+    monkeypatch.setattr(compilers, "ASSEMBLERS", set())
     assert main([*TINY, "--topology", "H100:8"]) == 64
     (line,) = capsys.readouterr().err.splitlines()
-    assert f"pip install --no-deps jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}" in line
+    plugin = f"jax-cuda12-plugin=={jax.__version__} jax-cuda12-pjrt=={jax.__version__}"
+    assert f"pip install --no-deps {plugin} nvidia-cuda-nvcc-cu12`" in line
 
 
 def test_machines_of_gpus_are_listed(capsys):
