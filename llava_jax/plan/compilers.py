@@ -28,7 +28,7 @@ GPUS = {
 UNTUNED = (("xla_gpu_enable_triton_gemm", False),)
 PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 ASSEMBLERS = {"nvidia-cuda-nvcc-cu12", "nvidia-cuda-nvcc"}  # packages with ptxas and libdevice, which a toolkit has too
-TOOLKIT = "/usr/local/cuda"
+TOOLKIT = "/usr/local/cuda/bin/ptxas"
 
 
 def devices(chip: Chip, topology: str, slices: int) -> Sequence[Any]:
