@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from llava_jax import cli
+from llava_jax import cli, heap
 from llava_jax.errors import MissingFile, UsageError
 
 if TYPE_CHECKING:
@@ -43,14 +43,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from llava_jax.generate.sampling import Sampling  # what follows takes seconds to import
+    with heap.importing():  # takes seconds
+        from llava_jax import compilations
+        from llava_jax.generate.assistant import Assistant
+        from llava_jax.generate.sampling import Sampling
+        from llava_jax.generate.talk import Talk
 
     Sampling(args.temperature, args.top_p, args.top_k, args.seed, args.repetition_penalty)
     images = tuple(_OPEN[kind](source, args.allow_urls) for kind, source in args.shown)
-    from llava_jax import compilations
-    from llava_jax.generate.assistant import Assistant
-    from llava_jax.generate.talk import Talk
-
     compilations.keep()
     assistant = Assistant.open(args.checkpoint, dtype=args.dtype, step=args.step, template=args.template,
                                weights=args.weights)  # fmt: skip

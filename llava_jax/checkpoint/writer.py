@@ -55,7 +55,7 @@ class TensorWriter:
         self._checksums: dict[str, list[Any]] = {}
 
     def write(self, name: str, array: np.ndarray) -> None:
-        """Writes one parameter in its own dtype.
+        """Writes one parameter in its own dtype; may be called in several threads.
 
         Raises:
           UsageError: a second parameter of that name, an empty one, or a dtype that is not stored.
@@ -90,9 +90,9 @@ class TensorWriter:
         """Writes the tree's metadata and the checksums, then makes the directory visible to readers."""
         if not self._checksums:
             raise UsageError(f"{self._path}: no parameter was written")
-        tree = {"tree_metadata": self._metadata, "use_ocdbt": False, "use_zarr3": False}
+        tree = {"tree_metadata": dict(sorted(self._metadata.items())), "use_ocdbt": False, "use_zarr3": False}
         tree |= {"store_array_data_equal_to_fill_value": True, "custom_metadata": None}
-        files.write_whole(self._partial / CHECKSUMS, json.dumps(self._checksums, indent=1).encode())
+        files.write_whole(self._partial / CHECKSUMS, json.dumps(self._checksums, indent=1, sort_keys=True).encode())
         files.write_whole(self._partial / METADATA, json.dumps(tree).encode())
         if self._is_bucket:
             for folder in (self._path, self._path.parent):  # Orbax looks for it in a step and in its items

@@ -26,7 +26,6 @@ def attention(
     v: Float[Array, "B S K H"],
     *,
     causal: bool = False,
-    last_key: Int[Array, "B T"] | None = None,
     segments: Int[Array, "B T"] | None = None,
     rows: str = "batch",
 ) -> Float[Array, "B T N H"]:
@@ -34,18 +33,12 @@ def attention(
 
     Args:
       causal: queries and keys are the same row, and a query sees no later key.
-      last_key: the last key index that each query may see, for keys in a cache; None lets it see all.
       segments: of one row that is both queries and keys, as in a `Batch`; a query sees only keys of its own sample, and
         of its tree's prefix where rows are causal.
       rows: the logical name of the first dimension.
 
     Returns: [B, T, N, H] in the dtype of `v`.
     """
-    if last_key is not None:
-        starts = range(0, q.shape[1], LONGEST_TILE)  # the scores of many queries at once would fill the memory
-        parts = [_cached(x, k, v, last) for x, last in
-                 ((q[:, i : i + LONGEST_TILE], last_key[:, i : i + LONGEST_TILE]) for i in starts)]  # fmt: skip
-        return jnp.concatenate(parts, axis=1)
     names = (rows, None, "heads" if rows == "batch" else None)
     q, k, v = (sharding.constrain(x, *names) for x in (q, k, v))
     arguments = [names, names, names]
@@ -71,15 +64,25 @@ def attention_by_number(
     return jnp.where(any_key[..., None, None], out, 0)
 
 
+def cached_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B K S H"], v: Float[Array, "B K S H"], last_key: Int[Array, "B T"]
+) -> Float[Array, "B T N H"]:
+    """As `attention`, to the keys of a cache: each query sees those up to its last one, an index of S."""
+    starts = range(0, q.shape[1], LONGEST_TILE)  # the scores of many queries at once would fill the memory
+    parts = [_cached(x, k, v, last) for x, last in
+             ((q[:, i : i + LONGEST_TILE], last_key[:, i : i + LONGEST_TILE]) for i in starts)]  # fmt: skip
+    return jnp.concatenate(parts, axis=1)
+
+
 def _cached(q: Array, k: Array, v: Array, last_key: Array) -> Array:
-    """Attention to the keys of a cache, in the cache's own layout."""
     rows, tokens, heads, width = q.shape
-    grouped = q.reshape(rows, tokens, k.shape[2], heads // k.shape[2], width)
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
-    seen = jnp.arange(k.shape[1]) <= last_key[..., None]
+    grouped = q.reshape(rows, tokens, k.shape[1], heads // k.shape[1], width)
+    scores = jnp.einsum("btkgh,bksh->bkgts", grouped, k, preferred_element_type=jnp.float32) * width**-0.5
+    seen = jnp.arange(k.shape[2]) <= last_key[..., None]
     weights = jax.nn.softmax(jnp.where(seen[:, None, None], scores, NEVER), axis=-1).astype(v.dtype)
-    out = jnp.einsum("bkgts,bskh->btkgh", weights, v, preferred_element_type=jnp.float32)
-    return out.astype(v.dtype).reshape(q.shape)
+    # In this order: XLA on a CPU has no bfloat16 product whose result is transposed (findings/xla_cpu_bf16_product.sh).
+    out = jnp.einsum("bkgts,bksh->bkgth", weights, v, preferred_element_type=jnp.float32)
+    return jnp.moveaxis(out, 3, 1).astype(v.dtype).reshape(q.shape)
 
 
 def _flash(causal: bool, q: Array, k: Array, v: Array, segments: Array | None = None) -> Array:

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models.attention import attention
-from llava_jax.models.cache import LayerCache, from_prefill
+from llava_jax.models.cache import LayerCache, from_prefill, of_prompt
 from llava_jax.models.flamingo import CrossConfig, GatedBlock, Media
-from llava_jax.models.layers import Dense, Params, RMSNorm, read_layer, rotary, rotate, stacked, take_layer
+from llava_jax.models.layers import Dense, Params, RMSNorm, parameter, read_layer, rotary, rotate, stacked, take_layer
 from llava_jax.models.paged import PagedCache
 from llava_jax.models.parts import DecoderConfig
 from llava_jax.models.remat import INPUT, QKV, Remat, groups, named, remat
@@ -63,7 +63,7 @@ class DecoderBlock(nn.Module):
         v = self._heads("v", config.kv_heads, y)
         q, k, v = (named(y, QKV) for y in (rotate(q, *rotation), rotate(k, *rotation), v))
         if cache is None:
-            kept, y = LayerCache(k, v), attention(q, k, v, causal=True, segments=segments)
+            kept, y = of_prompt(k, v), attention(q, k, v, causal=True, segments=segments)
         else:
             kept, y = cache.attend(q, k, v, slots)
         return self.dense("o", config.width)(y.reshape(*y.shape[:2], -1)), kept
@@ -101,7 +101,7 @@ class LanguageModel(nn.Module):
     def setup(self) -> None:
         config = self.config
         normal = nn.initializers.normal(0.02)
-        self.embeddings = self.param("embed", self._init_rows, normal, (0, config.width))
+        self.embeddings = parameter(self, "embed", self._init_rows, normal, (0, config.width))
         self.block = self.block_class(config, self.dtype, self.lora_dropout, parent=None)
         example = jnp.zeros((1, 1, config.width), self.dtype)
         place = jnp.zeros((1, 1), jnp.int32)
@@ -112,7 +112,7 @@ class LanguageModel(nn.Module):
             self.gated_blocks = stacked(self, "cross", self.gated, config.layers // self.cross.every, example, look)
         self.norm = RMSNorm(config.eps, self.dtype)
         if not config.tie_embeddings:
-            self.output = self.param("head", self._init_rows, normal, (1, config.width))
+            self.output = parameter(self, "head", self._init_rows, normal, (1, config.width))
 
     def _init_rows(self, key: Array, init: Any, layout: tuple[int, int]) -> dict[str, Array]:
         """Vocabulary rows [V, D] (axis 0: the embedding) or columns [D, V] (axis 1: the head), added ones apart."""
@@ -147,6 +147,8 @@ class LanguageModel(nn.Module):
         media: Media | None = None,
     ) -> Float[Array, "B T D"]:
         """Full forward of rows: of several samples each, which `segments` tell apart, or (None) of a single one."""
+        if self.is_initializing():  # the stacks are there, and `x` has the shape of the result
+            return self.norm(x)
         rotation = rotary(positions, self.config)
         keys = jax.random.split(self.make_rng("dropout"), self.config.layers) if self.has_rng("dropout") else None
 

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models import vit
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Dense, LayerNorm, stacked
+from llava_jax.models.layers import Dense, LayerNorm, parameter, stacked
 from llava_jax.models.names import CELL, LINEAR, PATCH, ROW, SAME, Row, linear, norm
 from llava_jax.models.parts import Content, Tower, TowerConfig, check_fixed
 from llava_jax.models.vit import VisionTransformer
@@ -61,7 +61,7 @@ class EvaBlock(nn.Module):
         return Dense(features, True, self.dtype, self.lora_dropout, name=name)
 
     def _bias(self, name: str) -> Float[Array, "C"]:
-        return self.param(name, lambda key: {"bias": jnp.zeros(self.config.width)})["bias"].astype(self.dtype)
+        return parameter(self, name, lambda _: {"bias": jnp.zeros(self.config.width)})["bias"].astype(self.dtype)
 
 
 class EvaTower(VisionTransformer):

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from llava_jax.models import mlp
-from llava_jax.models.attention import attention, attention_by_number
-from llava_jax.models.cache import LayerCache
-from llava_jax.models.layers import Dense, LayerNorm, stacked, through
+from llava_jax.models.attention import attention, attention_by_number, cached_attention
+from llava_jax.models.cache import LayerCache, of_prompt
+from llava_jax.models.layers import Dense, LayerNorm, parameter, stacked, through
 from llava_jax.models.parts import Connector, Sizes, check
 
 
@@ -93,7 +93,7 @@ class Perceiver(nn.Module):
     @nn.compact
     def __call__(self, features: Float[Array, "Img P C"]) -> Float[Array, "Img Q C"]:
         config, (images, _, width) = self.config, features.shape
-        latents = self.param("latents", nn.initializers.normal(1.0), (config.latents, width))
+        latents = parameter(self, "latents", nn.initializers.normal(1.0), (config.latents, width))
         x = jnp.broadcast_to(latents.astype(self.dtype), (images, *latents.shape))
         block = PerceiverBlock(config, self.dtype, self.lora_dropout, parent=None)
         blocks = stacked(self, "blocks", block, config.layers, x[:1], features[:1])
@@ -147,11 +147,11 @@ class GatedBlock(nn.Module):
         q = self._heads("q", LayerNorm(config.eps, self.dtype, name="ln1")(x))
         if isinstance(seen, LayerCache):
             all_keys = jnp.full(x.shape[:2], self.rows - 1, jnp.int32)
-            last, y = seen, attention(q, seen.k, seen.v, last_key=all_keys)
+            last, y = seen, cached_attention(q, seen.k, seen.v, all_keys)
         else:
             k, v = self._heads("k", seen.features), self._heads("v", seen.features)
             last, y = self._last(k, v, seen.seen), self._look(q, k, v, seen.seen)
-        gates = [self.param(name, nn.initializers.zeros, ()) for name in ("attn_gate", "ff_gate")]
+        gates = [parameter(self, name, nn.initializers.zeros, ()) for name in ("attn_gate", "ff_gate")]
         attn_gate, ff_gate = (jnp.tanh(gate.astype(jnp.float32)).astype(self.dtype) for gate in gates)
         x = x + attn_gate * self._dense("o", width)(y.reshape(*x.shape[:2], -1))
         y = self._dense("fc1", config.mlp_ratio * width)(LayerNorm(config.eps, self.dtype, name="ln2")(x))
@@ -175,7 +175,7 @@ class GatedBlock(nn.Module):
             )
             return jnp.where((image >= 0)[:, None, None, None], chosen.reshape(-1, self.rows, heads, width), 0)
 
-        return LayerCache(of_rows(k), of_rows(v))
+        return of_prompt(of_rows(k), of_rows(v))
 
     def _dense(self, name: str, features: int) -> Dense:
         return Dense(features, dtype=self.dtype, dropout=self.lora_dropout, name=name)

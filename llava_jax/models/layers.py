@@ -17,6 +17,14 @@ from llava_jax.sharding import constrain
 Params = Mapping[str, Any]  # nested: a dict, or Flax's frozen one inside a module
 
 
+def parameter(module: nn.Module, name: str, init: Callable[..., Any], *arguments: Any) -> Any:
+    """`module.param`, which traces the initialiser again wherever the parameter is used, to compare shapes: a sixth of
+    tracing a step. Checkpoints are compared as a whole (`reader.check_specs`)."""
+    if module.has_variable("params", name):
+        return module.get_variable("params", name)
+    return module.param(name, init, *arguments)
+
+
 class Dense(nn.Module):
     """x @ kernel (+ bias) in `dtype`; parameters keep their own dtype and are cast where they are used.
 
@@ -37,7 +45,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... In"]) -> Float[Array, "... Out"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
+        kernel = parameter(self, "kernel", self.kernel_init, (x.shape[-1], self.features))
         x, place = x.astype(self.dtype), f"/{self.name}/kernel"
         if sharding.reduces(place, kernel.shape, x, *self.rows):
             y = _product(place, self.rows, x, kernel.astype(self.dtype))
@@ -49,7 +57,7 @@ class Dense(nn.Module):
         if self.has_variable("params", "lora_a"):
             y = y + self._adapter(x)
         if self.use_bias:
-            bias = self.param("bias", self.bias_init, (self.features,))
+            bias = parameter(self, "bias", self.bias_init, (self.features,))
             y = y + bias.astype(self.dtype)
         return y
 
@@ -100,7 +108,7 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
         return wide.astype(self.dtype) * scale.astype(self.dtype)
@@ -114,8 +122,8 @@ class LayerNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
-        bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+        scale = parameter(self, "scale", nn.initializers.ones, (x.shape[-1],))
+        bias = parameter(self, "bias", nn.initializers.zeros, (x.shape[-1],))
         wide = x.astype(jnp.float32)
         wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
         wide = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + self.eps)
@@ -174,11 +182,9 @@ def stacked(parent: nn.Module, name: str, block: nn.Module, layers: int, *exampl
     """
 
     def init(key: Array) -> Params:
-        return jax.vmap(lambda k: block.init(k, *example)["params"])(jax.random.split(key, layers))
+        return jax.lax.map(lambda k: block.init(k, *example)["params"], jax.random.split(key, layers))
 
-    if parent.is_initializing():
-        return parent.param(name, init)
-    return parent.get_variable("params", name)
+    return parameter(parent, name, init)
 
 
 def through(
@@ -188,8 +194,10 @@ def through(
     """`x` through the blocks of a stack, one after another: [x, after the first, ...], or (not `every`) the last only.
 
     others: what each block is called with besides. wrap: of the scanned body (`models.remat`). Each layer has its own
-      key where `parent` has a "dropout" rng.
+      key where `parent` has a "dropout" rng. While parameters are made `x` is enough: its shape is that of the result.
     """
+    if parent.is_initializing():
+        return [x]
     keys = jax.random.split(parent.make_rng("dropout"), layers) if parent.has_rng("dropout") else None
 
     def body(x: Array, layer: tuple[Params, Array | None]) -> tuple[Array, Array | None]:

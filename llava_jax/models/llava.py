@@ -12,7 +12,7 @@ from llava_jax.batch import Corners
 from llava_jax.models import flamingo, registry
 from llava_jax.models.cache import LayerCache
 from llava_jax.models.decoder import Cache
-from llava_jax.models.layers import LayerNorm
+from llava_jax.models.layers import LayerNorm, parameter
 from llava_jax.models.presets import LlavaConfig
 from llava_jax.models.remat import Remat
 from llava_jax.sharding import constrain
@@ -47,7 +47,7 @@ class Llava(nn.Module):
         if config.image_newline:
             # Source: LLaVA llava_arch.py: normal, scaled by 1 / sqrt(D).
             init = nn.initializers.normal(config.llm.width**-0.5)
-            self.newline = self.param("image_newline", init, (config.llm.width,))
+            self.newline = parameter(self, "image_newline", init, (config.llm.width,))
 
     def __call__(
         self,

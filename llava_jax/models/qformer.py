@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, take_layer
+from llava_jax.models.layers import Dense, LayerNorm, Params, parameter, stacked, take_layer
 from llava_jax.models.mlp import Projector
 from llava_jax.models.mlp import rows as projector_rows
 from llava_jax.models.names import ROW, Row, linear, norm
@@ -103,7 +103,7 @@ class QFormer(nn.Module):
     def hidden_states(self, features: Float[Array, "Img P C"], every: bool = True) -> list[Array]:
         """Hidden states [Img, Q, W]: the normed queries and those after each layer (or the last only)."""
         config, sizes = self.config, (self.config, self.dtype, self.lora_dropout)
-        queries = self.param("queries", nn.initializers.normal(0.02), (config.queries, config.width))
+        queries = parameter(self, "queries", nn.initializers.normal(0.02), (config.queries, config.width))
         x = LayerNorm(config.eps, self.dtype, name="ln")(queries.astype(self.dtype))
         x = jnp.broadcast_to(x, (features.shape[0], *x.shape))
         attend, mlp = Attend(*sizes, parent=None), Mlp(*sizes, parent=None)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, UInt8
 
 from llava_jax.errors import UnusableCheckpoint
 from llava_jax.models.attention import attention
-from llava_jax.models.layers import Dense, LayerNorm, Params, stacked, through
+from llava_jax.models.layers import Dense, LayerNorm, Params, parameter, stacked, through
 from llava_jax.models.names import PATCH, SAME, Row, linear, norm
 from llava_jax.models.parts import Content, TowerConfig, check, check_choice, check_numbers
 from llava_jax.models.remat import remat
@@ -85,9 +85,9 @@ class VisionTransformer(nn.Module):
         """Makes `cls`, `pos` and `patch`, a kernel and maybe a bias."""
         config, normal = self.config, nn.initializers.normal(0.02)
         if self.class_token:
-            self.cls = self.param("cls", normal, (config.width,))
-        self.pos = self.param("pos", normal, (config.patches + self.class_token, config.width))
-        self.patch = self.param("patch", self._init_patch, normal)
+            self.cls = parameter(self, "cls", normal, (config.width,))
+        self.pos = parameter(self, "pos", normal, (config.patches + self.class_token, config.width))
+        self.patch = parameter(self, "patch", self._init_patch, normal)
 
     def _init_patch(self, key: Array, init: Any) -> dict[str, Array]:
         size, width = self.config.patch_size, self.config.width
@@ -137,7 +137,8 @@ class HiddenStateTower(VisionTransformer):
             "post_ln": {"scale": jnp.ones(self.config.width), "bias": jnp.zeros(self.config.width)}
         }
         if after:
-            tail["blocks"] = jax.vmap(lambda k: self.block.init(k, example)["params"])(jax.random.split(key, after))
+            keys = jax.random.split(key, after)
+            tail["blocks"] = jax.lax.map(lambda k: self.block.init(k, example)["params"], keys)
         return tail
 
 

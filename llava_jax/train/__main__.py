@@ -27,7 +27,8 @@ def _run(argv: Sequence[str], sigterm: Sigterm) -> int:
     command = cli.command(argv, "python -m llava_jax.train", __doc__ or "")
     cli.show_progress()  # of what takes minutes: measuring records, planning rows
     settings = config.load(command.config, command.overrides)
-    from llava_jax.train import process
+    with heap.importing():
+        from llava_jax.train import process
 
     return process.run(settings, command.workdir, sigterm)
 

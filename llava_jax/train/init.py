@@ -4,6 +4,7 @@ import functools
 import logging
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ from llava_jax import distributed, files, params
 from llava_jax.checkpoint import lock, reader, sharded
 from llava_jax.checkpoint.model_json import Base
 from llava_jax.checkpoint.sharded import agreed
-from llava_jax.checkpoint.tensors import Read
+from llava_jax.checkpoint.tensors import WORKERS, Read
 from llava_jax.errors import UnusableCheckpoint, UsageError
 from llava_jax.models import lora
 from llava_jax.models.llava import init_params
@@ -207,9 +208,8 @@ def _keep_random(program: Program, chosen: Mapping[str, Any], directory: epath.P
             return
         # Left by a start that ended before its first checkpoint, perhaps with another seed, alpha or dtype.
         files.delete(directory / "0")
-        with reader.TensorWriter(directory / "0" / reader.PARAMS) as writer:
-            for name, leaf in drawn.items():
-                writer.write(name, np.asarray(leaf))
+        with reader.TensorWriter(directory / "0" / reader.PARAMS) as writer, ThreadPoolExecutor(WORKERS) as pool:
+            list(pool.map(lambda name: writer.write(name, np.asarray(drawn[name])), drawn))  # a disk syncs each file
 
     agreed("random parameters", write)
 

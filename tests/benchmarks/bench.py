@@ -1,18 +1,22 @@
 """llava_jax against transformers + torch on this machine, in turn: `python -m tests.benchmarks.bench [--what train]`.
 
 Same weights, same records, float32, all threads for both. Every pair must also compute the same (losses, ids, pixels),
-or the run fails. `--device` times a 7B model with random weights on this machine's accelerator instead.
+or the run fails. `--base COMMIT` adds another commit of this repository as a third side. `--device` times a 7B model
+with random weights on this machine's accelerator instead.
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
+import io
 import os
 import platform
 import subprocess
 import sys
+import tarfile
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,8 +37,8 @@ class Result(NamedTuple):
 
     what: str
     unit: str
-    speeds: tuple[float, float]
-    spread: tuple[float, float]  # the ratio of neighbouring turns, least and most
+    speeds: tuple[float, ...]
+    spreads: tuple[tuple[float, float], ...]  # of our ratio to each other side in neighbouring turns: least and most
     wish: float
 
     @property
@@ -55,12 +59,21 @@ class Pair:
     same: Callable[[Sequence[float], Sequence[float]], bool]
 
 
+class Base(NamedTuple):
+    """A checkout of another commit, its input, and its own pairs: the units in a turn of each."""
+
+    root: Path
+    folder: Path
+    work: Mapping[str, float]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks.bench", description=__doc__)
     parser.add_argument("--what", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--rounds", type=int, default=7, help="measured turns of each side")
     parser.add_argument("--out", type=Path, help="a Markdown file for the table")
     parser.add_argument("--small", action="store_true", help="everything tiny: whether it works, not how fast")
+    parser.add_argument("--base", metavar="COMMIT", help="a third side: another commit of this repository")
     parser.add_argument("--device", action="store_true", help="a 7B model on this machine's accelerator, ours alone")
     parser.add_argument("--preset", help="of --device: another model, such as tiny", default="llava15_7b")
     told = parser.parse_args(argv)
@@ -69,44 +82,67 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         text = device.table(told.preset)
     else:
-        text = compare(same.SMALL if told.small else same.FULL, told.what, told.rounds)
+        text = compare("SMALL" if told.small else "FULL", told.what, told.rounds, told.base)
     print(text)
     if told.out:
         told.out.write_text(text)
     return 0
 
 
-def compare(sizes: Sizes, what: Sequence[str], rounds: int) -> str:
+def compare(size: str, what: Sequence[str], rounds: int, commit: str | None = None) -> str:
     """The table of all comparisons.
 
+    Args:
+      size: the name of a `Sizes` in `same`.
+      commit: the third side.
+
     Raises:
-      AssertionError: the two sides did not compute the same.
+      AssertionError: the sides did not compute the same.
     """
     os.environ["JAX_PLATFORMS"] = "cpu"
-    with tempfile.TemporaryDirectory() as name:
+    sizes: Sizes = getattr(same, size)
+    with tempfile.TemporaryDirectory() as name, contextlib.ExitStack() as stack:
         folder = Path(name)
         same.write(folder, sizes)
+        base = stack.enter_context(checkout(commit, size, what, folder)) if commit else None
         pairs = [pair for key in what for pair in PAIRS[key](folder, sizes)]
-        return table([measured(pair, rounds) for pair in pairs])
+        return table([measured(pair, rounds, base) for pair in pairs], commit)
 
 
-def measured(pair: Pair, rounds: int) -> Result:
-    """Runs one comparison."""
+@contextlib.contextmanager
+def checkout(commit: str, size: str, what: Sequence[str], same_folder: Path) -> Iterator[Base]:
+    """The commit in a temporary folder, beside the input that it writes for itself, as `base.prepare` does."""
+    archive = subprocess.run(["git", "archive", commit], cwd=turns.ROOT, check=True, stdout=subprocess.PIPE).stdout
+    with tempfile.TemporaryDirectory() as root, tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+            files.extractall(root, filter="data")
+        job = Job("base", "prepare", (Path(folder), size, what, same_folder / same.BATCHES), Path(root))
+        yield Base(Path(root), Path(folder), turns.alternate({commit: job}, 1)[commit].checks[0])
+
+
+def measured(pair: Pair, rounds: int, base: Base | None = None) -> Result:
+    """Runs one comparison, with `base` where it has the same."""
     modules = ("tests.benchmarks.ours", "tests.benchmarks.theirs")
     jobs = {name: Job(module, pair.function, pair.arguments) for name, module in zip(NAMES, modules)}
-    ours, theirs = turns.alternate(jobs, rounds).values()
-    for mine, other in zip(ours.checks, theirs.checks):
-        assert pair.same(mine, other), f"{pair.what}: the sides differ: {mine[:8]} and {other[:8]}"
-    result = _result(pair, ours, theirs)
-    print(f"{result.what}: {result.speeds[0]:,.1f} and {result.speeds[1]:,.1f} {result.unit}, x {result.ratio:.2f}",
-          file=sys.stderr, flush=True)  # fmt: skip
+    works = [pair.work] * len(jobs)
+    if base is not None and pair.what in base.work:
+        jobs["base"] = Job("base", "side", (base.folder, pair.what), base.root)
+        works.append(base.work[pair.what])
+    timings = list(turns.alternate(jobs, rounds).values())
+    for name, timing in zip(jobs, timings):
+        for mine, other in zip(timings[0].checks, timing.checks):
+            assert pair.same(mine, other), f"{pair.what}: {name} differs from ours: {other[:8]} and {mine[:8]}"
+    result = _result(pair, works, timings)
+    print(f"{result.what}: {' and '.join(f'{speed:,.1f}' for speed in result.speeds)} {result.unit}, "
+          f"x {result.ratio:.2f}", file=sys.stderr, flush=True)  # fmt: skip
     return result
 
 
-def _result(pair: Pair, ours: Timing, theirs: Timing) -> Result:
-    ratios = [b / a for a, b in zip(ours.secs, theirs.secs)]
-    speeds = (pair.work / ours.median, pair.work / theirs.median)
-    return Result(pair.what, pair.unit, speeds, (min(ratios), max(ratios)), pair.wish)
+def _result(pair: Pair, works: Sequence[float], timings: Sequence[Timing]) -> Result:
+    secs = [[each / work for each in timing.secs] for work, timing in zip(works, timings)]  # of a unit
+    ratios = [[b / a for a, b in zip(secs[0], other)] for other in secs[1:]]
+    speeds = tuple(work / timing.median for work, timing in zip(works, timings))
+    return Result(pair.what, pair.unit, speeds, tuple((min(each), max(each)) for each in ratios), pair.wish)
 
 
 def _training(folder: Path, sizes: Sizes) -> list[Pair]:
@@ -169,14 +205,21 @@ def _close(tolerance: float) -> Callable[[Sequence[float], Sequence[float]], boo
     return lambda a, b: len(a) == len(b) and np.allclose(a, b, rtol=tolerance, atol=tolerance)
 
 
-def table(results: Sequence[Result]) -> str:
-    """Markdown: the results, and where and when they were measured."""
-    lines = [f"| | unit | {NAMES[0]} | {NAMES[1]} | times as fast | wanted |", "|---|---|---|---|---|---|"]
+def table(results: Sequence[Result], commit: str | None = None) -> str:
+    """Markdown: the results, and where and when they were measured.
+
+    commit: the third side, which has no number where it lacks the pair.
+    """
+    head = ["", "unit", *NAMES, "times as fast", "wanted", *([commit, "times as fast"] if commit else [])]
+    lines = [f"| {' | '.join(head)} |".replace("|  |", "| |"), "|---" * len(head) + "|"]
     for result in results:
-        ours, theirs = result.speeds
-        least, most = result.spread
-        lines.append(f"| {result.what} | {result.unit} | {ours:,.0f} | {theirs:,.0f} | **{result.ratio:.2f}** "
-                     f"({least:.2f} to {most:.2f}) | {result.wish:g} |")  # fmt: skip
+        ours, theirs, *base = result.speeds
+        times = [f"**{ours / speed:.2f}** ({least:.2f} to {most:.2f})"
+                 for speed, (least, most) in zip(result.speeds[1:], result.spreads)]  # fmt: skip
+        cells = [result.what, result.unit, f"{ours:,.0f}", f"{theirs:,.0f}", times[0], f"{result.wish:g}"]
+        if commit:
+            cells += [f"{base[0]:,.0f}", times[1]] if base else ["-", "-"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", where(("jax", "transformers", "torch", "pillow"))]) + "\n"
 
 

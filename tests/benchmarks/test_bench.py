@@ -58,6 +58,13 @@ def logged(path, name):
     return turn
 
 
+def test_a_job_of_another_checkout_runs_the_code_of_that_checkout(tmp_path):
+    (tmp_path / "llava_jax").mkdir()
+    (tmp_path / "llava_jax" / "__init__.py").write_text("def made():\n    return lambda: (1.0, __file__)\n")
+    found = turns.alternate({"a": Job("llava_jax", "made", (), tmp_path)}, 1)["a"].checks
+    assert found == [str(tmp_path / "llava_jax" / "__init__.py")]
+
+
 def test_a_worker_that_dies_ends_the_benchmark(tmp_path):
     with pytest.raises(EOFError):
         turns.alternate({"a": Job(__name__, "logged", (tmp_path / "no" / "log", "a"))}, 1)
@@ -66,10 +73,30 @@ def test_a_worker_that_dies_ends_the_benchmark(tmp_path):
 def test_speeds_are_of_the_median_turn_and_the_spread_is_of_neighbouring_turns():
     pytest.importorskip("torch")  # the table names its version
     pair = Pair("greedy", "tokens/s", 100.0, "generate", (), 4.0, lambda a, b: True)
-    result = bench._result(pair, Timing([1.0, 2.0, 4.0], ()), Timing([6.0, 5.0, 8.0], ()))
-    assert result == Result("greedy", "tokens/s", (50.0, 100 / 6), (2.0, 6.0), 4.0)
+    timings = [Timing([1.0, 2.0, 4.0], ()), Timing([6.0, 5.0, 8.0], ()), Timing([1.0, 1.0, 1.0], ())]
+    result = bench._result(pair, (100.0, 100.0, 40.0), timings)
+    spreads = ((2.0, 6.0), (0.625, 2.5))
+    assert result == Result("greedy", "tokens/s", (50.0, 100 / 6, 40.0), spreads, 4.0)
     assert result.ratio == pytest.approx(3.0)
-    assert "| greedy | tokens/s | 50 | 17 | **3.00** (2.00 to 6.00) | 4 |" in bench.table([result])
+    line = "| greedy | tokens/s | 50 | 17 | **3.00** (2.00 to 6.00) | 4 |"
+    assert bench.table([result]).splitlines()[2] == line
+    lacking = result._replace(speeds=result.speeds[:2], spreads=spreads[:1])
+    assert bench.table([result, lacking], "abc").splitlines()[2:4] == [
+        f"{line} 40 | **1.25** (0.62 to 2.50) |", f"{line} - | - |",
+    ]  # fmt: skip
+
+
+@pytest.mark.skipif(not (turns.ROOT / ".git").exists(), reason="the commit is taken from the repository")
+def test_another_commit_computes_the_same_with_its_own_code_on_its_own_input(folder):
+    from tests.benchmarks import ours
+
+    (pair,) = bench.PAIRS["input"](folder, same.SMALL)
+    with bench.checkout("HEAD", "SMALL", ["input"], folder) as base:
+        job = Job("base", "side", (base.folder, pair.what), base.root)
+        (found,) = turns.alternate({"base": job}, 1)["base"].checks
+    assert base.work[pair.what] == pair.work
+    assert pair.same(found, ours.read(*pair.arguments)()[1])
+    assert not base.root.exists() and not base.folder.exists()
 
 
 @pytest.mark.slow

@@ -127,7 +127,7 @@ def test_a_row_is_the_same_bits_in_any_slot_and_company(sampling, dtype):
     def row(company: list[Request], slot: int) -> list[np.ndarray]:
         state, first = engine.start(weights(), company, shape)
         state, made = engine.advance(weights(), state, [False] * len(company))
-        return [first[slot], made[slot], *(np.asarray(leaf)[slot, :8] for leaf in jax.tree.leaves(state.cache))]
+        return [first[slot], made[slot], *(np.asarray(leaf)[slot, :, :8] for leaf in jax.tree.leaves(state.cache))]
 
     alone = row([batch[0]], 0)
     for company, slot in (([*batch[1:4], batch[0]], 3), ([batch[5], batch[0], batch[4]], 1)):

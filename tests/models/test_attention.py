@@ -16,7 +16,7 @@ from llava_jax import sharding
 from llava_jax.batch import TREES
 from llava_jax.models import attention as attentions
 from llava_jax.models import flash, flash_gpu, tiled
-from llava_jax.models.attention import attention, attention_by_number, choose
+from llava_jax.models.attention import attention, attention_by_number, cached_attention, choose
 from llava_jax.plan.compile import find_target
 
 
@@ -72,7 +72,7 @@ def test_a_query_sees_its_own_sample_up_to_itself_and_the_prefix_of_its_tree(dra
 def test_a_cache_longer_than_the_queries_is_seen_up_to_last_key():
     q, k, v = heads(8)
     last = jnp.asarray([[3] * 8, [7] * 8])
-    out = attention(q, k, v, last_key=last)
+    out = cached_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), last)
     for row, end in ((0, 4), (1, 8)):
         whole = attention(q[row:][:1], k[row:, :end][:1], v[row:, :end][:1])
         np.testing.assert_allclose(out[row], whole[0], atol=2e-6)
@@ -82,8 +82,9 @@ def test_many_queries_of_a_cache_go_block_by_block(monkeypatch):
     q, k, v = heads(24)
     last = jnp.broadcast_to(jnp.arange(24), (2, 24))
     monkeypatch.setattr(attentions, "LONGEST_TILE", 10)
-    np.testing.assert_allclose(attention(q, k, v, last_key=last), attention(q, k, v, causal=True), atol=2e-6)
-    jaxpr = str(jax.make_jaxpr(lambda q: attention(q, k, v, last_key=last))(q))
+    cache = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    np.testing.assert_allclose(cached_attention(q, *cache, last), attention(q, k, v, causal=True), atol=2e-6)
+    jaxpr = str(jax.make_jaxpr(lambda q: cached_attention(q, *cache, last))(q))
     assert "10,24]" in jaxpr and "24,24]" not in jaxpr, "scores of all queries at once"
 
 
@@ -274,12 +275,13 @@ def shapes_on(mesh, width, query, key):
 
 
 @pytest.mark.parametrize("width, query, key", [(128, 8, 8), (64, 8, 2), (96, 4, 4), (12, 4, 4)])
-@pytest.mark.parametrize(
-    "sizes", [{"fsdp": 4}, {"fsdp": 2, "tensor": 2}, {"data": 2, "fsdp": 1, "context": 2}], ids=str
-)
-def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(sizes, width, query, key):
+@pytest.mark.parametrize("topology, sizes", [
+    ("v5e:2x2", {"fsdp": 4}), ("v5e:2x2", {"fsdp": 2, "tensor": 2}), ("v5e:2x2", {"data": 2, "fsdp": 1, "context": 2}),
+    ("v5p:2x2x1", {"fsdp": 4}), ("v6e:2x2", {"fsdp": 4}),
+], ids=str)  # fmt: skip
+def test_both_passes_compile_for_a_tpu_on_every_kind_of_mesh(topology, sizes, width, query, key):
     pytest.importorskip("libtpu")
-    mesh = find_target(configs.Mesh(**sizes), "v5e:2x2").mesh
+    mesh = find_target(configs.Mesh(**sizes), topology).mesh
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(*shapes_on(mesh, width, query, key)).compile().as_text()
     assert "flash_forward" in text and "flash_backward" in text

@@ -11,6 +11,9 @@ from tests.train.forks import finish
 
 SETTINGS = ("--config.train.steps=10", "--config.checkpoint.every=5", "--config.data.batch_samples=8",
             "--config.train.loss=group_mean", "--config.train.group_samples=4")  # fmt: skip
+TREES = {"data.layout": "packed", "data.row_tokens": 128, "data.rows_per_chip": 2, "data.rows_per_group": 1,
+         "data.images_per_group": 2, "data.share_images": True, "train.steps": 6, "checkpoint.every": 3,
+         "mesh.fsdp": 2}  # fmt: skip
 # {name: (mesh, processes, devices of each)}
 ACROSS = {
     "fsdp": (("fsdp=2",), 2, 1),
@@ -50,6 +53,21 @@ def test_the_losses_are_those_of_one_process_wherever_the_mesh_spans_processes(
     assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in alone], rel=5e-6)
     assert [row["tokens"] for row in rows] == [row["tokens"] for row in alone]
     assert all("step 1/10" not in one.out for one in ended[1:])  # process 0 speaks for all
+
+
+def test_rows_of_one_picture_are_those_of_one_process_where_the_mesh_spans_two(forks, compiled, tmp_path):
+    config = tiny.write_run(tmp_path / "run")
+    records = json.loads((tmp_path / "run" / "records.json").read_text())
+    for number, record in enumerate(records):  # of two pictures five records each, whose questions differ
+        record["image"] = f"{number % 2}.jpg"
+        record["conversations"][0]["value"] = f"<image>\nWhat is it, {number}?"
+    (tmp_path / "run" / "records.json").write_text(json.dumps(records))
+    settings = [f"--config.{name}={value}" for name, value in TREES.items()]
+    losses = []
+    for name, processes, devices in (("one", 1, 2), ("two", 2, 1)):
+        finish(forks.job(processes, devices, config, tmp_path / name, *settings, **compiled))
+        losses.append([row["loss"] for row in metrics.read(tmp_path / name)])
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], rel=5e-6)
 
 
 def broken(config, folder, name):
