@@ -122,9 +122,9 @@ class _Reader:
             names = attribute(op, r"branch_computations=\{([^}]*)\}")
             branches += [name.strip().lstrip("%") for name in names.split(",") if name.strip()]
             yield max(branches, key=lambda name: self.cost(name).flops), 1, False  # the costliest branch
-        elif op.opcode in ("fusion", "call", "async-start"):
+        elif op.opcode in ("fusion", "fusion-start", "call", "async-start"):
             called = attribute(op, r"(?:calls|to_apply)=%?([\w.\-]+)")
-            yield called, 1, op.opcode == "fusion"
+            yield called, 1, op.opcode.startswith("fusion")
 
     def _trips(self, computation: Computation, loop: Instruction) -> int | None:
         """How often a loop's body runs; None if that cannot be read.

@@ -28,6 +28,8 @@ def memory_bytes(computations: Mapping[str, Computation], computation: Computati
         result = op.shape if op.opcode == "copy-start" else op.shape.partition("), ")[2]
         size, held = next(_places(result))
         return size * (held + (_held(shapes[0]) > 0))
+    if op.opcode == "fusion-start":  # ((operand, ...), result, ...)
+        op = op._replace(opcode="fusion", shape=op.shape.partition("), ")[2])
     if op.opcode in STARTS:
         return _held(op.shape)
     if op.opcode in SLICES:

@@ -102,3 +102,16 @@ def test_a_collective_that_starts_counts_its_operands_once(kind, shape, operands
     assert (transfer.kind, transfer.bytes) == (kind, sent)
     entry, computations = parse(text)
     assert traffic.memory_bytes(computations, computations[entry], computations[entry].instructions["result"]) == moved
+
+
+def test_a_fusion_that_starts_counts_the_products_in_it():
+    shape = "((bf16[64,512]{1,0}, bf16[512,256]{1,0}), bf16[64,256]{1,0}, u32[])"
+    text = text_of(f"{shape} fusion-start(%a, %b), calls=%one")
+    body = """
+%one (x: bf16[64,512], y: bf16[512,256]) -> bf16[64,256] {
+  %x = bf16[64,512]{1,0} parameter(0)
+  %y = bf16[512,256]{1,0} parameter(1)
+  ROOT %z = bf16[64,256]{1,0} dot(%x, %y), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+}
+"""
+    assert hlo.cost(text.replace("ENTRY", f"{body}\nENTRY")).flops == 2 * 64 * 512 * 256

@@ -52,6 +52,10 @@ ENTRY %main (stack: f32[8,1024,1024], i: s32[]) -> f32[1024,1024] {{
     ("ROOT %y = f32[1024,1024]{1,0:S(1)} add(%near, %near)", 0),
     ("ROOT %y = f32[1024,1024]{1,0} fusion(%stack, %i), kind=kLoop, calls=%fused", 8),
     ("ROOT %y = f32[8,1024,1024]{2,1,0} fusion(%stack, %layer, %i), kind=kLoop, calls=%replacing", 8),
+    ("ROOT %y = ((f32[8,1024,1024]{2,1,0}, s32[]), f32[1024,1024]{1,0}, u32[]) fusion-start(%stack, %i), kind=kLoop, "
+     "calls=%fused", 8),
+    ("ROOT %y = ((f32[8,1024,1024]{2,1,0}, f32[1,1024,1024]{2,1,0}, s32[]), f32[8,1024,1024]{2,1,0}, u32[]) "
+     "fusion-start(%stack, %layer, %i), kind=kLoop, calls=%replacing", 8),
     ("ROOT %y = (f32[1024,1024]{1,0:S(1)}, f32[1024,1024]{1,0}, u32[]{:S(2)}) copy-start(%x)", 4),
     ("ROOT %y = ((f32[1024,1024]{1,0}), f32[256,1024]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%x), slice={[0:256]}", 1),
     ("ROOT %y = f32[1024,1024]{1,0} bitcast(%x)", 0),
