@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -204,8 +205,15 @@ def _processes() -> Iterator[Callable[..., Future]]:
 def _begin(threads: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes: the first one ends the others
     os.environ["PJRT_NPROC"] = str(threads)  # of XLA's pool, which is made with the first computation
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     heap.keep()
     compilations.keep()
+
+
+def _end_with_parent() -> None:
+    """Nobody waits for a process whose parent was killed."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _at_once(function: Callable[..., Any], *arguments: Any) -> Future:

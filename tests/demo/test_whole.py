@@ -4,6 +4,8 @@ import json
 import multiprocessing
 import os
 import resource
+import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +76,29 @@ def test_a_run_that_is_killed_is_one_line_and_one_that_fails_ends_the_others():
         sleeps = submit(time.sleep, 600)
         submit(divmod, 1, 0).result()
     assert time.monotonic() - begun < 60 and not sleeps.cancelled() and not multiprocessing.active_children()
+
+
+PARENT = """
+import os, time
+from llava_jax.demo import story
+if __name__ == "__main__":
+    with story._processes() as submit:
+        print(submit(os.getpid).result(), flush=True)
+        submit(time.sleep, 600)
+        time.sleep(600)
+"""
+
+
+def test_processes_end_with_their_parent_though_it_is_killed(tmp_path):
+    (tmp_path / "parent.py").write_text(PARENT)
+    parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    with pytest.raises(ProcessLookupError):
+        for _ in range(300):
+            os.kill(child, 0)
+            time.sleep(0.1)
 
 
 def check_readme(runs, numbers):
