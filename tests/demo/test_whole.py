@@ -83,7 +83,7 @@ import os, time
 from llava_jax.demo import story
 if __name__ == "__main__":
     with story._processes() as submit:
-        print(submit(os.getpid).result(), flush=True)
+        print(submit(os.getpid).result(), flush=True)  # a process is there, and then works
         submit(time.sleep, 600)
         time.sleep(600)
 """
@@ -92,13 +92,9 @@ if __name__ == "__main__":
 def test_processes_end_with_their_parent_though_it_is_killed(tmp_path):
     (tmp_path / "parent.py").write_text(PARENT)
     parent = subprocess.Popen([sys.executable, tmp_path / "parent.py"], stdout=subprocess.PIPE, text=True)
-    child = int(parent.stdout.readline())
+    assert parent.stdout.readline()
     parent.kill()
-    parent.wait()
-    with pytest.raises(ProcessLookupError):
-        for _ in range(300):
-            os.kill(child, 0)
-            time.sleep(0.1)
+    parent.communicate(timeout=60)  # until nobody holds the pipe
 
 
 def check_readme(runs, numbers):
