@@ -89,15 +89,19 @@ def _gpus(chip: Chip, topology: str) -> Sequence[Any]:
             "plan compiles for GPUs with XLA's own compiler for them and NVIDIA's assembler, which needs no GPU; not "
             f"everything is installed: `pip install --no-deps {' '.join(missing)}` (600 MB in all)"
         )
+    (count,) = chips.dimensions(topology)
+    return absent_gpus(chip.kind, GPUS[chip.cuda], round(chip.hbm_bytes / GPU_SHARE), chip.hbm_bytes_per_sec, count)
+
+
+def absent_gpus(kind: str, die: str, memory: int, bytes_per_sec: float, count: int) -> Sequence[Any]:
+    """So many GPUs of one machine. die: as in `GPUS`."""
     config = f"""
-        platform_name: "CUDA" device_description_str: "{chip.kind}"
+        platform_name: "CUDA" device_description_str: "{kind}"
         dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
         gpu_device_info {{
-            {GPUS[chip.cuda]}
-            device_memory_size: {round(chip.hbm_bytes / GPU_SHARE)} memory_bandwidth: {int(chip.hbm_bytes_per_sec)}
+            {die} device_memory_size: {memory} memory_bandwidth: {int(bytes_per_sec)}
             threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 2048
             shared_memory_per_block: 49152 registers_per_core_limit: 65536 registers_per_block_limit: 65536
             block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
         }}"""
-    (count,) = chips.dimensions(topology)
     return topologies.get_topology_desc(platform="cuda", target_config=config, topology=f"1x1x{count}").devices

@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from llava_jax import config as configs
@@ -313,18 +312,9 @@ def four_gpus(kind):
     if compilers.missing_packages():
         pytest.skip(f"XLA's compiler for GPUs, which needs none: pip install --no-deps {compilers.missing_packages()}")
     capability, count, shared, of_program = GPUS[kind]
-    config = f"""
-        platform_name: "CUDA" device_description_str: "{kind}"
-        dnn_version_info {{ major: 9 minor: 10 }} runtime_version {{ major: 12 minor: 8 }}
-        gpu_device_info {{
-            cuda_compute_capability {{ {capability} }} core_count: {count} fpus_per_core: 128 clock_rate_ghz: 1.4
-            threads_per_warp: 32 threads_per_block_limit: 1024 threads_per_core_limit: 1536
-            shared_memory_per_core: {shared} shared_memory_per_block_optin: {of_program} shared_memory_per_block: 49152
-            registers_per_core_limit: 65536 registers_per_block_limit: 65536
-            block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-            device_memory_size: 20000000000 memory_bandwidth: 300000000000 l2_cache_size: 40000000
-        }}"""
-    devices = topologies.get_topology_desc(platform="cuda", target_config=config, topology="1x1x4").devices
+    die = (f"cuda_compute_capability {{ {capability} }} core_count: {count} fpus_per_core: 128 clock_rate_ghz: 1.4 "
+           f"shared_memory_per_core: {shared} shared_memory_per_block_optin: {of_program} l2_cache_size: 40000000")
+    devices = compilers.absent_gpus(kind, die, 20 * 10**9, 300e9, 4)
     return sharding.make_mesh({"data": 1, "fsdp": -1, "tensor": 1, "context": 1}, devices)
 
 
