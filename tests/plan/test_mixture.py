@@ -1,17 +1,23 @@
 """What `plan` assumes of rows is what the planner packs and the kernels visit."""
 
 import operator
+from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llava_jax import params
+from llava_jax import config as configs
+from llava_jax import params, sharding
 from llava_jax.batch import TREES
 from llava_jax.models import flash, presets, tiled
 from llava_jax.models.llava import Llava, abstract_params
-from llava_jax.plan import mixture
-from llava_jax.train import flops
+from llava_jax.plan import mixture, report
+from llava_jax.train import flops, loss
+from llava_jax.train import program as programs
+
+TINY = Path(__file__).parents[2] / "configs" / "tiny_pretrain.py"
 
 LLAVA_ROWS = dict(captions=False, features=576, images=1, mean=None, longest=4096, row_tokens=4096, rows_per_group=2,
                   images_per_group=10, packed=True)  # fmt: skip
@@ -76,3 +82,15 @@ def test_rows_of_one_record_hold_it_alone_and_a_kernel_without_segments_visits_e
 def test_a_caption_is_short_and_has_a_picture():
     rows = mixture.rows(**LLAVA_ROWS | {"captions": True, "images_per_group": 14})
     assert rows.images == rows.samples and rows.tokens / rows.samples == pytest.approx(576 + 29, abs=1)
+
+
+def test_a_micro_batch_s_loss_takes_its_own_positions_alone():
+    """The loop over chunks is inside the loop over micro-batches: both counted whole would be counted twice."""
+    chunks = []
+    for accumulate in (1, 4):
+        config = configs.load(TINY, {"model.preset": "tiny", "data.batch_samples": 256, "train.accumulate": accumulate})
+        model = presets.get("tiny")
+        mesh = sharding.make_mesh({"data": 1, "fsdp": 1, "tensor": 1, "context": 1}, jax.devices()[:1])
+        work = report.workload_of(config, model, programs.build(config, model, 10, mesh))
+        chunks.append((work.chunks, work.supervised / (accumulate * loss.CHUNK)))
+    assert all(exact <= count < exact + 1 for count, exact in chunks) and chunks[0][0] > 2 * chunks[1][0] > 2
